@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to MLX adapter folders (installed as ``kmerge_mlx.convert``)."""

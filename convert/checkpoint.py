@@ -1,0 +1,257 @@
+"""A whole checkpoint folder in the authors' layout to an adapter folder.
+
+Owns: finding the checkpoint (a folder, its best/last sub-folder, or a hub repo), reading its parts
+without executing anything, the checks that need more than one part, and the report of everything
+wrong at once.
+
+Layout, as the authors' code writes it: one folder with ``encoder.pth``, ``adapter_config.json`` and
+``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json`` beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
+
+from kmerge_mlx import base
+from kmerge_mlx._version import __version__
+from kmerge_mlx.adapter import Adapter, check_destination, save_adapter
+from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig
+from kmerge_mlx.convert.encoder import encoder_from_torch
+from kmerge_mlx.convert.peft import COPIES, PeftLoRA, lora_from_peft
+from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
+from kmerge_mlx.files import read_json, read_safetensors
+
+ENCODER = "encoder.pth"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PROVENANCE = ("metrics.json", "eval_accuracy.json")
+PATTERNS = [*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, *PROVENANCE]
+
+# Sub-folders that a run leaves, the one to take first.
+SUBFOLDERS = ("best", "step_best", "last", "step_last")
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What converting needs to know of the base model."""
+
+    id: str
+    config: dict[str, Any]
+    pad_token_id: int
+
+
+def convert_checkpoint(
+    source: str,
+    destination: str | Path,
+    model: str | None = None,
+    k: int | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Adapter:
+    """Converts a PyTorch checkpoint into an adapter folder.
+
+    Args:
+        source: Checkpoint folder, or hub repo id.
+        destination: Adapter folder to write.
+        model: Base model, folder or repo id; None leaves what only it can tell (padding token,
+            tied head, fit) to be settled when the adapter is loaded.
+        k: Merge factor the user expects, or None.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` to cast to, or None to keep the dtypes.
+        force: Replace an adapter folder at ``destination``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: Everything wrong with the checkpoint, listed.
+        AdapterError: The destination exists, or cannot be written.
+        ModelError: The base model cannot be read.
+    """
+    check_destination(destination, force)
+    folder = find_checkpoint(source)
+    known = None if model is None else read_base(model)
+    adapter = read_checkpoint(folder, known, k, source)
+    if dtype is not None:
+        adapter = _cast(adapter, DTYPES[dtype])
+    save_adapter(adapter, destination)
+    return adapter
+
+
+def find_checkpoint(source: str) -> Path:
+    """The folder that holds ``encoder.pth`` and the PEFT adapter.
+
+    Args:
+        source: A folder, or a hub repo id; its best/last sub-folders are looked into.
+
+    Raises:
+        CheckpointError: Not there, or holding no checkpoint, or several.
+    """
+    root = Path(source)
+    if root.is_file():
+        raise CheckpointError(f"{source} is a file: give the folder that holds {ENCODER}")
+    if not root.is_dir():
+        patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS)]
+        root = base.download(source, None, patterns, CheckpointError)
+    if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():
+        return root
+    inside = {path.parent for path in root.glob(f"*/{ENCODER}")}
+    for name in SUBFOLDERS:
+        if root / name in inside:
+            return root / name
+    if len(inside) == 1:
+        return inside.pop()
+    if inside:
+        names = ", ".join(sorted(path.name for path in inside))
+        raise CheckpointError(f"{source} holds several checkpoints ({names}): name one of them")
+    raise CheckpointError(
+        f"{source} holds no {ENCODER} and no {PEFT_CONFIG}: expected a checkpoint folder "
+        "as the K-Token-Merging code writes it"
+    )
+
+
+def read_base(model: str) -> Base:
+    """Reads what converting needs of a base model: config and padding token, no weights.
+
+    Raises:
+        ModelError: It cannot be found or read.
+    """
+    path = base.resolve(model)
+    config = base.read_config(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from error
+    return Base(model, config, base.default_pad_token_id(tokenizer))
+
+
+def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str) -> Adapter:
+    """Reads a checkpoint folder into memory.
+
+    Args:
+        folder: Holds ``encoder.pth`` and the PEFT adapter.
+        known: The base model, or None.
+        k: Merge factor the user expects, or None.
+        source: What the user called the checkpoint, for provenance and errors.
+
+    Raises:
+        CheckpointError: Everything wrong with it, listed.
+    """
+    problems: list[str] = []
+    encoder, encoder_weights = _read_encoder(folder, k, problems)
+    config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
+    tensors = _collect(problems, _read_peft_tensors, folder)
+    lora = None
+    if config is not None and tensors is not None:
+        untied = known is not None and base.is_tied(known.config) is False
+        lora = lora_from_peft(config, tensors, problems, head_is_a_layer=untied)
+    provenance = _provenance(folder, source, config, problems)
+    if lora is not None and encoder is not None:
+        problems += _cross_check(encoder, lora, known)
+        problems += _not_finite(encoder_weights | lora.weights | lora.head_weights)
+    if problems or lora is None or encoder is None:
+        raise CheckpointError(findings(f"{source} cannot be converted", problems))
+    recorded = config.get("base_model_name_or_path")
+    merge = MergeConfig(
+        encoder=encoder,
+        base=BaseModelConfig(
+            known.id if known else recorded if isinstance(recorded, str) else None,
+            base.fingerprint(known.config) if known else {},
+        ),
+        pad_token_id=known.pad_token_id if known else None,
+        head_lora=lora.head,
+        # The authors' code merges the whole prompt, and applies no chat template.
+        layout={"merged": "prompt", "chat_template": False},
+        provenance=provenance,
+    )
+    return Adapter(merge, lora.config, lora.weights, encoder_weights, lora.head_weights)
+
+
+def _read_encoder(
+    folder: Path, k: int | None, problems: list[str]
+) -> tuple[EncoderConfig | None, dict[str, mx.array]]:
+    state = _collect(problems, read_state_dict, folder / ENCODER)
+    found = None if state is None else encoder_from_torch(state, k, problems)
+    return found or (None, {})
+
+
+def _read_peft_tensors(folder: Path) -> dict[str, mx.array]:
+    safe, pickled = (folder / name for name in PEFT_WEIGHTS)
+    if safe.is_file():
+        return read_safetensors(safe, CheckpointError)
+    if pickled.is_file():
+        return read_state_dict(pickled)
+    raise CheckpointError(f"{folder} holds neither {safe.name} nor {pickled.name}")
+
+
+def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:
+    """The result of a reader, or None with its complaint put on the list."""
+    try:
+        return read(*arguments)
+    except KMergeError as error:
+        problems.append(str(error))
+        return None
+
+
+def _cross_check(encoder: EncoderConfig, lora: PeftLoRA, known: Base | None) -> list[str]:
+    """What encoder, LoRA and base must agree on."""
+    problems = []
+    d, copy = encoder.hidden_size, lora.head_copy_shape
+    a, b = (lora.head_weights.get(name) for name in ("lora_a", "lora_b"))
+    if a is not None and a.shape[0] != d:
+        problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {d}")
+    vocab_size = None if b is None else b.shape[1]
+    if copy is not None and copy != (vocab_size or copy[0], d):
+        problems.append(f"lm_head{COPIES[0]} has shape {copy}, expected ({vocab_size}, {d})")
+    if known is None:
+        return problems
+    fields = base.fingerprint(known.config)
+    checks = (
+        ("hidden_size", d, "the encoder has"),
+        ("vocab_size", vocab_size, "lm_head's LoRA has"),
+    )
+    for name, ours, whose in checks:
+        if ours is not None and name in fields and fields[name] != ours:
+            problems.append(f"--model {known.id} has {name} {fields[name]}, {whose} {ours}")
+    layers = fields.get("num_hidden_layers", 0)
+    if lora.config.num_layers > layers:
+        covered = lora.config.num_layers
+        problems.append(f"--model {known.id} has {layers} layers, the LoRA covers {covered}")
+    return problems
+
+
+def _not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
+    problems = []
+    for name, array in tensors.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            problems.append(f"{name} has dtype {array.dtype}, expected a floating-point dtype")
+        elif not mx.isfinite(array).all().item():
+            problems.append(f"{name} holds NaN or infinite values: the training run diverged")
+    return problems
+
+
+def _provenance(folder: Path, source: str, config: Any, problems: list[str]) -> dict[str, Any]:
+    provenance: dict[str, Any] = {"converter": f"kmerge-mlx {__version__}", "source": source}
+    if isinstance(config, dict) and isinstance(config.get("peft_version"), str):
+        provenance["peft_version"] = config["peft_version"]
+    for name in PROVENANCE:
+        if (folder / name).is_file():
+            content = _collect(problems, read_json, folder / name, CheckpointError)
+            provenance[name.removesuffix(".json")] = content
+    return provenance
+
+
+def _cast(adapter: Adapter, dtype: mx.Dtype) -> Adapter:
+    cast = [
+        {name: array.astype(dtype) for name, array in tensors.items()}
+        for tensors in (adapter.lora_weights, adapter.encoder_weights, adapter.head_weights)
+    ]
+    return Adapter(adapter.merge, adapter.lora, *cast)

@@ -1,0 +1,77 @@
+"""``encoder.pth`` to merge encoder weights.
+
+Owns the table of names and the reading of K, D and H from the shapes. Source: the authors' state
+dict, ``net.{0,2,4}`` of an ``nn.Sequential`` (arXiv 2604.15153, released code); under
+DistributedDataParallel every name has the prefix ``module.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from kmerge_mlx.config import EncoderConfig
+from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.lora import tensor_problems
+
+# (PyTorch name, our name); both libraries keep a linear layer's weight as (out, in).
+NAMES = (
+    ("net.0.weight", "w1.weight"),
+    ("net.0.bias", "w1.bias"),
+    ("net.2.weight", "w2.weight"),
+    ("net.2.bias", "w2.bias"),
+    ("net.4.weight", "w3.weight"),
+    ("net.4.bias", "w3.bias"),
+)
+
+
+def encoder_from_torch(
+    state: Mapping[str, mx.array], k: int | None, problems: list[str]
+) -> tuple[EncoderConfig, dict[str, mx.array]] | None:
+    """Converts an encoder's state dict.
+
+    Args:
+        state: PyTorch names to tensors.
+        k: The merge factor the user expects, or None to take what the shapes say.
+        problems: Receives everything wrong, one line each.
+
+    Returns:
+        Sizes and renamed tensors, or None if the shapes give no K, D and H.
+    """
+    state = {name.removeprefix("module."): array for name, array in state.items()}
+    sizes = _sizes(state, problems)
+    if sizes is None:
+        return None
+    if k is not None and k != sizes.merge_factor:
+        problems.append(
+            f"encoder.pth merges K = {sizes.merge_factor} tokens, but --k is {k}: "
+            f"give --k {sizes.merge_factor} or leave it out"
+        )
+    torch_name = {ours: theirs for theirs, ours in NAMES}
+    expected = {torch_name[ours]: shape for ours, shape in sizes.shapes().items()}
+    found = {name: tuple(array.shape) for name, array in state.items()}
+    problems += [f"encoder.pth: {p}" for p in tensor_problems(expected, found)]
+    return sizes, {ours: state[theirs] for theirs, ours in NAMES if theirs in state}
+
+
+def _sizes(state: Mapping[str, mx.array], problems: list[str]) -> EncoderConfig | None:
+    first, last = state.get("net.0.weight"), state.get("net.4.weight")
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        problems.append(
+            "encoder.pth is not a merge encoder: expected 2-dimensional net.0.weight and "
+            f"net.4.weight, found {', '.join(sorted(state)[:8]) or 'nothing'}"
+        )
+        return None
+    (inner, wide), hidden = first.shape, last.shape[0]
+    if hidden == 0 or wide % hidden or wide // hidden < 2:
+        problems.append(
+            f"encoder.pth: net.0.weight {tuple(first.shape)} and net.4.weight "
+            f"{tuple(last.shape)} give no whole merge factor of at least 2"
+        )
+        return None
+    try:
+        return EncoderConfig(wide // hidden, hidden, inner)
+    except AdapterError as error:
+        problems.append(str(error))
+        return None

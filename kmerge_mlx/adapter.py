@@ -1,0 +1,194 @@
+"""The adapter folder: one strict way in, one atomic way out.
+
+Owns the four files and what each holds. Does not know base models: whether an adapter fits one is
+``model.py``'s question.
+
+Format (docs/adapter-format.md): ``adapter_config.json`` and ``adapters.safetensors`` are mlx-lm's,
+so mlx-lm loads the LoRA; ``merge_config.json`` and ``merge_encoder.safetensors`` are ours. A head
+LoRA that mlx-lm has no place for (tied models) is kept in the latter as ``lm_head.lora_a/b``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from kmerge_mlx.config import LoRAConfig, MergeConfig
+from kmerge_mlx.errors import AdapterError, findings
+from kmerge_mlx.files import (
+    read_json,
+    read_safetensors,
+    replacing_folder,
+    write_json,
+    write_safetensors,
+)
+from kmerge_mlx.lora import tensor_problems
+
+LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = "adapters.safetensors"
+MERGE_CONFIG = "merge_config.json"
+MERGE_WEIGHTS = "merge_encoder.safetensors"
+
+HEAD = "lm_head"
+ENCODER = "encoder"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A merge encoder and a LoRA, as loaded or as about to be saved.
+
+    Args:
+        merge: Sizes, base model, padding token, provenance.
+        lora: Which modules carry LoRA.
+        lora_weights: ``{module path}.lora_a`` (in, r) and ``.lora_b`` (r, out).
+        encoder_weights: ``w1.weight`` and so on (see ``EncoderConfig.shapes``).
+        head_weights: ``lora_a`` (D, r) and ``lora_b`` (r, V) of the output head, or empty.
+    """
+
+    merge: MergeConfig
+    lora: LoRAConfig
+    lora_weights: dict[str, mx.array]
+    encoder_weights: dict[str, mx.array]
+    head_weights: dict[str, mx.array] = field(default_factory=dict)
+
+
+def find_adapters(path: str | Path) -> dict[int, Path]:
+    """The adapters in a folder, by merge factor.
+
+    Args:
+        path: An adapter folder, or a folder of them (``k2/``, ``k4/``).
+
+    Returns:
+        Merge factor to adapter folder, ascending.
+
+    Raises:
+        AdapterError: Not there, or no adapter; says what it is instead.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
+    if (path / MERGE_CONFIG).is_file():
+        return {_merge_config(path).encoder.merge_factor: path}
+    found = {
+        _merge_config(child).encoder.merge_factor: child
+        for child in sorted(path.iterdir())
+        if (child / MERGE_CONFIG).is_file()
+    }
+    if found:
+        return dict(sorted(found.items()))
+    raise AdapterError(f"{path} {_what_else(path)}")
+
+
+def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
+    """Reads an adapter folder.
+
+    Args:
+        path: An adapter folder, or a folder of them.
+        k: Merge factor wanted; None takes the only one there is.
+
+    Returns:
+        The adapter; its tensors are not evaluated yet.
+
+    Raises:
+        AdapterError: No adapter, no such K (lists those that are there), or tensors that do not
+            fit the configs (all of them listed).
+    """
+    found = find_adapters(path)
+    have = ", ".join(str(factor) for factor in found)
+    if k is None and len(found) > 1:
+        raise AdapterError(f"{path} holds adapters for K = {have}: choose one with --k")
+    if k is not None and k not in found:
+        raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
+    folder = found[next(iter(found)) if k is None else k]
+    merge = _merge_config(folder)
+    lora = LoRAConfig.from_json(read_json(folder / LORA_CONFIG, AdapterError))
+    lora_weights = read_safetensors(folder / LORA_WEIGHTS, AdapterError)
+    stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)
+    _check_merge_weights(merge, stored, folder / MERGE_WEIGHTS)
+    return Adapter(merge, lora, lora_weights, _part(stored, ENCODER), _part(stored, HEAD))
+
+
+def save_adapter(adapter: Adapter, path: str | Path) -> None:
+    """Writes an adapter folder, all of it or nothing.
+
+    Args:
+        adapter: What to write.
+        path: The folder; replaced if it exists (see :func:`check_destination`).
+
+    Raises:
+        AdapterError: The disk is full, or the place is not writable.
+    """
+    merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
+    merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
+    try:
+        with replacing_folder(Path(path)) as folder:
+            lora = adapter.lora.to_json() | {"model": adapter.merge.base.id}
+            write_json(folder / LORA_CONFIG, lora)
+            write_safetensors(folder / LORA_WEIGHTS, adapter.lora_weights)
+            write_json(folder / MERGE_CONFIG, adapter.merge.to_json())
+            write_safetensors(folder / MERGE_WEIGHTS, merged)
+    except OSError as e:
+        raise AdapterError(f"cannot write {path}: {e.strerror}") from e
+
+
+def check_destination(path: str | Path, force: bool) -> None:
+    """Refuses to write over something, before any work is done.
+
+    Args:
+        path: Where an adapter folder is to be written.
+        force: Whether an adapter folder there may be replaced.
+
+    Raises:
+        AdapterError: Something is there and ``force`` is off, or it is not an adapter folder.
+    """
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise AdapterError(f"{path} exists: choose another folder, or give --force to replace it")
+    if path.is_symlink() or not path.is_dir() or not (path / MERGE_CONFIG).is_file():
+        raise AdapterError(f"{path} is not an adapter folder, and --force replaces nothing else")
+
+
+def _merge_config(folder: Path) -> MergeConfig:
+    try:
+        return MergeConfig.from_json(read_json(folder / MERGE_CONFIG, AdapterError))
+    except AdapterError as e:
+        raise AdapterError(f"{folder}: {e}") from None
+
+
+def _part(stored: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
+    dotted = f"{prefix}."
+    return {n.removeprefix(dotted): a for n, a in stored.items() if n.startswith(dotted)}
+
+
+def _check_merge_weights(merge: MergeConfig, stored: dict[str, mx.array], path: Path) -> None:
+    expected = {f"{ENCODER}.{name}": shape for name, shape in merge.encoder.shapes().items()}
+    found = {name: tuple(array.shape) for name, array in stored.items()}
+    if merge.head_lora is not None:
+        # The vocabulary is the base model's to say: only the inner sizes are known here.
+        rank = merge.head_lora.rank
+        vocab_size = found.get(f"{HEAD}.lora_b", (rank, 0))[-1]
+        expected[f"{HEAD}.lora_a"] = (merge.encoder.hidden_size, rank)
+        expected[f"{HEAD}.lora_b"] = (rank, vocab_size)
+    if problems := tensor_problems(expected, found):
+        raise AdapterError(findings(str(path), problems))
+
+
+def _what_else(path: Path) -> str:
+    """What a folder that is no adapter folder is, and what to do about it."""
+    if (path / "encoder.pth").is_file():
+        return f"is a PyTorch checkpoint: run `kmerge-mlx convert {path} DST` first"
+    if (path / LORA_CONFIG).is_file():
+        config = read_json(path / LORA_CONFIG, AdapterError)
+        if isinstance(config, dict) and "peft_type" in config:
+            return "is a PEFT adapter without a merge encoder: convert the whole checkpoint folder"
+        return (
+            f"is an mlx-lm adapter without a merge encoder ({MERGE_CONFIG} is missing): "
+            "use mlx_lm.generate for it, or an adapter made by `kmerge-mlx convert`"
+        )
+    if (path / "config.json").is_file():
+        return "is a base model, not an adapter: give it as --model"
+    return f"is no adapter folder: {MERGE_CONFIG} is missing"

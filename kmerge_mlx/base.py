@@ -1,0 +1,232 @@
+"""What a base model's config and modules say, before any adapter touches it.
+
+Owns: finding a base (folder or hub), its normalised config (RoPE), context length and padding
+token, the fingerprint that tells one base from another, the search for the embedding table, and
+the refusal of models that cannot take virtual ids. Does not know adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
+
+from kmerge_mlx.errors import ModelError, first_line
+
+# What must agree between the base an adapter was made for and the one it is loaded on.
+FINGERPRINT = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "rope_theta",
+)
+
+# Compared against transformers and PEFT by this project's tests; others are probed at load.
+PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm3"})
+
+
+def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """A local folder for a base model, downloaded from the hub if it is not one already.
+
+    Raises:
+        ModelError: Neither a folder nor a repo that can be had.
+    """
+    path = Path(path_or_hf_repo)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"--model {path} is a file: give the folder that holds config.json")
+    return download(str(path_or_hf_repo), revision, DEFAULT_ALLOW_PATTERNS, ModelError)
+
+
+def download(
+    repo_id: str, revision: str | None, patterns: list[str], error: type[Exception]
+) -> Path:
+    """Fetches a hub repo, or finds it in the cache.
+
+    Raises:
+        error: With one line, whatever the hub said.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise error(f"{repo_id} is neither a folder nor the name of a hub repo") from None
+    except Exception as e:  # the hub client's errors share no base with the network's
+        raise error(
+            f"{repo_id} is no folder here, and the hub did not give it: {first_line(e)}"
+        ) from e
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A base model's config, spelled the way every mlx-lm model reads it.
+
+    Raises:
+        ModelError: No config, or not one of a language model.
+    """
+    try:
+        config = load_config(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path} holds no config.json: --model takes a base model") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"{path}/config.json cannot be read: {first_line(error)}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}/config.json names no model_type: --model takes a base model")
+    return normalise(config)
+
+
+def default_pad_token_id(tokenizer: Any) -> int:
+    """The token that fills the last block: a space, else the pad, else the eos token.
+
+    Source: the reference's rule, DESIGN section 1; docs/method.md.
+    """
+    space = tokenizer.encode(" ", add_special_tokens=False)
+    candidates = [*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id]
+    for token in candidates:
+        if token is not None:
+            return int(token)
+    raise ModelError("the tokenizer has no space, pad or eos token to fill the last block with")
+
+
+def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Spells a config the way every mlx-lm model reads it.
+
+    transformers 5 writes ``rope_parameters`` (and gemma3's layer pattern as ``layer_types``);
+    several mlx-lm models read only the older names and silently fall back to their defaults,
+    which moves the logits without changing the argmax.
+
+    Args:
+        config: The content of ``config.json``.
+
+    Returns:
+        A copy with the older names filled in where they were missing; nothing is removed.
+    """
+    fixed = dict(config)
+    if isinstance(fixed.get("text_config"), Mapping):
+        fixed["text_config"] = normalise(fixed["text_config"])
+    rope = fixed.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        _spell_rope(fixed, rope)
+    types = fixed.get("layer_types")
+    if isinstance(types, list) and "full_attention" in types and "sliding_attention" in types:
+        fixed.setdefault("sliding_window_pattern", types.index("full_attention") + 1)
+    return fixed
+
+
+def _spell_rope(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
+    # Models with sliding windows keep one set of parameters per kind of layer.
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if not isinstance(full, Mapping):
+        return
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if full.get(name) is not None and config.get(name) is None:
+            config[name] = full[name]
+    if full.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+        config["rope_scaling"] = dict(full)
+    if isinstance(sliding, Mapping) and "rope_theta" in sliding:
+        config.setdefault("rope_local_base_freq", sliding["rope_theta"])
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a (multimodal) config."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config entries by which two base models are told apart.
+
+    Args:
+        config: A normalised config. Quantization does not count: it is the same base.
+    """
+    text = text_config(config)
+    return {name: text[name] for name in FINGERPRINT if text.get(name) is not None}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the output head is the embedding table, or None where the config does not say."""
+    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return tied if isinstance(tied, bool) else None
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """How many positions the model was made for, or None where its config does not say."""
+    text = text_config(config)
+    length = text.get("max_position_embeddings")
+    if not isinstance(length, int):
+        return None
+    scaling = text.get("rope_scaling")
+    if isinstance(scaling, Mapping):
+        trained = scaling.get("original_max_position_embeddings")
+        factor = scaling.get("factor")
+        if isinstance(trained, int) and isinstance(factor, int | float):
+            return max(length, int(trained * factor))
+    return length
+
+
+def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The one table that turns token ids into embeddings.
+
+    Args:
+        model: A freshly loaded mlx-lm model.
+        name: What to call it in an error.
+
+    Returns:
+        Its path in the module tree, and the module.
+
+    Raises:
+        ModelError: No table, or a second one that is looked up by token id as well (gemma3n's and
+            gemma4's per-layer inputs, n-gram embeddings): it could not read a virtual id.
+    """
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    tables = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
+    tokens = {path: m for path, m in tables.items() if not _is_positional(path)}
+    if len(tokens) == 1:
+        return next(iter(tokens.items()))
+    if not tokens:
+        raise ModelError(f"{name} has no embedding table that this release knows how to wrap")
+    raise ModelError(
+        f"{name} looks token ids up in {len(tokens)} tables ({', '.join(sorted(tokens))}), so a "
+        "merged block cannot stand for a token: use a base model with a single embedding table"
+    )
+
+
+def _is_positional(path: str) -> bool:
+    last = path.rsplit(".", 1)[-1]
+    return last == "wpe" or "position" in last
+
+
+def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
+    """Checks that a virtual id whose row is a token's embedding gives that token's logits.
+
+    One forward pass over two one-token rows; run at load for architectures that the tests do not
+    cover, because some look at ids in places that the module tree does not show.
+
+    Args:
+        model: The wrapped model.
+        token_id: An ordinary id.
+        virtual_id: A virtual id whose row equals the ordinary id's embedding.
+        name: What to call the model in an error.
+
+    Raises:
+        ModelError: The logits differ.
+    """
+    logits = model(mx.array([[token_id], [virtual_id]])).astype(mx.float32)
+    gap, size = mx.abs(logits[0] - logits[1]).max().item(), mx.abs(logits[0]).max().item()
+    if not gap <= 1e-2 * max(size, 1e-6):
+        raise ModelError(
+            f"{name} looks at token ids outside its embedding table (a merged block in a token's "
+            f"place moves the logits by {gap:.2g}): it cannot read merged prompts"
+        )

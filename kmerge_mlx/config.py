@@ -1,0 +1,352 @@
+"""Every default and every on-disk setting, as frozen dataclasses that refuse nonsense.
+
+Owns: the numbers a user can leave out, and the schemas of ``merge_config.json`` and of mlx-lm's
+``adapter_config.json``. Knows nothing of arrays: importing it must stay cheap, because
+``kmerge-mlx --help`` does.
+
+Source: arXiv 2604.15153 section 3 (encoder sizes); mlx-lm's LoRA config (``num_layers``,
+``lora_parameters``) and the defaults of ``mlx_lm.generate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from kmerge_mlx.errors import AdapterError, findings
+
+FORMAT_VERSION = 1
+"""Version of the adapter folder that this release writes, and the newest it reads."""
+
+MAX_BLOCKS = 131_072
+"""Distinct blocks that may be in use at once: 512k tokens at K=4."""
+
+BLOCKS_PER_CHUNK = 512
+"""Blocks the encoder reads at once: its activations stay near 30 MB at D=896, whatever T is."""
+
+CONTEXT_SEPARATOR = "\n\n"
+"""What stands between two FILEs, and between the FILEs and the ``-p`` text."""
+
+ENCODER_FACTORS = MappingProxyType({2: 2.0, 3: 2.0, 4: 1.5})
+ENCODER_FACTOR = 1.5
+"""H = int(factor * K) * D; past K = 4 the factor of K = 4 is kept."""
+
+
+def default_inner_size(merge_factor: int, hidden_size: int) -> int:
+    """The paper's inner width H of the encoder for a merge factor.
+
+    Args:
+        merge_factor: K, at least 2.
+        hidden_size: D, the base model's embedding width.
+
+    Returns:
+        H = int(factor * K) * D, which is 4D, 6D, 6D for K = 2, 3, 4.
+    """
+    return int(ENCODER_FACTORS.get(merge_factor, ENCODER_FACTOR) * merge_factor) * hidden_size
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of ``generate``, the same as ``mlx_lm.generate``'s (a test compares them)."""
+
+    max_tokens: int = 100
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    penalty_context_size: int = 20
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    prefill_step_size: int = 2048
+
+
+def is_int(value: object, low: int = 0) -> bool:
+    """Whether ``value`` is an int (and not a bool) of at least ``low``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite int or float (and not a bool)."""
+    # An int past float64 is no number that arithmetic here can use.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e300
+        and math.isfinite(value)
+    )
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of a merge encoder.
+
+    Args:
+        merge_factor: K, how many token embeddings one block merges.
+        hidden_size: D, the base model's embedding width.
+        inner_size: H, the width of the first hidden layer.
+
+    Raises:
+        AdapterError: A size that no encoder can have.
+    """
+
+    merge_factor: int
+    hidden_size: int
+    inner_size: int
+
+    def __post_init__(self) -> None:
+        sizes = (("merge_factor", 2), ("hidden_size", 1), ("inner_size", 1))
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected a whole number of at least {low}"
+            for name, low in sizes
+            if not is_int(getattr(self, name), low)
+        ]
+        if problems:
+            raise AdapterError(findings("merge encoder", problems))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter names and shapes, as stored: weights are ``(out, in)``."""
+        wide, d, h = self.merge_factor * self.hidden_size, self.hidden_size, self.inner_size
+        return {
+            "w1.weight": (h, wide),
+            "w1.bias": (h,),
+            "w2.weight": (wide, h),
+            "w2.bias": (wide,),
+            "w3.weight": (d, wide),
+            "w3.bias": (d,),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the encoder holds."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """One module's LoRA: ``y = W x + scale * B A x``.
+
+    Args:
+        rank: Inner width r of A and B.
+        scale: mlx-lm's scale, which is PEFT's alpha / r (alpha / sqrt(r) under rsLoRA).
+    """
+
+    rank: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not is_int(self.rank, 1) or not is_number(self.scale):
+            raise AdapterError(
+                f"LoRA with rank {self.rank!r} and scale {self.scale!r}: "
+                "expected a whole rank of at least 1 and a finite scale"
+            )
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> LoRASpec:
+        """Reads ``{"rank": r, "scale": s}``.
+
+        Raises:
+            AdapterError: Anything else; ``where`` says which entry.
+        """
+        if not isinstance(data, dict) or set(data) != {"rank", "scale"}:
+            raise AdapterError(f"{where} is {_short(data)}, expected {{rank, scale}}")
+        return cls(data["rank"], data["scale"])
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which modules carry LoRA, in one of two forms.
+
+    *Uniform*: one rank and scale for the same ``keys`` of the last ``num_layers`` layers. This is
+    mlx-lm's own schema, so mlx-lm loads it too. *By module*: full module paths, each with its own
+    rank and scale (rank_pattern, alpha_pattern, layers_to_transform, a regex). mlx-lm has no such
+    schema; the file then holds no global ``scale``, and mlx-lm refuses it instead of misreading it.
+
+    Args:
+        num_layers: L, how many layers the adapter covers.
+        dropout: LoRA dropout of the training run.
+        uniform: Rank and scale of every module in ``keys``, or None.
+        keys: Module paths inside one layer (``self_attn.q_proj``), or full ones (``lm_head``).
+        modules: Full module path to rank and scale; empty in the uniform form.
+    """
+
+    num_layers: int
+    dropout: float = 0.0
+    uniform: LoRASpec | None = None
+    keys: tuple[str, ...] = ()
+    modules: Mapping[str, LoRASpec] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``adapter_config.json``."""
+        parameters: dict[str, Any]
+        if self.uniform is not None:
+            parameters = {**asdict(self.uniform), "dropout": self.dropout, "keys": [*self.keys]}
+        else:
+            modules = {name: asdict(spec) for name, spec in self.modules.items()}
+            parameters = {"dropout": self.dropout, "modules": modules}
+        return {
+            "fine_tune_type": "lora",
+            "num_layers": self.num_layers,
+            "lora_parameters": parameters,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> LoRAConfig:
+        """Reads ``adapter_config.json``.
+
+        Raises:
+            AdapterError: A key that is missing or of the wrong type, or a fine-tune type other
+                than ``lora``.
+        """
+        if not isinstance(data, dict):
+            raise AdapterError(f"adapter_config.json holds {_short(data)}, expected an object")
+        if (kind := data.get("fine_tune_type", "lora")) != "lora":
+            raise AdapterError(f"adapter_config.json: fine_tune_type {kind!r} is not supported")
+        parameters = data.get("lora_parameters")
+        if not isinstance(parameters, dict) or not is_int(data.get("num_layers")):
+            raise AdapterError("adapter_config.json: expected num_layers and lora_parameters")
+        dropout = parameters.get("dropout", 0.0)
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise AdapterError(f"adapter_config.json: dropout {dropout!r} is not in [0, 1)")
+        if "modules" in parameters:
+            return cls(data["num_layers"], dropout, modules=_read_modules(parameters["modules"]))
+        keys = parameters.get("keys")
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise AdapterError("adapter_config.json: lora_parameters.keys is not a list of names")
+        uniform = LoRASpec(parameters.get("rank"), parameters.get("scale"))
+        return cls(data["num_layers"], dropout, uniform, tuple(keys))
+
+
+def _read_modules(data: Any) -> dict[str, LoRASpec]:
+    if not isinstance(data, dict):
+        raise AdapterError("adapter_config.json: lora_parameters.modules is not an object")
+    where = "adapter_config.json: lora_parameters.modules."
+    return {name: LoRASpec.from_json(spec, where + name) for name, spec in data.items()}
+
+
+@dataclass(frozen=True)
+class BaseModelConfig:
+    """The base model an adapter was made for.
+
+    Args:
+        id: Folder or hub repo id, as the user gave it; for people.
+        fields: The config entries that must agree (see ``base.fingerprint``), or empty where the
+            adapter was converted without ``--model``.
+    """
+
+    id: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_hash(self) -> str | None:
+        """SHA-256 of ``fields`` as canonical JSON, or None without fields."""
+        if not self.fields:
+            return None
+        text = json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Fields that both sides name and that disagree, one line each."""
+        return [
+            f"{name} is {other[name]!r}, the adapter was made for {value!r}"
+            for name, value in self.fields.items()
+            if name in other and other[name] != value
+        ]
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The content of ``merge_config.json``.
+
+    Args:
+        encoder: Sizes of the merge encoder.
+        base: The base model.
+        pad_token_id: Token that fills the last block, or None: taken from the tokenizer.
+        head_lora: Rank and scale of the output head's LoRA kept beside the encoder, or None.
+        layout: How prompts were laid out in training.
+        provenance: Where the numbers come from; free-form, for people.
+    """
+
+    encoder: EncoderConfig
+    base: BaseModelConfig = BaseModelConfig()
+    pad_token_id: int | None = None
+    head_lora: LoRASpec | None = None
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``merge_config.json``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **asdict(self.encoder),
+            "pad_token_id": self.pad_token_id,
+            "base_model": {
+                "id": self.base.id,
+                "config_hash": self.base.config_hash,
+                "config": dict(self.base.fields),
+            },
+            "head_lora": None if self.head_lora is None else asdict(self.head_lora),
+            "layout": dict(self.layout),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> MergeConfig:
+        """Reads ``merge_config.json``.
+
+        Raises:
+            AdapterError: Not an object, a newer format, or entries of the wrong type (all listed).
+        """
+        if not isinstance(data, dict):
+            raise AdapterError(f"merge_config.json holds {_short(data)}, expected an object")
+        version = data.get("format_version")
+        if not is_int(version, 1):
+            raise AdapterError(f"merge_config.json: format_version is {version!r}, expected 1")
+        if version > FORMAT_VERSION:
+            raise AdapterError(
+                f"merge_config.json: format_version {version} is newer than this release reads "
+                f"({FORMAT_VERSION}): update kmerge-mlx"
+            )
+        problems = _merge_config_problems(data)
+        if problems:
+            raise AdapterError(findings("merge_config.json", problems))
+        base, head = data.get("base_model") or {}, data.get("head_lora")
+        return cls(
+            EncoderConfig(*(data.get(n) for n in ("merge_factor", "hidden_size", "inner_size"))),
+            BaseModelConfig(base.get("id"), base.get("config") or {}),
+            data.get("pad_token_id"),
+            None if head is None else LoRASpec.from_json(head, "merge_config.json: head_lora"),
+            data.get("layout") or {},
+            data.get("provenance") or {},
+        )
+
+
+def _merge_config_problems(data: Mapping[str, Any]) -> list[str]:
+    """What is of the wrong type in ``merge_config.json``, one line each."""
+    problems = [
+        f"{name} is {_short(data[name])}, expected an object"
+        for name in ("base_model", "layout", "provenance")
+        if data.get(name) is not None and not isinstance(data[name], dict)
+    ]
+    pad = data.get("pad_token_id")
+    if pad is not None and not is_int(pad):
+        problems.append(f"pad_token_id is {_short(pad)}, expected a token id or null")
+    base = data.get("base_model")
+    if isinstance(base, dict):
+        if not isinstance(base.get("id"), str | None):
+            problems.append(f"base_model.id is {_short(base['id'])}, expected a name or null")
+        if not isinstance(base.get("config"), dict | None):
+            problems.append(f"base_model.config is {_short(base['config'])}, expected an object")
+    return problems
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,70 @@
+"""The merge encoder f: K token embeddings to one merged embedding.
+
+Owns the arithmetic and its bounded-memory form. Does not know tokens, prompts or files.
+
+Source: arXiv 2604.15153 section 3.2: block mean plus a 3-layer ReLU MLP over the K embeddings laid
+end to end. The paper calls it average-initialised; here the last layer starts at zero, so training
+starts at exactly the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kmerge_mlx.config import BLOCKS_PER_CHUNK, EncoderConfig
+
+
+class MergeEncoder(nn.Module):
+    """``f(e_1..e_K) = mean(e) + W3 relu(W2 relu(W1 [e_1;..;e_K]))``, every W with a bias.
+
+    Args:
+        config: K, D and H.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        wide = config.merge_factor * config.hidden_size
+        self.w1 = nn.Linear(wide, config.inner_size)
+        self.w2 = nn.Linear(config.inner_size, wide)
+        self.w3 = nn.Linear(wide, config.hidden_size)
+        self.w3.weight = mx.zeros_like(self.w3.weight)
+        self.w3.bias = mx.zeros_like(self.w3.bias)
+
+    def __call__(self, embeddings: mx.array) -> mx.array:
+        """Merges blocks.
+
+        Args:
+            embeddings: ``(N, K, D)``, any float dtype.
+
+        Returns:
+            Merged embeddings ``(N, D)`` in the encoder's dtype.
+        """
+        x = embeddings.astype(self.w3.bias.dtype)
+        hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
+        hidden = nn.relu(self.w2(hidden))
+        return x.mean(axis=1) + self.w3(hidden)
+
+    def in_chunks(
+        self,
+        embed: Callable[[mx.array], mx.array],
+        blocks: mx.array,
+        chunk_size: int = BLOCKS_PER_CHUNK,
+    ) -> Iterator[mx.array]:
+        """Looks up and merges many blocks without holding all of their embeddings at once.
+
+        Args:
+            embed: Token ids of any shape to embeddings of that shape plus ``(D,)``.
+            blocks: Token ids ``(N, K)``.
+            chunk_size: Blocks per chunk.
+
+        Yields:
+            Merged embeddings ``(n, D)``, evaluated, n at most ``chunk_size``, in order.
+        """
+        for start in range(0, blocks.shape[0], chunk_size):
+            merged = self(embed(blocks[start : start + chunk_size]))
+            mx.eval(merged)
+            yield merged

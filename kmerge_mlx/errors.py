@@ -1,0 +1,54 @@
+"""The exceptions a user can cause, one family.
+
+Every message is one line (or a list of one-line findings) that says what was found, what was
+expected, and which flag or file to change. The CLI prints it and exits 1; nothing here prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class KMergeError(Exception):
+    """Base of everything that is the input's fault and not a bug."""
+
+
+class CheckpointError(KMergeError):
+    """A PyTorch or PEFT checkpoint that cannot be read or cannot be converted."""
+
+
+class AdapterError(KMergeError):
+    """An adapter folder that is torn, foreign, or made for another base model."""
+
+
+class ModelError(KMergeError):
+    """A base model that cannot be found, loaded or given merged prompts."""
+
+
+class PromptError(KMergeError):
+    """A prompt that cannot be read, is empty, or does not fit."""
+
+
+class BlockTableFullError(KMergeError):
+    """More distinct blocks are in use at once than the block table has slots."""
+
+
+def findings(summary: str, problems: Sequence[str]) -> str:
+    """Joins everything wrong with one input into one message.
+
+    Args:
+        summary: What the problems belong to, without a colon.
+        problems: One line each, at least one.
+
+    Returns:
+        ``summary: problem`` for a single problem, else the summary and an indented list.
+    """
+    if len(problems) == 1:
+        return f"{summary}: {problems[0]}"
+    return f"{summary}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

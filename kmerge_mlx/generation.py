@@ -1,0 +1,305 @@
+"""Compress a prompt, then mlx-lm's own generation, with honest statistics.
+
+Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's signatures and
+response fields, plus what merging did. Sampling, KV caches and decoding are mlx-lm's; nothing of
+them is copied here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchResponse as HostBatchResponse
+from mlx_lm.generate import GenerationResponse as HostResponse
+from mlx_lm.generate import stream_generate as host_stream_generate
+from mlx_lm.sample_utils import LogitsProcessor
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from kmerge_mlx.blocks import CompressedPrompt
+from kmerge_mlx.errors import ModelError, PromptError
+from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.prompt import Segment, encode
+
+Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
+
+
+@dataclass(kw_only=True)
+class GenerationResponse(HostResponse):
+    """mlx-lm's response to one generated token, with what merging did.
+
+    ``prompt_tokens`` counts original tokens, and ``prompt_tps`` is original tokens over
+    ``time_to_first_token``: the encoder's time is part of reading the prompt.
+
+    Args:
+        compressed_tokens: Positions prefilled.
+        compression_ratio: ``prompt_tokens / compressed_tokens``.
+        time_to_first_token: Seconds from the call to the first token: tokenizing, merging, prefill.
+    """
+
+    compressed_tokens: int
+    compression_ratio: float
+    time_to_first_token: float
+
+
+@dataclass
+class BatchResponse(HostBatchResponse):
+    """mlx-lm's batch response, with what merging did.
+
+    Args:
+        prompt_tokens: Original tokens of each prompt.
+        compressed_tokens: Positions prefilled for each prompt.
+        finish_reasons: ``"stop"`` or ``"length"`` for each prompt.
+    """
+
+    prompt_tokens: list[int] = field(default_factory=list)
+    compressed_tokens: list[int] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+
+
+def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedPrompt:
+    """Turns a prompt into the ids that the model reads.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompt: Text or token ids (all of it merges), or segments (see ``prompt.lay_out``). An
+            already compressed prompt is returned as it is.
+
+    Returns:
+        The compressed prompt; its blocks stay bound while the object lives.
+
+    Raises:
+        PromptError: Empty, or a token id outside the vocabulary.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    if isinstance(prompt, CompressedPrompt):
+        return prompt
+    segments = _segments(tokenizer, prompt)
+    if not any(len(segment.ids) for segment in segments):
+        raise PromptError("the prompt is empty: there is nothing to read")
+    embedding = merged_embedding(model)
+    if embedding is not None:
+        return embedding.compress(segments)
+    ids = [i for segment in segments for i in segment.ids]
+    return CompressedPrompt(ids, ids, [1] * len(ids))
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft_model: nn.Module | None = None,
+    **options: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Generates text from a prompt whose blocks are merged; the twin of mlx-lm's function.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompt: See :func:`compress`.
+        max_tokens: Most tokens to generate; -1 for no limit.
+        logits_processors: mlx-lm's; they are given the original token ids, never virtual ones.
+        draft_model: Refused: it would be given virtual ids.
+        **options: Everything else of ``mlx_lm.generate.generate_step``: ``sampler``,
+            ``max_kv_size``, ``prompt_cache``, ``kv_bits``, ``prefill_step_size`` and so on.
+
+    Yields:
+        One response a token.
+
+    Raises:
+        ModelError: A draft model was given.
+        PromptError: The prompt is empty, or longer than the model's context.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    if draft_model is not None:
+        raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
+    start = time.perf_counter()
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    compressed = compress(model, tokenizer, prompt)
+    check_context(model, compressed, options.get("prompt_cache"))
+    if logits_processors:
+        options["logits_processors"] = over_original_ids(logits_processors, compressed)
+    first: float | None = None
+    for response in host_stream_generate(
+        model, tokenizer, mx.array(compressed.ids), max_tokens=max_tokens, **options
+    ):
+        first = first or time.perf_counter() - start
+        known = {f.name: getattr(response, f.name) for f in fields(response)}
+        known["prompt_tokens"] = len(compressed.original_ids)
+        known["prompt_tps"] = len(compressed.original_ids) / first
+        yield GenerationResponse(
+            **known,
+            compressed_tokens=len(compressed.ids),
+            compression_ratio=compressed.compression_ratio,
+            time_to_first_token=first,
+        )
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, **options: Any) -> str:
+    """The whole text that :func:`stream_generate` streams, with the same options."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+
+
+def batch_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    prompt_caches: list[list[Any]] | None = None,
+    max_tokens: int | list[int] = 128,
+    *,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    return_prompt_caches: bool = False,
+    return_token_ids: bool = False,
+    return_logprobs: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> BatchResponse:
+    """Generates for many prompts at once by mlx-lm's continuous batching.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompts: See :func:`compress`, one each.
+        prompt_caches: KV caches already filled with a prefix of each prompt; not changed.
+        max_tokens: Most tokens to generate, for all or for each.
+        logits_processors: mlx-lm's, applied to every prompt over its own original token ids.
+        return_prompt_caches: Put each prompt's KV cache in the response.
+        return_token_ids: Put the generated ids in the response.
+        return_logprobs: Put each generated token's log-probability in the response.
+        progress: Called with (finished, total) whenever a prompt is finished.
+        **options: Everything else of ``mlx_lm.generate.BatchGenerator``: ``sampler``,
+            ``completion_batch_size``, ``prefill_batch_size``, ``max_kv_size`` and so on.
+
+    Returns:
+        Texts and statistics in the order of the prompts.
+
+    Raises:
+        PromptError: A prompt is empty, or longer than the model's context.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    compressed = [compress(model, tokenizer, prompt) for prompt in prompts]
+    for i, prompt in enumerate(compressed):
+        check_context(model, prompt, prompt_caches[i] if prompt_caches else None)
+    limits = [max_tokens] * len(compressed) if isinstance(max_tokens, int) else max_tokens
+    processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
+    generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
+    try:
+        uids = generator.insert(
+            [list(prompt.ids) for prompt in compressed],
+            limits,
+            caches=prompt_caches,
+            logits_processors=processors,
+        )
+        with generator.stats() as stats:
+            done = _drain(generator, uids, return_logprobs, progress)
+    finally:
+        generator.close()
+    rows = [done[uid] for uid in uids]
+    return BatchResponse(
+        texts=[tokenizer.decode(row.tokens) for row in rows],
+        stats=stats,
+        caches=[row.cache for row in rows] if return_prompt_caches else None,
+        token_ids=[row.tokens for row in rows] if return_token_ids else None,
+        logprobs=[row.logprobs for row in rows] if return_logprobs else None,
+        prompt_tokens=[len(prompt.original_ids) for prompt in compressed],
+        compressed_tokens=[len(prompt.ids) for prompt in compressed],
+        finish_reasons=[row.finish_reason for row in rows],
+    )
+
+
+def over_original_ids(
+    processors: Iterable[LogitsProcessor], prompt: CompressedPrompt
+) -> list[LogitsProcessor]:
+    """Makes logits processors see the prompt's original token ids instead of virtual ones.
+
+    A virtual id would index the logits out of range, and MLX does not check that. Original ids
+    are also what a repetition penalty means. Nothing is read back from the device.
+
+    Args:
+        processors: mlx-lm's, called with (ids read so far, logits ``(1, V)``).
+        prompt: The prompt that generation starts from.
+
+    Returns:
+        The same processors, guarded.
+    """
+    positions = len(prompt.ids)
+    original = mx.array(prompt.original_ids)
+
+    def guard(processor: LogitsProcessor) -> LogitsProcessor:
+        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+            generated = tokens[positions:].astype(original.dtype)
+            return processor(mx.concatenate([original, generated]), logits)
+
+        return guarded
+
+    return [guard(processor) for processor in processors]
+
+
+def check_context(model: nn.Module, prompt: CompressedPrompt, cache: list[Any] | None) -> None:
+    """Refuses a prompt that has more positions than the model was made for.
+
+    Raises:
+        PromptError: Says how long it is and what the model takes.
+    """
+    limit = getattr(model, "context_length", None)
+    cached = max((int(getattr(c, "offset", 0)) for c in cache), default=0) if cache else 0
+    positions = cached + len(prompt.ids)
+    if limit is not None and positions > limit:
+        raise PromptError(
+            f"the prompt has {positions:,} positions after merging "
+            f"({len(prompt.original_ids):,} tokens), and the model's context is {limit:,}: "
+            "shorten it, or use an adapter with a larger K"
+        )
+
+
+@dataclass
+class _Row:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    cache: list[Any] | None = None
+    finish_reason: str = "length"
+
+
+def _drain(
+    generator: BatchGenerator,
+    uids: list[int],
+    want_logprobs: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, _Row]:
+    """Runs a batch to its end."""
+    rows = {uid: _Row() for uid in uids}
+    finished = 0
+    while responses := generator.next_generated():
+        for response in responses:
+            row = rows[response.uid]
+            if response.finish_reason != "stop":
+                row.tokens.append(response.token)
+                if want_logprobs:
+                    row.logprobs.append(response.logprobs[response.token].item())
+            if response.finish_reason is not None:
+                row.finish_reason, row.cache = response.finish_reason, response.prompt_cache
+                finished += 1
+                if progress is not None:
+                    progress(finished, len(uids))
+    return rows
+
+
+def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment]:
+    if isinstance(prompt, str):
+        return [Segment(encode(tokenizer, prompt))]
+    if isinstance(prompt, mx.array):
+        prompt = prompt.tolist()
+    prompt = list(prompt)
+    if all(isinstance(part, Segment) for part in prompt):
+        return prompt
+    return [Segment(prompt)]

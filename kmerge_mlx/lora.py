@@ -1,0 +1,127 @@
+"""LoRA on a base model, attached through mlx-lm.
+
+Owns: turning a :class:`~kmerge_mlx.config.LoRAConfig` into LoRA layers (uniform, or by module with
+its own rank and scale), and loading tensors into them strictly. The head of a tied model is not
+here: it lives in :class:`~kmerge_mlx.blocks.MergedEmbedding`.
+
+Source: ``y = W x + scale * B A x`` (arXiv 2106.09685); names and shapes are mlx-lm's: ``lora_a``
+is ``(in, r)``, ``lora_b`` is ``(r, out)``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from kmerge_mlx.config import LoRAConfig, LoRASpec
+from kmerge_mlx.errors import AdapterError, findings
+
+LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+
+
+def attach(model: nn.Module, config: LoRAConfig) -> None:
+    """Replaces the modules that ``config`` names by mlx-lm's LoRA layers, in place.
+
+    Args:
+        model: An mlx-lm model.
+        config: Which modules, with which rank and scale.
+
+    Raises:
+        AdapterError: Modules that the model does not have, or cannot carry LoRA; all are listed.
+    """
+    names = {name for name, _ in model.named_modules()}
+    missing = [name for name in config.modules if name not in names]
+    if config.num_layers > len(model.layers):
+        missing.append(f"{config.num_layers} layers (the model has {len(model.layers)})")
+    for key in config.keys:
+        if key not in names and not any(name.endswith(f".{key}") for name in names):
+            missing.append(key)
+    if missing:
+        raise AdapterError(
+            findings("the base model does not have what the adapter changes", missing)
+        )
+    if config.uniform is not None and config.num_layers:
+        _convert(model, config.num_layers, config.uniform, config.dropout, list(config.keys))
+    groups: dict[LoRASpec, list[str]] = defaultdict(list)
+    for name, spec in config.modules.items():
+        groups[spec].append(name)
+    for spec, modules in groups.items():
+        # Full paths never match inside a layer, so only mlx-lm's second pass, by path, acts.
+        _convert(model, len(model.layers), spec, config.dropout, modules)
+
+
+def _convert(
+    model: nn.Module, num_layers: int, spec: LoRASpec, dropout: float, keys: list[str]
+) -> None:
+    parameters: dict[str, Any] = {
+        "rank": spec.rank,
+        "scale": spec.scale,
+        "dropout": dropout,
+        "keys": keys,
+    }
+    try:
+        linear_to_lora_layers(model, num_layers, parameters)
+    except ValueError as error:
+        raise AdapterError(f"the base model cannot carry this adapter: {error}") from error
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The LoRA tensors of mlx-lm's layers in a model, by full name."""
+    return {
+        f"{path}.{name}": module[name]
+        for path, module in model.named_modules()
+        if isinstance(module, LORA_LAYERS)
+        for name in ("lora_a", "lora_b")
+    }
+
+
+def load_strictly(
+    module: nn.Module, expected: Mapping[str, Any], weights: Mapping[str, mx.array], where: str
+) -> None:
+    """Loads tensors into a module after checking every name and shape.
+
+    Args:
+        module: Receives the tensors.
+        expected: Parameter names to arrays or shapes; exactly these must be given.
+        weights: Tensors by parameter name.
+        where: The file they come from, for the error.
+
+    Raises:
+        AdapterError: Missing, extra or misshapen tensors, all of them listed with both shapes.
+    """
+    shapes = {n: tuple(getattr(e, "shape", e)) for n, e in expected.items()}
+    problems = tensor_problems(shapes, {n: tuple(w.shape) for n, w in weights.items()})
+    problems += [
+        f"{name} has dtype {w.dtype}, expected a floating-point dtype"
+        for name, w in weights.items()
+        if not mx.issubdtype(w.dtype, mx.floating)
+    ]
+    if problems:
+        raise AdapterError(findings(where, problems))
+    module.load_weights(list(weights.items()), strict=False)
+
+
+def tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Missing, extra and misshapen tensors, one line each with both shapes."""
+    problems = [f"{n} is missing, expected shape {expected[n]}" for n in expected if n not in found]
+    problems += [f"{n} {found[n]} belongs to nothing here" for n in found if n not in expected]
+    problems += [
+        f"{n} has shape {found[n]}, expected {expected[n]}"
+        for n in expected
+        if n in found and found[n] != expected[n]
+    ]
+    return problems
+
+
+def num_parameters(module: nn.Module) -> int:
+    """How many numbers a module holds."""
+    return sum(array.size for _, array in tree_flatten(module.parameters()))
