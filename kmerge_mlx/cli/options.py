@@ -1,0 +1,162 @@
+"""Every option that more than one command takes, defined once: name, type and help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Base model: a folder or a Hugging Face repo id. Default: the one the adapter names.",
+        show_default=False,
+    ),
+]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-path",
+        help="Adapter folder, as `kmerge-mlx convert` writes it.",
+        show_default=False,
+    ),
+]
+MergeFactor = Annotated[
+    int | None,
+    typer.Option(
+        "--k",
+        "--merge-factor",
+        min=1,
+        help="Merge factor K: how many tokens one position stands for.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the base model's own Python files run."),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="Text to read raw, after the FILEs; `-` is stdin.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option("--max-tokens", "-m", min=-1, help="Most tokens to generate; -1 for no limit."),
+]
+Temp = Annotated[float, typer.Option("--temp", min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sampling top-p.")]
+MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Sampling min-p.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sampling top-k; 0 is off.")]
+MinTokensToKeep = Annotated[
+    int, typer.Option("--min-tokens-to-keep", min=1, help="Tokens that min-p always keeps.")
+]
+XtcProbability = Annotated[
+    float,
+    typer.Option("--xtc-probability", min=0.0, max=1.0, help="How often XTC sampling happens."),
+]
+XtcThreshold = Annotated[
+    float,
+    typer.Option(
+        "--xtc-threshold", min=0.0, max=0.5, help="Probability from which XTC drops tokens."
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="PRNG seed.", show_default=False)]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        min=0.0,
+        help="Divides the logits of tokens already read; 1 is off.",
+        show_default=False,
+    ),
+]
+RepetitionContextSize = Annotated[
+    int, typer.Option("--repetition-context-size", min=1, help="Original tokens it looks back.")
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        help="Subtracted from the logits of tokens already read.",
+        show_default=False,
+    ),
+]
+PresenceContextSize = Annotated[
+    int, typer.Option("--presence-context-size", min=1, help="Original tokens it looks back.")
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty",
+        help="The same, once for every time a token was read.",
+        show_default=False,
+    ),
+]
+FrequencyContextSize = Annotated[
+    int, typer.Option("--frequency-context-size", min=1, help="Original tokens it looks back.")
+]
+MaxKvSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-kv-size",
+        min=1,
+        help="Most positions the KV cache keeps; older ones are overwritten.",
+        show_default=False,
+    ),
+]
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits", min=2, max=8, help="Bits to quantize the KV cache to.", show_default=False
+    ),
+]
+KvGroupSize = Annotated[
+    int, typer.Option("--kv-group-size", min=32, help="Group size of --kv-bits.")
+]
+QuantizedKvStart = Annotated[
+    int, typer.Option("--quantized-kv-start", min=0, help="Position from which --kv-bits applies.")
+]
+PrefillStepSize = Annotated[
+    int, typer.Option("--prefill-step-size", min=1, help="Positions prefilled at once.")
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--system-prompt", help="System message for the chat template.", show_default=False
+    ),
+]
+PrefillResponse = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-response",
+        help="Beginning of the answer, for the chat template.",
+        show_default=False,
+    ),
+]
+ChatTemplateConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-config",
+        help="Further chat template arguments, a JSON object.",
+        show_default=False,
+    ),
+]
+IgnoreChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-chat-template", help="Use the bare text, without the tokenizer's chat template."
+    ),
+]
+ExtraEosToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--extra-eos-token", help="Stop at this token too; repeat it.", show_default=False
+    ),
+]

@@ -1,0 +1,43 @@
+"""What several test modules need: the authors' checkpoint, its adapter, the loaded model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# No test may reach the hub; set before huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+UPSTREAM = Path(__file__).parent / "fixtures" / "upstream_tied_k4"
+
+
+@pytest.fixture(scope="session")
+def base_path() -> Path:
+    """The tiny Qwen2 base model that the fixture checkpoint was trained on."""
+    return UPSTREAM / "base"
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path() -> Path:
+    """A checkpoint folder written by the authors' own code: K = 4, D = 64, tied."""
+    return UPSTREAM / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def adapter_path(tmp_path_factory, base_path, checkpoint_path) -> Path:
+    """The fixture checkpoint, converted. Read-only: copy it to change it."""
+    from kmerge_mlx.convert.checkpoint import convert_checkpoint
+
+    path = tmp_path_factory.mktemp("converted") / "adapter"
+    convert_checkpoint(str(checkpoint_path), path, model=str(base_path), k=4)
+    return path
+
+
+@pytest.fixture
+def model_and_tokenizer(base_path, adapter_path):
+    """A fresh model with the fixture adapter, and its tokenizer."""
+    from kmerge_mlx import load
+
+    return load(str(base_path), adapter_path, 4)

@@ -1,0 +1,321 @@
+"""K-Token Merging in PyTorch, Transformers and PEFT: the oracle of the parity tests.
+
+Owns the method and the tree task as published (DESIGN sections 1 and 9), written as plainly as they
+can be so that they are right by reading, and the files of expected outputs. No MLX, no import from
+`kmerge_mlx`, no speed: batch 1, float32 and no KV cache throughout.
+
+Shapes: T prompt tokens, K merge factor, N = ceil(T / K) blocks, D hidden size, H inner size,
+V vocabulary size, G generated tokens.
+
+Source: the paper "K-Token Merging" (arXiv 2604.15153). Written from its description; the authors'
+code has no licence and none of it is here. Only names of files and tensors are theirs, because
+those are the format under test.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+INNER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
+INNER_FACTOR_PAST_4 = 1.5
+GREEDY_TOKENS = 16
+
+
+def default_inner_size(k: int, hidden_size: int) -> int:
+    """The reference's H: int(factor * K) * D, that is 4D, 6D, 6D, 7D for K = 2, 3, 4, 5."""
+    return int(INNER_FACTORS.get(k, INNER_FACTOR_PAST_4) * k) * hidden_size
+
+
+class ReferenceEncoder(nn.Module):
+    """Merges K embeddings into one: their mean plus what a three-layer MLP reads in them.
+
+    PyTorch's default initialisation throughout, like the reference. The state dict's keys,
+    `net.0.weight` to `net.4.bias`, are those of the authors' `encoder.pth`.
+
+    Args:
+        k: Merge factor K.
+        hidden_size: D.
+        inner_size: H; None for the reference's default.
+    """
+
+    def __init__(self, k: int, hidden_size: int, inner_size: int | None = None):
+        super().__init__()
+        inner_size = inner_size or default_inner_size(k, hidden_size)
+        self.k = k
+        self.net = nn.Sequential(
+            nn.Linear(k * hidden_size, inner_size),
+            nn.ReLU(),
+            nn.Linear(inner_size, k * hidden_size),
+            nn.ReLU(),
+            nn.Linear(k * hidden_size, hidden_size),
+        )
+
+    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Merges each block.
+
+        Args:
+            blocks: (N, K, D) float embeddings.
+
+        Returns:
+            (N, D) merged embeddings.
+        """
+        return blocks.mean(dim=1) + self.net(blocks.flatten(start_dim=1))
+
+
+def load_encoder(path: Path) -> ReferenceEncoder:
+    """Reads an `encoder.pth`; the shapes in it decide K, D and H."""
+    state = torch.load(path, weights_only=True)
+    inner_size, flat_size = state["net.0.weight"].shape
+    hidden_size = state["net.4.weight"].shape[0]
+    encoder = ReferenceEncoder(flat_size // hidden_size, hidden_size, inner_size)
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+
+def pad_token_id(tokenizer) -> int:
+    """The id that fills a prompt up to a multiple of K: a space, else the pad, else the EOS token.
+
+    Raises:
+        ValueError: The tokenizer has none of the three.
+    """
+    space = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    candidates = [*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id]
+    for candidate in candidates:
+        if candidate is not None:
+            return candidate
+    raise ValueError("The tokenizer has no token for a space, no pad token and no EOS token.")
+
+
+def merge_prompt(
+    embedding: nn.Module,
+    encoder: ReferenceEncoder,
+    ids: Sequence[int],
+    k: int,
+    pad_id: int,
+) -> torch.Tensor:
+    """Pads a prompt on the right, groups its base embeddings by K and merges each group.
+
+    Args:
+        embedding: The base model's input embedding (`model.get_input_embeddings()`).
+        encoder: Merges (N, K, D) to (N, D).
+        ids: T >= 1 prompt token ids.
+        k: Merge factor K.
+        pad_id: Fills the last block.
+
+    Returns:
+        (N, D) merged embeddings.
+    """
+    padded = [*ids, *[pad_id] * (-len(ids) % k)]
+    table_rows = embedding(torch.tensor(padded))  # (N * K, D)
+    return encoder(table_rows.unflatten(0, (-1, k)))
+
+
+def answer_loss(model: nn.Module, merged: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+    """The training loss of one example: cross entropy of the answer after its merged prompt.
+
+    Args:
+        model: A causal LM of transformers, under PEFT or not.
+        merged: (N, D) merged prompt; its positions are read and never scored.
+        answer: Token ids of the answer and the EOS after it, all of them scored.
+
+    Returns:
+        The mean over the answer's tokens, a scalar.
+    """
+    answer = torch.tensor(answer)
+    answer_rows = model.get_input_embeddings()(answer[:-1])  # the last token is only predicted
+    positions = torch.cat([merged, answer_rows])
+    logits = model(inputs_embeds=positions[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[len(merged) - 1 :], answer)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, merged: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
+    """Generates greedily after a merged prompt; the EOS token does not stop it.
+
+    Each new token is embedded by the base table and appended as it is. Every step reads all
+    positions again: slower than a KV cache, and nothing to get wrong.
+
+    Args:
+        model: A causal LM of transformers, under PEFT or not, in eval mode.
+        merged: (N, D) merged prompt.
+        count: G, how many tokens to generate.
+
+    Returns:
+        The G token ids, and the (G, V) logits from which they were taken.
+    """
+    embedding = model.get_input_embeddings()
+    positions = merged  # (N + tokens so far, D)
+    tokens: list[int] = []
+    steps: list[torch.Tensor] = []
+    for _ in range(count):
+        steps.append(model(inputs_embeds=positions[None], use_cache=False).logits[0, -1])
+        tokens.append(int(steps[-1].argmax()))
+        positions = torch.cat([positions, embedding(torch.tensor(tokens[-1:]))])
+    return tokens, torch.stack(steps)
+
+
+def greedy(
+    model: nn.Module, merged: torch.Tensor, max_new_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """`decode`, with the (V,) logits of the first token alone."""
+    tokens, logits = decode(model, merged, max_new_tokens)
+    return tokens, logits[0]
+
+
+@dataclass
+class Reference:
+    """A trained checkpoint of the authors' layout, ready to answer.
+
+    Attributes:
+        model: The base model under its PEFT adapter, in eval mode.
+        encoder: The checkpoint's encoder.
+        tokenizer: The base model's tokenizer.
+    """
+
+    model: PeftModel
+    encoder: ReferenceEncoder
+    tokenizer: object
+
+    @property
+    def k(self) -> int:
+        """The checkpoint's merge factor."""
+        return self.encoder.k
+
+    def ids(self, prompt: str) -> list[int]:
+        """The T token ids of a prompt."""
+        return self.tokenizer(prompt)["input_ids"]
+
+    @torch.no_grad()
+    def merge(self, ids: Sequence[int]) -> torch.Tensor:
+        """(N, D) merged embeddings of T prompt ids."""
+        embedding = self.model.get_input_embeddings()
+        return merge_prompt(embedding, self.encoder, ids, self.k, pad_token_id(self.tokenizer))
+
+
+def load_base(folder: Path) -> nn.Module:
+    """Loads a base model in float32 and eval mode, with the attention that is plain PyTorch."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def load_reference(base: Path, checkpoint: Path) -> Reference:
+    """Loads a base model's folder and, on top of it, a checkpoint's adapter and encoder."""
+    return Reference(
+        model=PeftModel.from_pretrained(load_base(base), checkpoint).eval(),
+        encoder=load_encoder(checkpoint / "encoder.pth"),
+        tokenizer=AutoTokenizer.from_pretrained(base),
+    )
+
+
+# Textualized trees (DESIGN section 9)
+
+
+def draw_tree(
+    rng: random.Random, max_depth: int, max_nodes: int, children: tuple[int, int]
+) -> list[tuple[int, str, str | None]]:
+    """Draws a tree depth first.
+
+    Args:
+        rng: The only source of chance.
+        max_depth: Nodes at this depth have no children; the root's is 0.
+        max_nodes: 1 to 676, the number of names.
+        children: Fewest and most children of a node above `max_depth`, while nodes are left.
+
+    Returns:
+        (depth, name, parent's name) of each node; the root's parent is None.
+    """
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    names = rng.sample([first + second for first in letters for second in letters], max_nodes)
+    rows: list[tuple[int, str, str | None]] = []
+
+    def grow(depth: int, parent: str | None) -> None:
+        name = names[len(rows)]
+        rows.append((depth, name, parent))
+        fewest, most = children
+        most = min(most, max_nodes - len(rows))
+        if depth == max_depth or most < fewest:
+            return
+        for _ in range(rng.randint(fewest, most)):
+            if len(rows) < max_nodes:  # a child's own children may have used the nodes up
+                grow(depth + 1, name)
+
+    grow(0, None)
+    return rows
+
+
+def draw_example(rng: random.Random, *shape) -> tuple[str, str]:
+    """Draws a tree of a shape (see `draw_tree`) and a question: its prompt and its answer."""
+    rows = draw_tree(rng, *shape)
+    while len(rows) < 2:  # a lone root has nothing to ask about
+        rows = draw_tree(rng, *shape)
+    edges = [(parent, name) for _, name, parent in rows if parent is not None]
+    if rng.random() < 0.5:
+        parent, child = rng.choice(edges)
+    else:
+        parent, child = rng.sample([name for _, name, _ in rows], 2)
+    tree = "\n".join("+" * depth + name for depth, name, _ in rows)
+    prompt = (
+        f"Tree: {tree}, Task: Parent/Child Relationship, Parent: {parent}, Child: {child}, Answer: "
+    )
+    return prompt, "true" if (parent, child) in edges else "false"
+
+
+# Expected outputs
+
+
+def write_expected(folder: Path, rng: random.Random) -> None:
+    """Writes what a checkpoint on disk makes of six prompts.
+
+    `expected.json` holds k, pad_token_id and cases: [{prompt, ids, greedy}]. For case i,
+    `expected.safetensors` holds "{i}.merged" (N, D), "{i}.logits" (V,) of the first token, and
+    "{i}.steps" (G, V) of all `greedy` tokens.
+
+    Args:
+        folder: Holds base/ and checkpoint/; receives the two files.
+        rng: Decides the prompts that are trees.
+    """
+    reference = load_reference(folder / "base", folder / "checkpoint")
+    cases, tensors = [], {}
+    for i, prompt in enumerate(_case_prompts(rng, reference)):
+        ids = reference.ids(prompt)
+        merged = reference.merge(ids)
+        tokens, logits = decode(reference.model, merged, GREEDY_TOKENS)
+        cases.append({"prompt": prompt, "ids": ids, "greedy": tokens})
+        tensors |= {f"{i}.merged": merged, f"{i}.logits": logits[0].clone(), f"{i}.steps": logits}
+    expected = {"k": reference.k, "pad_token_id": pad_token_id(reference.tokenizer), "cases": cases}
+    text = json.dumps(expected, indent=1, ensure_ascii=False)
+    (folder / "expected.json").write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, folder / "expected.safetensors")
+
+
+def _case_prompts(rng: random.Random, reference: Reference) -> list[str]:
+    """Whole blocks; one token short, and one over, of whole blocks; one token; bytes; long."""
+
+    def tree_with_remainder(remainder: int) -> str:
+        while True:
+            prompt, _ = draw_example(rng, 3, 10, (0, 3))
+            if len(reference.ids(prompt)) % reference.k == remainder:
+                return prompt
+
+    long_prompt, _ = draw_example(rng, 4, 80, (3, 5))
+    return [
+        tree_with_remainder(0),
+        tree_with_remainder(reference.k - 1),
+        tree_with_remainder(1),
+        "A",
+        "Tree: é → 漢字 🙂, Parent: ZZ",
+        long_prompt,
+    ]
