@@ -1,0 +1,73 @@
+"""The merge encoder's arithmetic, against the formula in numpy."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kmerge_mlx.config import EncoderConfig, default_inner_size
+from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.errors import AdapterError
+
+
+def filled(k: int, d: int, h: int) -> MergeEncoder:
+    mx.random.seed(k)
+    encoder = MergeEncoder(EncoderConfig(k, d, h))
+    for layer in (encoder.w1, encoder.w2, encoder.w3):
+        layer.weight = mx.random.normal(layer.weight.shape, scale=0.2)
+        layer.bias = mx.random.normal(layer.bias.shape, scale=0.2)
+    return encoder
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8, 17])
+def test_a_new_encoder_is_exactly_the_mean_for_any_k(k):
+    encoder = MergeEncoder(EncoderConfig(k, 16, default_inner_size(k, 16)))
+    blocks = mx.random.normal((7, k, 16))
+    assert mx.array_equal(encoder(blocks), blocks.mean(axis=1))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_the_encoder_is_mean_plus_three_layer_relu_mlp(k):
+    encoder, blocks = filled(k, 8, 24), np.random.default_rng(k).normal(size=(5, k, 8))
+    x = blocks.reshape(5, -1)
+    for i, layer in enumerate((encoder.w1, encoder.w2, encoder.w3)):
+        x = x @ np.array(layer.weight).T + np.array(layer.bias)
+        x = np.maximum(x, 0) if i < 2 else x
+    found = np.array(encoder(mx.array(blocks, mx.float32)))
+    np.testing.assert_allclose(found, blocks.mean(axis=1) + x, rtol=0, atol=1e-5)
+
+
+def test_the_papers_inner_sizes_are_the_defaults():
+    assert [default_inner_size(k, 896) // 896 for k in (2, 3, 4)] == [4, 6, 6]
+    assert default_inner_size(5, 10) == 70
+
+
+def test_chunks_give_what_one_pass_gives():
+    encoder, table = filled(3, 8, 16), mx.random.normal((50, 8))
+    blocks = mx.random.randint(0, 50, (23, 3))
+    whole = encoder(table[blocks])
+    chunks = list(encoder.in_chunks(lambda ids: table[ids], blocks, chunk_size=5))
+    assert [chunk.shape[0] for chunk in chunks] == [5, 5, 5, 5, 3]
+    assert mx.allclose(mx.concatenate(chunks), whole, rtol=0, atol=1e-6)
+
+
+def test_the_encoder_computes_in_its_own_dtype():
+    encoder = filled(2, 8, 16)
+    assert encoder(mx.zeros((3, 2, 8), mx.bfloat16)).dtype == mx.float32
+    encoder.set_dtype(mx.float16)
+    assert encoder(mx.zeros((3, 2, 8), mx.float32)).dtype == mx.float16
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (2, 0, 8), (2, 8, -1), (2.0, 8, 8), (True, 8, 8)])
+def test_sizes_that_no_encoder_has_are_refused(sizes):
+    with pytest.raises(AdapterError, match="expected a whole number"):
+        EncoderConfig(*sizes)
+
+
+def test_the_parameter_count_is_the_papers():
+    # DESIGN section 7: 14.5M / 31.3M / 41.8M at D = 896.
+    counts = [
+        EncoderConfig(k, 896, default_inner_size(k, 896)).num_parameters for k in (2, 3, 4)
+    ]
+    assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]

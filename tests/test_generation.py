@@ -1,0 +1,369 @@
+"""Generation over compressed prompts: batches, caches, penalties, long prompts.
+
+Oracles: mlx-lm itself (its processors on the original ids, its generation on the rows), and the
+same prompts read another way.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from kmerge_mlx import Segment, batch_generate, compress, generate, stream_generate
+from kmerge_mlx.errors import ModelError, PromptError
+from kmerge_mlx.generation import over_original_ids
+from kmerge_mlx.model import attach, merged_embedding
+from tests.conftest import UPSTREAM
+from tests.tiny import PAD, build, qwen2_config, random_adapter
+
+V = 700
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model whose greedy text does not stop early, and its tokenizer."""
+    model = build(qwen2_config())
+    attach(model, random_adapter(model, 4), PAD)
+    model.context_length = 32_768
+    return model, load_tokenizer(UPSTREAM / "base")
+
+
+def prompts_of(count: int, low: int = 1, high: int = 90, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(1, V) for _ in range(rng.randint(low, high))] for _ in range(count)]
+
+
+def steps(model, prompt, tokens=10, **options):
+    """Tokens and log-probabilities by mlx-lm's own loop."""
+    return list(generate_step(mx.array(prompt.ids), model, max_tokens=tokens, **options))
+
+
+def assert_same(found, wanted, tolerance=1e-4):
+    for (token, logprobs), (wanted_token, wanted_logprobs) in zip(found, wanted, strict=True):
+        assert token == wanted_token
+        assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
+
+
+# Statistics
+
+
+def test_responses_count_original_tokens_and_positions(tiny):
+    responses = list(stream_generate(*tiny, list(range(1, 11)), max_tokens=3))
+    last = responses[-1]
+    assert (last.prompt_tokens, last.compressed_tokens) == (10, 3)
+    assert last.compression_ratio == 10 / 3
+    assert last.prompt_tps == pytest.approx(10 / last.time_to_first_token)
+    assert [r.generation_tokens for r in responses] == [1, 2, 3]
+    assert len({r.time_to_first_token for r in responses}) == 1
+
+
+def test_generate_is_the_joined_stream(tiny):
+    prompt = prompts_of(1)[0]
+    streamed = "".join(r.text for r in stream_generate(*tiny, prompt, max_tokens=12))
+    assert generate(*tiny, prompt, max_tokens=12) == streamed
+
+
+def test_text_ids_arrays_segments_and_compressed_prompts_are_one_prompt(tiny):
+    model, tokenizer = tiny
+    text = "Tree: JN\n+WO, Task: "
+    ids = tokenizer.encode(text)
+    forms = [text, ids, tuple(ids), mx.array(ids), [Segment(ids)], compress(*tiny, text)]
+    assert len({tuple(compress(model, tokenizer, form).ids) for form in forms}) == 1
+
+
+@pytest.mark.parametrize("empty", ["", [], [Segment([])]])
+def test_an_empty_prompt_is_refused(tiny, empty):
+    with pytest.raises(PromptError, match="empty"):
+        next(stream_generate(*tiny, empty))
+
+
+def test_a_draft_model_is_refused(tiny):
+    with pytest.raises(ModelError, match="draft model"):
+        next(stream_generate(*tiny, [1, 2], draft_model=tiny[0]))
+
+
+def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny):
+    model, tokenizer = tiny
+    model.context_length = 10
+    try:
+        assert next(stream_generate(model, tokenizer, [1] * 40, max_tokens=1))
+        with pytest.raises(PromptError, match=r"11 positions.*41 tokens.*context is 10"):
+            next(stream_generate(model, tokenizer, [1] * 41))
+        cache = make_prompt_cache(model)
+        model(mx.array([compress(model, tokenizer, [1] * 20).ids]), cache=cache)
+        with pytest.raises(PromptError, match="11 positions"):
+            next(stream_generate(model, tokenizer, [1] * 21, prompt_cache=cache))
+    finally:
+        model.context_length = 32_768
+
+
+# Batches
+
+
+def test_a_batch_of_16_lengths_equals_one_by_one_token_by_token(tiny):
+    model, tokenizer = tiny
+    prompts = prompts_of(16, 1, 300)
+    assert len({len(prompt) for prompt in prompts}) > 12
+    found = batch_generate(
+        model, tokenizer, prompts, max_tokens=12, return_token_ids=True, return_logprobs=True
+    )
+    for prompt, tokens, logprobs in zip(prompts, found.token_ids, found.logprobs, strict=True):
+        alone = steps(model, compress(model, tokenizer, prompt), 12)
+        stop = next((i for i, (t, _) in enumerate(alone) if t in tokenizer.eos_token_ids), 12)
+        assert tokens == [token for token, _ in alone[:stop]]
+        for value, (token, wanted) in zip(logprobs, alone[:stop], strict=True):
+            assert abs(value - wanted[token].item()) < 1e-4
+    assert found.prompt_tokens == [len(prompt) for prompt in prompts]
+    assert found.compressed_tokens == [-(-len(prompt) // 4) for prompt in prompts]
+
+
+def test_a_batch_larger_than_mlx_lms_batches_keeps_its_order(tiny):
+    model, tokenizer = tiny
+    prompts = prompts_of(20, 1, 40, seed=3)
+    options = {"max_tokens": 4, "return_token_ids": True}
+    small = batch_generate(
+        model, tokenizer, prompts, completion_batch_size=3, prefill_batch_size=2, **options
+    )
+    assert small.token_ids == batch_generate(model, tokenizer, prompts, **options).token_ids
+
+
+def test_batch_limits_progress_and_finish_reasons(tiny):
+    seen = []
+    found = batch_generate(
+        *tiny,
+        prompts_of(3),
+        max_tokens=[1, 5, 2],
+        progress=lambda done, total: seen.append((done, total)),
+        return_token_ids=True,
+    )
+    assert [len(tokens) for tokens in found.token_ids] == [1, 5, 2]
+    assert found.finish_reasons == ["length"] * 3
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_blocks_of_a_batch_in_flight_are_never_reused(tiny):
+    model, tokenizer = tiny
+    small = build(qwen2_config())
+    attach(small, random_adapter(small, 4), PAD, max_blocks=40)
+    prompts = prompts_of(6, 20, 24, seed=5)
+    for _ in range(4):
+        found = batch_generate(small, tokenizer, prompts, max_tokens=3, return_token_ids=True)
+        wanted = batch_generate(model, tokenizer, prompts, max_tokens=3, return_token_ids=True)
+        assert found.token_ids == wanted.token_ids
+        prompts = [[(i + 7) % V or 1 for i in prompt] for prompt in prompts]
+
+
+# Caches
+
+
+def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(tiny):
+    """mlx-lm's own prompt cache, keyed by virtual ids: equal prefixes are found and re-used."""
+    model, tokenizer = tiny
+    merged, store = merged_embedding(model), LRUPromptCache()
+    shared = prompts_of(1, 80, 80, seed=8)[0]
+    first = merged.compress([Segment(shared), Segment([5, 6], False)])
+    cache = make_prompt_cache(model)
+    model(mx.array([first.ids]), cache=cache)
+    store.insert_cache("m", first.ids, cache)
+    for tail in ([5, 6, 7], [5, 9], [11] * 9):
+        prompt = merged.compress([Segment(shared), Segment(tail, False)])
+        reused, rest = store.fetch_nearest_cache("m", prompt.ids)
+        cached = len(prompt.ids) - len(rest)
+        assert cached >= 20
+        found = steps(model, prompt.after(cached), prompt_cache=reused)
+        assert_same(found, steps(model, prompt))
+
+
+def test_a_wrong_prefix_is_never_found(tiny):
+    model, _ = tiny
+    merged, store = merged_embedding(model), LRUPromptCache()
+    prompt = merged.compress([Segment([1, 2, 3, 4, 5, 6, 7, 8])])
+    cache = make_prompt_cache(model)
+    model(mx.array([prompt.ids]), cache=cache)
+    store.insert_cache("m", prompt.ids, cache)
+    other = merged.compress([Segment([1, 2, 3, 9, 5, 6, 7, 8])])
+    assert store.fetch_nearest_cache("m", other.ids) == (None, other.ids)
+
+
+def test_a_prompt_cache_continues_a_conversation(tiny):
+    """Reading a document, then a question on its cache, is reading both at once."""
+    model, tokenizer = tiny
+    document, question = prompts_of(2, 30, 40, seed=2)
+    cache = make_prompt_cache(model)
+    merged = merged_embedding(model)
+    read = merged.compress([Segment(document)])
+    model(mx.array([read.ids]), cache=cache)
+    found = stream_generate(
+        model, tokenizer, [Segment(question, False)], max_tokens=6, prompt_cache=cache
+    )
+    whole = merged.compress([Segment(document), Segment(question, False)])
+    assert [r.token for r in found] == [token for token, _ in steps(model, whole, 6)]
+
+
+def test_batched_prompts_start_from_their_caches_without_changing_them(tiny):
+    model, tokenizer = tiny
+    merged = merged_embedding(model)
+    whole = [merged.compress([Segment(ids)]) for ids in prompts_of(3, 40, 80, seed=4)]
+    caches = []
+    for prompt in whole:
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt.ids[:5]]), cache=cache)
+        caches.append(cache)
+    before = [copy.copy(cache[0].offset) for cache in caches]
+    found = batch_generate(
+        model,
+        tokenizer,
+        [prompt.after(5) for prompt in whole],
+        prompt_caches=caches,
+        max_tokens=5,
+        return_token_ids=True,
+    )
+    for prompt, tokens in zip(whole, found.token_ids, strict=True):
+        assert tokens == [token for token, _ in steps(model, prompt, 5)]
+    assert [cache[0].offset for cache in caches] == before
+
+
+def test_kv_bits_and_max_kv_size_act_as_in_mlx_lm(tiny):
+    model, tokenizer = tiny
+    prompt = compress(model, tokenizer, prompts_of(1, 200, 200)[0])
+    for options in (
+        {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0},
+        {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 20},
+        {"max_kv_size": 24},
+        {"prefill_step_size": 7},
+    ):
+        rows = merged_embedding(model)(mx.array(prompt.ids))
+        wanted = generate_step(
+            mx.array([], mx.int32), model, max_tokens=8, input_embeddings=rows, **options
+        )
+        found = stream_generate(model, tokenizer, prompt, max_tokens=8, **options)
+        for response, (token, logprobs) in zip(found, wanted, strict=True):
+            assert response.token == token
+            assert mx.abs(response.logprobs - logprobs).max().item() < 1e-5
+
+
+def test_a_20_000_token_prompt_is_read_in_bounded_memory(tiny):
+    """The encoder's activations must not grow with T: 20,000 tokens against 5,000."""
+    model, tokenizer = tiny
+    peaks = []
+    for length in (5_000, 20_000):
+        ids = prompts_of(1, length, length, seed=length)[0]
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        prompt = compress(model, tokenizer, ids)
+        peaks.append(mx.get_peak_memory() - before)
+        assert len(prompt.ids) == length // 4
+    rows = 15_000 // 4 * 64 * 4
+    assert peaks[1] - peaks[0] < 4 * rows  # the rows themselves, doubling included
+    response = list(stream_generate(model, tokenizer, ids, max_tokens=2))[-1]
+    assert (response.prompt_tokens, response.compressed_tokens) == (20_000, 5_000)
+
+
+# Penalties
+
+
+PENALTIES = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5, "repetition_context_size": 3},
+    {"presence_penalty": 2.0, "presence_context_size": 64},
+    {"frequency_penalty": 1.5, "frequency_context_size": 200},
+    {"logit_bias": {5: 3.0, 699: -2.0}},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PENALTIES, ids=lambda o: "+".join(o))
+def test_penalties_are_mlx_lms_over_the_original_ids(tiny, options):
+    """Oracle: mlx-lm's processors called by hand with the original ids and the answer so far."""
+    model, tokenizer = tiny
+    ids = prompts_of(1, 61, 61, seed=6)[0]
+    prompt = compress(model, tokenizer, ids)
+    found = stream_generate(
+        model, tokenizer, prompt, max_tokens=10, logits_processors=make_logits_processors(**options)
+    )
+    cache, read, answer = make_prompt_cache(model), prompt.ids, []
+    for response in found:
+        logits = model(mx.array([read]), cache=cache)[:, -1, :]
+        for processor in make_logits_processors(**options):
+            logits = processor(mx.array(ids + answer), logits)
+        wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
+        assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
+        answer.append(response.token)
+        read = [response.token]
+
+
+@pytest.mark.parametrize("options", PENALTIES[:4], ids=lambda o: "+".join(o))
+def test_batched_penalties_are_each_prompts_own(tiny, options):
+    model, tokenizer = tiny
+    prompts = prompts_of(5, 3, 70, seed=9)
+    together = batch_generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=8,
+        logits_processors=make_logits_processors(**options),
+        return_token_ids=True,
+    )
+    for prompt, tokens in zip(prompts, together.token_ids, strict=True):
+        alone = stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=8,
+            logits_processors=make_logits_processors(**options),
+        )
+        assert tokens == [r.token for r in alone if r.finish_reason != "stop"]
+
+
+def test_ids_past_the_vocabulary_never_reach_a_processor(tiny):
+    model, tokenizer = tiny
+    seen = []
+
+    def spy(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    ids = prompts_of(1, 50, 50)[0]
+    list(stream_generate(model, tokenizer, ids, max_tokens=4, logits_processors=[spy]))
+    batch_generate(model, tokenizer, [ids, ids[:9]], max_tokens=4, logits_processors=[spy])
+    assert len(seen) >= 12
+    assert all(0 <= token < V for tokens in seen for token in tokens)
+    assert seen[0] == ids
+
+
+def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):
+    """The decode loop must not wait: the guard only builds arrays."""
+    prompt = compress(*tiny, [1, 2, 3, 4, 5])
+    (guarded,) = over_original_ids([lambda tokens, logits: logits], prompt)
+    for name in ("eval", "async_eval", "synchronize"):
+        monkeypatch.setattr(mx, name, lambda *_: pytest.fail("the guard waited for the device"))
+    guarded(mx.array([*prompt.ids, 3]), mx.zeros((1, V)))
+
+
+# Sampling
+
+
+def test_sampling_options_are_mlx_lms(tiny):
+    model, tokenizer = tiny
+    prompt = compress(model, tokenizer, prompts_of(1, 30, 30)[0])
+    sampler = make_sampler(0.9, top_p=0.9, min_p=0.01, top_k=20)
+    mx.random.seed(7)
+    found = [r.token for r in stream_generate(*tiny, prompt, max_tokens=8, sampler=sampler)]
+    mx.random.seed(7)
+    assert found == [token for token, _ in steps(model, prompt, 8, sampler=sampler)]
+
+
+def test_a_model_without_an_adapter_reads_the_prompt_unmerged():
+    model, tokenizer = build(qwen2_config()), load_tokenizer(UPSTREAM / "base")
+    last = list(stream_generate(model, tokenizer, [1, 2, 3], max_tokens=2))[-1]
+    assert (last.prompt_tokens, last.compressed_tokens, last.compression_ratio) == (3, 3, 1.0)
+    assert isinstance(model.model.embed_tokens, nn.Embedding)

@@ -1,0 +1,93 @@
+"""Tiny random adapters and bases for tests that need no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from kmerge_mlx.adapter import Adapter
+from kmerge_mlx.base import find_embedding
+from kmerge_mlx.config import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
+from tests.conftest import UPSTREAM
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+PAD = 223
+
+
+def random_adapter(
+    model: nn.Module,
+    k: int,
+    keys: tuple[str, ...] = PROJECTIONS,
+    head: bool = True,
+    seed: int = 0,
+) -> Adapter:
+    """An adapter with no weight at its initial value, for a plain (maybe quantized) model."""
+    mx.random.seed(seed)
+    _, table = find_embedding(model, "tiny")
+    d, vocab_size = table(mx.array([0])).shape[-1], table.weight.shape[0]
+    sizes = EncoderConfig(k, d, 2 * k * d)
+    spec = LoRASpec(4, 2.0)
+    weights = {}
+    for name, module in model.named_modules():
+        if any(name.endswith(f".{key}") for key in keys):
+            out, inner = module.weight.shape
+            if isinstance(module, nn.QuantizedLinear):
+                inner = inner * 32 // module.bits
+            weights[f"{name}.lora_a"] = _normal(inner, 4)
+            weights[f"{name}.lora_b"] = _normal(4, out)
+    encoder = {name: _normal(*shape) for name, shape in sizes.shapes().items()}
+    head_weights = {"lora_a": _normal(d, 4), "lora_b": _normal(4, vocab_size)} if head else {}
+    merge = MergeConfig(sizes, pad_token_id=PAD, head_lora=spec if head else None)
+    return Adapter(
+        merge, LoRAConfig(len(model.layers), 0.0, spec, keys), weights, encoder, head_weights
+    )
+
+
+def write_base(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A random base model of any mlx-lm architecture, with the fixture's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build(config, seed)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(UPSTREAM / "base" / name, folder / name)
+    return folder
+
+
+def build(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """A random mlx-lm model from a config."""
+    mx.random.seed(seed)
+    model_class, arguments_class = _get_classes(config)
+    model = model_class(arguments_class.from_dict(config))
+    model.eval()
+    return model
+
+
+def qwen2_config(**changes: Any) -> dict[str, Any]:
+    """A Qwen2 config of the fixture's size."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 700,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    } | changes
+
+
+def _normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, scale=shape[0] ** -0.5)
