@@ -171,8 +171,9 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     if isinstance(scaling, Mapping):
         trained = scaling.get("original_max_position_embeddings")
         factor = scaling.get("factor")
-        if isinstance(trained, int) and isinstance(factor, int | float):
-            return max(length, int(trained * factor))
+        # Some configs already give the stretched length (Llama 3), some the trained one (Qwen).
+        if isinstance(trained, int) and isinstance(factor, int | float) and trained >= length:
+            return int(trained * factor)
     return length
 
 

@@ -166,7 +166,7 @@ def test_the_blocks_of_a_batch_in_flight_are_never_reused(tiny):
 
 def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(tiny):
     """mlx-lm's own prompt cache, keyed by virtual ids: equal prefixes are found and re-used."""
-    model, tokenizer = tiny
+    model, _ = tiny
     merged, store = merged_embedding(model), LRUPromptCache()
     shared = prompts_of(1, 80, 80, seed=8)[0]
     first = merged.compress([Segment(shared), Segment([5, 6], False)])

@@ -1,0 +1,129 @@
+"""What a base model's config says, and how it is found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kmerge_mlx import base
+from kmerge_mlx.errors import ModelError
+
+
+def test_rope_theta_is_read_from_rope_parameters():
+    fixed = base.normalise({"rope_parameters": {"rope_theta": 5e3, "rope_type": "default"}})
+    assert fixed["rope_theta"] == 5e3
+    assert "rope_scaling" not in fixed
+
+
+def test_an_older_name_that_is_there_wins():
+    config = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e3}}
+    assert base.normalise(config)["rope_theta"] == 1e4
+
+
+def test_scaled_rope_becomes_rope_scaling():
+    rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    assert base.normalise({"rope_parameters": rope})["rope_scaling"] == rope
+
+
+def test_rope_by_layer_type_becomes_gemmas_two_bases():
+    rope = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    types = ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"]
+    fixed = base.normalise({"rope_parameters": rope, "layer_types": types})
+    assert (fixed["rope_theta"], fixed["rope_local_base_freq"]) == (1e6, 1e4)
+    assert fixed["rope_scaling"]["factor"] == 8.0
+    assert fixed["sliding_window_pattern"] == 4
+
+
+def test_nested_text_configs_are_normalised_too():
+    config = {"text_config": {"rope_parameters": {"rope_theta": 7.0}, "hidden_size": 8}}
+    assert base.fingerprint(base.normalise(config)) == {"rope_theta": 7.0, "hidden_size": 8}
+
+
+def test_normalising_removes_nothing_and_changes_no_input():
+    config = {"model_type": "qwen2", "rope_parameters": {"rope_theta": 5e3}}
+    before = json.dumps(config)
+    assert base.normalise(config).items() >= config.items()
+    assert json.dumps(config) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({}, None),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        (
+            {
+                "max_position_embeddings": 32_768,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32_768,
+                },
+            },
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131_072,
+                "rope_scaling": {"factor": 32.0, "original_max_position_embeddings": 8192},
+            },
+            131_072,
+        ),
+    ],
+)
+def test_the_context_length_counts_rope_scaling(config, length):
+    assert base.context_length(config) == length
+
+
+def test_quantization_does_not_make_another_base():
+    config = {"model_type": "qwen2", "hidden_size": 8}
+    assert base.fingerprint(config) == base.fingerprint(config | {"quantization": {"bits": 4}})
+
+
+class Tokenizer:
+    def __init__(self, space, pad=None, eos=None):
+        self.space, self.pad_token_id, self.eos_token_id = space, pad, eos
+
+    def encode(self, text, add_special_tokens):
+        assert (text, add_special_tokens) == (" ", False)
+        return self.space
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pad"),
+    [(Tokenizer([7, 8], 1, 2), 7), (Tokenizer([], 1, 2), 1), (Tokenizer([], None, 2), 2)],
+)
+def test_blocks_are_filled_with_a_space_else_pad_else_eos(tokenizer, pad):
+    assert base.default_pad_token_id(tokenizer) == pad
+
+
+def test_a_tokenizer_with_nothing_to_fill_blocks_with_is_refused():
+    with pytest.raises(ModelError, match="no space, pad or eos"):
+        base.default_pad_token_id(Tokenizer([]))
+
+
+def test_a_name_that_is_neither_folder_nor_repo_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="neither a folder nor the name of a hub repo"):
+        base.resolve("no/such/folder/here")
+    with pytest.raises(ModelError, match="is no folder here, and the hub did not give it"):
+        base.resolve("nobody/nothing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match=r"is a file: give the folder that holds config\.json"):
+        base.resolve(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"holds no config\.json"), ("{", "cannot be read"), ("[]", "cannot be read|names no"),
+     ("{}", "names no model_type"), ('{"model_type": 3}', "names no model_type")],
+)  # fmt: skip
+def test_folders_that_hold_no_base_model_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        base.read_config(tmp_path)

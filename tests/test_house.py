@@ -1,0 +1,148 @@
+"""The rules of the house: who imports whom, who prints, where defaults live, what CI runs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from mlx_lm.generate import setup_arg_parser
+
+from kmerge_mlx import _HOMES, __all__
+from kmerge_mlx.config import GenerationConfig
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
+
+# Imports point one way: a module may import from the rows above its own, or the ones named here.
+ROWS = [
+    {"_version", "errors"},
+    {"config"},
+    {"files", "encoder", "prompt", "base"},
+    {"blocks", "lora"},
+    {"adapter"},
+    {"convert.torch_zip", "convert.torch_pickle", "convert.torch_file"},
+    {"convert.encoder", "convert.peft"},
+    {"convert.checkpoint", "convert", "model"},
+    {"generation", "describe"},
+    {"cli.options"},
+    {"cli.convert", "cli.generate", "cli.info"},
+    {"cli"},
+    {"__main__"},
+]
+WITHIN_A_ROW = {
+    ("convert.torch_file", "convert.torch_zip"),
+    ("convert.torch_file", "convert.torch_pickle"),
+}
+# What DESIGN section 4 lets the converter see of the rest.
+CONVERT_MAY_USE = {"_version", "errors", "config", "files", "encoder", "lora", "adapter", "base"}
+
+
+def module_name(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = [part for part in relative.parts if part != "kmerge_mlx"]
+    return ".".join(part for part in parts if part != "__init__") or "kmerge_mlx"
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that a file imports, at any depth of the code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kmerge_mlx":
+            inner = node.module.removeprefix("kmerge_mlx").lstrip(".")
+            known = {module_name(f) for f in FILES}
+            for alias in node.names:
+                name = f"{inner}.{alias.name}".lstrip(".")
+                found.add(name if name in known else inner)
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {n.removeprefix("kmerge_mlx.") for n in names if n.startswith("kmerge_mlx.")}
+    return found
+
+
+def row_of(module: str) -> int:
+    return next(i for i, row in enumerate(ROWS) if module in row)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path):
+    module = module_name(path)
+    if module == "kmerge_mlx":
+        return  # the front door: every name is loaded on first use
+    for other in imports(path):
+        assert row_of(other) < row_of(module) or (module, other) in WITHIN_A_ROW, (module, other)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name == "convert"], ids=module_name)
+def test_the_converter_uses_only_what_it_may(path):
+    outside = {name for name in imports(path) if not name.startswith("convert")}
+    assert outside <= CONVERT_MAY_USE
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_the_cli_prints_or_imports_typer(path):
+    if module_name(path).startswith("cli"):
+        return
+    tree = ast.parse(path.read_text())
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert "print" not in names
+    assert "typer" not in modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_runtime_never_imports_torch_or_peft_or_pickle(path):
+    tree = ast.parse(path.read_text())
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {m.split(".")[0] for m in modules} & {"torch", "peft", "pickle", "datasets"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_file_says_what_it_owns_and_stays_readable(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)) or module_name(path) == "_version"
+    assert len(text.splitlines()) <= 400
+
+
+def test_every_public_name_is_there_and_importing_the_package_is_cheap():
+    code = (
+        "import sys, kmerge_mlx\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import kmerge_mlx.cli\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import kmerge_mlx.generation\n"
+        "assert all(callable(getattr(kmerge_mlx, n)) for n in kmerge_mlx._HOMES)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert set(__all__) == {*_HOMES, "__version__"}
+
+
+def test_generation_defaults_are_mlx_lms():
+    arguments = vars(setup_arg_parser().parse_args([]))
+    ours = {field: value for field, value in vars(GenerationConfig()).items() if field in arguments}
+    assert ours == {name: arguments[name] for name in ours}
+    assert len(ours) == len(vars(GenerationConfig())) - 1  # mlx-lm has no penalty options
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text()
+    (command,) = {line for line in readme.splitlines() if line.endswith("&& .venv/bin/pytest")}
+    assert command.startswith("python3 -m venv .venv && ")
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_runtime_needs_no_more_than_it_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {spec.split(">")[0].split("[")[0] for spec in project["dependencies"]}
+    assert names == {
+        *("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub", "typer"),
+        *("safetensors", "regex"),
+    }
+    assert "torch==2.13.0" in project["optional-dependencies"]["parity"]
