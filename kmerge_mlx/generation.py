@@ -123,8 +123,7 @@ def stream_generate(
     if draft_model is not None:
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
     start = time.perf_counter()
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+    tokenizer = _wrapped(tokenizer)
     compressed = compress(model, tokenizer, prompt)
     check_context(model, compressed, options.get("prompt_cache"))
     if logits_processors:
@@ -187,6 +186,7 @@ def batch_generate(
         PromptError: A prompt is empty, or longer than the model's context.
         BlockTableFullError: Too many blocks in use at once.
     """
+    tokenizer = _wrapped(tokenizer)
     compressed = [compress(model, tokenizer, prompt) for prompt in prompts]
     for i, prompt in enumerate(compressed):
         check_context(model, prompt, prompt_caches[i] if prompt_caches else None)
@@ -292,6 +292,11 @@ def _drain(
                 if progress is not None:
                     progress(finished, len(uids))
     return rows
+
+
+def _wrapped(tokenizer: Any) -> TokenizerWrapper:
+    """A plain Hugging Face tokenizer will do, as in mlx-lm."""
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
 def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment]:

@@ -79,6 +79,15 @@ def test_text_ids_arrays_segments_and_compressed_prompts_are_one_prompt(tiny):
     assert len({tuple(compress(model, tokenizer, form).ids) for form in forms}) == 1
 
 
+def test_a_plain_hugging_face_tokenizer_will_do(tiny):
+    model, tokenizer = tiny
+    plain = tokenizer._tokenizer
+    assert generate(model, plain, "Tree: JN", max_tokens=4) == generate(
+        model, tokenizer, "Tree: JN", max_tokens=4
+    )
+    assert batch_generate(model, plain, ["Tree: JN"], max_tokens=4).texts
+
+
 @pytest.mark.parametrize("empty", ["", [], [Segment([])]])
 def test_an_empty_prompt_is_refused(tiny, empty):
     with pytest.raises(PromptError, match="empty"):

@@ -1,0 +1,116 @@
+"""The two config files: what is written is read back, and nonsense is refused in one go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from kmerge_mlx.config import (
+    BaseModelConfig,
+    EncoderConfig,
+    LoRAConfig,
+    LoRASpec,
+    MergeConfig,
+)
+from kmerge_mlx.errors import AdapterError
+
+MERGE = MergeConfig(
+    EncoderConfig(4, 64, 384),
+    BaseModelConfig("Qwen/Qwen2.5-0.5B", {"hidden_size": 64, "rope_theta": 1e6}),
+    223,
+    LoRASpec(4, 4.0),
+    {"merged": "prompt"},
+    {"metrics": {"accuracy": 98.38}},
+)
+LORAS = [
+    LoRAConfig(3, 0.05, LoRASpec(4, 4.0), ("self_attn.q_proj", "lm_head")),
+    LoRAConfig(3, 0.0, modules={"model.layers.0.mlp.up_proj": LoRASpec(8, 0.5)}),
+    LoRAConfig(0, 0.0, LoRASpec(4, 4.0)),
+]
+
+
+@pytest.mark.parametrize("merge", [MERGE, MergeConfig(EncoderConfig(2, 8, 8))])
+def test_merge_config_survives_its_file(merge):
+    assert MergeConfig.from_json(json.loads(json.dumps(merge.to_json()))) == merge
+
+
+@pytest.mark.parametrize("lora", LORAS)
+def test_lora_config_survives_its_file(lora):
+    assert LoRAConfig.from_json(json.loads(json.dumps(lora.to_json()))) == lora
+
+
+def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
+    uniform, by_module = (lora.to_json()["lora_parameters"] for lora in LORAS[:2])
+    assert set(uniform) == {"rank", "scale", "dropout", "keys"}
+    assert "scale" not in by_module
+
+
+def test_configs_cannot_be_changed():
+    for config in (MERGE, LORAS[0], MERGE.encoder):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.num_layers = 3
+
+
+def test_the_hash_depends_on_the_fields_and_not_on_their_order():
+    one = BaseModelConfig("a", {"x": 1, "y": 2})
+    assert one.config_hash == BaseModelConfig("b", {"y": 2, "x": 1}).config_hash
+    assert one.config_hash != BaseModelConfig("a", {"x": 1, "y": 3}).config_hash
+    assert BaseModelConfig("a").config_hash is None
+
+
+def test_only_fields_that_both_bases_name_can_differ():
+    base = BaseModelConfig("a", {"x": 1, "y": 2})
+    assert base.differences({"x": 1, "z": 3}) == []
+    assert base.differences({"x": 5, "y": 2}) == ["x is 5, the adapter was made for 1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2 is newer"),
+        ({"format_version": None}, "format_version is None"),
+        ({"merge_factor": 1}, "merge_factor is 1, expected a whole number of at least 2"),
+        ({"merge_factor": 4.0}, r"merge_factor is 4\.0"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"head_lora": {"rank": 4}}, "head_lora is"),
+        ({"head_lora": {"rank": 4, "scale": math.nan}}, "finite scale"),
+        ({"base_model": {"id": 3, "config": {}}}, r"base_model\.id is 3"),
+        ({"base_model": []}, r"base_model is \[\]"),
+        ({"provenance": "x"}, "provenance is 'x'"),
+    ],
+)
+def test_a_bad_entry_of_merge_config_is_named(change, message):
+    with pytest.raises(AdapterError, match=message):
+        MergeConfig.from_json(MERGE.to_json() | change)
+
+
+def test_all_bad_entries_are_listed_at_once():
+    with pytest.raises(AdapterError) as error:
+        MergeConfig.from_json(MERGE.to_json() | {"layout": 1, "pad_token_id": "x"})
+    assert "layout is 1" in str(error.value)
+    assert "pad_token_id is 'x'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fine_tune_type": "dora"},
+        {"fine_tune_type": "full"},
+        {"num_layers": -1},
+        {"num_layers": "3"},
+        {"lora_parameters": None},
+        {"lora_parameters": {"rank": 0, "scale": 1.0, "dropout": 0.0, "keys": []}},
+        {"lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 2.0, "keys": []}},
+        {"lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": "q_proj"}},
+        {"lora_parameters": {"rank": 4, "dropout": 0.0, "keys": []}},
+        {"lora_parameters": {"modules": {"a": {"rank": 4}}}},
+        {"lora_parameters": {"modules": []}},
+    ],
+)
+def test_a_bad_lora_config_is_refused(change):
+    with pytest.raises(AdapterError):
+        LoRAConfig.from_json(LORAS[0].to_json() | change)
