@@ -1,0 +1,182 @@
+"""Reads thousands of hostile files in a process of its own, and reports what that cost.
+
+Run by test_torch_file.py: ``python -m tests.hostile_torch_process SEEDS SCRATCH``. SEEDS holds good
+small files that torch wrote. Prints one JSON object; the mutated files that could still be read are
+left in SCRATCH for a comparison with torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import random
+import re
+import resource
+import sys
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+
+from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.errors import CheckpointError
+from tests.hostile_torch_files import hostile_files
+from tests.hostile_torch_parts import Record, pack
+
+MUTATIONS = 2_000
+OPCODES = b"".join(op.code.encode("latin-1") for op in pickletools.opcodes)
+
+watching = ""  # the file being read
+events: set[str] = set()
+
+
+def audit(event: str, args: tuple) -> None:
+    """Notes whatever a read does to the world, except opening the one file to read it."""
+    if watching and not (event == "open" and args[:2] == (watching, "r")):
+        events.add(f"{event} {args!a:.100}")
+
+
+def read(path: Path, content: bytes) -> str:
+    """Returns the error's message, or nothing when the file could be read."""
+    global watching
+    path.write_bytes(content)
+    try:
+        watching = str(path)
+        arrays = read_state_dict(path)
+        mx.eval(arrays)
+    except CheckpointError as error:
+        if not str(error).isprintable():
+            raise
+        return str(error)
+    finally:
+        watching = ""
+    assert all(type(name) is str for name in arrays)
+    assert sum(array.nbytes for array in arrays.values()) <= 4 * len(content)
+    return ""
+
+
+class Seed:
+    """A good file, and where its parts are."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            self.entries = {info.filename: archive.read(info) for info in archive.infolist()}
+            self.headers = [
+                (info.header_offset, info.header_offset + 30 + len(info.filename))
+                for info in archive.infolist()
+            ]
+            self.headers.append((archive.start_dir, len(raw)))
+        self.pickle_name = next(name for name in self.entries if name.endswith("/data.pkl"))
+        self.pickle = self.entries[self.pickle_name]
+        self.starts = [at for _, _, at in pickletools.genops(self.pickle)]
+
+    def with_pickle(self, pickled: bytes) -> bytes:
+        """The file with another pickle, whose CRC-32 and sizes are right."""
+        return pack(
+            Record(name, pickled if name == self.pickle_name else data)
+            for name, data in self.entries.items()
+        )
+
+
+def mutated_bytes(rng: random.Random, data: bytes, others: bytes) -> bytes:
+    out = bytearray(data)
+    at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 16, 64))
+    match rng.choice(("flip", "flip", "byte", "delete", "repeat", "splice", "truncate")):
+        case "flip":
+            out[at] ^= 1 << rng.randrange(8)
+        case "byte":
+            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
+        case "delete":
+            del out[at : at + size]
+        case "repeat":
+            out[at:at] = out[at : at + size]
+        case "splice":
+            start = rng.randrange(len(others))
+            out[at : at + size] = others[start : start + size]
+        case "truncate":
+            del out[at:]
+    return bytes(out)
+
+
+def mutated_opcodes(rng: random.Random, seed: Seed) -> bytes:
+    """One to three whole opcodes swapped for others, dropped, moved or changed in the operand."""
+    out = bytearray(seed.pickle)
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(seed.starts) - 1)
+        at, stop = seed.starts[i], seed.starts[i + 1]
+        match rng.choice(("opcode", "opcode", "operand", "operand", "drop", "repeat", "move")):
+            case "opcode":
+                out[at : at + 1] = rng.choice(OPCODES).to_bytes()
+            case "operand" if stop - at > 1 and stop <= len(out):
+                out[rng.randrange(at + 1, stop)] = rng.randrange(256)
+            case "drop":
+                del out[at:stop]
+            case "repeat":
+                out[at:at] = out[at:stop]
+            case _:
+                j = rng.choice(seed.starts)
+                out[j:j] = out[at:stop]
+    return bytes(out)
+
+
+def mutation(rng: random.Random, seeds: list[Seed]) -> bytes:
+    seed, other = rng.choice(seeds), rng.choice(seeds)
+    match rng.choice(("file", "header", "pickle", "opcodes", "opcodes")):
+        case "file":
+            return mutated_bytes(rng, seed.raw, other.raw)
+        case "header":
+            start, stop = rng.choice(seed.headers)
+            out = bytearray(seed.raw)
+            for _ in range(rng.randint(1, 3)):
+                out[rng.randrange(start, stop)] = rng.choice((0, 1, 8, 0x7F, 0xFF))
+            return bytes(out)
+        case "pickle":
+            return seed.with_pickle(mutated_bytes(rng, seed.pickle, other.pickle))
+        case _:
+            return seed.with_pickle(mutated_opcodes(rng, seed))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    # Not Linux's ru_maxrss: after fork and exec that starts at what the parent, with torch, has.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+def main(seed_folder: Path, scratch: Path) -> None:
+    seeds = [Seed(path.read_bytes()) for path in sorted(seed_folder.iterdir())]
+    path = scratch / "file.pth"
+    for seed in seeds:  # also imports whatever is imported late
+        assert not read(path, seed.raw)
+        assert not read(path, seed.with_pickle(seed.pickle))
+    sys.addaudithook(audit)
+    hostile = {name: read(path, content) for name, content in hostile_files()}
+    rng = random.Random(20_260_415)
+    counts = {"refused": 0, "read": 0}
+    for i in range(MUTATIONS):
+        content = mutation(rng, seeds)
+        if read(path, content):
+            counts["refused"] += 1
+        else:
+            counts["read"] += 1
+            path.rename(scratch / f"read-{i}.pth")
+    taken = [name for name, message in hostile.items() if not message]
+    print(
+        json.dumps(
+            counts
+            | {
+                "hostile": len(hostile),
+                "taken": taken,
+                "peak_bytes": peak_bytes(),
+                "events": sorted(events),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
