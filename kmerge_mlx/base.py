@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
 
-from kmerge_mlx.errors import ModelError, first_line
+from kmerge_mlx.errors import KMergeError, ModelError, first_line
 
 # What must agree between the base an adapter was made for and the one it is loaded on.
 FINGERPRINT = (
@@ -35,8 +35,13 @@ FINGERPRINT = (
 PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm3"})
 
 
-def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder for a base model, downloaded from the hub if it is not one already.
+
+    Args:
+        path_or_hf_repo: A folder or a hub repo id.
+        revision: Hub revision.
+        weights: Whether the weights are wanted, or the config and tokenizer alone.
 
     Raises:
         ModelError: Neither a folder nor a repo that can be had.
@@ -46,24 +51,39 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise ModelError(f"--model {path} is a file: give the folder that holds config.json")
-    return download(str(path_or_hf_repo), revision, DEFAULT_ALLOW_PATTERNS, ModelError)
+    patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
+    return download(str(path_or_hf_repo), revision, patterns, ModelError)
 
 
 def download(
-    repo_id: str, revision: str | None, patterns: list[str], error: type[Exception]
+    repo_id: str, revision: str | None, patterns: list[str], error: type[KMergeError]
 ) -> Path:
     """Fetches a hub repo, or finds it in the cache.
 
+    Args:
+        repo_id: ``user/name``.
+        revision: Branch, tag or commit, or None for the default branch.
+        patterns: Which files.
+        error: Kind of error to raise.
+
     Raises:
-        error: With one line, whatever the hub said.
+        KMergeError: With one line, whatever the hub said.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except HFValidationError:
+    except errors.HFValidationError:
         raise error(f"{repo_id} is neither a folder nor the name of a hub repo") from None
+    except errors.GatedRepoError as e:
+        raise error(
+            f"{repo_id} is gated: accept its terms on its hub page, then `hf auth login`"
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise error(
+            f"{repo_id} is no folder here, and the hub has no such repo, or a private one: "
+            "check the name, or `hf auth login`"
+        ) from e
     except Exception as e:  # the hub client's errors share no base with the network's
         raise error(
             f"{repo_id} is no folder here, and the hub did not give it: {first_line(e)}"

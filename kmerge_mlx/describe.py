@@ -1,7 +1,7 @@
 """What a folder holds, as plain data: an adapter, a PyTorch checkpoint or a base model.
 
-Owns the questions that ``kmerge-mlx info`` answers; the CLI only lays the answers out. Reads
-headers and configs, never whole weights.
+Owns the questions that ``kmerge-mlx info`` answers; the CLI only lays the answers out. Of adapters
+and base models it reads headers and configs only; a checkpoint is read whole, as if to convert it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder")
-    if (path / "config.json").is_file():
-        return {"kind": "base model", "path": str(path)} | _base(path)
-    if not _holds_adapters(path) and any(path.glob(f"**/{ENCODER}")):
-        adapter = read_checkpoint(find_checkpoint(str(path)), None, None, str(path))
-        return {"kind": "checkpoint", "path": str(path), "adapters": [_adapter(adapter)]}
+    if not _holds(path, MERGE_CONFIG):
+        if _holds(path, ENCODER):
+            adapter = read_checkpoint(find_checkpoint(str(path)), None, None, str(path))
+            return {"kind": "checkpoint", "path": str(path), "adapters": [_adapter(adapter)]}
+        if (path / "config.json").is_file():
+            return {"kind": "base model", "path": str(path)} | _base(path)
     adapters = [_adapter(load_adapter(path, k)) for k in find_adapters(path)]
     return {"kind": "adapter", "path": str(path), "adapters": adapters}
 
 
-def _holds_adapters(path: Path) -> bool:
-    return (path / MERGE_CONFIG).is_file() or any(path.glob(f"*/{MERGE_CONFIG}"))
+def _holds(path: Path, name: str) -> bool:
+    """Whether a file of that name is in a folder, or in one right below it."""
+    return (path / name).is_file() or any(path.glob(f"*/{name}"))
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

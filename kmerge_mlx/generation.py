@@ -78,9 +78,9 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         PromptError: Empty, or a token id outside the vocabulary.
         BlockTableFullError: Too many blocks in use at once.
     """
-    if isinstance(prompt, CompressedPrompt):
-        return prompt
     segments = _segments(tokenizer, prompt)
+    if isinstance(segments, CompressedPrompt):
+        return segments
     if not any(len(segment.ids) for segment in segments):
         raise PromptError("the prompt is empty: there is nothing to read")
     embedding = merged_embedding(model)
@@ -124,8 +124,9 @@ def stream_generate(
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
     start = time.perf_counter()
     tokenizer = _wrapped(tokenizer)
+    prompt = _segments(tokenizer, prompt)
+    check_context(model, prompt, options.get("prompt_cache"))
     compressed = compress(model, tokenizer, prompt)
-    check_context(model, compressed, options.get("prompt_cache"))
     if logits_processors:
         options["logits_processors"] = over_original_ids(logits_processors, compressed)
     first: float | None = None
@@ -187,9 +188,10 @@ def batch_generate(
         BlockTableFullError: Too many blocks in use at once.
     """
     tokenizer = _wrapped(tokenizer)
+    prompts = [_segments(tokenizer, prompt) for prompt in prompts]
+    for prompt, cache in zip(prompts, prompt_caches or [None] * len(prompts), strict=True):
+        check_context(model, prompt, cache)
     compressed = [compress(model, tokenizer, prompt) for prompt in prompts]
-    for i, prompt in enumerate(compressed):
-        check_context(model, prompt, prompt_caches[i] if prompt_caches else None)
     limits = [max_tokens] * len(compressed) if isinstance(max_tokens, int) else max_tokens
     processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
@@ -245,21 +247,41 @@ def over_original_ids(
     return [guard(processor) for processor in processors]
 
 
-def check_context(model: nn.Module, prompt: CompressedPrompt, cache: list[Any] | None) -> None:
-    """Refuses a prompt that has more positions than the model was made for.
+def check_context(
+    model: nn.Module,
+    prompt: Sequence[Segment] | CompressedPrompt,
+    cache: list[Any] | None = None,
+) -> None:
+    """Refuses a prompt that has more positions than the model was made for, before any work.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        prompt: Segments, or an already compressed prompt.
+        cache: KV cache that the prompt continues, or None.
 
     Raises:
         PromptError: Says how long it is and what the model takes.
     """
     limit = getattr(model, "context_length", None)
+    if limit is None:
+        return
     cached = max((int(getattr(c, "offset", 0)) for c in cache), default=0) if cache else 0
-    positions = cached + len(prompt.ids)
-    if limit is not None and positions > limit:
-        raise PromptError(
-            f"the prompt has {positions:,} positions after merging "
-            f"({len(prompt.original_ids):,} tokens), and the model's context is {limit:,}: "
-            "shorten it, or use an adapter with a larger K"
-        )
+    if isinstance(prompt, CompressedPrompt):
+        tokens, positions = len(prompt.original_ids), len(prompt.ids)
+    else:
+        embedding = merged_embedding(model)
+        k = 1 if embedding is None else embedding.merge_factor
+        tokens = sum(len(s.ids) for s in prompt)
+        positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
+    if cached + positions <= limit:
+        return
+    merged = f" after merging {tokens:,} tokens" if positions < tokens else ""
+    remedy = ", or use an adapter with a larger K" if positions < tokens else ""
+    before = f" on top of {cached:,} in the cache" if cached else ""
+    raise PromptError(
+        f"the prompt has {positions:,} positions{merged}{before}, and the model's context is "
+        f"{limit:,}: shorten it{remedy}"
+    )
 
 
 @dataclass
@@ -299,7 +321,10 @@ def _wrapped(tokenizer: Any) -> TokenizerWrapper:
     return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
-def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment]:
+def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:
+    """Every form of a prompt but the compressed one, as segments."""
+    if isinstance(prompt, CompressedPrompt):
+        return prompt
     if isinstance(prompt, str):
         return [Segment(encode(tokenizer, prompt))]
     if isinstance(prompt, mx.array):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import PromptError, first_line
 
 # Stands for the user's text when asking a template where it puts it: no template mentions it.
 _PLACEHOLDER = "\ue000kmerge\ue001"
@@ -48,19 +48,29 @@ class ChatTemplate:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, tokenizer: Any, text: str) -> str:
-        """The full prompt text for one user message."""
+        """The full prompt text for one user message.
+
+        Raises:
+            PromptError: The template refuses the messages or its options.
+        """
         messages = [] if self.system_prompt is None else [_message("system", self.system_prompt)]
         messages.append(_message("user", text))
         prefilled = self.prefill_response is not None
         if prefilled:
             messages.append(_message("assistant", self.prefill_response))
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **self.options,
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=prefilled,
+                add_generation_prompt=not prefilled,
+                **self.options,
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PromptError(
+                f"the chat template refused ({first_line(error)}): change what it is given, or "
+                "use --ignore-chat-template"
+            ) from error
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -104,12 +104,19 @@ def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny):
     model.context_length = 10
     try:
         assert next(stream_generate(model, tokenizer, [1] * 40, max_tokens=1))
-        with pytest.raises(PromptError, match=r"11 positions.*41 tokens.*context is 10"):
+        with pytest.raises(PromptError, match=r"11 positions.*41 tokens.*context is 10.*larger K"):
             next(stream_generate(model, tokenizer, [1] * 41))
         cache = make_prompt_cache(model)
         model(mx.array([compress(model, tokenizer, [1] * 20).ids]), cache=cache)
-        with pytest.raises(PromptError, match="11 positions"):
+        with pytest.raises(PromptError, match=r"6 positions.*on top of 5 in the cache"):
             next(stream_generate(model, tokenizer, [1] * 21, prompt_cache=cache))
+        with pytest.raises(PromptError, match=r"has 11 positions, and .* is 10: shorten it$"):
+            next(stream_generate(model, tokenizer, [Segment([1] * 11, False)]))
+        table = merged_embedding(model).table
+        known = len(table)
+        with pytest.raises(PromptError, match="100 positions"):
+            batch_generate(model, tokenizer, [[1, 2, 3], list(range(100, 500))])
+        assert len(table) == known  # a refused prompt costs no encoding
     finally:
         model.context_length = 32_768
 

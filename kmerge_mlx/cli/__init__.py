@@ -1,14 +1,15 @@
 """The command line: parse, call the library, print. Nothing else in the package prints.
 
 Generated text and ``--json`` objects go to stdout; statistics, progress, notes and errors go to
-stderr. Exit code 1 is the input's fault, 2 the command line's. Heavy imports stay inside the
-commands: ``--help`` imports neither mlx nor transformers.
+stderr. Exit code 1 is the input's fault, 2 the command line's, 130 is Ctrl-C. Heavy imports stay
+inside the commands: ``--help`` imports neither mlx nor transformers.
 """
 
 from __future__ import annotations
 
+import io
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,7 +21,7 @@ from kmerge_mlx.errors import KMergeError
 
 app = typer.Typer(
     name="kmerge-mlx",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,6 +40,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -54,12 +56,34 @@ def _root(
       kmerge-mlx generate --adapter-path ./adapter --k 4 prompt.txt
       kmerge-mlx info ./adapter
     """
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def main() -> None:
-    """Runs the command line; whatever the input did wrong becomes one message and exit code 1."""
+    """Runs the command line; whatever went wrong becomes one message and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write what the terminal's encoding lacks: a `?` beats half an answer.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app()
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        _fail(error.format_message() + hint, error.exit_code)
     except KMergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(str(error), 1)
+    except OSError as error:
+        # If stdout is what failed, Python would try it again at exit.
+        sys.stdout = None
+        _fail("" if isinstance(error, BrokenPipeError) else str(error), 1)
+    raise SystemExit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

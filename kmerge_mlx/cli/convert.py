@@ -39,9 +39,10 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter at DST.")] = False,
 ) -> None:
-    """Turn a PyTorch checkpoint (encoder.pth and a PEFT LoRA) into an MLX adapter folder.
+    """Turn a PyTorch checkpoint into an MLX adapter folder.
 
-    Needs no PyTorch and executes nothing from the files. DST is written whole or not at all.
+    The checkpoint is a folder with encoder.pth and a PEFT LoRA, or a hub repo of one. Needs no
+    PyTorch and executes nothing from the files. DST is written whole or not at all.
 
     \b
     Examples:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kmerge_mlx.cli import options as opt
-from kmerge_mlx.config import CONTEXT_SEPARATOR, GenerationConfig
+from kmerge_mlx.config import CONTEXT_SEPARATOR, GenerationConfig, MergeConfig
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError, PromptError, first_line
 from kmerge_mlx.prompt import ChatTemplate, decode_text, lay_out
 
@@ -22,7 +23,9 @@ DEFAULTS = GenerationConfig()
 STDIN = "-"
 Files = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FILE]...", help="Text to compress; `-` is stdin."),
+    typer.Argument(
+        metavar="FILE", help="Text to compress; `-` is stdin. Several are joined by a blank line."
+    ),
 ]
 
 
@@ -73,6 +76,10 @@ def generate(
     """
     if max_tokens == 0:
         raise typer.BadParameter("0 generates nothing; -1 is no limit", param_hint="--max-tokens")
+    if kv_bits is not None and max_kv_size is not None:
+        raise typer.BadParameter(
+            "mlx-lm cannot quantize a --max-kv-size cache", param_hint="--kv-bits"
+        )
     template_options = _json_object(chat_template_config)
     context, question = read_prompt(files or [], prompt)
     if adapter_path is None and context:
@@ -82,19 +89,24 @@ def generate(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from kmerge_mlx.adapter import load_adapter
     from kmerge_mlx.generation import stream_generate
     from kmerge_mlx.model import load
 
-    llm, tokenizer = load(
-        model or _base_of(adapter_path, k), adapter_path, k, trust_remote_code=trust_remote_code
-    )
+    merge = None if adapter_path is None else load_adapter(adapter_path, k).merge
+    base = model or _base_of(merge, adapter_path)
+    try:
+        llm, tokenizer = load(base, adapter_path, k, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        hint = "" if model else f" ({adapter_path} names this base; --model gives another)"
+        raise ModelError(f"{error}{hint}") from error
     _add_eos_tokens(tokenizer, extra_eos_token or [])
     chat = ChatTemplate(system_prompt, prefill_response, template_options)
     chat = _chat_template(tokenizer, chat, ignore_chat_template)
-    if chat is not None and adapter_path is not None:
-        _note_layout(adapter_path, k)
+    if chat is not None and merge is not None:
+        _note_layout(merge)
     if seed is not None:
-        mx.random.seed(seed)
+        mx.random.seed(seed % 2**64)
     sampler = make_sampler(
         temp,
         top_p,
@@ -113,21 +125,22 @@ def generate(
         frequency_penalty=frequency_penalty,
         frequency_context_size=frequency_context_size,
     )
-    responses = stream_generate(
-        llm,
-        tokenizer,
-        lay_out(tokenizer, context, question, chat),
-        max_tokens,
-        sampler=sampler,
-        logits_processors=processors,
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        prefill_step_size=prefill_step_size,
-        prompt_progress_callback=prefill_bar(),
-    )
-    print_answer(_one_line_errors(responses), as_json)
+    with prefill_bar(prefill_step_size) as progress:
+        responses = stream_generate(
+            llm,
+            tokenizer,
+            lay_out(tokenizer, context, question, chat),
+            max_tokens,
+            sampler=sampler,
+            logits_processors=processors,
+            max_kv_size=max_kv_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=progress,
+        )
+        print_answer(_one_line_errors(responses), as_json)
 
 
 def read_prompt(files: list[str], prompt: str | None) -> tuple[str | None, str | None]:
@@ -156,6 +169,8 @@ def read_prompt(files: list[str], prompt: str | None) -> tuple[str | None, str |
 
 
 def _read_text(name: str) -> str:
+    if name == STDIN and sys.stdin is None:
+        raise PromptError("cannot read stdin: it is closed")
     try:
         data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
     except OSError as error:
@@ -174,24 +189,23 @@ def _json_object(text: str | None) -> dict[str, Any]:
     return value
 
 
-def _base_of(adapter_path: str | None, k: int | None) -> str:
+def _base_of(merge: MergeConfig | None, adapter_path: str | None) -> str:
     """The base model that an adapter names."""
-    from kmerge_mlx.adapter import load_adapter
-
-    if adapter_path is None:
+    if merge is None:
         raise ModelError("no model: give --model, or an --adapter-path that names its base")
-    base = load_adapter(adapter_path, k).merge.base.id
-    if base is None:
+    if merge.base.id is None:
         raise ModelError(f"{adapter_path} does not name its base model: give --model")
-    return base
+    return merge.base.id
 
 
-def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
+def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Adds tokens, or numbers of tokens, to those that end an answer."""
+    known = tokenizer.get_vocab() if tokens else {}
     for token in tokens:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as error:
-            raise PromptError(f"--extra-eos-token: {first_line(error)}") from None
+        # mlx-lm would take the unknown token, or a number that no token has, for any other word.
+        if token not in known and not (token.isdecimal() and int(token) < len(tokenizer)):
+            raise PromptError(f"--extra-eos-token {token}: the tokenizer has no such token")
+        tokenizer.add_eos_token(token)
 
 
 def _chat_template(tokenizer: Any, chat: ChatTemplate, ignore: bool) -> ChatTemplate | None:
@@ -206,11 +220,9 @@ def _chat_template(tokenizer: Any, chat: ChatTemplate, ignore: bool) -> ChatTemp
     return None
 
 
-def _note_layout(adapter_path: str, k: int | None) -> None:
+def _note_layout(merge: MergeConfig) -> None:
     """Says when the prompt is laid out in another way than in training."""
-    from kmerge_mlx.adapter import load_adapter
-
-    if load_adapter(adapter_path, k).merge.layout.get("chat_template") is False:
+    if merge.layout.get("chat_template") is False:
         print(
             "note: the tokenizer's chat template is applied, but this adapter was trained "
             "without one: --ignore-chat-template leaves it out",
@@ -218,27 +230,31 @@ def _note_layout(adapter_path: str, k: int | None) -> None:
         )
 
 
-def prefill_bar() -> Callable[[int, int], None]:
+@contextlib.contextmanager
+def prefill_bar(step_size: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr while a prompt of several prefill steps is read, if anyone looks.
 
-    Returns:
+    Args:
+        step_size: Positions prefilled at once.
+
+    Yields:
         mlx-lm's ``prompt_progress_callback``: called with (positions read, positions in all).
     """
     bar: Any = None
+    # Whatever ends the block, Ctrl-C included, gives the terminal its cursor back.
+    with contextlib.ExitStack() as shown:
 
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            if done or total <= DEFAULTS.prefill_step_size or not sys.stderr.isatty():
-                return
-            bar = typer.progressbar(length=total, label="Reading", file=sys.stderr)
-            bar.__enter__()
-        if not bar.finished:
-            bar.update(done - bar.pos)
+        def progress(done: int, total: int) -> None:
+            nonlocal bar
+            if done == 0 and total > step_size and sys.stderr.isatty():
+                bar = typer.progressbar(length=total, label="Reading", file=sys.stderr)
+                shown.enter_context(bar)
+            if bar is not None:
+                bar.update(done - bar.pos)
             if done == total:
-                bar.__exit__(None, None, None)
+                shown.close()
 
-    return progress
+        yield progress
 
 
 def _one_line_errors(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResponse]:
@@ -246,25 +262,30 @@ def _one_line_errors(responses: Iterator[GenerationResponse]) -> Iterator[Genera
     try:
         yield from responses
     except (ValueError, NotImplementedError) as error:
-        raise KMergeError(f"mlx-lm refused these options: {first_line(error)}") from error
+        reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
+        raise KMergeError(f"mlx-lm refused these options: {reason}") from error
 
 
 def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None:
     """Prints an answer as it streams, and what it cost; or all of it as one JSON object."""
     texts, tokens = [], []
-    for last in responses:
-        texts.append(last.text)
-        if last.finish_reason != "stop":
-            tokens.append(last.token)
-        if not as_json:
-            print(last.text, end="", flush=True)
+    try:
+        for last in responses:
+            texts.append(last.text)
+            if last.finish_reason != "stop":
+                tokens.append(last.token)
+            if not as_json:
+                print(last.text, end="", flush=True)
+    finally:
+        # However the text ends, Ctrl-C included, what follows begins a line.
+        if texts and not as_json:
+            print(flush=True)
     if as_json:
         hidden = {"text", "token", "logprobs", "from_draft"}
         stats = {name: value for name, value in vars(last).items() if name not in hidden}
         answer = {"text": "".join(texts), "tokens": tokens} | stats
         print(json.dumps(answer, ensure_ascii=False))
         return
-    print()
     print(
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
         f"({last.compression_ratio:.2f}x), {last.prompt_tps:.3f} tokens-per-sec, "

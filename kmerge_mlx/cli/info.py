@@ -16,7 +16,7 @@ def info(
     ],
     as_json: opt.Json = False,
 ) -> None:
-    """Say what a folder holds: merge factors, sizes, base model, provenance.
+    """Say what a folder holds: K, sizes, base, provenance.
 
     \b
     Examples:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+
+
+def _one_of(*values: int) -> Callable[[int | None], int | None]:
+    def check(value: int | None) -> int | None:
+        if value is None or value in values:
+            return value
+        raise typer.BadParameter(f"{value} is none of {', '.join(map(str, values))}")
+
+    return check
+
+
+def _unicode(text: str | None) -> str | None:
+    """Refuses bytes of the command line that are not text: no tokenizer takes them."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("not UTF-8") from None
+    return text
+
 
 Model = Annotated[
     str | None,
@@ -28,7 +48,8 @@ MergeFactor = Annotated[
         "--k",
         "--merge-factor",
         min=1,
-        help="Merge factor K: how many tokens one position stands for.",
+        help="Merge factor K: how many tokens one position stands for. Default: the only one "
+        "there is.",
         show_default=False,
     ),
 ]
@@ -42,7 +63,9 @@ Prompt = Annotated[
     typer.Option(
         "--prompt",
         "-p",
-        help="Text to read raw, after the FILEs; `-` is stdin.",
+        callback=_unicode,
+        help="Text to read uncompressed, after the FILEs; `-` is stdin, and \\n and \\t are "
+        "line break and tab.",
         show_default=False,
     ),
 ]
@@ -67,7 +90,15 @@ XtcThreshold = Annotated[
         "--xtc-threshold", min=0.0, max=0.5, help="Probability from which XTC drops tokens."
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="PRNG seed.", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        help="Seed of the sampling: the same one gives the same text.",
+        show_default=False,
+    ),
+]
 RepetitionPenalty = Annotated[
     float | None,
     typer.Option(
@@ -78,7 +109,10 @@ RepetitionPenalty = Annotated[
     ),
 ]
 RepetitionContextSize = Annotated[
-    int, typer.Option("--repetition-context-size", min=1, help="Original tokens it looks back.")
+    int,
+    typer.Option(
+        "--repetition-context-size", min=1, help="How many original tokens it looks back."
+    ),
 ]
 PresencePenalty = Annotated[
     float | None,
@@ -89,7 +123,8 @@ PresencePenalty = Annotated[
     ),
 ]
 PresenceContextSize = Annotated[
-    int, typer.Option("--presence-context-size", min=1, help="Original tokens it looks back.")
+    int,
+    typer.Option("--presence-context-size", min=1, help="How many original tokens it looks back."),
 ]
 FrequencyPenalty = Annotated[
     float | None,
@@ -100,7 +135,8 @@ FrequencyPenalty = Annotated[
     ),
 ]
 FrequencyContextSize = Annotated[
-    int, typer.Option("--frequency-context-size", min=1, help="Original tokens it looks back.")
+    int,
+    typer.Option("--frequency-context-size", min=1, help="How many original tokens it looks back."),
 ]
 MaxKvSize = Annotated[
     int | None,
@@ -114,11 +150,19 @@ MaxKvSize = Annotated[
 KvBits = Annotated[
     int | None,
     typer.Option(
-        "--kv-bits", min=2, max=8, help="Bits to quantize the KV cache to.", show_default=False
+        "--kv-bits",
+        callback=_one_of(2, 3, 4, 5, 6, 8),
+        help="Bits to quantize the KV cache to: 2, 3, 4, 5, 6 or 8.",
+        show_default=False,
     ),
 ]
 KvGroupSize = Annotated[
-    int, typer.Option("--kv-group-size", min=32, help="Group size of --kv-bits.")
+    int,
+    typer.Option(
+        "--kv-group-size",
+        callback=_one_of(32, 64, 128),
+        help="Group size of --kv-bits: 32, 64 or 128.",
+    ),
 ]
 QuantizedKvStart = Annotated[
     int, typer.Option("--quantized-kv-start", min=0, help="Position from which --kv-bits applies.")
@@ -129,13 +173,17 @@ PrefillStepSize = Annotated[
 SystemPrompt = Annotated[
     str | None,
     typer.Option(
-        "--system-prompt", help="System message for the chat template.", show_default=False
+        "--system-prompt",
+        callback=_unicode,
+        help="System message for the chat template.",
+        show_default=False,
     ),
 ]
 PrefillResponse = Annotated[
     str | None,
     typer.Option(
         "--prefill-response",
+        callback=_unicode,
         help="Beginning of the answer, for the chat template.",
         show_default=False,
     ),
@@ -157,6 +205,9 @@ IgnoreChatTemplate = Annotated[
 ExtraEosToken = Annotated[
     list[str] | None,
     typer.Option(
-        "--extra-eos-token", help="Stop at this token too; repeat it.", show_default=False
+        "--extra-eos-token",
+        metavar="TOKEN",
+        help="Stop at this token too; give the option again for another.",
+        show_default=False,
     ),
 ]
