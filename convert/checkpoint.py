@@ -20,10 +20,10 @@ from mlx_lm.utils import load_tokenizer
 
 from kmerge_mlx import base
 from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import Adapter, check_destination, save_adapter
-from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig
+from kmerge_mlx.adapter import HEAD, Adapter, check_destination, save_adapter
+from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig, is_int
 from kmerge_mlx.convert.encoder import encoder_from_torch
-from kmerge_mlx.convert.peft import COPIES, PeftLoRA, lora_from_peft
+from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
 from kmerge_mlx.convert.torch_file import read_state_dict
 from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
 from kmerge_mlx.files import read_json, read_safetensors
@@ -33,6 +33,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROVENANCE = ("metrics.json", "eval_accuracy.json")
 PATTERNS = [*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, *PROVENANCE]
+MAX_PROVENANCE_BYTES = 64 << 10
 
 # Sub-folders that a run leaves, the one to take first.
 SUBFOLDERS = ("best", "step_best", "last", "step_last")
@@ -72,16 +73,19 @@ def convert_checkpoint(
         What was written.
 
     Raises:
-        CheckpointError: Everything wrong with the checkpoint, listed.
+        CheckpointError: Everything wrong with the checkpoint, listed, or weights too large for
+            ``dtype``.
         AdapterError: The destination exists, or cannot be written.
         ModelError: The base model cannot be read.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     check_destination(destination, force)
     folder = find_checkpoint(source)
     known = None if model is None else read_base(model)
     adapter = read_checkpoint(folder, known, k, source)
     if dtype is not None:
-        adapter = _cast(adapter, DTYPES[dtype])
+        adapter = _cast(adapter, dtype)
     save_adapter(adapter, destination)
     return adapter
 
@@ -96,14 +100,17 @@ def find_checkpoint(source: str) -> Path:
         CheckpointError: Not there, or holding no checkpoint, or several.
     """
     root = Path(source)
-    if root.is_file():
-        raise CheckpointError(f"{source} is a file: give the folder that holds {ENCODER}")
-    if not root.is_dir():
-        patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS)]
-        root = base.download(source, None, patterns, CheckpointError)
-    if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():
-        return root
-    inside = {path.parent for path in root.glob(f"*/{ENCODER}")}
+    try:
+        if root.is_file():
+            raise CheckpointError(f"{source} is a file: give the folder that holds {ENCODER}")
+        if not root.is_dir():
+            patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS)]
+            root = base.download(source, None, patterns, CheckpointError)
+        if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():
+            return root
+        inside = {path.parent for path in root.glob(f"*/{ENCODER}")}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source}: {error.strerror}") from None
     for name in SUBFOLDERS:
         if root / name in inside:
             return root / name
@@ -124,13 +131,15 @@ def read_base(model: str) -> Base:
     Raises:
         ModelError: It cannot be found or read.
     """
-    path = base.resolve(model)
+    path = base.resolve(model, weights=False)
     config = base.read_config(path)
     try:
         tokenizer = load_tokenizer(path)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from error
-    return Base(model, config, base.default_pad_token_id(tokenizer))
+    # A folder is recorded so that it can be found from anywhere.
+    name = str(path.resolve()) if Path(model).is_dir() else model
+    return Base(name, config, base.default_pad_token_id(tokenizer))
 
 
 def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str) -> Adapter:
@@ -147,25 +156,28 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
     """
     problems: list[str] = []
     encoder, encoder_weights = _read_encoder(folder, k, problems)
-    config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     tensors = _collect(problems, _read_peft_tensors, folder)
+    before = len(problems)
+    config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
+    fields = base.fingerprint(known.config) if known else {}
     lora = None
-    if config is not None and tensors is not None:
+    if tensors is not None and len(problems) == before:
         untied = known is not None and base.is_tied(known.config) is False
-        lora = lora_from_peft(config, tensors, problems, head_is_a_layer=untied)
+        layers = fields.get("num_hidden_layers")
+        lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
     provenance = _provenance(folder, source, config, problems)
-    if lora is not None and encoder is not None:
+    problems += _not_finite(encoder_weights)
+    if lora is not None:
+        problems += _not_finite(lora.weights | _named_head(lora.head_weights))
         problems += _cross_check(encoder, lora, known)
-        problems += _not_finite(encoder_weights | lora.weights | lora.head_weights)
     if problems or lora is None or encoder is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
     recorded = config.get("base_model_name_or_path")
+    if not isinstance(recorded, str) or not recorded.isprintable():
+        recorded = None
     merge = MergeConfig(
         encoder=encoder,
-        base=BaseModelConfig(
-            known.id if known else recorded if isinstance(recorded, str) else None,
-            base.fingerprint(known.config) if known else {},
-        ),
+        base=BaseModelConfig(known.id if known else recorded, fields),
         pad_token_id=known.pad_token_id if known else None,
         head_lora=lora.head,
         # The authors' code merges the whole prompt, and applies no chat template.
@@ -201,31 +213,39 @@ def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:
         return None
 
 
-def _cross_check(encoder: EncoderConfig, lora: PeftLoRA, known: Base | None) -> list[str]:
+def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, known: Base | None) -> list[str]:
     """What encoder, LoRA and base must agree on."""
+    head = _named_head(lora.head_weights) or lora.weights
+    a, b = (head.get(f"{HEAD}.{name}") for name in ("lora_a", "lora_b"))
     problems = []
-    d, copy = encoder.hidden_size, lora.head_copy_shape
-    a, b = (lora.head_weights.get(name) for name in ("lora_a", "lora_b"))
-    if a is not None and a.shape[0] != d:
+    if encoder is not None and a is not None and a.shape[0] != encoder.hidden_size:
+        d = encoder.hidden_size
         problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {d}")
-    vocab_size = None if b is None else b.shape[1]
-    if copy is not None and copy != (vocab_size or copy[0], d):
-        problems.append(f"lm_head{COPIES[0]} has shape {copy}, expected ({vocab_size}, {d})")
     if known is None:
         return problems
+    if base.scales_embeddings(known.config):
+        problems.append(
+            f"--model {known.id} scales embeddings inside the model, and the paper's code fed it "
+            "unscaled ones: such a checkpoint has no equal here (docs/method.md, Gemma)"
+        )
     fields = base.fingerprint(known.config)
     checks = (
-        ("hidden_size", d, "the encoder has"),
-        ("vocab_size", vocab_size, "lm_head's LoRA has"),
+        ("hidden_size", encoder and encoder.hidden_size, "the encoder has"),
+        ("vocab_size", None if b is None else b.shape[1], "lm_head's LoRA has"),
     )
-    for name, ours, whose in checks:
-        if ours is not None and name in fields and fields[name] != ours:
-            problems.append(f"--model {known.id} has {name} {fields[name]}, {whose} {ours}")
-    layers = fields.get("num_hidden_layers", 0)
-    if lora.config.num_layers > layers:
-        covered = lora.config.num_layers
+    problems += [
+        f"--model {known.id} has {name} {fields[name]}, {whose} {ours}"
+        for name, ours, whose in checks
+        if ours is not None and name in fields and fields[name] != ours
+    ]
+    layers, covered = fields.get("num_hidden_layers"), lora.config.num_layers
+    if is_int(layers) and covered > layers:
         problems.append(f"--model {known.id} has {layers} layers, the LoRA covers {covered}")
     return problems
+
+
+def _named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    return {f"{HEAD}.{name}": array for name, array in weights.items()}
 
 
 def _not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
@@ -243,15 +263,21 @@ def _provenance(folder: Path, source: str, config: Any, problems: list[str]) -> 
     if isinstance(config, dict) and isinstance(config.get("peft_version"), str):
         provenance["peft_version"] = config["peft_version"]
     for name in PROVENANCE:
-        if (folder / name).is_file():
+        if not (folder / name).is_file():
+            continue
+        if (size := (folder / name).stat().st_size) > MAX_PROVENANCE_BYTES:
+            content = f"left out: {size} bytes"
+        else:
             content = _collect(problems, read_json, folder / name, CheckpointError)
-            provenance[name.removesuffix(".json")] = content
+        provenance[name.removesuffix(".json")] = content
     return provenance
 
 
-def _cast(adapter: Adapter, dtype: mx.Dtype) -> Adapter:
-    cast = [
-        {name: array.astype(dtype) for name, array in tensors.items()}
-        for tensors in (adapter.lora_weights, adapter.encoder_weights, adapter.head_weights)
-    ]
+def _cast(adapter: Adapter, dtype: str) -> Adapter:
+    parts = (adapter.lora_weights, adapter.encoder_weights, adapter.head_weights)
+    cast = [{name: a.astype(DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts]
+    lora, encoder, head = cast
+    if large := _not_finite(lora | encoder | _named_head(head)):
+        names = ", ".join(problem.split()[0] for problem in large)
+        raise CheckpointError(f"--dtype {dtype} cannot hold {names}: give float32 or bfloat16")
     return Adapter(adapter.merge, adapter.lora, *cast)

@@ -39,7 +39,10 @@ def encoder_from_torch(
     Returns:
         Sizes and renamed tensors, or None if the shapes give no K, D and H.
     """
-    state = {name.removeprefix("module."): array for name, array in state.items()}
+    plain = {name.removeprefix("module."): array for name, array in state.items()}
+    if len(plain) < len(state):
+        problems.append("encoder.pth: some tensors are there with and without the prefix module.")
+    state = plain
     sizes = _sizes(state, problems)
     if sizes is None:
         return None

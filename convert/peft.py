@@ -4,35 +4,36 @@ Owns the PEFT schema: which options are honoured, which are refused by name, and
 PEFT tensor names to mlx-lm's. Does not know base models: the tensors themselves name the modules
 that were adapted, so no base is needed to convert.
 
-Source: PEFT's LoraConfig and its saved tensor names (``base_model.model.<module>.lora_A.weight``);
-matching rules of ``peft.tuners.tuners_utils.check_target_module_exists`` and
-``peft.utils.other.get_pattern_key``; mlx-lm's ``lora_a`` (in, r), ``lora_b`` (r, out), scale.
+Source: LoraConfig of PEFT 0.21 and its saved tensor names
+(``base_model.model.<module>.lora_A.weight``); mlx-lm's ``lora_a`` (in, r), ``lora_b`` (r, out),
+scale.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import regex
 
-from kmerge_mlx.adapter import HEAD
+from kmerge_mlx.adapter import HEAD, LORA_PARTS
 from kmerge_mlx.config import LoRAConfig, LoRASpec, is_int, is_number
+from kmerge_mlx.convert.patterns import NameRules, PatternError
 
 PREFIX = "base_model.model."
 
-# (what a PEFT tensor name ends with, mlx-lm's name, transposed).
-SUFFIXES = (
-    (".lora_A.weight", "lora_a", True),
-    (".lora_B.weight", "lora_b", True),
-)
+# What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
+SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
+THEIRS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
-# Tensors that only repeat the base model. PEFT saves one when the head is a target.
-COPIES = (".base_layer.weight",)
+# Tensors that only repeat the base model. PEFT saves them when the head is a target.
+COPIES = (".base_layer.weight", ".base_layer.bias")
+
+# PEFT saves no adapter name; a raw state dict has its default one.
+ADAPTER_NAME = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter)\.default(?=\.|$)")
 
 # Tensor name part -> why it cannot be converted.
 REFUSED_TENSORS = (
@@ -45,14 +46,15 @@ REFUSED_TENSORS = (
 
 # Options that change nothing about how saved weights are applied.
 HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
-    *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"),
-    *("loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type"),
-    *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying"),
+    *("eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config"),
+    *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision"),
+    *("runtime_config", "task_type"),
 }
 HONOURED = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "target_modules", "init_lora_weights"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "target_modules", "exclude_modules"),
+    *("init_lora_weights", "bias"),
 }
 REFUSED_OPTIONS = {
     "use_dora": "DoRA: retrain with use_dora=False, or merge it in PEFT",
@@ -65,10 +67,7 @@ REFUSED_OPTIONS = {
 }
 # Ways to start that leave the base model's weights alone; the others (pissa, olora, corda, loftq,
 # lora_ga) change them, so the adapter means nothing on the original base.
-INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-
-# Names that an adapter's regex may be tried on for this long before it is refused.
-REGEX_SECONDS = 2.0
+INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass
@@ -80,14 +79,12 @@ class PeftLoRA:
         weights: mlx-lm names to tensors.
         head: Rank and scale of the output head, or None.
         head_weights: ``lora_a`` (D, r), ``lora_b`` (r, V) of the head, or empty.
-        head_copy_shape: Shape of the base head's weight that PEFT saved along, or None.
     """
 
     config: LoRAConfig
     weights: dict[str, mx.array] = field(default_factory=dict)
     head: LoRASpec | None = None
     head_weights: dict[str, mx.array] = field(default_factory=dict)
-    head_copy_shape: tuple[int, ...] | None = None
 
 
 def lora_from_peft(
@@ -95,6 +92,7 @@ def lora_from_peft(
     tensors: Mapping[str, mx.array],
     problems: list[str],
     head_is_a_layer: bool = False,
+    num_layers: int | None = None,
 ) -> PeftLoRA | None:
     """Converts a PEFT adapter.
 
@@ -104,20 +102,23 @@ def lora_from_peft(
         problems: Receives everything wrong, one line each.
         head_is_a_layer: The base is known to have an ``lm_head`` of its own, so that the head's
             LoRA goes with the others and mlx-lm loads it too.
+        num_layers: L, how many layers the base has, or None where it is not known.
 
     Returns:
-        The LoRA, or None where the config alone rules it out.
+        The LoRA, or None if anything is wrong.
     """
     before = len(problems)
     problems += _config_problems(config)
     if len(problems) > before:
         return None
-    pairs, copy_shape = _pairs(tensors, problems)
+    pairs = _pairs(tensors, problems)
     try:
-        specs = {name: _spec(name, pair, config, problems) for name, pair in pairs.items()}
-        _check_targets(config, pairs, problems)
-    except (regex.error, TimeoutError) as error:
-        problems.append(f"adapter_config.json: a pattern cannot be matched: {error}")
+        rules = NameRules(config, list(pairs))
+    except PatternError as error:
+        problems.append(f"adapter_config.json: {error}")
+        return None
+    specs = {name: _spec(name, pair, config, rules, problems) for name, pair in pairs.items()}
+    problems += _target_problems(config, pairs, rules)
     if len(problems) > before:
         return None
     head, head_weights = None, {}
@@ -126,7 +127,7 @@ def lora_from_peft(
     weights = {
         f"{name}.{part}": array for name, pair in pairs.items() for part, array in pair.items()
     }
-    return PeftLoRA(_lora_config(specs, config), weights, head, head_weights, copy_shape)
+    return PeftLoRA(_lora_config(specs, config, rules, num_layers), weights, head, head_weights)
 
 
 def _config_problems(config: Any) -> list[str]:
@@ -135,165 +136,198 @@ def _config_problems(config: Any) -> list[str]:
         return ["adapter_config.json does not hold an object"]
     kind = config.get("peft_type")
     if kind != "LORA":
-        what = "has no peft_type: it is not PEFT's" if kind is None else f"is of type {kind!r}"
+        what = (
+            "has no peft_type: it is not PEFT's" if kind is None else f"is of type {_short(kind)}"
+        )
         return [f"adapter_config.json {what}; only LORA adapters convert"]
     problems = [
-        f"adapter_config.json: {name} = {_short(value)} ({REFUSED_OPTIONS[name]})"
+        f"{_short(name)[1:-1]} = {_short(value)} ({REFUSED_OPTIONS[name]})"
         if name in REFUSED_OPTIONS
-        else f"adapter_config.json: {name} = {_short(value)} is not supported"
+        else f"{_short(name)[1:-1]} = {_short(value)} is not supported"
         for name, value in config.items()
         if name not in HARMLESS | HONOURED and value not in (None, False, [], {}, "")
     ]
-    if config.get("bias", "none") != "none":
+    if (bias := config.get("bias", "none")) != "none":
+        problems.append(f'bias = {_short(bias)} (trained biases: retrain with bias="none")')
+    init = config.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in INIT_KEEPS_BASE:
         problems.append(
-            f"adapter_config.json: bias = {_short(config['bias'])} (trained biases: retrain "
-            'with bias="none")'
+            f"init_lora_weights = {_short(init)} (it may change the base: convert it to plain "
+            "LoRA in PEFT, save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    if config.get("init_lora_weights", True) not in INIT_KEEPS_BASE:
-        problems.append(
-            f"adapter_config.json: init_lora_weights = {_short(config['init_lora_weights'])} "
-            "changed the base model: convert it to plain LoRA in PEFT "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    return problems + _type_problems(config)
+    problems += _number_problems(config) + _name_problems(config)
+    return [f"adapter_config.json: {problem}" for problem in problems]
 
 
-def _type_problems(config: Mapping[str, Any]) -> list[str]:
+def _number_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if not is_int(config.get("r"), 1):
-        problems.append(f"adapter_config.json: r = {_short(config.get('r'))}, expected a rank")
-    alpha = config.get("lora_alpha")
-    if not is_number(alpha):
-        problems.append(f"adapter_config.json: lora_alpha = {_short(alpha)}, expected a number")
-    if not is_number(config.get("lora_dropout") or 0.0):
-        problems.append("adapter_config.json: lora_dropout is not a number")
-    for name, good in (("rank_pattern", is_int), ("alpha_pattern", is_number)):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(good(v) for v in pattern.values()):
-            problems.append(f"adapter_config.json: {name} is not an object of numbers")
-    targets = config.get("target_modules")
-    if not isinstance(targets, str) and not _is_list_of(targets, str):
-        problems.append("adapter_config.json: target_modules is neither a string nor a list")
-    layers = config.get("layers_to_transform")
-    if layers is not None and not is_int(layers) and not _is_list_of(layers, int):
-        problems.append("adapter_config.json: layers_to_transform is not a list of layer numbers")
+        problems.append(f"r = {_short(config.get('r'))}, expected a rank")
+    if not is_number(alpha := config.get("lora_alpha")):
+        problems.append(f"lora_alpha = {_short(alpha)}, expected a number")
+    dropout = config.get("lora_dropout", 0.0)
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        problems.append(f"lora_dropout = {_short(dropout)}, expected a number in [0, 1)")
+    if not isinstance(rslora := config.get("use_rslora", False), bool | None):
+        problems.append(f"use_rslora = {_short(rslora)}, expected true or false")
+    for name, good, kind in (
+        ("rank_pattern", lambda value: is_int(value, 1), "ranks"),
+        ("alpha_pattern", is_number, "numbers"),
+    ):
+        pattern = config.get(name)
+        if pattern is not None and not (
+            isinstance(pattern, dict) and all(good(value) for value in pattern.values())
+        ):
+            problems.append(f"{name} = {_short(pattern)}, expected names and {kind}")
     return problems
 
 
-def _pairs(
-    tensors: Mapping[str, mx.array], problems: list[str]
-) -> tuple[dict[str, dict[str, mx.array]], tuple[int, ...] | None]:
-    """Module path to its ``lora_a`` and ``lora_b``, and the shape of the head's copy."""
+def _name_problems(config: Mapping[str, Any]) -> list[str]:
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    problems = [
+        f"{name} = {_short(config.get(name))}, expected a string or a list of strings"
+        for name in ("target_modules", "exclude_modules", "layers_pattern")
+        if not isinstance(config.get(name), str)
+        and not _is_list(config.get(name), lambda item: isinstance(item, str))
+        and (config.get(name) is not None or name == "target_modules")
+    ]
+    if layers is not None and not is_int(layers) and not _is_list(layers, is_int):
+        problems.append(f"layers_to_transform = {_short(layers)}, expected layer numbers")
+    elif isinstance(targets, str) and layers is not None:
+        problems.append("layers_to_transform does not go with target_modules as one pattern")
+    return problems
+
+
+def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, dict[str, mx.array]]:
+    """Module path to its ``lora_a`` and ``lora_b``, transposed."""
     pairs: dict[str, dict[str, mx.array]] = {}
-    copy_shape = None
+    copies: dict[str, tuple[str, str]] = {}
     for name, array in tensors.items():
-        short = name.removeprefix(PREFIX).replace(".default.", ".")
+        short = ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
         reason = next((why for part, why in REFUSED_TENSORS if part in short), None)
+        suffix = next((s for s in (*SUFFIXES, *COPIES) if short.endswith(s)), "")
+        module, shape = short.removesuffix(suffix), tuple(array.shape)
         if reason is not None:
             problems.append(f"tensor {name}: {reason}")
-        elif short.endswith(COPIES):
-            copy_shape = tuple(array.shape)
-        elif found := next((s for s in SUFFIXES if short.endswith(s[0])), None):
-            suffix, ours, transposed = found
-            pair = pairs.setdefault(short.removesuffix(suffix), {})
-            pair[ours] = array.T if transposed and array.ndim == 2 else array
+        elif suffix in COPIES:
+            copies[name] = (module, suffix)
+        elif not suffix:
+            problems.append(f"tensor {name} {shape} is not part of a LoRA")
+        elif array.ndim != 2 or 0 in shape:
+            problems.append(f"tensor {name} has shape {shape}, expected (r, in) or (out, r)")
+        elif SUFFIXES[suffix] in pairs.setdefault(module, {}):
+            problems.append(f"tensor {name} is there under two names")
         else:
-            problems.append(f"tensor {name} {tuple(array.shape)} is not part of a LoRA")
+            pairs[module][SUFFIXES[suffix]] = array.T
+    problems += _copy_problems(copies, tensors, pairs)
     if not pairs and not problems:
         problems.append("the adapter holds no LoRA tensors")
-    return pairs, copy_shape
+    return pairs
+
+
+def _copy_problems(
+    copies: Mapping[str, tuple[str, str]],
+    tensors: Mapping[str, mx.array],
+    pairs: Mapping[str, Mapping[str, mx.array]],
+) -> list[str]:
+    """Copies of the base that do not have the size of the LoRA beside them."""
+    problems = []
+    for name, (module, suffix) in copies.items():
+        pair, shape = pairs.get(module, {}), tuple(tensors[name].shape)
+        if len(pair) < len(LORA_PARTS):
+            problems.append(f"tensor {name} {shape} is not part of a LoRA")
+            continue
+        inner, out = pair["lora_a"].shape[0], pair["lora_b"].shape[1]
+        expected = (out, inner) if suffix == COPIES[0] else (out,)
+        if shape != expected:
+            problems.append(f"tensor {name} has shape {shape}, its LoRA expects {expected}")
+    return problems
 
 
 def _spec(
-    name: str, pair: Mapping[str, mx.array], config: Mapping[str, Any], problems: list[str]
+    name: str,
+    pair: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    rules: NameRules,
+    problems: list[str],
 ) -> LoRASpec | None:
     """Rank and scale of one module, after checking its two tensors against the config."""
-    missing = {"lora_a": "lora_A", "lora_b": "lora_B"}
-    absent = [theirs for ours, theirs in missing.items() if ours not in pair]
-    if absent:
+    if absent := [THEIRS[part] for part in LORA_PARTS if part not in pair]:
         problems.append(f"{name}: {absent[0]} is missing")
         return None
     a, b = pair["lora_a"], pair["lora_b"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        theirs = [tuple(reversed(x.shape)) for x in (a, b)]
+    if a.shape[1] != b.shape[0]:
         problems.append(
-            f"{name}: lora_A {theirs[0]} and lora_B {theirs[1]} do not fit together, "
-            "expected (r, in) and (out, r)"
+            f"{name}: lora_A {(a.shape[1], a.shape[0])} and lora_B {(b.shape[1], b.shape[0])} do "
+            "not fit together, expected (r, in) and (out, r)"
         )
         return None
-    rank = _pattern_value(config.get("rank_pattern"), name, config["r"])
-    alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+    rank = rules.value("rank_pattern", name, config["r"])
+    alpha = rules.value("alpha_pattern", name, config["lora_alpha"])
     if rank != a.shape[1]:
         problems.append(f"{name}: the tensors have rank {a.shape[1]}, the config says {rank}")
         return None
     return LoRASpec(rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches a whole suffix of the module path decides."""
-    for key, value in (pattern or {}).items():
-        if regex.match(rf"(.*\.)?({key})$", name, timeout=REGEX_SECONDS):
-            return value
-    return default
-
-
-def _check_targets(
-    config: Mapping[str, Any], pairs: Mapping[str, Any], problems: list[str]
-) -> None:
-    """Every adapted module must be one that the config asked for, or PEFT would not apply it."""
-    strangers = [name for name in pairs if not _is_target(config, name)]
-    problems += [
-        f"{name} has LoRA tensors, but the config does not target it" for name in strangers
+def _target_problems(
+    config: Mapping[str, Any], names: Iterable[str], rules: NameRules
+) -> list[str]:
+    """Tensors that PEFT would not apply, and targets without tensors."""
+    problems = [
+        f"{name} has LoRA tensors, but {objection}"
+        for name in names
+        if (objection := rules.objection(name)) is not None
     ]
-    targets = config["target_modules"]
-    if isinstance(targets, list):
-        unused = [t for t in targets if not any(_ends_with(name, t) for name in pairs)]
-        problems += [f"target_modules names {t}, but no tensor belongs to it" for t in unused]
+    if not config.get("exclude_modules"):
+        problems += [
+            f"target_modules names {_short(target)}, but no tensor belongs to it (if the base has "
+            "no such module, remove it from adapter_config.json)"
+            for target in rules.unused_targets()
+        ]
+    return problems
 
 
-def _is_target(config: Mapping[str, Any], name: str) -> bool:
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    if isinstance(targets, str):
-        whole = targets.lower() == "all-linear"
-        return whole or bool(regex.fullmatch(targets, name, timeout=REGEX_SECONDS))
-    if not any(_ends_with(name, target) for target in targets):
-        return False
-    if layers is None or layers == [] or name in targets:
-        return True
-    return _layer(name) in ([layers] if isinstance(layers, int) else layers)
+def _place(name: str) -> tuple[str, int | None, str]:
+    """The stack of layers that a module is in, the layer's index, and the path inside the layer."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[1:-1], 1):
+        if part.isascii() and part.isdigit() and len(part) < 7 and part == str(int(part)):
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return "", None, name
 
 
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _layer(name: str) -> int | None:
-    """The index of the layer a module is in: the first number in its path."""
-    match = re.match(r".*?\.[^.]*\.(\d{1,6})\.", f".{name}")
-    return int(match[1]) if match else None
-
-
-def _lora_config(specs: Mapping[str, LoRASpec], config: Mapping[str, Any]) -> LoRAConfig:
+def _lora_config(
+    specs: Mapping[str, LoRASpec],
+    config: Mapping[str, Any],
+    rules: NameRules,
+    num_layers: int | None,
+) -> LoRAConfig:
     """mlx-lm's uniform form where it says the same, else module by module."""
-    dropout = float(config.get("lora_dropout") or 0.0)
-    layers = {name: _layer(name) for name in specs}
-    num_layers = max((n for n in layers.values() if n is not None), default=-1) + 1
-    keys: dict[str, set[int]] = {}
-    for name, layer in layers.items():
-        inside = name if layer is None else name.split(f".{layer}.", 1)[1]
-        keys.setdefault(inside, set()).add(-1 if layer is None else layer)
-    everywhere = all(where in ({-1}, set(range(num_layers))) for where in keys.values())
-    uniform = set(specs.values())
-    if everywhere and len(uniform) <= 1 and config.get("layers_to_transform") is None:
-        spec = uniform.pop() if uniform else LoRASpec(config["r"], config["lora_alpha"])
-        return LoRAConfig(num_layers, dropout, spec, tuple(keys))
-    return LoRAConfig(num_layers, dropout, modules=dict(specs))
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, Iterable) and all(
-        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    dropout = float(config.get("lora_dropout", 0.0))
+    places = [_place(name) for name in specs]
+    covered = max((layer for _, layer, _ in places if layer is not None), default=-1) + 1
+    keys: dict[str, set[int | None]] = {}
+    for _, layer, inside in places:
+        keys.setdefault(inside, set()).add(layer)
+    stacks = {stack for stack, layer, _ in places if layer is not None}
+    everywhere = len(stacks) <= 1 and all(
+        where == {None} or (None not in where and len(where) == covered) for where in keys.values()
     )
+    # mlx-lm counts layers from the last: the uniform form is right only where all are covered.
+    whole = covered in (0, num_layers) or (num_layers is None and not rules.picks_layers)
+    uniform = set(specs.values())
+    if everywhere and whole and len(uniform) <= 1:
+        spec = (
+            uniform.pop() if uniform else LoRASpec(config["r"], config["lora_alpha"] / config["r"])
+        )
+        # mlx-lm reads 0 layers as all of them; a module outside the layers needs none.
+        return LoRAConfig(max(covered, min(len(keys), 1)), dropout, spec, tuple(keys))
+    return LoRAConfig(covered, dropout, modules=dict(specs))
+
+
+def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(good(item) for item in value)
 
 
 def _short(value: Any) -> str:

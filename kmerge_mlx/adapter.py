@@ -10,14 +10,17 @@ LoRA that mlx-lm has no place for (tied models) is kept in the latter as ``lm_he
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 
 from kmerge_mlx.config import LoRAConfig, MergeConfig
-from kmerge_mlx.errors import AdapterError, findings
+from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
+    clear_leftovers,
     read_json,
     read_safetensors,
     replacing_folder,
@@ -30,9 +33,11 @@ LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapters.safetensors"
 MERGE_CONFIG = "merge_config.json"
 MERGE_WEIGHTS = "merge_encoder.safetensors"
+FILES = (LORA_CONFIG, LORA_WEIGHTS, MERGE_CONFIG, MERGE_WEIGHTS)
 
 HEAD = "lm_head"
 ENCODER = "encoder"
+LORA_PARTS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,30 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
         Merge factor to adapter folder, ascending.
 
     Raises:
-        AdapterError: Not there, or no adapter; says what it is instead.
+        AdapterError: Not there, no adapter (says what it is instead), or two of one K.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
-    if (path / MERGE_CONFIG).is_file():
-        return {_merge_config(path).encoder.merge_factor: path}
-    found = {
-        _merge_config(child).encoder.merge_factor: child
-        for child in sorted(path.iterdir())
-        if (child / MERGE_CONFIG).is_file()
-    }
+    try:
+        if not path.is_dir():
+            raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
+        if (path / MERGE_CONFIG).is_file():
+            return {_merge_config(path).encoder.merge_factor: path}
+        # A hidden folder is one that a killed run was still writing.
+        inside = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+        folders = [child for child in inside if (child / MERGE_CONFIG).is_file()]
+    except OSError as e:
+        raise AdapterError(f"cannot read {path}: {e.strerror}") from None
+    found: dict[int, list[Path]] = defaultdict(list)
+    for folder in folders:
+        found[_merge_config(folder).encoder.merge_factor].append(folder)
+    for factor, same in found.items():
+        if len(same) > 1:
+            names = ", ".join(folder.name for folder in same)
+            raise AdapterError(
+                f"{path} holds several adapters for K = {factor}: name one of {names}"
+            )
     if found:
-        return dict(sorted(found.items()))
+        return {factor: found[factor][0] for factor in sorted(found)}
     raise AdapterError(f"{path} {_what_else(path)}")
 
 
@@ -102,11 +117,13 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     if k is not None and k not in found:
         raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
     folder = found[next(iter(found)) if k is None else k]
-    merge = _merge_config(folder)
-    lora = LoRAConfig.from_json(read_json(folder / LORA_CONFIG, AdapterError))
+    merge, lora = _merge_config(folder), _lora_config(folder)
     lora_weights = read_safetensors(folder / LORA_WEIGHTS, AdapterError)
     stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)
-    _check_merge_weights(merge, stored, folder / MERGE_WEIGHTS)
+    problems = [f"{LORA_WEIGHTS}: {p}" for p in _lora_problems(lora, lora_weights)]
+    problems += [f"{MERGE_WEIGHTS}: {p}" for p in _merge_problems(merge, stored)]
+    if problems:
+        raise AdapterError(findings(str(folder), problems))
     return Adapter(merge, lora, lora_weights, _part(stored, ENCODER), _part(stored, HEAD))
 
 
@@ -118,7 +135,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
         path: The folder; replaced if it exists (see :func:`check_destination`).
 
     Raises:
-        AdapterError: The disk is full, or the place is not writable.
+        AdapterError: The disk is full, or the place is not writable. Nothing is left there then.
     """
     merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
     merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
@@ -130,26 +147,42 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
             write_json(folder / MERGE_CONFIG, adapter.merge.to_json())
             write_safetensors(folder / MERGE_WEIGHTS, merged)
     except OSError as e:
-        raise AdapterError(f"cannot write {path}: {e.strerror}") from e
+        raise AdapterError(f"cannot write {path}: {e.strerror or first_line(e)}") from e
 
 
 def check_destination(path: str | Path, force: bool) -> None:
     """Refuses to write over something, before any work is done.
+
+    A folder that a killed run was about to replace is given back first.
 
     Args:
         path: Where an adapter folder is to be written.
         force: Whether an adapter folder there may be replaced.
 
     Raises:
-        AdapterError: Something is there and ``force`` is off, or it is not an adapter folder.
+        AdapterError: Something is there and ``force`` is off, or it is not an adapter folder, or
+            holds more than an adapter.
     """
     path = Path(path)
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise AdapterError(f"{path} exists: choose another folder, or give --force to replace it")
-    if path.is_symlink() or not path.is_dir() or not (path / MERGE_CONFIG).is_file():
-        raise AdapterError(f"{path} is not an adapter folder, and --force replaces nothing else")
+    try:
+        if not path.is_symlink():
+            clear_leftovers(path)
+        if not path.exists() and not path.is_symlink():
+            return
+        if not force:
+            raise AdapterError(
+                f"{path} exists: choose another folder, or give --force to replace it"
+            )
+        if path.is_symlink() or not path.is_dir() or not (path / MERGE_CONFIG).is_file():
+            raise AdapterError(f"{path} is no adapter folder, and --force replaces nothing else")
+        more = sorted(child.name for child in path.iterdir() if child.name not in FILES)
+    except OSError as e:
+        raise AdapterError(f"cannot write {path}: {e.strerror}") from None
+    if more:
+        listed = ", ".join(more[:8])
+        raise AdapterError(
+            f"{path} holds more than an adapter ({listed}): move that away, --force would delete it"
+        )
 
 
 def _merge_config(folder: Path) -> MergeConfig:
@@ -159,22 +192,63 @@ def _merge_config(folder: Path) -> MergeConfig:
         raise AdapterError(f"{folder}: {e}") from None
 
 
+def _lora_config(folder: Path) -> LoRAConfig:
+    try:
+        return LoRAConfig.from_json(read_json(folder / LORA_CONFIG, AdapterError))
+    except AdapterError as e:
+        raise AdapterError(f"{folder}: {e}") from None
+
+
 def _part(stored: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
     dotted = f"{prefix}."
     return {n.removeprefix(dotted): a for n, a in stored.items() if n.startswith(dotted)}
 
 
-def _check_merge_weights(merge: MergeConfig, stored: dict[str, mx.array], path: Path) -> None:
+def _lora_problems(config: LoRAConfig, weights: Mapping[str, mx.array]) -> list[str]:
+    """What can be said of the LoRA without a base: which tensors there are, and their ranks."""
+    problems, keys = [], set(config.keys)
+    found: dict[str, dict[str, mx.array]] = {name: {} for name in config.modules}
+    used: set[str] = set()
+    for name, array in weights.items():
+        module, _, part = name.rpartition(".")
+        hit = keys & name_ends(module)
+        if part not in LORA_PARTS or not (hit or module in config.modules):
+            problems.append(f"{name} {tuple(array.shape)} belongs to nothing here")
+            continue
+        used |= hit
+        found.setdefault(module, {})[part] = array
+    problems += [f"key {key} has no tensors" for key in config.keys if key not in used]
+    for module, parts in found.items():
+        absent = [part for part in LORA_PARTS if part not in parts]
+        problems += [f"{module}.{part} is missing" for part in absent]
+        rank = (config.uniform or config.modules[module]).rank
+        if not absent and not _have_rank(*(parts[part] for part in LORA_PARTS), rank):
+            shapes = " and ".join(f"{part} {tuple(parts[part].shape)}" for part in LORA_PARTS)
+            problems.append(f"{module} has {shapes}, expected (in, {rank}) and ({rank}, out)")
+    return problems
+
+
+def _have_rank(a: mx.array, b: mx.array, rank: int) -> bool:
+    if a.ndim == b.ndim == 3:  # mlx-lm's experts: (experts, r, in) and (experts, out, r)
+        return a.shape[1] == b.shape[2] == rank
+    return a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] == rank
+
+
+def name_ends(module: str) -> set[str]:
+    """A module's path, and every part of it after a dot: what a suffix may name it by."""
+    parts = module.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[str]:
     expected = {f"{ENCODER}.{name}": shape for name, shape in merge.encoder.shapes().items()}
     found = {name: tuple(array.shape) for name, array in stored.items()}
     if merge.head_lora is not None:
         # The vocabulary is the base model's to say: only the inner sizes are known here.
-        rank = merge.head_lora.rank
-        vocab_size = found.get(f"{HEAD}.lora_b", (rank, 0))[-1]
+        rank, vocab_size = merge.head_lora.rank, found.get(f"{HEAD}.lora_b", ())[1:2]
         expected[f"{HEAD}.lora_a"] = (merge.encoder.hidden_size, rank)
-        expected[f"{HEAD}.lora_b"] = (rank, vocab_size)
-    if problems := tensor_problems(expected, found):
-        raise AdapterError(findings(str(path), problems))
+        expected[f"{HEAD}.lora_b"] = (rank, *(vocab_size or ("V",)))
+    return tensor_problems(expected, found)
 
 
 def _what_else(path: Path) -> str:
@@ -189,6 +263,8 @@ def _what_else(path: Path) -> str:
             f"is an mlx-lm adapter without a merge encoder ({MERGE_CONFIG} is missing): "
             "use mlx_lm.generate for it, or an adapter made by `kmerge-mlx convert`"
         )
+    if any(path.glob("*/encoder.pth")):
+        return f"holds PyTorch checkpoints: run `kmerge-mlx convert {path} DST` first"
     if (path / "config.json").is_file():
         return "is a base model, not an adapter: give it as --model"
     return f"is no adapter folder: {MERGE_CONFIG} is missing"

@@ -47,10 +47,13 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
         ModelError: Neither a folder nor a repo that can be had.
     """
     path = Path(path_or_hf_repo)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"--model {path} is a file: give the folder that holds config.json")
+    try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelError(f"--model {path} is a file: give the folder that holds config.json")
+    except OSError as e:
+        raise ModelError(f"cannot read --model {path}: {e.strerror}") from None
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
     return download(str(path_or_hf_repo), revision, patterns, ModelError)
 
@@ -173,6 +176,11 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     text = text_config(config)
     return {name: text[name] for name in FINGERPRINT if text.get(name) is not None}
+
+
+def scales_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the model multiplies embeddings by sqrt(D) after the look-up, as Gemma does."""
+    return str(text_config(config).get("model_type", "")).startswith("gemma")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:

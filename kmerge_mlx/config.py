@@ -104,7 +104,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         sizes = (("merge_factor", 2), ("hidden_size", 1), ("inner_size", 1))
         problems = [
-            f"{name} is {getattr(self, name)!r}, expected a whole number of at least {low}"
+            f"{name} is {_short(getattr(self, name))}, expected a whole number of at least {low}"
             for name, low in sizes
             if not is_int(getattr(self, name), low)
         ]
@@ -144,7 +144,7 @@ class LoRASpec:
     def __post_init__(self) -> None:
         if not is_int(self.rank, 1) or not is_number(self.scale):
             raise AdapterError(
-                f"LoRA with rank {self.rank!r} and scale {self.scale!r}: "
+                f"LoRA with rank {_short(self.rank)} and scale {_short(self.scale)}: "
                 "expected a whole rank of at least 1 and a finite scale"
             )
 
@@ -208,13 +208,15 @@ class LoRAConfig:
         if not isinstance(data, dict):
             raise AdapterError(f"adapter_config.json holds {_short(data)}, expected an object")
         if (kind := data.get("fine_tune_type", "lora")) != "lora":
-            raise AdapterError(f"adapter_config.json: fine_tune_type {kind!r} is not supported")
+            raise AdapterError(
+                f"adapter_config.json: fine_tune_type {_short(kind)} is not supported"
+            )
         parameters = data.get("lora_parameters")
         if not isinstance(parameters, dict) or not is_int(data.get("num_layers")):
             raise AdapterError("adapter_config.json: expected num_layers and lora_parameters")
         dropout = parameters.get("dropout", 0.0)
         if not is_number(dropout) or not 0 <= dropout < 1:
-            raise AdapterError(f"adapter_config.json: dropout {dropout!r} is not in [0, 1)")
+            raise AdapterError(f"adapter_config.json: dropout {_short(dropout)} is not in [0, 1)")
         if "modules" in parameters:
             return cls(data["num_layers"], dropout, modules=_read_modules(parameters["modules"]))
         keys = parameters.get("keys")
@@ -308,11 +310,13 @@ class MergeConfig:
             raise AdapterError(f"merge_config.json holds {_short(data)}, expected an object")
         version = data.get("format_version")
         if not is_int(version, 1):
-            raise AdapterError(f"merge_config.json: format_version is {version!r}, expected 1")
+            raise AdapterError(
+                f"merge_config.json: format_version is {_short(version)}, expected 1"
+            )
         if version > FORMAT_VERSION:
             raise AdapterError(
-                f"merge_config.json: format_version {version} is newer than this release reads "
-                f"({FORMAT_VERSION}): update kmerge-mlx"
+                f"merge_config.json: format_version {_short(version)} is newer than this release "
+                f"reads ({FORMAT_VERSION}): update kmerge-mlx"
             )
         problems = _merge_config_problems(data)
         if problems:

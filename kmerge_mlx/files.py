@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,28 +20,71 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx.errors import KMergeError
+from kmerge_mlx.errors import KMergeError, findings, first_line
 
-MAX_JSON_BYTES = 16 << 20
-MAX_HEADER_BYTES = 16 << 20
-FLOAT_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# What a file may cost before it is known to be good: a byte of it takes up to 40 bytes of memory.
+MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 32
+MAX_HEADER_BYTES = 2 << 20
+MAX_NAME_LENGTH = 500
+MAX_DIMENSIONS = 8  # MLX wraps a longer side around, and crashes on many
+MAX_SIDE = 2**31 - 1
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path, error: type[KMergeError]) -> Any:
     """Reads a small JSON file.
 
+    Args:
+        path: The file.
+        error: Kind of error to raise.
+
+    Returns:
+        Its content. Numbers that other JSON readers have no place for (``NaN``, ``1e999``, integers
+        of 20 digits) are left as strings, so they fail wherever a number is expected, and can be
+        written again.
+
     Raises:
-        KMergeError: Of the given kind: missing, unreadable, larger than 16 MiB, or not JSON.
+        KMergeError: Missing, unreadable, larger than 1 MiB, not JSON, or nested over 32 deep.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if _regular_size(path, error) > MAX_JSON_BYTES:
             raise error(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: not a config file")
-        return json.loads(path.read_bytes())
+        data = json.loads(
+            path.read_bytes(), parse_int=_integer, parse_float=_float, parse_constant=str
+        )
     except OSError as e:
         raise error(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
-        reason = str(e).splitlines()[0] if isinstance(e, json.JSONDecodeError) else "unreadable"
+        reason = first_line(e) if isinstance(e, json.JSONDecodeError) else "unreadable"
         raise error(f"{path} is not valid JSON ({reason})") from None
+    if _is_deep(data):
+        raise error(f"{path} is nested more than {MAX_JSON_DEPTH} deep: not a config file")
+    return data
+
+
+def _integer(text: str) -> int | str:
+    return int(text) if len(text) < 20 else text
+
+
+def _float(text: str) -> float | str:
+    return value if math.isfinite(value := float(text)) else text
+
+
+def _is_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(MAX_JSON_DEPTH):
+        boxes = [box for box in level if isinstance(box, dict | list)]
+        level = [item for b in boxes for item in (b.values() if isinstance(b, dict) else b)]
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _regular_size(path: Path, error: type[KMergeError]) -> int:
+    """Bytes of a file; refuses folders, and pipes and devices, which may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"cannot read {path}: it is not a file")
+    return status.st_size
 
 
 def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[int, ...]]:
@@ -50,12 +95,13 @@ def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[
         error: Kind of error to raise.
 
     Raises:
-        KMergeError: Missing, torn or not safetensors, or a tensor that is not float32, float16 or
-            bfloat16.
+        KMergeError: Missing, torn or not safetensors, or tensors (all are listed) that are not
+            float32, float16 or bfloat16, or that MLX cannot hold.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        _regular_size(path, error)
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER_BYTES:
@@ -67,12 +113,21 @@ def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[
     except OSError as e:
         raise error(f"cannot read {path}: {e.strerror or 'unreadable'}") from None
     except SafetensorError as e:
-        text = str(e).splitlines()[0][:100]
+        text = ascii(first_line(e))[1:101]
         raise error(f"{path} is torn or not a safetensors file ({text})") from None
-    for name, dtype in dtypes.items():
-        if dtype not in FLOAT_DTYPES:
-            raise error(f"{path}: {name} has dtype {dtype}, expected one of {[*FLOAT_DTYPES]}")
+    if problems := [p for n in shapes if (p := _header_problem(n, dtypes[n], shapes[n]))]:
+        raise error(findings(str(path), problems))
     return shapes
+
+
+def _header_problem(name: str, dtype: str, shape: tuple[int, ...]) -> str | None:
+    if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        return f"found the tensor name {name!a:.60}, expected a short printable one"
+    if dtype not in FLOAT_DTYPES:
+        return f"{name} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+    if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_SIDE:
+        return f"{name} has {len(shape)} dimensions of up to {max(shape)}: MLX cannot hold it"
+    return None
 
 
 def read_safetensors(path: Path, error: type[KMergeError]) -> dict[str, mx.array]:
@@ -84,24 +139,31 @@ def read_safetensors(path: Path, error: type[KMergeError]) -> dict[str, mx.array
     safetensors_shapes(path, error)
     try:
         return dict(sorted(mx.load(str(path)).items()))
-    except RuntimeError as e:
-        raise error(f"{path} cannot be read: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, ValueError) as e:
+        raise error(f"{path} cannot be read: {first_line(e)}") from None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON with a stable layout, and flushes it to the disk."""
+    """Writes JSON with a stable layout, and flushes it to the disk.
+
+    Raises:
+        OSError: It cannot be written, or is larger than :func:`read_json` reads.
+    """
+    text = json.dumps(data, indent=2) + "\n"
+    if len(text) > MAX_JSON_BYTES:
+        raise OSError(errno.EFBIG, f"{path.name} would be over {MAX_JSON_BYTES >> 20} MiB")
     with path.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.write("\n")
+        file.write(text)
+        file.flush()
         _sync(file.fileno())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Writes tensors, and flushes them to the disk."""
+    """Writes tensors, the same bytes for the same tensors, and flushes them to the disk."""
     try:
-        mx.save_safetensors(str(path), dict(tensors), metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
     except RuntimeError as e:  # MLX's word for a full disk
-        raise OSError(errno.EIO, f"MLX could not write it ({str(e).splitlines()[0]})") from e
+        raise OSError(errno.EIO, f"MLX could not write it ({first_line(e)})") from e
     with path.open("rb") as file:
         _sync(file.fileno())
 
@@ -119,19 +181,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Yields:
         The folder to write into.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(path)
+    clear_leftovers(path)
     new = Path(tempfile.mkdtemp(prefix=_prefix(path, "new"), dir=path.parent))
     try:
         new.chmod(0o777 & ~_umask())
         yield new
         _sync_folder(new)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=_prefix(path, "old"), dir=path.parent))
-            path.rename(old)
-            new.rename(path)
-            shutil.rmtree(old)
+            _swap(new, path)
         else:
             new.rename(path)
         _sync_folder(path.parent)
@@ -139,16 +198,23 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _prefix(path: Path, kind: str) -> str:
-    return f".{path.name}.{kind}-{os.getpid()}-"
+def clear_leftovers(path: Path) -> None:
+    """Removes what killed runs left beside a folder; gives it back if one was about to replace it.
 
+    Args:
+        path: The folder, which need not be there.
 
-def _clear_leftovers(path: Path) -> None:
-    """Removes what killed runs left; gives back a folder that one was about to replace."""
+    Raises:
+        OSError: The folder around it cannot be read or changed.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        return
     for kind in ("old", "new"):
-        for leftover in path.parent.glob(f".{path.name}.{kind}-*"):
-            pid = leftover.name.removeprefix(f".{path.name}.{kind}-").split("-")[0]
-            if not pid.isdigit() or _is_running(int(pid)):
+        start = f".{path.name}.{kind}-"
+        for leftover in [child for child in path.parent.iterdir() if child.name.startswith(start)]:
+            pid = leftover.name.removeprefix(start).split("-")[0]
+            if not pid.isdecimal() or _is_running(int(pid)) or not _is_folder(leftover):
                 continue
             if kind == "old" and not path.exists() and any(leftover.iterdir()):
                 leftover.rename(path)
@@ -156,7 +222,32 @@ def _clear_leftovers(path: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _swap(new: Path, path: Path) -> None:
+    """Puts a folder in another's place; an error leaves the other where it was."""
+    old = Path(tempfile.mkdtemp(prefix=_prefix(path, "old"), dir=path.parent))
+    try:
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _prefix(path: Path, kind: str) -> str:
+    return f".{path.name}.{kind}-{os.getpid()}-"
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # a container gives every run the same one
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -47,7 +47,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> None:
         raise AdapterError(
             findings("the base model does not have what the adapter changes", missing)
         )
-    if config.uniform is not None and config.num_layers:
+    if config.uniform is not None and config.keys:
         _convert(model, config.num_layers, config.uniform, config.dropout, list(config.keys))
     groups: dict[LoRASpec, list[str]] = defaultdict(list)
     for name, spec in config.modules.items():

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from kmerge_mlx import base, lora
 from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
 from kmerge_mlx.blocks import MergedEmbedding
-from kmerge_mlx.config import MAX_BLOCKS, LoRAConfig
+from kmerge_mlx.config import MAX_BLOCKS, LoRAConfig, is_int
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 
@@ -97,12 +97,12 @@ def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
     fields = base.fingerprint(config)
     problems = adapter.merge.base.differences(fields)
     known = {problem.split()[0] for problem in problems}
-    d = adapter.merge.encoder.hidden_size
-    if "hidden_size" not in known and fields.get("hidden_size") != d:
-        problems.append(f"hidden_size is {fields.get('hidden_size')}, the encoder has {d}")
-    layers = fields.get("num_hidden_layers", 0)
-    if "num_hidden_layers" not in known and layers < adapter.lora.num_layers:
-        problems.append(f"it has {layers} layers, the LoRA covers {adapter.lora.num_layers}")
+    d, width = adapter.merge.encoder.hidden_size, fields.get("hidden_size")
+    if "hidden_size" not in known and is_int(width) and width != d:
+        problems.append(f"hidden_size is {width}, the encoder has {d}")
+    covered, layers = adapter.lora.num_layers, fields.get("num_hidden_layers")
+    if "num_hidden_layers" not in known and is_int(layers) and layers < covered:
+        problems.append(f"it has {layers} layers, the LoRA covers {covered}")
     if problems:
         made_for = adapter.merge.base.id
         made_for = f" (it was made for {made_for})" if made_for else ""

@@ -67,7 +67,5 @@ def test_sizes_that_no_encoder_has_are_refused(sizes):
 
 def test_the_parameter_count_is_the_papers():
     # DESIGN section 7: 14.5M / 31.3M / 41.8M at D = 896.
-    counts = [
-        EncoderConfig(k, 896, default_inner_size(k, 896)).num_parameters for k in (2, 3, 4)
-    ]
+    counts = [EncoderConfig(k, 896, default_inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
     assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]

@@ -24,7 +24,7 @@ ROWS = [
     {"files", "encoder", "prompt", "base"},
     {"blocks", "lora"},
     {"adapter"},
-    {"convert.torch_zip", "convert.torch_pickle"},
+    {"convert.torch_zip", "convert.torch_pickle", "convert.patterns"},
     {"convert.torch_file"},
     {"convert.encoder", "convert.peft"},
     {"convert.checkpoint", "convert", "model"},
@@ -140,6 +140,6 @@ def test_the_runtime_needs_no_more_than_it_says():
     names = {spec.split(">")[0].split("[")[0] for spec in project["dependencies"]}
     assert names == {
         *("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub", "typer"),
-        *("safetensors", "regex"),
+        "safetensors",
     }
     assert "torch==2.13.0" in project["optional-dependencies"]["parity"]

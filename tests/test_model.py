@@ -176,3 +176,12 @@ def test_a_base_that_cannot_be_loaded_is_one_line(base, tmp_path, break_it):
     with pytest.raises(ModelError, match="cannot load") as error:
         load(str(folder))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_bases_with_other_names_for_their_sizes_are_left_to_the_tensors(adapter):
+    check_fit(adapter, {"model_type": "gpt2", "n_embd": 64, "n_layer": 2}, "this")
+
+
+def test_a_folder_name_that_no_system_takes_is_one_line():
+    with pytest.raises(ModelError, match=r"cannot read --model x+: File name too long"):
+        load("x" * 300)
