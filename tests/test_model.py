@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.utils
 import pytest
 
-from kmerge_mlx import load
+from kmerge_mlx import compress, load
 from kmerge_mlx.adapter import Adapter, save_adapter
+from kmerge_mlx.base import fingerprint
 from kmerge_mlx.config import BaseModelConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding
@@ -39,6 +42,24 @@ def test_a_loaded_model_is_mlx_lms_own_with_a_wrapped_embedding(base, adapter, t
     assert merged_embedding(model).pad_token_id == PAD
     assert model.context_length == 32_768
     assert tokenizer.encode(" ")[0] == PAD
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_folder_of_the_same_base_takes_the_adapter(tmp_path, adapter, bits):
+    """The encoder reads the dequantized table, and the logits drift by what mlx-lm's own do."""
+    plain = write_base(tmp_path / "plain", qwen2_config())
+    small = qwen2_config(quantization={"group_size": 32, "bits": bits})
+    quantized = write_base(tmp_path / "quantized", small)
+    recorded = BaseModelConfig("plain", fingerprint(qwen2_config()))
+    known = dataclasses.replace(adapter, merge=dataclasses.replace(adapter.merge, base=recorded))
+    path = saved(known, tmp_path / "a")
+    prompt, logits = list(range(1, 40)), []
+    for base in (plain, quantized):
+        model, tokenizer = load(str(base), path)
+        logits.append(model(mx.array([compress(model, tokenizer, prompt).ids])))
+    assert isinstance(merged_embedding(model).embedding, nn.QuantizedEmbedding)
+    drift = mx.abs(logits[0] - logits[1]).max().item() / mx.abs(logits[0]).max().item()
+    assert drift < (0.5 if bits == 4 else 0.05)
 
 
 def test_a_base_without_an_adapter_loads_plain(base):
@@ -125,8 +146,6 @@ def test_lora_on_modules_the_base_lacks_is_refused(adapter):
     ],
 )
 def test_a_base_that_differs_is_refused_by_name(base, adapter, change, message):
-    from kmerge_mlx.base import fingerprint
-
     recorded = BaseModelConfig("some/base", fingerprint(qwen2_config()))
     merge = MergeConfig(adapter.merge.encoder, recorded, PAD)
     known = Adapter(merge, adapter.lora, {}, {})

@@ -51,9 +51,14 @@ def random_adapter(
 
 
 def write_base(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """A random base model of any mlx-lm architecture, with the fixture's tokenizer."""
+    """A random base model of any mlx-lm architecture, with the fixture's tokenizer.
+
+    A ``quantization`` entry in the config quantizes it, as ``mlx_lm.convert -q`` would.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = build(config, seed)
+    if "quantization" in config:
+        nn.quantize(model, **config["quantization"])
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(config))
