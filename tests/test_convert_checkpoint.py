@@ -1,64 +1,31 @@
-"""A whole checkpoint folder to an adapter folder: found, read, checked, written.
+"""What is in a checkpoint folder to what is in an adapter folder: read, checked, written.
 
 Checkpoints are made by hand (``tests.checkpoints``), so the expected bits are numpy's; that the
-hand-made files are what torch writes, torch says. What loads the result beside us is mlx-lm.
+hand-made files are what torch writes, torch says.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm.utils
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from kmerge_mlx import load
 from kmerge_mlx.adapter import FILES, load_adapter
-from kmerge_mlx.convert.checkpoint import convert_checkpoint, find_checkpoint
-from kmerge_mlx.errors import AdapterError, CheckpointError, ModelError
-from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.convert.checkpoint import convert_checkpoint
+from tests import conversions
 from tests.checkpoints import PREFIX, Checkpoint, make, torch_file
-from tests.tiny import PAD, build, qwen2_config, write_base
+from tests.conversions import convert, refused
+from tests.tiny import PAD
 
 NAMES = {"net.0": "encoder.w1", "net.2": "encoder.w2", "net.4": "encoder.w3"}
 
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory) -> Path:
-    return write_base(tmp_path_factory.mktemp("tied"), qwen2_config())
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    config = qwen2_config(tie_word_embeddings=False)
-    return write_base(tmp_path_factory.mktemp("untied"), config)
-
-
-def convert(tmp_path: Path, checkpoint: Checkpoint, bin_file: bool = False, **options) -> Path:
-    source = checkpoint.write(tmp_path / "src", bin_file)
-    convert_checkpoint(str(source), tmp_path / "dst", **options)
-    return tmp_path / "dst"
-
-
-def refused(tmp_path: Path, checkpoint: Checkpoint | Path, kind=CheckpointError, **options) -> str:
-    """The message of a conversion that must fail, and leave nothing."""
-    source = (
-        checkpoint.write(tmp_path / "src") if isinstance(checkpoint, Checkpoint) else checkpoint
-    )
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(kind) as caught:
-        convert_checkpoint(str(source), tmp_path / "dst", **options)
-    assert sorted(tmp_path.rglob("*")) == before
-    text = str(caught.value)
-    assert text.splitlines()[0].isprintable()
-    return text
+tied = conversions.tied
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
@@ -285,244 +252,3 @@ def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
     assert lines[0] == f"{source} cannot be converted: 5 problems"
     for part in ("--k is 4", "net.0.bias has shape", "use_dora", "metrics.json", "w1.bias holds"):
         assert sum(part in line for line in lines[1:]) == 1
-
-
-# ---- finding it ----
-
-
-def test_a_flat_folder_is_the_checkpoint_whatever_lies_below(tmp_path):
-    source = make().write(tmp_path)
-    make(k=2).write(tmp_path / "best")
-    assert find_checkpoint(str(source)) == tmp_path
-
-
-@pytest.mark.parametrize(
-    ("folders", "found"),
-    [
-        (("best",), "best"),
-        (("last", "best", "step_best", "step_last"), "best"),
-        (("last", "step_best", "step_last"), "step_best"),
-        (("step_last", "last"), "last"),
-        (("step_last", "other"), "step_last"),
-        (("small_stage",), "small_stage"),
-    ],
-)
-def test_the_best_or_last_sub_folder_is_found(tmp_path, folders, found):
-    for i, name in enumerate(folders):
-        make(k=2 + i).write(tmp_path / name)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    assert find_checkpoint(str(tmp_path)) == tmp_path / found
-
-
-def test_several_other_sub_folders_are_listed(tmp_path):
-    for name in ("stage_b", "stage_a"):
-        make().write(tmp_path / name)
-    text = refused(tmp_path, tmp_path)
-    assert text.endswith("holds several checkpoints (stage_a, stage_b): name one of them")
-
-
-@pytest.mark.parametrize(
-    "missing", ["encoder.pth", "adapter_config.json", "adapter_model.safetensors"]
-)
-def test_a_missing_part_is_named(tmp_path, missing):
-    source = make().write(tmp_path / "src")
-    (source / missing).unlink()
-    text = refused(tmp_path, source)
-    assert missing in text
-    assert "\n" not in text
-
-
-def test_what_is_no_checkpoint_is_one_line(tmp_path, tied):
-    (tmp_path / "empty").mkdir()
-    for source, why in (
-        (tmp_path / "empty", "holds no encoder.pth and no adapter_config.json"),
-        (tied, "holds no encoder.pth and no adapter_config.json"),
-        (tied / "config.json", "is a file: give the folder that holds encoder.pth"),
-        (tmp_path / ("x" * 300), "File name too long"),
-    ):
-        text = refused(tmp_path, source)
-        assert why in text
-        assert "\n" not in text
-
-
-@pytest.mark.parametrize("source", ["nobody/nothing", "no/such/folder", "", "a b"])
-def test_a_hub_repo_that_cannot_be_had_is_one_line(tmp_path, source):
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    text = refused(tmp_path, source)
-    assert "\n" not in text
-
-
-# ---- the head ----
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_the_head_of_a_tied_or_unknown_base_lies_beside_the_encoder(tmp_path, tied, known):
-    path = convert(tmp_path, make(), model=str(tied) if known else None)
-    assert {"lm_head.lora_a", "lm_head.lora_b"} <= set(
-        load_file(path / "merge_encoder.safetensors")
-    )
-    assert not [n for n in load_file(path / "adapters.safetensors") if "lm_head" in n]
-    model, _ = load(str(tied), path)
-    assert "lora_a" in merged_embedding(model)
-
-
-def test_a_base_that_does_not_say_whether_it_is_tied_counts_as_unknown(tmp_path):
-    config = qwen2_config()
-    del config["tie_word_embeddings"]
-    base = write_base(tmp_path / "base", config)
-    path = convert(tmp_path, make(), model=str(base))
-    assert "lm_head.lora_a" in load_file(path / "merge_encoder.safetensors")
-
-
-def test_the_head_of_an_untied_base_lies_with_the_other_lora(tmp_path, untied):
-    path = convert(tmp_path, make(), model=str(untied))
-    assert {"lm_head.lora_a", "lm_head.lora_b"} <= set(load_file(path / "adapters.safetensors"))
-    assert not [n for n in load_file(path / "merge_encoder.safetensors") if "lm_head" in n]
-
-
-@pytest.mark.parametrize("head", ["tied", "untied", "untied_unknown", "untied_alone"])
-def test_mlx_lm_loads_the_lora_part_of_what_was_written(tmp_path, tied, untied, head):
-    """On an untied base converted with --model, that is all of it: the logits are ours."""
-    base = tied if head == "tied" else untied
-    made = make()
-    if head == "untied_alone":
-        made.config["target_modules"] = ["lm_head"]
-        made.adapter = {n: a for n, a in made.adapter.items() if "lm_head" in n}
-    path = convert(tmp_path, made, model=None if "unknown" in head else str(base))
-    theirs = mlx_lm.utils.load_adapters(
-        build(qwen2_config(tie_word_embeddings=head == "tied")), str(path)
-    )
-    weights = dict(tree_flatten(theirs.parameters()))
-    for name, array in load_file(path / "adapters.safetensors").items():
-        assert np.array(weights[name]).tobytes() == array.tobytes()
-    ours, _ = load(str(base), path)
-    if head in ("untied", "untied_alone"):
-        theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(path))
-        ids = mx.array([[5, 6, 7, 8]])
-        plain, _ = mlx_lm.utils.load(str(base))
-        assert mx.array_equal(ours(ids), theirs(ids))
-        assert not mx.allclose(ours(ids), plain(ids))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"layers_to_transform": [0]},
-        {"rank_pattern": {"layers.1.mlp.down_proj": 2}},
-        {"alpha_pattern": {"v_proj": 3}},
-    ],
-)
-def test_mlx_lm_refuses_a_lora_it_has_no_schema_for_instead_of_misreading_it(
-    tmp_path, tied, options
-):
-    made = make(head=False, **options)
-    if "layers_to_transform" in options:
-        made.adapter = {n: a for n, a in made.adapter.items() if ".layers.0." in n}
-    if "rank_pattern" in options:
-        name = f"{PREFIX}model.layers.1.mlp.down_proj.lora_"
-        made.adapter[f"{name}A.weight"] = made.adapter[f"{name}A.weight"][:2].copy()
-        made.adapter[f"{name}B.weight"] = made.adapter[f"{name}B.weight"][:, :2].copy()
-    path = convert(tmp_path, made, model=str(tied))
-    with pytest.raises(KeyError, match="missing required key 'scale'"):
-        mlx_lm.utils.load_adapters(build(qwen2_config()), str(path))
-    assert load(str(tied), path)
-
-
-# ---- the base ----
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"d": 32}, "has hidden_size 64, the encoder has 32"),
-        ({"vocab_size": 800}, "has vocab_size 700, lm_head's LoRA has 800"),
-        ({"layers": 3}, "has 2 layers, the LoRA covers 3"),
-    ],
-)
-@pytest.mark.parametrize("tie", [True, False])
-def test_a_base_that_does_not_fit_is_refused_by_name(
-    tmp_path, tied, untied, options, complaint, tie
-):
-    base = tied if tie else untied
-    text = refused(tmp_path, make(**options), model=str(base))
-    assert f"--model {base} {complaint}" in text
-
-
-def test_a_head_that_does_not_fit_the_encoder_is_refused_without_a_base(tmp_path):
-    made = make()
-    wide = make(d=80)
-    made.adapter |= {n: a for n, a in wide.adapter.items() if "lm_head" in n}
-    assert "lm_head's LoRA reads 80 features, the encoder writes 64" in refused(tmp_path, made)
-
-
-def test_a_base_that_cannot_be_read_is_the_models_error(tmp_path, tied):
-    broken = tmp_path / "broken"
-    shutil.copytree(tied, broken)
-    (broken / "tokenizer.json").write_text("{")
-    for model in (tmp_path / "absent", broken, tmp_path):
-        assert "\n" not in refused(tmp_path, make(), kind=ModelError, model=str(model))
-
-
-# ---- the destination ----
-
-
-def test_an_adapter_is_replaced_only_by_force(tmp_path):
-    path = convert(tmp_path, make())
-    source = make(k=2).write(tmp_path / "other")
-    before = {name: (path / name).read_bytes() for name in FILES}
-    with pytest.raises(AdapterError, match="exists: choose another folder, or give --force"):
-        convert_checkpoint(str(source), path)
-    assert {name: (path / name).read_bytes() for name in FILES} == before
-    convert_checkpoint(str(source), path, force=True)
-    assert load_adapter(path).merge.encoder.merge_factor == 2
-
-
-def test_a_failed_conversion_leaves_the_adapter_it_was_to_replace(tmp_path):
-    path = convert(tmp_path, make())
-    before = {name: (path / name).read_bytes() for name in FILES}
-    made = make(k=2)
-    made.encoder["net.0.bias"][0] = np.nan
-    source = made.write(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="diverged"):
-        convert_checkpoint(str(source), path, force=True)
-    assert {name: (path / name).read_bytes() for name in FILES} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "other", "src"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_no_adapter_is_never_replaced(tmp_path, kind, force):
-    path, source = tmp_path / "dst", make().write(tmp_path / "src")
-    if kind == "file":
-        path.write_text("precious")
-    elif kind == "folder":
-        (path / "precious").mkdir(parents=True)
-    else:
-        path.symlink_to(source)
-    why = "is no adapter folder, and --force" if force else "exists: choose another folder"
-    assert why in refused(tmp_path, source, kind=AdapterError, force=force)
-
-
-def test_the_checkpoint_itself_is_never_replaced(tmp_path):
-    source = make().write(tmp_path / "src")
-    with pytest.raises(AdapterError, match="is no adapter folder"):
-        convert_checkpoint(str(source), source, force=True)
-    assert (source / "encoder.pth").is_file()
-
-
-def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
-    source = make().write(tmp_path / "src")
-    (tmp_path / "file").write_text("")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(AdapterError, match=r"cannot write .*/file/dst: ") as caught:
-        convert_checkpoint(str(source), tmp_path / "file" / "dst")
-    assert "\n" not in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_parents_of_the_destination_are_made(tmp_path):
-    source = make().write(tmp_path / "src")
-    convert_checkpoint(str(source), tmp_path / "a" / "b" / "dst")
-    assert load_adapter(tmp_path / "a" / "b" / "dst")
-    assert os.listdir(tmp_path / "a" / "b") == ["dst"]  # noqa: PTH208
