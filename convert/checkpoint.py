@@ -20,7 +20,7 @@ from mlx_lm.utils import load_tokenizer
 
 from kmerge_mlx import base
 from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import HEAD, Adapter, check_destination, save_adapter
+from kmerge_mlx.adapter import HEAD, MERGE_CONFIG, Adapter, check_destination, save_adapter
 from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig, is_int
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
@@ -106,6 +106,8 @@ def find_checkpoint(source: str) -> Path:
         if not root.is_dir():
             patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS)]
             root = base.download(source, None, patterns, CheckpointError)
+        if (root / MERGE_CONFIG).is_file():
+            raise CheckpointError(f"{source} is an adapter folder already: nothing to convert")
         if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():
             return root
         inside = {path.parent for path in root.glob(f"*/{ENCODER}")}
@@ -165,7 +167,7 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
         untied = known is not None and base.is_tied(known.config) is False
         layers = fields.get("num_hidden_layers")
         lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
-    provenance = _provenance(folder, source, config, problems)
+    provenance = _provenance(folder, source, config)
     problems += _not_finite(encoder_weights)
     if lora is not None:
         problems += _not_finite(lora.weights | _named_head(lora.head_weights))
@@ -258,7 +260,15 @@ def _not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
     return problems
 
 
-def _provenance(folder: Path, source: str, config: Any, problems: list[str]) -> dict[str, Any]:
+def _read_or_say(path: Path) -> Any:
+    """Provenance is for people: a file that a killed run tore must not stand in the way."""
+    try:
+        return read_json(path, CheckpointError)
+    except CheckpointError as error:
+        return f"left out: {error}"
+
+
+def _provenance(folder: Path, source: str, config: Any) -> dict[str, Any]:
     provenance: dict[str, Any] = {"converter": f"kmerge-mlx {__version__}", "source": source}
     if isinstance(config, dict) and isinstance(config.get("peft_version"), str):
         provenance["peft_version"] = config["peft_version"]
@@ -268,7 +278,7 @@ def _provenance(folder: Path, source: str, config: Any, problems: list[str]) -> 
         if (size := (folder / name).stat().st_size) > MAX_PROVENANCE_BYTES:
             content = f"left out: {size} bytes"
         else:
-            content = _collect(problems, read_json, folder / name, CheckpointError)
+            content = _read_or_say(folder / name)
         provenance[name.removesuffix(".json")] = content
     return provenance
 

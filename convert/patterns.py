@@ -157,7 +157,7 @@ def _match(asked: Sequence[tuple[str, str, str]], names: Sequence[str]) -> list[
     answers = [json.loads(line) for line in done.stdout.splitlines(keepends=True) if b"\n" in line]
     for (option, _, expression), answer in zip(asked, answers, strict=False):
         if isinstance(answer, str):
-            reason = ascii(answer)[1:101]
+            reason = ascii(answer)[1:-1][:100]
             raise PatternError(f"{option}: {expression!a:.80} cannot be matched ({reason})")
     if len(answers) < len(asked):
         option, _, expression = asked[len(answers)]

@@ -22,6 +22,7 @@ import mlx.core as mx
 from kmerge_mlx.adapter import HEAD, LORA_PARTS
 from kmerge_mlx.config import LoRAConfig, LoRASpec, is_int, is_number
 from kmerge_mlx.convert.patterns import NameRules, PatternError
+from kmerge_mlx.errors import short
 
 PREFIX = "base_model.model."
 
@@ -136,23 +137,21 @@ def _config_problems(config: Any) -> list[str]:
         return ["adapter_config.json does not hold an object"]
     kind = config.get("peft_type")
     if kind != "LORA":
-        what = (
-            "has no peft_type: it is not PEFT's" if kind is None else f"is of type {_short(kind)}"
-        )
+        what = "has no peft_type: it is not PEFT's" if kind is None else f"is of type {short(kind)}"
         return [f"adapter_config.json {what}; only LORA adapters convert"]
     problems = [
-        f"{_short(name)[1:-1]} = {_short(value)} ({REFUSED_OPTIONS[name]})"
+        f"{short(name)[1:-1]} = {short(value)} ({REFUSED_OPTIONS[name]})"
         if name in REFUSED_OPTIONS
-        else f"{_short(name)[1:-1]} = {_short(value)} is not supported"
+        else f"{short(name)[1:-1]} = {short(value)} is not supported"
         for name, value in config.items()
         if name not in HARMLESS | HONOURED and value not in (None, False, [], {}, "")
     ]
     if (bias := config.get("bias", "none")) != "none":
-        problems.append(f'bias = {_short(bias)} (trained biases: retrain with bias="none")')
+        problems.append(f'bias = {short(bias)} (trained biases: retrain with bias="none")')
     init = config.get("init_lora_weights", True)
     if (init.lower() if isinstance(init, str) else init) not in INIT_KEEPS_BASE:
         problems.append(
-            f"init_lora_weights = {_short(init)} (it may change the base: convert it to plain "
+            f"init_lora_weights = {short(init)} (it may change the base: convert it to plain "
             "LoRA in PEFT, save_pretrained with path_initial_model_for_weight_conversion)"
         )
     problems += _number_problems(config) + _name_problems(config)
@@ -162,14 +161,14 @@ def _config_problems(config: Any) -> list[str]:
 def _number_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if not is_int(config.get("r"), 1):
-        problems.append(f"r = {_short(config.get('r'))}, expected a rank")
+        problems.append(f"r = {short(config.get('r'))}, expected a rank")
     if not is_number(alpha := config.get("lora_alpha")):
-        problems.append(f"lora_alpha = {_short(alpha)}, expected a number")
+        problems.append(f"lora_alpha = {short(alpha)}, expected a number")
     dropout = config.get("lora_dropout", 0.0)
     if not is_number(dropout) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout = {_short(dropout)}, expected a number in [0, 1)")
+        problems.append(f"lora_dropout = {short(dropout)}, expected a number in [0, 1)")
     if not isinstance(rslora := config.get("use_rslora", False), bool | None):
-        problems.append(f"use_rslora = {_short(rslora)}, expected true or false")
+        problems.append(f"use_rslora = {short(rslora)}, expected true or false")
     for name, good, kind in (
         ("rank_pattern", lambda value: is_int(value, 1), "ranks"),
         ("alpha_pattern", is_number, "numbers"),
@@ -178,21 +177,21 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
         if pattern is not None and not (
             isinstance(pattern, dict) and all(good(value) for value in pattern.values())
         ):
-            problems.append(f"{name} = {_short(pattern)}, expected names and {kind}")
+            problems.append(f"{name} = {short(pattern)}, expected names and {kind}")
     return problems
 
 
 def _name_problems(config: Mapping[str, Any]) -> list[str]:
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     problems = [
-        f"{name} = {_short(config.get(name))}, expected a string or a list of strings"
+        f"{name} = {short(config.get(name))}, expected a string or a list of strings"
         for name in ("target_modules", "exclude_modules", "layers_pattern")
         if not isinstance(config.get(name), str)
         and not _is_list(config.get(name), lambda item: isinstance(item, str))
         and (config.get(name) is not None or name == "target_modules")
     ]
     if layers is not None and not is_int(layers) and not _is_list(layers, is_int):
-        problems.append(f"layers_to_transform = {_short(layers)}, expected layer numbers")
+        problems.append(f"layers_to_transform = {short(layers)}, expected layer numbers")
     elif isinstance(targets, str) and layers is not None:
         problems.append("layers_to_transform does not go with target_modules as one pattern")
     return problems
@@ -203,10 +202,10 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
     pairs: dict[str, dict[str, mx.array]] = {}
     copies: dict[str, tuple[str, str]] = {}
     for name, array in tensors.items():
-        short = ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
-        reason = next((why for part, why in REFUSED_TENSORS if part in short), None)
-        suffix = next((s for s in (*SUFFIXES, *COPIES) if short.endswith(s)), "")
-        module, shape = short.removesuffix(suffix), tuple(array.shape)
+        path = ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
+        reason = next((why for part, why in REFUSED_TENSORS if part in path), None)
+        suffix = next((s for s in (*SUFFIXES, *COPIES) if path.endswith(s)), "")
+        module, shape = path.removesuffix(suffix), tuple(array.shape)
         if reason is not None:
             problems.append(f"tensor {name}: {reason}")
         elif suffix in COPIES:
@@ -281,7 +280,7 @@ def _target_problems(
     ]
     if not config.get("exclude_modules"):
         problems += [
-            f"target_modules names {_short(target)}, but no tensor belongs to it (if the base has "
+            f"target_modules names {short(target)}, but no tensor belongs to it (if the base has "
             "no such module, remove it from adapter_config.json)"
             for target in rules.unused_targets()
         ]
@@ -328,8 +327,3 @@ def _lora_config(
 
 def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(good(item) for item in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

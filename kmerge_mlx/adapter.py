@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from kmerge_mlx.config import LoRAConfig, MergeConfig
+from kmerge_mlx.config import LoRAConfig, MergeConfig, is_int
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
     clear_leftovers,
@@ -110,6 +110,8 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
         AdapterError: No adapter, no such K (lists those that are there), or tensors that do not
             fit the configs (all of them listed).
     """
+    if k is not None and not is_int(k, 1):
+        raise AdapterError(f"k is {k!r}, expected a whole number")
     found = find_adapters(path)
     have = ", ".join(str(factor) for factor in found)
     if k is None and len(found) > 1:
@@ -173,7 +175,9 @@ def check_destination(path: str | Path, force: bool) -> None:
             raise AdapterError(
                 f"{path} exists: choose another folder, or give --force to replace it"
             )
-        if path.is_symlink() or not path.is_dir() or not (path / MERGE_CONFIG).is_file():
+        if path.is_symlink():
+            raise AdapterError(f"{path} is a symbolic link, and --force replaces only a folder")
+        if not path.is_dir() or not (path / MERGE_CONFIG).is_file():
             raise AdapterError(f"{path} is no adapter folder, and --force replaces nothing else")
         more = sorted(child.name for child in path.iterdir() if child.name not in FILES)
     except OSError as e:

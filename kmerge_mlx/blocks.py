@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -33,12 +34,14 @@ class CompressedPrompt:
         ids: One id a position: ordinary below V, virtual from V on.
         original_ids: The prompt's own token ids, without the padding of its last block.
         lengths: How many original tokens each position stands for.
+        table: The block table that its virtual ids belong to, or None without merging.
         whole: The prompt this one is the rest of, kept alive with it.
     """
 
     ids: list[int]
     original_ids: list[int]
     lengths: list[int] = field(repr=False)
+    table: BlockTable | None = field(default=None, repr=False)
     whole: CompressedPrompt | None = field(default=None, repr=False)
 
     @property
@@ -50,7 +53,11 @@ class CompressedPrompt:
         """What is left to read when a KV cache holds the first ``positions`` of this prompt."""
         tokens = sum(self.lengths[:positions])
         return CompressedPrompt(
-            self.ids[positions:], self.original_ids[tokens:], self.lengths[positions:], whole=self
+            self.ids[positions:],
+            self.original_ids[tokens:],
+            self.lengths[positions:],
+            self.table,
+            whole=self,
         )
 
 
@@ -202,9 +209,9 @@ class MergedEmbedding(nn.Module):
             Embeddings ``(..., D)`` in the base table's dtype.
         """
         virtual = ids >= self.vocab_size
-        # Both look-ups stay in range for every id: MLX does not check indices.
+        # MLX does not check indices: whatever an id is, the rows are read in range.
         base = self.embedding(mx.where(virtual, 0, ids))
-        rows = self._rows[mx.where(virtual, ids - self.vocab_size, 0)]
+        rows = self._rows[mx.clip(ids - self.vocab_size, 0, self._rows.shape[0] - 1)]
         return mx.where(virtual[..., None], rows.astype(base.dtype), base)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -220,6 +227,19 @@ class MergedEmbedding(nn.Module):
         """Gives the first virtual id a token's own embedding: a self-check before any use."""
         self._rows = self.embedding(mx.array([token_id]))
         return self.vocab_size
+
+    @contextmanager
+    def reading(self, rows: mx.array) -> Iterator[None]:
+        """Lets virtual ids mean rows computed on the spot, through which gradients flow.
+
+        Args:
+            rows: ``(M, D)``; id V + i reads row i.
+        """
+        kept, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = kept
 
     def compress(self, segments: Iterable[Segment]) -> CompressedPrompt:
         """Turns a prompt into what the language model reads, merging every new block once.
@@ -253,6 +273,7 @@ class MergedEmbedding(nn.Module):
             self.table.forget(new)
             raise
         prompt = _assemble(segments, iter(virtual), self.merge_factor, original_ids)
+        prompt.table = self.table
         self.table.track(prompt)
         return prompt
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from kmerge_mlx.errors import AdapterError, findings
+from kmerge_mlx.errors import AdapterError, findings, short
 
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""
@@ -31,6 +31,9 @@ BLOCKS_PER_CHUNK = 512
 
 CONTEXT_SEPARATOR = "\n\n"
 """What stands between two FILEs, and between the FILEs and the ``-p`` text."""
+
+DATA_SEED = 42
+"""Seed of every draw and split of data, as in the paper."""
 
 ENCODER_FACTORS = MappingProxyType({2: 2.0, 3: 2.0, 4: 1.5})
 ENCODER_FACTOR = 1.5
@@ -104,7 +107,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         sizes = (("merge_factor", 2), ("hidden_size", 1), ("inner_size", 1))
         problems = [
-            f"{name} is {_short(getattr(self, name))}, expected a whole number of at least {low}"
+            f"{name} is {short(getattr(self, name))}, expected a whole number of at least {low}"
             for name, low in sizes
             if not is_int(getattr(self, name), low)
         ]
@@ -144,7 +147,7 @@ class LoRASpec:
     def __post_init__(self) -> None:
         if not is_int(self.rank, 1) or not is_number(self.scale):
             raise AdapterError(
-                f"LoRA with rank {_short(self.rank)} and scale {_short(self.scale)}: "
+                f"LoRA with rank {short(self.rank)} and scale {short(self.scale)}: "
                 "expected a whole rank of at least 1 and a finite scale"
             )
 
@@ -156,7 +159,7 @@ class LoRASpec:
             AdapterError: Anything else; ``where`` says which entry.
         """
         if not isinstance(data, dict) or set(data) != {"rank", "scale"}:
-            raise AdapterError(f"{where} is {_short(data)}, expected {{rank, scale}}")
+            raise AdapterError(f"{where} is {short(data)}, expected {{rank, scale}}")
         return cls(data["rank"], data["scale"])
 
 
@@ -206,17 +209,17 @@ class LoRAConfig:
                 than ``lora``.
         """
         if not isinstance(data, dict):
-            raise AdapterError(f"adapter_config.json holds {_short(data)}, expected an object")
+            raise AdapterError(f"adapter_config.json holds {short(data)}, expected an object")
         if (kind := data.get("fine_tune_type", "lora")) != "lora":
             raise AdapterError(
-                f"adapter_config.json: fine_tune_type {_short(kind)} is not supported"
+                f"adapter_config.json: fine_tune_type {short(kind)} is not supported"
             )
         parameters = data.get("lora_parameters")
         if not isinstance(parameters, dict) or not is_int(data.get("num_layers")):
             raise AdapterError("adapter_config.json: expected num_layers and lora_parameters")
         dropout = parameters.get("dropout", 0.0)
         if not is_number(dropout) or not 0 <= dropout < 1:
-            raise AdapterError(f"adapter_config.json: dropout {_short(dropout)} is not in [0, 1)")
+            raise AdapterError(f"adapter_config.json: dropout {short(dropout)} is not in [0, 1)")
         if "modules" in parameters:
             return cls(data["num_layers"], dropout, modules=_read_modules(parameters["modules"]))
         keys = parameters.get("keys")
@@ -307,24 +310,28 @@ class MergeConfig:
             AdapterError: Not an object, a newer format, or entries of the wrong type (all listed).
         """
         if not isinstance(data, dict):
-            raise AdapterError(f"merge_config.json holds {_short(data)}, expected an object")
+            raise AdapterError(f"merge_config.json holds {short(data)}, expected an object")
         version = data.get("format_version")
         if not is_int(version, 1):
-            raise AdapterError(
-                f"merge_config.json: format_version is {_short(version)}, expected 1"
-            )
+            raise AdapterError(f"merge_config.json: format_version is {short(version)}, expected 1")
         if version > FORMAT_VERSION:
             raise AdapterError(
-                f"merge_config.json: format_version {_short(version)} is newer than this release "
+                f"merge_config.json: format_version {short(version)} is newer than this release "
                 f"reads ({FORMAT_VERSION}): update kmerge-mlx"
             )
         problems = _merge_config_problems(data)
         if problems:
             raise AdapterError(findings("merge_config.json", problems))
-        base, head = data.get("base_model") or {}, data.get("head_lora")
+        entry, head = data.get("base_model") or {}, data.get("head_lora")
+        base = BaseModelConfig(entry.get("id"), entry.get("config") or {})
+        if entry.get("config_hash") != base.config_hash:
+            raise AdapterError(
+                "merge_config.json: base_model.config_hash does not belong to base_model.config: "
+                "one of them was edited; convert the checkpoint again"
+            )
         return cls(
             EncoderConfig(*(data.get(n) for n in ("merge_factor", "hidden_size", "inner_size"))),
-            BaseModelConfig(base.get("id"), base.get("config") or {}),
+            base,
             data.get("pad_token_id"),
             None if head is None else LoRASpec.from_json(head, "merge_config.json: head_lora"),
             data.get("layout") or {},
@@ -335,22 +342,17 @@ class MergeConfig:
 def _merge_config_problems(data: Mapping[str, Any]) -> list[str]:
     """What is of the wrong type in ``merge_config.json``, one line each."""
     problems = [
-        f"{name} is {_short(data[name])}, expected an object"
+        f"{name} is {short(data[name])}, expected an object"
         for name in ("base_model", "layout", "provenance")
         if data.get(name) is not None and not isinstance(data[name], dict)
     ]
     pad = data.get("pad_token_id")
     if pad is not None and not is_int(pad):
-        problems.append(f"pad_token_id is {_short(pad)}, expected a token id or null")
+        problems.append(f"pad_token_id is {short(pad)}, expected a token id or null")
     base = data.get("base_model")
     if isinstance(base, dict):
         if not isinstance(base.get("id"), str | None):
-            problems.append(f"base_model.id is {_short(base['id'])}, expected a name or null")
+            problems.append(f"base_model.id is {short(base['id'])}, expected a name or null")
         if not isinstance(base.get("config"), dict | None):
-            problems.append(f"base_model.config is {_short(base['config'])}, expected an object")
+            problems.append(f"base_model.config is {short(base['config'])}, expected an object")
     return problems
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -31,9 +31,16 @@ def describe(path: str | Path) -> dict[str, Any]:
         KMergeError: Nothing this project knows, or a torn one.
     """
     path = Path(path)
+    try:
+        return _describe(path)
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _describe(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder")
-    if not _holds(path, MERGE_CONFIG):
+    if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
         if _holds(path, ENCODER):
             adapter = read_checkpoint(find_checkpoint(str(path)), None, None, str(path))
             return {"kind": "checkpoint", "path": str(path), "adapters": [_adapter(adapter)]}

@@ -29,6 +29,10 @@ class PromptError(KMergeError):
     """A prompt that cannot be read, is empty, or does not fit."""
 
 
+class DataError(KMergeError):
+    """Examples that cannot be read, made, fetched or turned into tokens."""
+
+
 class BlockTableFullError(KMergeError):
     """More distinct blocks are in use at once than the block table has slots."""
 
@@ -52,3 +56,9 @@ def first_line(error: BaseException) -> str:
     """What another library said, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def short(value: object) -> str:
+    """A value as it may stand in an error: printable, and no longer than 60 characters."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."

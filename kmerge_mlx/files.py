@@ -113,7 +113,7 @@ def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[
     except OSError as e:
         raise error(f"cannot read {path}: {e.strerror or 'unreadable'}") from None
     except SafetensorError as e:
-        text = ascii(first_line(e))[1:101]
+        text = ascii(first_line(e))[1:-1][:100]
         raise error(f"{path} is torn or not a safetensors file ({text})") from None
     if problems := [p for n in shapes if (p := _header_problem(n, dtypes[n], shapes[n]))]:
         raise error(findings(str(path), problems))

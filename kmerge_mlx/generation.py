@@ -1,15 +1,16 @@
 """Compress a prompt, then mlx-lm's own generation, with honest statistics.
 
-Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's signatures and
-response fields, plus what merging did. Sampling, KV caches and decoding are mlx-lm's; nothing of
-them is copied here.
+Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's options (but for
+``verbose``: nothing is printed) and response fields, plus what merging did. Sampling, KV caches and
+decoding are mlx-lm's; nothing of them is copied here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -22,9 +23,11 @@ from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kmerge_mlx.blocks import CompressedPrompt
-from kmerge_mlx.errors import ModelError, PromptError
+from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompt import Segment, encode
+
+_EXPECTED = "expected text, token ids, or segments"
 
 Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
 
@@ -75,15 +78,19 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         The compressed prompt; its blocks stay bound while the object lives.
 
     Raises:
-        PromptError: Empty, or a token id outside the vocabulary.
+        PromptError: Empty, of another type, with a token id outside the vocabulary, or compressed
+            for another model.
         BlockTableFullError: Too many blocks in use at once.
     """
-    segments = _segments(tokenizer, prompt)
+    segments, embedding = _segments(tokenizer, prompt), merged_embedding(model)
     if isinstance(segments, CompressedPrompt):
+        if segments.table is not (None if embedding is None else embedding.table):
+            raise PromptError("the prompt was compressed for another model: compress it for this")
+        if not segments.ids:
+            raise PromptError("the cache holds all of the prompt: leave its last position to read")
         return segments
     if not any(len(segment.ids) for segment in segments):
         raise PromptError("the prompt is empty: there is nothing to read")
-    embedding = merged_embedding(model)
     if embedding is not None:
         return embedding.compress(segments)
     ids = [i for segment in segments for i in segment.ids]
@@ -122,6 +129,7 @@ def stream_generate(
     """
     if draft_model is not None:
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
+    _check_options(options, [max_tokens], unlimited=True)
     start = time.perf_counter()
     tokenizer = _wrapped(tokenizer)
     prompt = _segments(tokenizer, prompt)
@@ -188,11 +196,15 @@ def batch_generate(
         BlockTableFullError: Too many blocks in use at once.
     """
     tokenizer = _wrapped(tokenizer)
-    prompts = [_segments(tokenizer, prompt) for prompt in prompts]
-    for prompt, cache in zip(prompts, prompt_caches or [None] * len(prompts), strict=True):
-        check_context(model, prompt, cache)
-    compressed = [compress(model, tokenizer, prompt) for prompt in prompts]
-    limits = [max_tokens] * len(compressed) if isinstance(max_tokens, int) else max_tokens
+    caches = prompt_caches or [None] * len(prompts)
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    _check_options(options, limits, unlimited=False)
+    if not len(caches) == len(limits) == len(prompts):
+        raise PromptError(
+            f"{len(prompts)} prompts, {len(caches)} prompt_caches and {len(limits)} max_tokens: "
+            "expected one of each for every prompt"
+        )
+    compressed = _compress_all(model, tokenizer, prompts, caches)
     processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
     try:
@@ -217,6 +229,40 @@ def batch_generate(
         compressed_tokens=[len(prompt.ids) for prompt in compressed],
         finish_reasons=[row.finish_reason for row in rows],
     )
+
+
+def _check_options(options: Mapping[str, Any], limits: Sequence[int], unlimited: bool) -> None:
+    """What mlx-lm takes and this project does not, and limits that generate nothing."""
+    if "verbose" in options:
+        raise KMergeError("verbose: this library never prints; print what stream_generate yields")
+    if any(limit == 0 or (limit < 0 and not unlimited) for limit in limits):
+        remedy = ", or -1 for no limit" if unlimited else ""
+        raise PromptError(f"max_tokens is {min(limits)}: give at least 1{remedy}")
+
+
+def _compress_all(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], caches: Sequence[list[Any] | None]
+) -> list[CompressedPrompt]:
+    """Compresses the prompts of a batch, once all of them are known to fit."""
+
+    def checked(prompt: Prompt, cache: list[Any] | None) -> list[Segment] | CompressedPrompt:
+        form = _segments(tokenizer, prompt)
+        check_context(model, form, cache)
+        return form
+
+    forms = _each(checked, prompts, caches)
+    return _each(lambda form: compress(model, tokenizer, form), forms)
+
+
+def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
+    """Maps a function over a batch; an error says which prompt it is about."""
+    results = []
+    for number, arguments in enumerate(zip(*rows, strict=True)):
+        try:
+            results.append(function(*arguments))
+        except PromptError as error:
+            raise PromptError(f"prompt {number}: {error}") from error
+    return results
 
 
 def over_original_ids(
@@ -322,14 +368,31 @@ def _wrapped(tokenizer: Any) -> TokenizerWrapper:
 
 
 def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:
-    """Every form of a prompt but the compressed one, as segments."""
+    """Every form of a prompt but the compressed one, as segments of plain ints."""
     if isinstance(prompt, CompressedPrompt):
         return prompt
     if isinstance(prompt, str):
-        return [Segment(encode(tokenizer, prompt))]
-    if isinstance(prompt, mx.array):
-        prompt = prompt.tolist()
-    prompt = list(prompt)
-    if all(isinstance(part, Segment) for part in prompt):
-        return prompt
-    return [Segment(prompt)]
+        try:
+            return [Segment(encode(tokenizer, prompt))]
+        except TypeError as error:  # a lone surrogate, say
+            raise PromptError(f"the prompt is no text: {first_line(error)}") from error
+    parts = [prompt] if isinstance(prompt, Segment) else _listed(prompt)
+    if parts and all(isinstance(part, Segment) for part in parts):
+        return [Segment(_ids(part.ids), part.merge) for part in parts]
+    return [Segment(_ids(parts))]
+
+
+def _listed(values: Any) -> list[Any]:
+    """A list of whatever a prompt is: an array of MLX or NumPy, or any sequence but bytes."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, bytes | bytearray | Mapping) or not isinstance(values, Iterable):
+        raise PromptError(f"the prompt is of type {type(values).__name__}, {_EXPECTED}")
+    return list(values)
+
+
+def _ids(values: Any) -> list[int]:
+    try:
+        return [index(value) for value in _listed(values)]
+    except TypeError:
+        other = next(v for v in _listed(values) if not hasattr(v, "__index__"))
+        raise PromptError(f"the prompt holds a {type(other).__name__}, {_EXPECTED}") from None

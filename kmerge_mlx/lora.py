@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -120,8 +119,3 @@ def tensor_problems(
         if n in found and found[n] != expected[n]
     ]
     return problems
-
-
-def num_parameters(module: nn.Module) -> int:
-    """How many numbers a module holds."""
-    return sum(array.size for _, array in tree_flatten(module.parameters()))

@@ -36,7 +36,7 @@ def load(
     trust_remote_code: bool = False,
     max_blocks: int = MAX_BLOCKS,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Loads a base model and an adapter, as ``mlx_lm.load`` does.
+    """Loads a base model and an adapter, as ``mlx_lm.load`` does (the adapter comes second here).
 
     Args:
         path_or_hf_repo: Base model, a folder or a hub repo id.

@@ -41,3 +41,17 @@ def model_and_tokenizer(base_path, adapter_path):
     from kmerge_mlx import load
 
     return load(str(base_path), adapter_path, 4)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random K = 4 model whose greedy text does not stop early, and its tokenizer."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    from kmerge_mlx.model import attach
+    from tests.tiny import PAD, build, qwen2_config, random_adapter
+
+    model = build(qwen2_config())
+    attach(model, random_adapter(model, 4), PAD)
+    model.context_length = 32_768
+    return model, load_tokenizer(UPSTREAM / "base")

@@ -116,7 +116,8 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
         path.symlink_to(tmp_path / "absent")
     else:
         saved(path / "k4")
-    with pytest.raises(AdapterError, match="is no adapter folder, and --force replaces nothing"):
+    why = "symbolic link" if kind in ("link", "dangling") else "no adapter folder"
+    with pytest.raises(AdapterError, match=f"is (a |){why}, and --force replaces "):
         check_destination(path, force=True)
     with pytest.raises(AdapterError, match="exists"):
         check_destination(path, force=False)

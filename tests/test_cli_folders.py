@@ -22,7 +22,9 @@ def test_convert_without_a_base_says_what_was_not_checked(checkpoint_path, tmp_p
     result = run("convert", checkpoint_path, tmp_path / "a")
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[0].endswith("base Qwen/Qwen2.5-0.5B")  # as the checkpoint says
-    assert result.err.splitlines()[1].startswith("note: without --model the fit to a base")
+    assert result.err.splitlines()[1].startswith(
+        "note: without --model, only sizes tell a wrong base"
+    )
 
 
 def test_convert_replaces_an_adapter_only_when_told(checkpoint_path, tmp_path):

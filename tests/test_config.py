@@ -80,6 +80,7 @@ def test_only_fields_that_both_bases_name_can_differ():
         ({"head_lora": {"rank": 4, "scale": math.nan}}, "finite scale"),
         ({"base_model": {"id": 3, "config": {}}}, r"base_model\.id is 3"),
         ({"base_model": []}, r"base_model is \[\]"),
+        ({"base_model": {"config": {"hidden_size": 1}, "config_hash": "sha256:0"}}, "was edited"),
         ({"provenance": "x"}, "provenance is 'x'"),
     ],
 )

@@ -130,10 +130,19 @@ def test_endless_metrics_are_left_out_and_said_so(tmp_path):
     assert load_adapter(path).merge.provenance["metrics"].startswith("left out: 3")
 
 
-def test_torn_metrics_are_refused(tmp_path):
+def test_torn_metrics_are_left_out_and_said_so(tmp_path):
+    """A killed run leaves such a file, and it is for people alone."""
     source = make().write(tmp_path / "src")
     (source / "metrics.json").write_text("{")
-    assert "metrics.json is not valid JSON" in refused(tmp_path, source)
+    convert_checkpoint(str(source), tmp_path / "dst")
+    kept = load_adapter(tmp_path / "dst").merge.provenance["metrics"]
+    assert kept.startswith("left out: ")
+    assert "not valid JSON" in kept
+
+
+def test_an_adapter_folder_is_nothing_to_convert(tmp_path):
+    convert_checkpoint(str(make().write(tmp_path / "src")), tmp_path / "dst")
+    assert "is an adapter folder already" in refused(tmp_path, tmp_path / "dst", force=True)
 
 
 def test_metrics_may_be_absent_and_eval_accuracy_is_kept(tmp_path):
@@ -247,8 +256,7 @@ def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
     made.encoder["net.0.bias"] = np.full(5, np.nan, "f4")
     made.config["use_dora"] = True
     source = made.write(tmp_path / "src")
-    (source / "metrics.json").write_text("[")
     lines = refused(tmp_path, source, k=4).splitlines()
-    assert lines[0] == f"{source} cannot be converted: 5 problems"
-    for part in ("--k is 4", "net.0.bias has shape", "use_dora", "metrics.json", "w1.bias holds"):
+    assert lines[0] == f"{source} cannot be converted: 4 problems"
+    for part in ("--k is 4", "net.0.bias has shape", "use_dora", "w1.bias holds"):
         assert sum(part in line for line in lines[1:]) == 1

@@ -119,7 +119,8 @@ def test_what_is_no_adapter_is_never_replaced(tmp_path, kind, force):
         (path / "precious").mkdir(parents=True)
     else:
         path.symlink_to(source)
-    why = "is no adapter folder, and --force" if force else "exists: choose another folder"
+    kind = "a symbolic link" if kind == "link" else "no adapter folder"
+    why = f"is {kind}, and --force" if force else "exists: choose another folder"
     assert why in refused(tmp_path, source, kind=AdapterError, force=force)
 
 

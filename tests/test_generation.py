@@ -7,43 +7,23 @@ same prompts read another way.
 from __future__ import annotations
 
 import copy
-import random
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import Segment, batch_generate, compress, generate, stream_generate
-from kmerge_mlx.errors import ModelError, PromptError
-from kmerge_mlx.generation import over_original_ids
+from kmerge_mlx.errors import KMergeError, ModelError, PromptError
 from kmerge_mlx.model import attach, merged_embedding
 from tests.conftest import UPSTREAM
-from tests.tiny import PAD, build, qwen2_config, random_adapter
+from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
 
 V = 700
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """A model whose greedy text does not stop early, and its tokenizer."""
-    model = build(qwen2_config())
-    attach(model, random_adapter(model, 4), PAD)
-    model.context_length = 32_768
-    return model, load_tokenizer(UPSTREAM / "base")
-
-
-def prompts_of(count: int, low: int = 1, high: int = 90, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(1, V) for _ in range(rng.randint(low, high))] for _ in range(count)]
-
-
-def steps(model, prompt, tokens=10, **options):
-    """Tokens and log-probabilities by mlx-lm's own loop."""
-    return list(generate_step(mx.array(prompt.ids), model, max_tokens=tokens, **options))
 
 
 def assert_same(found, wanted, tolerance=1e-4):
@@ -86,6 +66,87 @@ def test_a_plain_hugging_face_tokenizer_will_do(tiny):
         model, tokenizer, "Tree: JN", max_tokens=4
     )
     assert batch_generate(model, plain, ["Tree: JN"], max_tokens=4).texts
+
+
+def test_a_prompt_compressed_for_another_model_is_refused(tiny):
+    model, tokenizer = tiny
+    other = build(qwen2_config())
+    prompt = compress(model, tokenizer, [1, 2, 3, 4, 5])
+    for stranger in (other, build(qwen2_config())):
+        with pytest.raises(PromptError, match="compressed for another model"):
+            next(stream_generate(stranger, tokenizer, prompt))
+        if stranger is other:
+            attach(other, random_adapter(other, 2), PAD)
+            with pytest.raises(PromptError, match="compressed for another model"):
+                batch_generate(other, tokenizer, [prompt])
+    unmerged = compress(build(qwen2_config()), tokenizer, [1, 2, 3])
+    with pytest.raises(PromptError, match="compressed for another model"):
+        compress(model, tokenizer, unmerged)
+
+
+def test_an_id_past_every_row_is_read_in_range(tiny):
+    model, _ = tiny
+    found = merged_embedding(model)(mx.array([V + 10**6, 2**31 - 1]))
+    assert mx.isfinite(found).all().item()
+    assert mx.isfinite(merged_embedding(model)(mx.array([2**32 - 1], mx.uint32))).all().item()
+
+
+def test_numpy_prompts_are_ids_like_any_other(tiny):
+    model, tokenizer = tiny
+    wanted = compress(model, tokenizer, [501, 502, 503, 504, 505]).ids
+    fresh = build(qwen2_config())
+    attach(fresh, random_adapter(fresh, 4), PAD)
+    for form in (np.array([501, 502, 503, 504, 505]), [np.int64(i) for i in range(501, 506)]):
+        assert len(compress(fresh, tokenizer, form).ids) == len(wanted)
+    rows = merged_embedding(fresh)(mx.array(compress(fresh, tokenizer, form).ids))
+    assert mx.allclose(rows, merged_embedding(model)(mx.array(wanted)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        ([1.5, 2.0], "holds a float"),
+        ([[1, 2], [3]], "holds a list"),
+        (np.ones((2, 2), np.int32), "holds a list"),
+        (["a", "b"], "holds a str"),
+        ([{"role": "user", "content": "hi"}], "holds a dict"),
+        ([Segment([1]), 3], "holds a Segment"),
+        (b"abc", "is of type bytes"),
+        (None, "is of type NoneType"),
+        (3, "is of type int"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_its_type(tiny, prompt, what):
+    with pytest.raises(PromptError, match=f"the prompt {what}, expected text, token ids"):
+        compress(*tiny, prompt)
+
+
+def test_a_bare_segment_is_a_prompt(tiny):
+    assert compress(*tiny, Segment([1, 2], False)).ids == [1, 2]
+
+
+def test_options_that_mlx_lm_takes_and_we_do_not_are_one_line(tiny):
+    with pytest.raises(KMergeError, match="verbose: this library never prints"):
+        generate(*tiny, [1], verbose=True)
+    with pytest.raises(KMergeError, match="verbose: this library never prints"):
+        batch_generate(*tiny, [[1]], verbose=True)
+    with pytest.raises(PromptError, match="max_tokens is 0: give at least 1, or -1"):
+        generate(*tiny, [1], max_tokens=0)
+    with pytest.raises(PromptError, match=r"max_tokens is -1: give at least 1$"):
+        batch_generate(*tiny, [[1]], max_tokens=-1)
+    with pytest.raises(PromptError, match="2 prompts, 1 prompt_caches and 2 max_tokens"):
+        batch_generate(*tiny, [[1], [2]], prompt_caches=[make_prompt_cache(tiny[0])])
+
+
+def test_a_batch_says_which_prompt_is_wrong(tiny):
+    with pytest.raises(PromptError, match="prompt 1: the prompt is empty"):
+        batch_generate(*tiny, [[1], [], [2]])
+
+
+def test_a_prompt_that_its_cache_holds_whole_is_refused(tiny):
+    prompt = compress(*tiny, [1, 2, 3, 4, 5])
+    with pytest.raises(PromptError, match="cache holds all of the prompt"):
+        next(stream_generate(*tiny, prompt.after(len(prompt.ids))))
 
 
 @pytest.mark.parametrize("empty", ["", [], [Segment([])]])
@@ -282,87 +343,6 @@ def test_a_20_000_token_prompt_is_read_in_bounded_memory(tiny):
     assert peaks[1] - peaks[0] < 4 * rows  # the rows themselves, doubling included
     response = list(stream_generate(model, tokenizer, ids, max_tokens=2))[-1]
     assert (response.prompt_tokens, response.compressed_tokens) == (20_000, 5_000)
-
-
-# Penalties
-
-
-PENALTIES = [
-    {"repetition_penalty": 1.7},
-    {"repetition_penalty": 0.5, "repetition_context_size": 3},
-    {"presence_penalty": 2.0, "presence_context_size": 64},
-    {"frequency_penalty": 1.5, "frequency_context_size": 200},
-    {"logit_bias": {5: 3.0, 699: -2.0}},
-    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
-]
-
-
-@pytest.mark.parametrize("options", PENALTIES, ids=lambda o: "+".join(o))
-def test_penalties_are_mlx_lms_over_the_original_ids(tiny, options):
-    """Oracle: mlx-lm's processors called by hand with the original ids and the answer so far."""
-    model, tokenizer = tiny
-    ids = prompts_of(1, 61, 61, seed=6)[0]
-    prompt = compress(model, tokenizer, ids)
-    found = stream_generate(
-        model, tokenizer, prompt, max_tokens=10, logits_processors=make_logits_processors(**options)
-    )
-    cache, read, answer = make_prompt_cache(model), prompt.ids, []
-    for response in found:
-        logits = model(mx.array([read]), cache=cache)[:, -1, :]
-        for processor in make_logits_processors(**options):
-            logits = processor(mx.array(ids + answer), logits)
-        wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
-        assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
-        answer.append(response.token)
-        read = [response.token]
-
-
-@pytest.mark.parametrize("options", PENALTIES[:4], ids=lambda o: "+".join(o))
-def test_batched_penalties_are_each_prompts_own(tiny, options):
-    model, tokenizer = tiny
-    prompts = prompts_of(5, 3, 70, seed=9)
-    together = batch_generate(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=8,
-        logits_processors=make_logits_processors(**options),
-        return_token_ids=True,
-    )
-    for prompt, tokens in zip(prompts, together.token_ids, strict=True):
-        alone = stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=8,
-            logits_processors=make_logits_processors(**options),
-        )
-        assert tokens == [r.token for r in alone if r.finish_reason != "stop"]
-
-
-def test_ids_past_the_vocabulary_never_reach_a_processor(tiny):
-    model, tokenizer = tiny
-    seen = []
-
-    def spy(tokens, logits):
-        seen.append(tokens.tolist())
-        return logits
-
-    ids = prompts_of(1, 50, 50)[0]
-    list(stream_generate(model, tokenizer, ids, max_tokens=4, logits_processors=[spy]))
-    batch_generate(model, tokenizer, [ids, ids[:9]], max_tokens=4, logits_processors=[spy])
-    assert len(seen) >= 12
-    assert all(0 <= token < V for tokens in seen for token in tokens)
-    assert seen[0] == ids
-
-
-def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):
-    """The decode loop must not wait: the guard only builds arrays."""
-    prompt = compress(*tiny, [1, 2, 3, 4, 5])
-    (guarded,) = over_original_ids([lambda tokens, logits: logits], prompt)
-    for name in ("eval", "async_eval", "synchronize"):
-        monkeypatch.setattr(mx, name, lambda *_: pytest.fail("the guard waited for the device"))
-    guarded(mx.array([*prompt.ids, 3]), mx.zeros((1, V)))
 
 
 # Sampling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
 from kmerge_mlx.adapter import Adapter
@@ -19,6 +21,7 @@ from tests.conftest import UPSTREAM
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 PAD = 223
+VOCAB_SIZE = 700
 
 
 def random_adapter(
@@ -92,6 +95,18 @@ def qwen2_config(**changes: Any) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "eos_token_id": 0,
     } | changes
+
+
+def prompts_of(count: int, low: int = 1, high: int = 90, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randint(low, high))] for _ in range(count)
+    ]
+
+
+def steps(model, prompt, tokens=10, **options):
+    """Tokens and log-probabilities by mlx-lm's own loop."""
+    return list(generate_step(mx.array(prompt.ids), model, max_tokens=tokens, **options))
 
 
 def _normal(*shape: int) -> mx.array:

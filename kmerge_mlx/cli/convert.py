@@ -64,6 +64,6 @@ def convert(
     )
     if model is None:
         print(
-            "note: without --model the fit to a base is checked when the adapter is loaded",
+            "note: without --model, only sizes tell a wrong base when the adapter is loaded",
             file=sys.stderr,
         )

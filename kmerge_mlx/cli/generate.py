@@ -100,6 +100,8 @@ def generate(
     except ModelError as error:
         hint = "" if model else f" ({adapter_path} names this base; --model gives another)"
         raise ModelError(f"{error}{hint}") from error
+    if merge is not None:
+        _note_base(merge, base)
     _add_eos_tokens(tokenizer, extra_eos_token or [])
     chat = ChatTemplate(system_prompt, prefill_response, template_options)
     chat = _chat_template(tokenizer, chat, ignore_chat_template)
@@ -218,6 +220,16 @@ def _chat_template(tokenizer: Any, chat: ChatTemplate, ignore: bool) -> ChatTemp
             + ("--ignore-chat-template leaves it out" if ignore else "this tokenizer has none")
         )
     return None
+
+
+def _note_base(merge: MergeConfig, base: str) -> None:
+    """Says when nothing but sizes could tell that the base is the adapter's own."""
+    if not merge.base.fields and merge.base.id not in (None, base):
+        print(
+            f"note: this adapter names {merge.base.id} as its base and was converted without "
+            f"--model, so only sizes say that it fits {base}",
+            file=sys.stderr,
+        )
 
 
 def _note_layout(merge: MergeConfig) -> None:
