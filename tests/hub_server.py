@@ -74,7 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path.strip("/")
         self.hub.requests.append(f"{self.command} {path}")
-        parts = path.removeprefix("api/models/").split("/")
+        for prefix in ("api/models/", "api/datasets/", "datasets/"):
+            path = path.removeprefix(prefix)
+        parts = path.split("/")
         repo, route = "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
         folder = self.hub.repos.get(repo)
         if repo in self.hub.locked:

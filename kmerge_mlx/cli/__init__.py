@@ -15,6 +15,7 @@ import typer
 
 from kmerge_mlx._version import __version__
 from kmerge_mlx.cli.convert import convert
+from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
 from kmerge_mlx.errors import KMergeError
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
+app.command()(data)
 app.command()(generate)
 app.command()(info)
 
@@ -63,17 +65,19 @@ def _root(
 
 def main() -> None:
     """Runs the command line; whatever went wrong becomes one message and an exit code."""
+    if sys.stdout is None:
+        _fail("stdout is closed: there is nowhere to write to", 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may write what the terminal's encoding lacks: a `?` beats half an answer.
         sys.stdout.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        _fail(error.format_message() + hint, error.exit_code)
+        # A missing argument's choices come one to a line.
+        _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
     except KMergeError as error:
         _fail(str(error), 1)
     except OSError as error:

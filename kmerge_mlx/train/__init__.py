@@ -1,0 +1,1 @@
+"""Training: the rows of a batch, the loss on its answers, the optimizer step."""

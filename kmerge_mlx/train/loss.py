@@ -1,0 +1,83 @@
+"""The loss of a batch: cross-entropy on answer tokens, with logits at answer positions alone.
+
+Owns the training forward pass: the batch's blocks are merged inside it, so gradients reach the
+encoder, and hidden states are cut to the answer positions *before* the output head, because logits
+for every position at V = 151,936 are what training memory would go to. Does not know optimizers.
+
+Source: arXiv 2604.15153 section 3.3 (loss on answer tokens and the eos after each answer).
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kmerge_mlx.adapter import HEAD
+from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.train.rows import Batch
+
+
+class AnswerHead:
+    """Cuts what a model's output head reads to the positions of the batch at hand.
+
+    The head may be a module of its own or the wrapped embedding of a tied model. Its class is
+    replaced by one that cuts first, so parameter names stay what they are.
+
+    Args:
+        model: An mlx-lm model, with or without an adapter.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._at: mx.array | None = None
+        modules = dict(model.named_modules())
+        own = next((m for p, m in modules.items() if p.rsplit(".", 1)[-1] == HEAD), None)
+        head, method = (own, "__call__") if own else (merged_embedding(model), "as_linear")
+        if head is None:
+            raise TypeError("a tied model is trained with its embedding wrapped")
+        plain = getattr(type(head), method)
+
+        def cut(module: nn.Module, x: mx.array) -> mx.array:
+            if self._at is not None:
+                x = x.reshape(-1, x.shape[-1])[self._at][None]
+            return plain(module, x)
+
+        head.__class__ = type(type(head).__name__, (type(head),), {method: cut})
+
+    def logits(self, model: nn.Module, batch: Batch) -> mx.array:
+        """The logits of a batch at its answer positions.
+
+        Args:
+            model: The model this head belongs to.
+            batch: What it reads.
+
+        Returns:
+            ``(A, V)``, in the model's dtype.
+        """
+        merged = merged_embedding(model)
+        self._at = batch.answer_at
+        try:
+            if merged is None or not batch.blocks.size:
+                return model(batch.ids)[0]
+            with merged.reading(merged.encoder(merged.embedding(batch.blocks))):
+                return model(batch.ids)[0]
+        finally:
+            self._at = None
+
+
+def answer_loss(head: AnswerHead, model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Summed cross-entropy over a batch's answer tokens, and how many there are.
+
+    Sums, not means: a mean of means weighs a token by how few its neighbours are, so batches,
+    accumulation steps and ranks are added up and divided once.
+
+    Args:
+        head: The model's answer head.
+        model: The model.
+        batch: What it reads.
+
+    Returns:
+        Loss ``()`` float32 in nats, tokens ``()`` float32.
+    """
+    logits = head.logits(model, batch).astype(mx.float32)
+    losses = nn.losses.cross_entropy(logits, batch.targets)
+    return (losses * batch.weights).sum(), batch.weights.sum()
