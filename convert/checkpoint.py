@@ -20,7 +20,7 @@ from mlx_lm.utils import load_tokenizer
 
 from kmerge_mlx import base
 from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import HEAD, MERGE_CONFIG, Adapter, check_destination, save_adapter
+from kmerge_mlx.adapter import HEAD, MERGE_CONFIG, Adapter, check_adapter_destination, save_adapter
 from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig, is_int
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
@@ -80,7 +80,7 @@ def convert_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    check_destination(destination, force)
+    check_adapter_destination(destination, force)
     folder = find_checkpoint(source)
     known = None if model is None else read_base(model)
     adapter = read_checkpoint(folder, known, k, source)

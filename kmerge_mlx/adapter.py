@@ -20,7 +20,7 @@ import mlx.core as mx
 from kmerge_mlx.config import LoRAConfig, MergeConfig, is_int
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
-    clear_leftovers,
+    check_destination,
     read_json,
     read_safetensors,
     replacing_folder,
@@ -134,7 +134,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
     Args:
         adapter: What to write.
-        path: The folder; replaced if it exists (see :func:`check_destination`).
+        path: The folder; replaced if it exists (see :func:`check_adapter_destination`).
 
     Raises:
         AdapterError: The disk is full, or the place is not writable. Nothing is left there then.
@@ -152,41 +152,13 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
         raise AdapterError(f"cannot write {path}: {e.strerror or first_line(e)}") from e
 
 
-def check_destination(path: str | Path, force: bool) -> None:
-    """Refuses to write over something, before any work is done.
-
-    A folder that a killed run was about to replace is given back first.
-
-    Args:
-        path: Where an adapter folder is to be written.
-        force: Whether an adapter folder there may be replaced.
+def check_adapter_destination(path: str | Path, force: bool) -> None:
+    """Refuses to write an adapter over something else (see :func:`files.check_destination`).
 
     Raises:
-        AdapterError: Something is there and ``force`` is off, or it is not an adapter folder, or
-            holds more than an adapter.
+        AdapterError: Something is there and ``force`` is off, or it is not just an adapter folder.
     """
-    path = Path(path)
-    try:
-        if not path.is_symlink():
-            clear_leftovers(path)
-        if not path.exists() and not path.is_symlink():
-            return
-        if not force:
-            raise AdapterError(
-                f"{path} exists: choose another folder, or give --force to replace it"
-            )
-        if path.is_symlink():
-            raise AdapterError(f"{path} is a symbolic link, and --force replaces only a folder")
-        if not path.is_dir() or not (path / MERGE_CONFIG).is_file():
-            raise AdapterError(f"{path} is no adapter folder, and --force replaces nothing else")
-        more = sorted(child.name for child in path.iterdir() if child.name not in FILES)
-    except OSError as e:
-        raise AdapterError(f"cannot write {path}: {e.strerror}") from None
-    if more:
-        listed = ", ".join(more[:8])
-        raise AdapterError(
-            f"{path} holds more than an adapter ({listed}): move that away, --force would delete it"
-        )
+    check_destination(path, force, "adapter", FILES, AdapterError, marker=MERGE_CONFIG)
 
 
 def _merge_config(folder: Path) -> MergeConfig:

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,52 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def check_destination(
+    path: str | Path,
+    force: bool,
+    kind: str,
+    names: Collection[str],
+    error: type[KMergeError],
+    marker: str | None = None,
+) -> None:
+    """Refuses to write a folder over something, before any work is done.
+
+    A folder that a killed run was about to replace is given back first.
+
+    Args:
+        path: Where the folder is to be written.
+        force: Whether a folder of the same kind there may be replaced.
+        kind: What kind that is, for the errors.
+        names: Files that such a folder may hold; more than these is never deleted.
+        error: Kind of error to raise.
+        marker: A file that it must hold, or None.
+
+    Raises:
+        KMergeError: Something is there and ``force`` is off, or it is of another kind, or holds
+            more.
+    """
+    path = Path(path)
+    try:
+        if not path.is_symlink():
+            clear_leftovers(path)
+        if not path.exists() and not path.is_symlink():
+            return
+        if not force:
+            raise error(f"{path} exists: choose another folder, or give --force to replace it")
+        if path.is_symlink():
+            raise error(f"{path} is a symbolic link, and --force replaces only a folder")
+        if not path.is_dir() or (marker is not None and not (path / marker).is_file()):
+            raise error(f"{path} is no {kind} folder, and --force replaces nothing else")
+        more = sorted(child.name for child in path.iterdir() if child.name not in names)
+    except OSError as e:
+        raise error(f"cannot write {path}: {e.strerror}") from None
+    if more:
+        raise error(
+            f"{path} holds more than {kind} files ({', '.join(more[:8])}): move that away, "
+            "--force would delete it"
+        )
 
 
 def clear_leftovers(path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from kmerge_mlx.adapter import (
     FILES,
     Adapter,
-    check_destination,
+    check_adapter_destination,
     find_adapters,
     load_adapter,
     save_adapter,
@@ -92,12 +92,12 @@ def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
 
 
 def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):
-    check_destination(tmp_path / "new", force=False)
-    check_destination(tmp_path / "new", force=True)
+    check_adapter_destination(tmp_path / "new", force=False)
+    check_adapter_destination(tmp_path / "new", force=True)
     path = saved(tmp_path / "a")
-    check_destination(path, force=True)
+    check_adapter_destination(path, force=True)
     with pytest.raises(AdapterError, match="exists: choose another folder, or give --force"):
-        check_destination(path, force=False)
+        check_adapter_destination(path, force=False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty", "file", "link", "dangling", "several"])
@@ -118,26 +118,28 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
         saved(path / "k4")
     why = "symbolic link" if kind in ("link", "dangling") else "no adapter folder"
     with pytest.raises(AdapterError, match=f"is (a |){why}, and --force replaces "):
-        check_destination(path, force=True)
+        check_adapter_destination(path, force=True)
     with pytest.raises(AdapterError, match="exists"):
-        check_destination(path, force=False)
+        check_adapter_destination(path, force=False)
 
 
 def test_force_does_not_delete_what_lies_beside_an_adapter(tmp_path):
     path = saved(tmp_path / "a")
     (path / "training").mkdir()
-    with pytest.raises(AdapterError, match=r"holds more than an adapter \(training\): move that"):
-        check_destination(path, force=True)
+    with pytest.raises(
+        AdapterError, match=r"more than adapter files \(training\): move"
+    ):
+        check_adapter_destination(path, force=True)
 
 
 def test_a_name_that_no_disk_takes_is_one_line(tmp_path):
     with pytest.raises(AdapterError, match=r"cannot write .*File name too long"):
-        check_destination(tmp_path / ("x" * 300), force=False)
+        check_adapter_destination(tmp_path / ("x" * 300), force=False)
 
 
 def test_a_place_inside_a_file_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("1")
-    check_destination(tmp_path / "file" / "a", force=False)
+    check_adapter_destination(tmp_path / "file" / "a", force=False)
     with pytest.raises(AdapterError, match=r"cannot write .*/file/a: "):
         save_adapter(make(), tmp_path / "file" / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -155,7 +157,7 @@ def test_a_folder_that_a_killed_run_was_replacing_is_given_back_before_it_is_ask
     )
     saved(tmp_path / f".a.old-{int(pid)}-x")
     with pytest.raises(AdapterError, match="exists"):
-        check_destination(tmp_path / "a", force=False)
+        check_adapter_destination(tmp_path / "a", force=False)
     assert load_adapter(tmp_path / "a").merge.encoder.merge_factor == 4
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
 

@@ -159,7 +159,7 @@ def test_a_folder_that_is_there_is_kept_unless_forced(tmp_path):
     run("data", *TREES, "--out", out)
     before = digests(out)
     again = ("data", *TREES, "--out", out, "--seed", 7)
-    assert_one_error(run(*again), 1, "exists: choose another --out, or give --force")
+    assert_one_error(run(*again), 1, "exists: choose another folder, or give --force")
     assert digests(out) == before
     assert run(*again, "--force").code == 0
     assert digests(out) != before
@@ -172,8 +172,8 @@ def test_force_replaces_nothing_but_data(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for name, message in (
         ("mine", "thesis.tex"),
-        ("file", "is no folder"),
-        ("link", "is no folder"),
+        ("file", "is no data folder"),
+        ("link", "is a symbolic link"),
     ):
         result = run("data", *TREES, "--out", tmp_path / name, "--force")
         assert_one_error(result, 1, message)

@@ -144,6 +144,14 @@ def test_ci_runs_exactly_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_readme_names_every_file_of_the_package_and_holds_no_placeholder():
+    readme = (ROOT / "README.md").read_text()
+    assert not [line for line in readme.splitlines() if line.startswith("@") and "{" not in line]
+    for path in FILES:
+        part = path.parent.name + "/" if path.parent.name in ("cli", "data", "train") else path.name
+        assert part in readme or path.name.startswith("_"), path
+
+
 def test_the_runtime_needs_no_more_than_it_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {spec.split(">")[0].split("[")[0] for spec in project["dependencies"]}

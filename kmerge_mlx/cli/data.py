@@ -141,9 +141,9 @@ def data(
         raise typer.BadParameter("a local file has neither", param_hint="--category, --language")
 
     # The heavy imports wait until the command line is known to be good.
-    from kmerge_mlx.data.writing import check_destination, data_folder, write_summary
+    from kmerge_mlx.data.writing import check_data_destination, data_folder, write_summary
 
-    check_destination(out, force)
+    check_data_destination(out, force)
     splits = {"train": train, "valid": valid, "test": test}
     given = {split: rows for split, rows in splits.items() if rows is not None}
     if task is Task.textualized_tree:

@@ -23,7 +23,7 @@ import numpy as np
 from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.sources import SPLITS
 from kmerge_mlx.errors import DataError, first_line
-from kmerge_mlx.files import clear_leftovers, replacing_folder, write_json
+from kmerge_mlx.files import check_destination, replacing_folder, write_json
 
 SUMMARY = "summary.json"
 
@@ -135,35 +135,14 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     write_json(folder / SUMMARY, summary)
 
 
-def check_destination(path: str | Path, force: bool) -> None:
-    """Refuses to write over something, before any work is done.
-
-    Args:
-        path: Where a data folder is to be written.
-        force: Whether a data folder there may be replaced.
+def check_data_destination(path: str | Path, force: bool) -> None:
+    """Refuses to write data over something else (see :func:`files.check_destination`).
 
     Raises:
-        DataError: Something is there and ``force`` is off, or it holds more than data.
+        DataError: Something is there and ``force`` is off, or it is not just a data folder.
     """
-    path = Path(path)
     names = {SUMMARY, *(f"{split}{end}" for split in SPLITS for end in (".jsonl", ".jsonl.gz"))}
-    try:
-        if not path.is_symlink():
-            clear_leftovers(path)
-        if not path.exists() and not path.is_symlink():
-            return
-        if not force:
-            raise DataError(f"{path} exists: choose another --out, or give --force to replace it")
-        if path.is_symlink() or not path.is_dir():
-            raise DataError(f"{path} is no folder, and --force replaces nothing else")
-        more = sorted(child.name for child in path.iterdir() if child.name not in names)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
-    if more:
-        listed = ", ".join(more[:8])
-        raise DataError(
-            f"{path} holds more than data ({listed}): move that away, --force would delete it"
-        )
+    check_destination(path, force, "data", names, DataError)
 
 
 def _rank(item: tuple[Any, int]) -> tuple[int, str]:
