@@ -145,7 +145,7 @@ def attach(
     model.update_modules(tree_unflatten([(path, merged)]))
     mx.eval(merged.encoder.parameters())
     model.eval()
-    if model.model_type not in base.PROVEN:
+    if getattr(model, "model_type", None) not in base.PROVEN:
         _probe(model, merged, name)
 
 

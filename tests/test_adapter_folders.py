@@ -126,9 +126,7 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
 def test_force_does_not_delete_what_lies_beside_an_adapter(tmp_path):
     path = saved(tmp_path / "a")
     (path / "training").mkdir()
-    with pytest.raises(
-        AdapterError, match=r"more than adapter files \(training\): move"
-    ):
+    with pytest.raises(AdapterError, match=r"more than adapter files \(training\): move"):
         check_adapter_destination(path, force=True)
 
 
