@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
@@ -82,7 +82,11 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
             for another model.
         BlockTableFullError: Too many blocks in use at once.
     """
-    segments, embedding = _segments(tokenizer, prompt), merged_embedding(model)
+    return _compress(model, _segments(tokenizer, prompt))
+
+
+def _compress(model: nn.Module, segments: list[Segment] | CompressedPrompt) -> CompressedPrompt:
+    embedding = merged_embedding(model)
     if isinstance(segments, CompressedPrompt):
         if segments.table is not (None if embedding is None else embedding.table):
             raise PromptError("the prompt was compressed for another model: compress it for this")
@@ -132,9 +136,9 @@ def stream_generate(
     _check_options(options, [max_tokens], unlimited=True)
     start = time.perf_counter()
     tokenizer = _wrapped(tokenizer)
-    prompt = _segments(tokenizer, prompt)
-    check_context(model, prompt, options.get("prompt_cache"))
-    compressed = compress(model, tokenizer, prompt)
+    segments = _segments(tokenizer, prompt)
+    check_context(model, segments, options.get("prompt_cache"))
+    compressed = _compress(model, segments)
     if logits_processors:
         options["logits_processors"] = over_original_ids(logits_processors, compressed)
     first: float | None = None
@@ -142,9 +146,8 @@ def stream_generate(
         model, tokenizer, mx.array(compressed.ids), max_tokens=max_tokens, **options
     ):
         first = first or time.perf_counter() - start
-        known = {f.name: getattr(response, f.name) for f in fields(response)}
-        known["prompt_tokens"] = len(compressed.original_ids)
-        known["prompt_tps"] = len(compressed.original_ids) / first
+        read = len(compressed.original_ids)
+        known = vars(response) | {"prompt_tokens": read, "prompt_tps": read / first}
         yield GenerationResponse(
             **known,
             compressed_tokens=len(compressed.ids),
@@ -250,8 +253,7 @@ def _compress_all(
         check_context(model, form, cache)
         return form
 
-    forms = _each(checked, prompts, caches)
-    return _each(lambda form: compress(model, tokenizer, form), forms)
+    return _each(lambda form: _compress(model, form), _each(checked, prompts, caches))
 
 
 def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
