@@ -27,9 +27,10 @@ from mlx_lm.models import qwen2
 from kmerge_mlx import lora, model
 from kmerge_mlx.adapter import Adapter
 from kmerge_mlx.blocks import MergedEmbedding
-from kmerge_mlx.config import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig, default_inner_size
+from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig, default_inner_size
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.prompt import Segment
+from kmerge_mlx.tuning import LoRAConfig
 
 QWEN_05B = qwen2.ModelArgs(
     model_type="qwen2",

@@ -284,10 +284,10 @@ def _provenance(folder: Path, source: str, config: Any) -> dict[str, Any]:
 
 
 def _cast(adapter: Adapter, dtype: str) -> Adapter:
-    parts = (adapter.lora_weights, adapter.encoder_weights, adapter.head_weights)
+    parts = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
     cast = [{name: a.astype(DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts]
     lora, encoder, head = cast
     if large := _not_finite(lora | encoder | _named_head(head)):
         names = ", ".join(problem.split()[0] for problem in large)
         raise CheckpointError(f"--dtype {dtype} cannot hold {names}: give float32 or bfloat16")
-    return Adapter(adapter.merge, adapter.lora, *cast)
+    return Adapter(adapter.merge, adapter.tuning, *cast)

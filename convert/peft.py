@@ -19,10 +19,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx.adapter import HEAD, LORA_PARTS
-from kmerge_mlx.config import LoRAConfig, LoRASpec, is_int, is_number
+from kmerge_mlx.adapter import HEAD
+from kmerge_mlx.config import LoRASpec, is_int, is_number
 from kmerge_mlx.convert.patterns import NameRules, PatternError
 from kmerge_mlx.errors import short
+from kmerge_mlx.lora import LORA_PARTS
+from kmerge_mlx.tuning import LoRAConfig
 
 PREFIX = "base_model.model."
 

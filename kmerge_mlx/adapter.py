@@ -4,8 +4,9 @@ Owns the four files and what each holds. Does not know base models: whether an a
 ``model.py``'s question.
 
 Format (docs/adapter-format.md): ``adapter_config.json`` and ``adapters.safetensors`` are mlx-lm's,
-so mlx-lm loads the LoRA; ``merge_config.json`` and ``merge_encoder.safetensors`` are ours. A head
-LoRA that mlx-lm has no place for (tied models) is kept in the latter as ``lm_head.lora_a/b``.
+so mlx-lm loads the LoRA, or the layers; ``merge_config.json`` and ``merge_encoder.safetensors`` are
+ours. A head LoRA that mlx-lm has no place for (tied models) is kept in the latter as
+``lm_head.lora_a/b``. All four files are always there, if only with no tensor in them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from kmerge_mlx.config import LoRAConfig, MergeConfig, is_int
+from kmerge_mlx.config import MergeConfig, is_int
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
     check_destination,
@@ -27,34 +28,35 @@ from kmerge_mlx.files import (
     write_json,
     write_safetensors,
 )
-from kmerge_mlx.lora import tensor_problems
+from kmerge_mlx.lora import LORA_PARTS, tensor_problems
+from kmerge_mlx.tuning import LoRAConfig, Tuning, read_tuning
 
-LORA_CONFIG = "adapter_config.json"
-LORA_WEIGHTS = "adapters.safetensors"
+TUNING_CONFIG = "adapter_config.json"
+TUNING_WEIGHTS = "adapters.safetensors"
 MERGE_CONFIG = "merge_config.json"
 MERGE_WEIGHTS = "merge_encoder.safetensors"
-FILES = (LORA_CONFIG, LORA_WEIGHTS, MERGE_CONFIG, MERGE_WEIGHTS)
+FILES = (TUNING_CONFIG, TUNING_WEIGHTS, MERGE_CONFIG, MERGE_WEIGHTS)
 
 HEAD = "lm_head"
 ENCODER = "encoder"
-LORA_PARTS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A merge encoder and a LoRA, as loaded or as about to be saved.
+    """A merge encoder and a changed base model, as loaded or as about to be saved.
 
     Args:
         merge: Sizes, base model, padding token, provenance.
-        lora: Which modules carry LoRA.
-        lora_weights: ``{module path}.lora_a`` (in, r) and ``.lora_b`` (r, out).
-        encoder_weights: ``w1.weight`` and so on (see ``EncoderConfig.shapes``).
+        tuning: How the base is changed: which modules carry LoRA, or how many layers are whole.
+        tuning_weights: LoRA: ``{module path}.lora_a`` (in, r) and ``.lora_b`` (r, out). Full: the
+            layers' own parameters, by their names in the model.
+        encoder_weights: ``w1.weight`` and so on (see ``EncoderConfig.shapes``); empty at K = 1.
         head_weights: ``lora_a`` (D, r) and ``lora_b`` (r, V) of the output head, or empty.
     """
 
     merge: MergeConfig
-    lora: LoRAConfig
-    lora_weights: dict[str, mx.array]
+    tuning: Tuning
+    tuning_weights: dict[str, mx.array]
     encoder_weights: dict[str, mx.array]
     head_weights: dict[str, mx.array] = field(default_factory=dict)
 
@@ -76,7 +78,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
         if not path.is_dir():
             raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
         if (path / MERGE_CONFIG).is_file():
-            return {_merge_config(path).encoder.merge_factor: path}
+            return {_merge_config(path).merge_factor: path}
         # A hidden folder is one that a killed run was still writing.
         inside = sorted(child for child in path.iterdir() if not child.name.startswith("."))
         folders = [child for child in inside if (child / MERGE_CONFIG).is_file()]
@@ -84,7 +86,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
     found: dict[int, list[Path]] = defaultdict(list)
     for folder in folders:
-        found[_merge_config(folder).encoder.merge_factor].append(folder)
+        found[_merge_config(folder).merge_factor].append(folder)
     for factor, same in found.items():
         if len(same) > 1:
             names = ", ".join(folder.name for folder in same)
@@ -119,14 +121,14 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     if k is not None and k not in found:
         raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
     folder = found[next(iter(found)) if k is None else k]
-    merge, lora = _merge_config(folder), _lora_config(folder)
-    lora_weights = read_safetensors(folder / LORA_WEIGHTS, AdapterError)
+    merge, tuning = _merge_config(folder), _tuning(folder)
+    tuning_weights = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)
-    problems = [f"{LORA_WEIGHTS}: {p}" for p in _lora_problems(lora, lora_weights)]
+    problems = [f"{TUNING_WEIGHTS}: {p}" for p in _tuning_problems(tuning, tuning_weights)]
     problems += [f"{MERGE_WEIGHTS}: {p}" for p in _merge_problems(merge, stored)]
     if problems:
         raise AdapterError(findings(str(folder), problems))
-    return Adapter(merge, lora, lora_weights, _part(stored, ENCODER), _part(stored, HEAD))
+    return Adapter(merge, tuning, tuning_weights, _part(stored, ENCODER), _part(stored, HEAD))
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -139,17 +141,26 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     Raises:
         AdapterError: The disk is full, or the place is not writable. Nothing is left there then.
     """
-    merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
-    merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
     try:
         with replacing_folder(Path(path)) as folder:
-            lora = adapter.lora.to_json() | {"model": adapter.merge.base.id}
-            write_json(folder / LORA_CONFIG, lora)
-            write_safetensors(folder / LORA_WEIGHTS, adapter.lora_weights)
-            write_json(folder / MERGE_CONFIG, adapter.merge.to_json())
-            write_safetensors(folder / MERGE_WEIGHTS, merged)
+            write_adapter(adapter, folder)
     except OSError as e:
         raise AdapterError(f"cannot write {path}: {e.strerror or first_line(e)}") from e
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Writes an adapter's files into a folder that its caller makes appear whole.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
+    merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
+    tuning = adapter.tuning.to_json() | {"model": adapter.merge.base.id}
+    write_json(folder / TUNING_CONFIG, tuning)
+    write_safetensors(folder / TUNING_WEIGHTS, adapter.tuning_weights)
+    write_json(folder / MERGE_CONFIG, adapter.merge.to_json())
+    write_safetensors(folder / MERGE_WEIGHTS, merged)
 
 
 def check_adapter_destination(path: str | Path, force: bool) -> None:
@@ -168,9 +179,9 @@ def _merge_config(folder: Path) -> MergeConfig:
         raise AdapterError(f"{folder}: {e}") from None
 
 
-def _lora_config(folder: Path) -> LoRAConfig:
+def _tuning(folder: Path) -> Tuning:
     try:
-        return LoRAConfig.from_json(read_json(folder / LORA_CONFIG, AdapterError))
+        return read_tuning(read_json(folder / TUNING_CONFIG, AdapterError))
     except AdapterError as e:
         raise AdapterError(f"{folder}: {e}") from None
 
@@ -178,6 +189,13 @@ def _lora_config(folder: Path) -> LoRAConfig:
 def _part(stored: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
     dotted = f"{prefix}."
     return {n.removeprefix(dotted): a for n, a in stored.items() if n.startswith(dotted)}
+
+
+def _tuning_problems(tuning: Tuning, weights: Mapping[str, mx.array]) -> list[str]:
+    """What can be said without a base; of whole layers, only that there are some."""
+    if isinstance(tuning, LoRAConfig):
+        return _lora_problems(tuning, weights)
+    return [] if weights else ["found no tensors, expected the weights of whole layers"]
 
 
 def _lora_problems(config: LoRAConfig, weights: Mapping[str, mx.array]) -> list[str]:
@@ -217,13 +235,15 @@ def name_ends(module: str) -> set[str]:
 
 
 def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[str]:
-    expected = {f"{ENCODER}.{name}": shape for name, shape in merge.encoder.shapes().items()}
+    sizes = {} if merge.encoder is None else merge.encoder.shapes()
+    expected = {f"{ENCODER}.{name}": shape for name, shape in sizes.items()}
     found = {name: tuple(array.shape) for name, array in stored.items()}
     if merge.head_lora is not None:
-        # The vocabulary is the base model's to say: only the inner sizes are known here.
-        rank, vocab_size = merge.head_lora.rank, found.get(f"{HEAD}.lora_b", ())[1:2]
-        expected[f"{HEAD}.lora_a"] = (merge.encoder.hidden_size, rank)
-        expected[f"{HEAD}.lora_b"] = (rank, *(vocab_size or ("V",)))
+        # V, and at K = 1 also D, is the base model's to say: only the inner sizes are known here.
+        rank, a, b = merge.head_lora.rank, f"{HEAD}.lora_a", f"{HEAD}.lora_b"
+        width = (merge.encoder.hidden_size,) if merge.encoder else found.get(a, ())[:1]
+        expected[a] = (*(width or ("D",)), rank)
+        expected[b] = (rank, *(found.get(b, ())[1:2] or ("V",)))
     return tensor_problems(expected, found)
 
 
@@ -231,8 +251,8 @@ def _what_else(path: Path) -> str:
     """What a folder that is no adapter folder is, and what to do about it."""
     if (path / "encoder.pth").is_file():
         return f"is a PyTorch checkpoint: run `kmerge-mlx convert {path} DST` first"
-    if (path / LORA_CONFIG).is_file():
-        config = read_json(path / LORA_CONFIG, AdapterError)
+    if (path / TUNING_CONFIG).is_file():
+        config = read_json(path / TUNING_CONFIG, AdapterError)
         if isinstance(config, dict) and "peft_type" in config:
             return "is a PEFT adapter without a merge encoder: convert the whole checkpoint folder"
         return (

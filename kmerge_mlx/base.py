@@ -7,6 +7,7 @@ the refusal of models that cannot take virtual ids. Does not know adapters.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ FINGERPRINT = (
     "tie_word_embeddings",
     "rope_theta",
 )
+
+_SAMPLES, _SAMPLE = 64, 1 << 16  # of each weights file, for its digest
 
 # Compared against transformers and PEFT by this project's tests; others are probed at load.
 PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm3"})
@@ -259,3 +262,30 @@ def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
             f"{name} looks at token ids outside its embedding table (a merged block in a token's "
             f"place moves the logits by {gap:.2g}): it cannot read merged prompts"
         )
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 by which a resumed run knows its base model again, in moments for any size.
+
+    Of each weights file: its name, its size, its beginning (the header) and 64 samples from the
+    rest.
+
+    Args:
+        path: A base model's folder.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(path.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as weights:
+                digest.update(weights.read(_SAMPLE))
+                for i in range(_SAMPLES):
+                    weights.seek(size * i // _SAMPLES)
+                    digest.update(weights.read(_SAMPLE))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()

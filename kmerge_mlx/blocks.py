@@ -1,8 +1,9 @@
 """Tokens to blocks to virtual tokens, and the embedding module that reads both kinds of id.
 
-A merged block is a pure function of the K token ids in it, so every distinct block gets an id past
-the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table. The language model
-goes on taking token ids, and all of mlx-lm works on compressed prompts unchanged.
+A merged block is a pure function of the token ids that the encoder reads: its own K, and with an
+encoder context of c the c before it. So every distinct block gets an id past the vocabulary,
+V + slot, and its merged embedding is row ``slot`` of a table. The language model goes on taking
+token ids, and all of mlx-lm works on compressed prompts unchanged.
 
 Owns: which slot belongs to which block and for how long, the rows, and the output head's LoRA of a
 tied model. Does not know text, files or generation.
@@ -101,7 +102,7 @@ class BlockTable:
         """Gives every block its virtual id.
 
         Args:
-            blocks: K token ids each; repeats allowed.
+            blocks: c + K token ids each; repeats allowed.
 
         Returns:
             The virtual id of each block, and the slots that are new, whose rows the caller must
@@ -159,15 +160,15 @@ class MergedEmbedding(nn.Module):
 
     Args:
         embedding: The base model's table, ``(V, D)``, plain or quantized.
-        encoder: The merge encoder.
-        pad_token_id: Fills the last block of a merged segment.
+        encoder: The merge encoder, or None: nothing is merged then (K = 1).
+        pad_token_id: Fills the last block of a merged segment, and the context of its first.
         max_blocks: Slots of the block table.
     """
 
     def __init__(
         self,
         embedding: nn.Module,
-        encoder: MergeEncoder,
+        encoder: MergeEncoder | None,
         pad_token_id: int,
         max_blocks: int = MAX_BLOCKS,
     ):
@@ -176,26 +177,37 @@ class MergedEmbedding(nn.Module):
         self.encoder = encoder
         self.pad_token_id = pad_token_id
         self.vocab_size = embedding.weight.shape[0]
-        self.table = BlockTable(self.vocab_size, max_blocks)
         self.head_calls = 0
+        self.table = BlockTable(self.vocab_size, max_blocks)
         # The leading underscore keeps the rows out of parameters(): they are a cache.
-        self._rows = mx.zeros((1, encoder.config.hidden_size), self._dtype())
+        self._rows = self._no_rows()
 
     @property
     def merge_factor(self) -> int:
         """K, how many tokens one merged position stands for."""
-        return self.encoder.config.merge_factor
+        return 1 if self.encoder is None else self.encoder.config.merge_factor
+
+    @property
+    def context(self) -> int:
+        """c, how many tokens before its block the encoder reads."""
+        return 0 if self.encoder is None else self.encoder.config.context
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the base table (a quantized table's weight is packed)."""
+        return self._rows.shape[-1]
 
     @property
     def weight(self) -> mx.array:
         """The base table's weight ``(V, D)``: some mlx-lm models read it directly."""
         return self.embedding.weight
 
-    def add_head_lora(self, spec: LoRASpec) -> None:
+    def add_head_lora(self, spec: LoRASpec, dropout: float = 0.0) -> None:
         """Adds LoRA to the tied output head: ``lora_a`` (D, r) and ``lora_b`` (r, V), B zero."""
-        d = self.encoder.config.hidden_size
+        d = self.hidden_size
         bound = 1 / d**0.5
         self.head_scale = spec.scale
+        self.head_dropout = nn.Dropout(dropout)
         self.lora_a = mx.random.uniform(-bound, bound, (d, spec.rank))
         self.lora_b = mx.zeros((spec.rank, self.vocab_size))
 
@@ -220,8 +232,16 @@ class MergedEmbedding(nn.Module):
         logits = self.embedding.as_linear(x)
         if "lora_a" not in self:
             return logits
-        update = (x @ self.lora_a) @ self.lora_b
+        update = (self.head_dropout(x) @ self.lora_a) @ self.lora_b
         return logits + (self.head_scale * update).astype(x.dtype)
+
+    def forget_blocks(self) -> None:
+        """Starts an empty block table: the rows of an encoder that was trained since are stale.
+
+        Prompts compressed before belong to the old table, and are refused from then on.
+        """
+        self.table = BlockTable(self.vocab_size, self.table.capacity)
+        self._rows = self._no_rows()
 
     def stand_in(self, token_id: int) -> int:
         """Gives the first virtual id a token's own embedding: a self-check before any use."""
@@ -255,6 +275,8 @@ class MergedEmbedding(nn.Module):
             BlockTableFullError: Too many blocks in use at once.
         """
         segments = list(segments)
+        if self.encoder is None:
+            segments = [Segment(segment.ids, merge=False) for segment in segments]
         original_ids = [i for segment in segments for i in segment.ids]
         if original_ids and not 0 <= min(original_ids) <= max(original_ids) < self.vocab_size:
             bad = next(i for i in original_ids if not 0 <= i < self.vocab_size)
@@ -265,7 +287,7 @@ class MergedEmbedding(nn.Module):
         blocks: list[Block] = []
         for segment in segments:
             if segment.merge:
-                blocks.extend(split(segment.ids, self.merge_factor, self.pad_token_id))
+                blocks += split(segment.ids, self.merge_factor, self.pad_token_id, self.context)
         virtual, new = self.table.intern(blocks)
         try:
             self._write(new)
@@ -299,18 +321,32 @@ class MergedEmbedding(nn.Module):
         self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
         mx.eval(self._rows)
 
-    def _dtype(self) -> mx.Dtype:
-        """The dtype that the base table's look-ups have (a quantized table's weight is packed)."""
-        return self.embedding(mx.array([0])).dtype
+    def _no_rows(self) -> mx.array:
+        """One row that stands for no block, of the width and dtype that look-ups have."""
+        return mx.zeros_like(self.embedding(mx.array([0])))
 
 
-def split(ids: Sequence[int], merge_factor: int, pad_token_id: int) -> list[Block]:
-    """Cuts token ids into blocks of K, the last one filled up with the padding token.
+def split(
+    ids: Sequence[int], merge_factor: int, pad_token_id: int, context: int = 0
+) -> list[Block]:
+    """Cuts one segment's token ids into blocks of K, each led by the c ids before it.
+
+    The padding token fills up the last block, and stands for what is missing before the first.
+
+    Args:
+        ids: The segment's ids.
+        merge_factor: K.
+        pad_token_id: The padding token.
+        context: c.
+
+    Returns:
+        c + K ids a block.
 
     Source: arXiv 2604.15153 section 3.1; the padding token is the reference's (a space).
     """
-    padded = [*ids, *[pad_token_id] * (-len(ids) % merge_factor)]
-    return [tuple(padded[i : i + merge_factor]) for i in range(0, len(padded), merge_factor)]
+    width = context + merge_factor
+    padded = [*[pad_token_id] * context, *ids, *[pad_token_id] * (-len(ids) % merge_factor)]
+    return [tuple(padded[i : i + width]) for i in range(0, len(padded) - context, merge_factor)]
 
 
 def _assemble(

@@ -1,11 +1,9 @@
 """Every default and every on-disk setting, as frozen dataclasses that refuse nonsense.
 
-Owns: the numbers a user can leave out, and the schemas of ``merge_config.json`` and of mlx-lm's
-``adapter_config.json``. Knows nothing of arrays: importing it must stay cheap, because
-``kmerge-mlx --help`` does.
+Owns: the numbers a user can leave out, and the schema of ``merge_config.json``. Knows nothing of
+arrays: importing it must stay cheap, because ``kmerge-mlx --help`` does.
 
-Source: arXiv 2604.15153 section 3 (encoder sizes); mlx-lm's LoRA config (``num_layers``,
-``lora_parameters``) and the defaults of ``mlx_lm.generate``.
+Source: arXiv 2604.15153 section 3 (encoder sizes); the defaults of ``mlx_lm.generate``.
 """
 
 from __future__ import annotations
@@ -38,6 +36,9 @@ DATA_SEED = 42
 ENCODER_FACTORS = MappingProxyType({2: 2.0, 3: 2.0, 4: 1.5})
 ENCODER_FACTOR = 1.5
 """H = int(factor * K) * D; past K = 4 the factor of K = 4 is kept."""
+
+ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
+"""What ``merge_config.json`` says of the encoder."""
 
 
 def default_inner_size(merge_factor: int, hidden_size: int) -> int:
@@ -95,6 +96,7 @@ class EncoderConfig:
         merge_factor: K, how many token embeddings one block merges.
         hidden_size: D, the base model's embedding width.
         inner_size: H, the width of the first hidden layer.
+        context: c, how many tokens before its block the encoder also reads; 0 is the paper's.
 
     Raises:
         AdapterError: A size that no encoder can have.
@@ -103,13 +105,14 @@ class EncoderConfig:
     merge_factor: int
     hidden_size: int
     inner_size: int
+    context: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (("merge_factor", 2), ("hidden_size", 1), ("inner_size", 1))
+        sizes = zip(self.to_json().items(), (2, 1, 1, 0), strict=True)
         problems = [
-            f"{name} is {short(getattr(self, name))}, expected a whole number of at least {low}"
-            for name, low in sizes
-            if not is_int(getattr(self, name), low)
+            f"{name} is {short(value)}, expected a whole number of at least {low}"
+            for (name, value), low in sizes
+            if not is_int(value, low)
         ]
         if problems:
             raise AdapterError(findings("merge encoder", problems))
@@ -118,7 +121,7 @@ class EncoderConfig:
         """Parameter names and shapes, as stored: weights are ``(out, in)``."""
         wide, d, h = self.merge_factor * self.hidden_size, self.hidden_size, self.inner_size
         return {
-            "w1.weight": (h, wide),
+            "w1.weight": (h, self.context * d + wide),
             "w1.bias": (h,),
             "w2.weight": (wide, h),
             "w2.bias": (wide,),
@@ -130,6 +133,33 @@ class EncoderConfig:
     def num_parameters(self) -> int:
         """How many numbers the encoder holds."""
         return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def to_json(self) -> dict[str, int]:
+        """The encoder's entries of ``merge_config.json``."""
+        sizes = (self.merge_factor, self.hidden_size, self.inner_size, self.context)
+        return dict(zip(ENCODER_ENTRIES, sizes, strict=True))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EncoderConfig | None:
+        """Reads the encoder's entries of ``merge_config.json``.
+
+        Returns:
+            The sizes, or None for merge factor 1: there is nothing to merge then.
+
+        Raises:
+            AdapterError: A size that no encoder can have, or one without an encoder.
+        """
+        factor, hidden, inner, context = (data.get(name) for name in ENCODER_ENTRIES)
+        if not is_int(factor) or factor != 1:
+            # The first adapters do not name the context: theirs is 0.
+            return cls(factor, hidden, inner, 0 if context is None else context)
+        sizes = zip(ENCODER_ENTRIES[1:], (hidden, inner, context), strict=True)
+        if extra := [f"{name} is {short(value)}" for name, value in sizes if value is not None]:
+            raise AdapterError(
+                f"merge_config.json: {', '.join(extra)}, expected null: merge_factor 1 has no "
+                "encoder"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -161,79 +191,6 @@ class LoRASpec:
         if not isinstance(data, dict) or set(data) != {"rank", "scale"}:
             raise AdapterError(f"{where} is {short(data)}, expected {{rank, scale}}")
         return cls(data["rank"], data["scale"])
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which modules carry LoRA, in one of two forms.
-
-    *Uniform*: one rank and scale for the same ``keys`` of the last ``num_layers`` layers. This is
-    mlx-lm's own schema, so mlx-lm loads it too. *By module*: full module paths, each with its own
-    rank and scale (rank_pattern, alpha_pattern, layers_to_transform, a regex). mlx-lm has no such
-    schema; the file then holds no global ``scale``, and mlx-lm refuses it instead of misreading it.
-
-    Args:
-        num_layers: L, how many layers the adapter covers.
-        dropout: LoRA dropout of the training run.
-        uniform: Rank and scale of every module in ``keys``, or None.
-        keys: Module paths inside one layer (``self_attn.q_proj``), or full ones (``lm_head``).
-        modules: Full module path to rank and scale; empty in the uniform form.
-    """
-
-    num_layers: int
-    dropout: float = 0.0
-    uniform: LoRASpec | None = None
-    keys: tuple[str, ...] = ()
-    modules: Mapping[str, LoRASpec] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``adapter_config.json``."""
-        parameters: dict[str, Any]
-        if self.uniform is not None:
-            parameters = {**asdict(self.uniform), "dropout": self.dropout, "keys": [*self.keys]}
-        else:
-            modules = {name: asdict(spec) for name, spec in self.modules.items()}
-            parameters = {"dropout": self.dropout, "modules": modules}
-        return {
-            "fine_tune_type": "lora",
-            "num_layers": self.num_layers,
-            "lora_parameters": parameters,
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> LoRAConfig:
-        """Reads ``adapter_config.json``.
-
-        Raises:
-            AdapterError: A key that is missing or of the wrong type, or a fine-tune type other
-                than ``lora``.
-        """
-        if not isinstance(data, dict):
-            raise AdapterError(f"adapter_config.json holds {short(data)}, expected an object")
-        if (kind := data.get("fine_tune_type", "lora")) != "lora":
-            raise AdapterError(
-                f"adapter_config.json: fine_tune_type {short(kind)} is not supported"
-            )
-        parameters = data.get("lora_parameters")
-        if not isinstance(parameters, dict) or not is_int(data.get("num_layers")):
-            raise AdapterError("adapter_config.json: expected num_layers and lora_parameters")
-        dropout = parameters.get("dropout", 0.0)
-        if not is_number(dropout) or not 0 <= dropout < 1:
-            raise AdapterError(f"adapter_config.json: dropout {short(dropout)} is not in [0, 1)")
-        if "modules" in parameters:
-            return cls(data["num_layers"], dropout, modules=_read_modules(parameters["modules"]))
-        keys = parameters.get("keys")
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise AdapterError("adapter_config.json: lora_parameters.keys is not a list of names")
-        uniform = LoRASpec(parameters.get("rank"), parameters.get("scale"))
-        return cls(data["num_layers"], dropout, uniform, tuple(keys))
-
-
-def _read_modules(data: Any) -> dict[str, LoRASpec]:
-    if not isinstance(data, dict):
-        raise AdapterError("adapter_config.json: lora_parameters.modules is not an object")
-    where = "adapter_config.json: lora_parameters.modules."
-    return {name: LoRASpec.from_json(spec, where + name) for name, spec in data.items()}
 
 
 @dataclass(frozen=True)
@@ -271,7 +228,7 @@ class MergeConfig:
     """The content of ``merge_config.json``.
 
     Args:
-        encoder: Sizes of the merge encoder.
+        encoder: Sizes of the merge encoder, or None for merge factor 1: nothing is merged.
         base: The base model.
         pad_token_id: Token that fills the last block, or None: taken from the tokenizer.
         head_lora: Rank and scale of the output head's LoRA kept beside the encoder, or None.
@@ -279,18 +236,29 @@ class MergeConfig:
         provenance: Where the numbers come from; free-form, for people.
     """
 
-    encoder: EncoderConfig
+    encoder: EncoderConfig | None
     base: BaseModelConfig = BaseModelConfig()
     pad_token_id: int | None = None
     head_lora: LoRASpec | None = None
     layout: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def merge_factor(self) -> int:
+        """K, how many tokens one merged position stands for."""
+        return 1 if self.encoder is None else self.encoder.merge_factor
+
+    def encoder_entries(self) -> dict[str, int | None]:
+        """What ``merge_config.json`` says of the encoder; without one, all but K is null."""
+        if self.encoder is None:
+            return dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
+        return self.encoder.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``merge_config.json``."""
         return {
             "format_version": FORMAT_VERSION,
-            **asdict(self.encoder),
+            **self.encoder_entries(),
             "pad_token_id": self.pad_token_id,
             "base_model": {
                 "id": self.base.id,
@@ -330,7 +298,7 @@ class MergeConfig:
                 "one of them was edited; convert the checkpoint again"
             )
         return cls(
-            EncoderConfig(*(data.get(n) for n in ("merge_factor", "hidden_size", "inner_size"))),
+            EncoderConfig.from_json(data),
             base,
             data.get("pad_token_id"),
             None if head is None else LoRASpec.from_json(head, "merge_config.json: head_lora"),

@@ -15,6 +15,7 @@ from kmerge_mlx import base
 from kmerge_mlx.adapter import MERGE_CONFIG, Adapter, find_adapters, load_adapter
 from kmerge_mlx.convert.checkpoint import ENCODER, find_checkpoint, read_checkpoint
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.tuning import LoRAConfig
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -56,26 +57,46 @@ def _holds(path: Path, name: str) -> bool:
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
-    merge, lora = adapter.merge, adapter.lora
-    specs = {lora.uniform} if lora.uniform else set(lora.modules.values())
-    modules = {name.rsplit(".", 1)[0] for name in adapter.lora_weights}
+    merge, tuning = adapter.merge, adapter.tuning
     return {
-        "merge_factor": merge.encoder.merge_factor,
-        "hidden_size": merge.encoder.hidden_size,
-        "inner_size": merge.encoder.inner_size,
-        "encoder_parameters": merge.encoder.num_parameters,
+        **merge.encoder_entries(),
+        "encoder_parameters": 0 if merge.encoder is None else merge.encoder.num_parameters,
         "encoder_bytes": _bytes(adapter.encoder_weights),
         "dtype": ", ".join(sorted({_dtype(a) for a in adapter.encoder_weights.values()})),
-        "lora_modules": len(modules) + (merge.head_lora is not None),
-        "lora_ranks": sorted({s.rank for s in specs if s} | _head(merge.head_lora, "rank")),
-        "lora_scales": sorted({s.scale for s in specs if s} | _head(merge.head_lora, "scale")),
-        "lora_bytes": _bytes(adapter.lora_weights) + _bytes(adapter.head_weights),
+        "fine_tune_type": tuning.to_json()["fine_tune_type"],
+        "num_layers": tuning.num_layers,
+        **_lora(adapter),
+        **_full(adapter),
         "base_model": merge.base.id,
         "base_config": dict(merge.base.fields),
         "base_config_hash": merge.base.config_hash,
         "pad_token_id": merge.pad_token_id,
         "layout": dict(merge.layout),
         "provenance": dict(merge.provenance),
+    }
+
+
+def _lora(adapter: Adapter) -> dict[str, Any]:
+    """LoRA modules, the output head's included, which full fine-tuning may have as well."""
+    tuning, head = adapter.tuning, adapter.merge.head_lora
+    specs, weights, modules = {head}, adapter.head_weights, set()
+    if isinstance(tuning, LoRAConfig):
+        specs |= {tuning.uniform} if tuning.uniform else set(tuning.modules.values())
+        weights = weights | adapter.tuning_weights
+        modules = {name.rsplit(".", 1)[0] for name in adapter.tuning_weights}
+    return {
+        "lora_modules": len(modules) + (head is not None),
+        "lora_ranks": sorted({s.rank for s in specs if s}),
+        "lora_scales": sorted({s.scale for s in specs if s}),
+        "lora_bytes": _bytes(weights),
+    }
+
+
+def _full(adapter: Adapter) -> dict[str, int]:
+    weights = {} if isinstance(adapter.tuning, LoRAConfig) else adapter.tuning_weights
+    return {
+        "full_parameters": sum(array.size for array in weights.values()),
+        "full_bytes": _bytes(weights),
     }
 
 
@@ -89,10 +110,6 @@ def _base(path: Path) -> dict[str, Any]:
         "quantization_bits": quantization.get("bits") if isinstance(quantization, dict) else None,
         "proven_by_tests": fields.get("model_type") in base.PROVEN,
     }
-
-
-def _head(spec: Any, name: str) -> set[Any]:
-    return set() if spec is None else {getattr(spec, name)}
 
 
 def _bytes(tensors: dict[str, mx.array]) -> int:

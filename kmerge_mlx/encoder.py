@@ -4,7 +4,7 @@ Owns the arithmetic and its bounded-memory form. Does not know tokens, prompts o
 
 Source: arXiv 2604.15153 section 3.2: block mean plus a 3-layer ReLU MLP over the K embeddings laid
 end to end. The paper calls it average-initialised; here the last layer starts at zero, so training
-starts at exactly the mean.
+starts at exactly the mean. Beyond the paper, the MLP may also read c tokens before the block.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from kmerge_mlx.config import BLOCKS_PER_CHUNK, EncoderConfig
 class MergeEncoder(nn.Module):
     """``f(e_1..e_K) = mean(e) + W3 relu(W2 relu(W1 [e_1;..;e_K]))``, every W with a bias.
 
+    With a context of c, W1 reads ``[e_1-c;..;e_0;e_1;..;e_K]``; the mean is over the block alone.
+
     Args:
-        config: K, D and H.
+        config: K, D, H and c.
     """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
         wide = config.merge_factor * config.hidden_size
-        self.w1 = nn.Linear(wide, config.inner_size)
+        self.w1 = nn.Linear(config.context * config.hidden_size + wide, config.inner_size)
         self.w2 = nn.Linear(config.inner_size, wide)
         self.w3 = nn.Linear(wide, config.hidden_size)
         self.w3.weight = mx.zeros_like(self.w3.weight)
@@ -38,7 +40,7 @@ class MergeEncoder(nn.Module):
         """Merges blocks.
 
         Args:
-            embeddings: ``(N, K, D)``, any float dtype.
+            embeddings: ``(N, c + K, D)``, any float dtype: c before each block, then its own K.
 
         Returns:
             Merged embeddings ``(N, D)`` in the encoder's dtype.
@@ -46,7 +48,7 @@ class MergeEncoder(nn.Module):
         x = embeddings.astype(self.w3.bias.dtype)
         hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
         hidden = nn.relu(self.w2(hidden))
-        return x.mean(axis=1) + self.w3(hidden)
+        return x[:, self.config.context :].mean(axis=1) + self.w3(hidden)
 
     def in_chunks(
         self,
@@ -58,7 +60,7 @@ class MergeEncoder(nn.Module):
 
         Args:
             embed: Token ids of any shape to embeddings of that shape plus ``(D,)``.
-            blocks: Token ids ``(N, K)``.
+            blocks: Token ids ``(N, c + K)``.
             chunk_size: Blocks per chunk.
 
         Yields:

@@ -33,6 +33,10 @@ class DataError(KMergeError):
     """Examples that cannot be read, made, fetched or turned into tokens."""
 
 
+class TrainError(KMergeError):
+    """Training that cannot start as it was asked for, or cannot go on."""
+
+
 class BlockTableFullError(KMergeError):
     """More distinct blocks are in use at once than the block table has slots."""
 

@@ -30,6 +30,7 @@ MAX_NAME_LENGTH = 500
 MAX_DIMENSIONS = 8  # MLX wraps a longer side around, and crashes on many
 MAX_SIDE = 2**31 - 1
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+ALL_DTYPES = (*FLOAT_DTYPES, "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "BOOL")
 
 
 def read_json(path: Path, error: type[KMergeError]) -> Any:
@@ -87,16 +88,19 @@ def _regular_size(path: Path, error: type[KMergeError]) -> int:
     return status.st_size
 
 
-def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[int, ...]]:
+def safetensors_shapes(
+    path: Path, error: type[KMergeError], dtypes: Collection[str] = FLOAT_DTYPES
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file, from its checked header alone.
 
     Args:
         path: The file.
         error: Kind of error to raise.
+        dtypes: What its tensors may be.
 
     Raises:
-        KMergeError: Missing, torn or not safetensors, or tensors (all are listed) that are not
-            float32, float16 or bfloat16, or that MLX cannot hold.
+        KMergeError: Missing, torn or not safetensors, or tensors (all are listed) of other dtypes,
+            or that MLX cannot hold.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,35 +112,39 @@ def safetensors_shapes(path: Path, error: type[KMergeError]) -> dict[str, tuple[
             raise error(f"{path} is not a safetensors file (its header would be {header:,} bytes)")
         with safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+            found = {name: part.get_dtype() for name, part in slices.items()}
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except OSError as e:
         raise error(f"cannot read {path}: {e.strerror or 'unreadable'}") from None
     except SafetensorError as e:
         text = ascii(first_line(e))[1:-1][:100]
         raise error(f"{path} is torn or not a safetensors file ({text})") from None
-    if problems := [p for n in shapes if (p := _header_problem(n, dtypes[n], shapes[n]))]:
+    if problems := [p for n in shapes if (p := _header_problem(n, found[n], shapes[n], dtypes))]:
         raise error(findings(str(path), problems))
     return shapes
 
 
-def _header_problem(name: str, dtype: str, shape: tuple[int, ...]) -> str | None:
+def _header_problem(
+    name: str, dtype: str, shape: tuple[int, ...], dtypes: Collection[str]
+) -> str | None:
     if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         return f"found the tensor name {name!a:.60}, expected a short printable one"
-    if dtype not in FLOAT_DTYPES:
-        return f"{name} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+    if dtype not in dtypes:
+        return f"{name} has dtype {dtype}, expected one of {', '.join(dtypes)}"
     if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_SIDE:
         return f"{name} has {len(shape)} dimensions of up to {max(shape)}: MLX cannot hold it"
     return None
 
 
-def read_safetensors(path: Path, error: type[KMergeError]) -> dict[str, mx.array]:
+def read_safetensors(
+    path: Path, error: type[KMergeError], dtypes: Collection[str] = FLOAT_DTYPES
+) -> dict[str, mx.array]:
     """Reads the tensors of a safetensors file, lazily, after checking its header.
 
     Raises:
         KMergeError: As for :func:`safetensors_shapes`.
     """
-    safetensors_shapes(path, error)
+    safetensors_shapes(path, error, dtypes)
     try:
         return dict(sorted(mx.load(str(path)).items()))
     except (RuntimeError, ValueError) as e:

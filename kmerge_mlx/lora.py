@@ -1,8 +1,8 @@
 """LoRA on a base model, attached through mlx-lm.
 
-Owns: turning a :class:`~kmerge_mlx.config.LoRAConfig` into LoRA layers (uniform, or by module with
-its own rank and scale), and loading tensors into them strictly. The head of a tied model is not
-here: it lives in :class:`~kmerge_mlx.blocks.MergedEmbedding`.
+Owns: turning a :class:`~kmerge_mlx.tuning.LoRAConfig` into LoRA layers (uniform, or by module with
+its own rank and scale), and loading tensors into a module strictly. The head of a tied model is
+not here: it lives in :class:`~kmerge_mlx.blocks.MergedEmbedding`.
 
 Source: ``y = W x + scale * B A x`` (arXiv 2106.09685); names and shapes are mlx-lm's: ``lora_a``
 is ``(in, r)``, ``lora_b`` is ``(r, out)``.
@@ -16,13 +16,47 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from kmerge_mlx.config import LoRAConfig, LoRASpec
+from kmerge_mlx.config import LoRASpec
 from kmerge_mlx.errors import AdapterError, findings
+from kmerge_mlx.tuning import LoRAConfig
 
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+LORA_PARTS = ("lora_a", "lora_b")
+
+# What mlx-lm puts LoRA on when no keys are given.
+CARRIERS = (
+    *(nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear),
+    *(nn.Embedding, nn.QuantizedEmbedding),
+)
+
+
+def last_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
+    """The layers that an adapter covers, as mlx-lm counts them: -1 or 0 means all."""
+    return model.layers[-max(num_layers, 0) :]
+
+
+def default_keys(model: nn.Module, num_layers: int = -1) -> tuple[str, ...]:
+    """mlx-lm's own choice of modules for LoRA: every linear layer, router and experts included.
+
+    Args:
+        model: An mlx-lm model without LoRA.
+        num_layers: How many of the last layers are to carry it; -1 for all.
+
+    Returns:
+        Module paths inside a layer, sorted. Modules with a LoRA of their own kind (AFM 7's fused
+        ones) are left out: adapter files have no place for it.
+    """
+    found = {
+        name
+        for layer in last_layers(model, num_layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, CARRIERS) and not hasattr(module, "to_lora")
+    }
+    return tuple(sorted(found))
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> None:
@@ -33,15 +67,23 @@ def attach(model: nn.Module, config: LoRAConfig) -> None:
         config: Which modules, with which rank and scale.
 
     Raises:
-        AdapterError: Modules that the model does not have, or cannot carry LoRA; all are listed.
+        AdapterError: Modules that the covered layers do not have, or that cannot carry LoRA; all
+            are listed.
     """
     names = {name for name, _ in model.named_modules()}
+    inside = {
+        n for layer in last_layers(model, config.num_layers) for n, _ in layer.named_modules()
+    }
     missing = [name for name in config.modules if name not in names]
     if config.num_layers > len(model.layers):
         missing.append(f"{config.num_layers} layers (the model has {len(model.layers)})")
-    for key in config.keys:
-        if key not in names and not any(name.endswith(f".{key}") for name in names):
-            missing.append(key)
+    missing += [key for key in config.keys if key not in names | inside]
+    ends = tuple(f".{key}" for key in config.keys)
+    missing += [
+        f"{name} as a plain linear layer"
+        for name, module in model.named_modules()
+        if hasattr(module, "to_lora") and (name in config.modules or f".{name}".endswith(ends))
+    ]
     if missing:
         raise AdapterError(
             findings("the base model does not have what the adapter changes", missing)
@@ -71,14 +113,14 @@ def _convert(
         raise AdapterError(f"the base model cannot carry this adapter: {error}") from error
 
 
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """mlx-lm's LoRA layers in a model, with their paths."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, LORA_LAYERS)]
+
+
 def parameters(model: nn.Module) -> dict[str, mx.array]:
     """The LoRA tensors of mlx-lm's layers in a model, by full name."""
-    return {
-        f"{path}.{name}": module[name]
-        for path, module in model.named_modules()
-        if isinstance(module, LORA_LAYERS)
-        for name in ("lora_a", "lora_b")
-    }
+    return {f"{path}.{part}": m[part] for path, m in layers(model) for part in LORA_PARTS}
 
 
 def load_strictly(

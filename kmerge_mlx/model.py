@@ -1,8 +1,8 @@
 """Base model + tokenizer + adapter -> a model that takes virtual token ids.
 
 Owns loading, the check that an adapter fits its base, and the wiring: LoRA layers, the wrapped
-embedding, the head. What comes out is mlx-lm's own model object: everything in mlx-lm that takes
-token ids takes it.
+embedding, the head; fresh or loaded, frozen or not, and back to an adapter. What comes out is
+mlx-lm's own model object: everything in mlx-lm that takes token ids takes it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
-from kmerge_mlx import base, lora
+from kmerge_mlx import base, full, lora
 from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
 from kmerge_mlx.blocks import MergedEmbedding
-from kmerge_mlx.config import MAX_BLOCKS, LoRAConfig, is_int
+from kmerge_mlx.config import MAX_BLOCKS, LoRASpec, MergeConfig, is_int
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
+from kmerge_mlx.tuning import FullConfig, LoRAConfig, Tuning
 
 
 def load(
@@ -97,12 +98,14 @@ def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
     fields = base.fingerprint(config)
     problems = adapter.merge.base.differences(fields)
     known = {problem.split()[0] for problem in problems}
-    d, width = adapter.merge.encoder.hidden_size, fields.get("hidden_size")
-    if "hidden_size" not in known and is_int(width) and width != d:
-        problems.append(f"hidden_size is {width}, the encoder has {d}")
-    covered, layers = adapter.lora.num_layers, fields.get("num_hidden_layers")
+    encoder, width = adapter.merge.encoder, fields.get("hidden_size")
+    if "hidden_size" not in known and encoder is not None and is_int(width):
+        d = encoder.hidden_size
+        problems += [f"hidden_size is {width}, the encoder has {d}"] if width != d else []
+    covered, layers = adapter.tuning.num_layers, fields.get("num_hidden_layers")
     if "num_hidden_layers" not in known and is_int(layers) and layers < covered:
-        problems.append(f"it has {layers} layers, the LoRA covers {covered}")
+        what = "LoRA" if isinstance(adapter.tuning, LoRAConfig) else "full fine-tuning"
+        problems.append(f"it has {layers} layers, the {what} covers {covered}")
     if problems:
         made_for = adapter.merge.base.id
         made_for = f" (it was made for {made_for})" if made_for else ""
@@ -116,7 +119,7 @@ def attach(
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
 ) -> None:
-    """Puts an adapter on a loaded base model, in place.
+    """Puts an adapter on a loaded base model, in place, ready to generate.
 
     Args:
         model: A freshly loaded mlx-lm model.
@@ -129,24 +132,111 @@ def attach(
         ModelError: The model cannot take virtual ids.
         AdapterError: Tensors or modules that do not fit (all of them listed).
     """
+    merge, tuning = adapter.merge, adapter.tuning
+    merged = wire(model, merge, tuning, pad_token_id, name, max_blocks)
+    what = "the LoRA does" if isinstance(tuning, LoRAConfig) else "the fine-tuned layers do"
+    tuned, where = _tuned(model, merge, tuning), f"{what} not fit {name}"
+    lora.load_strictly(model, tuned, adapter.tuning_weights, where)
+    if merge.encoder is not None:
+        shapes = merge.encoder.shapes()
+        lora.load_strictly(merged.encoder, shapes, adapter.encoder_weights, "the merge encoder")
+        mx.eval(merged.encoder.parameters())
+    if merge.head_lora is not None:
+        head = _head(model, merged)
+        expected, where = _lora_parts(head), f"the output head's LoRA does not fit {name}"
+        lora.load_strictly(head, expected, adapter.head_weights, where)
+    model.eval()
+
+
+def wire(
+    model: nn.Module,
+    merge: MergeConfig,
+    tuning: Tuning,
+    pad_token_id: int,
+    name: str = "the base model",
+    max_blocks: int = MAX_BLOCKS,
+) -> MergedEmbedding:
+    """Puts a fresh adapter on a loaded base model, in place: nothing but the mean is changed.
+
+    The encoder's W3 and every LoRA B are zero, every LoRA A is random; all are float32.
+
+    Args:
+        model: A freshly loaded mlx-lm model.
+        merge: Sizes of the encoder, or none, and of the output head's LoRA.
+        tuning: Which modules carry LoRA, or how many layers are to be trained whole.
+        pad_token_id: Token that fills the last block.
+        name: What to call the base in an error.
+        max_blocks: Slots of the block table.
+
+    Returns:
+        The wrapped embedding.
+
+    Raises:
+        ModelError: The model cannot take virtual ids.
+        AdapterError: Sizes or modules that do not fit (all of them listed).
+    """
     path, embedding = base.find_embedding(model, name)
     if not 0 <= pad_token_id < embedding.weight.shape[0]:
         raise AdapterError(f"pad_token_id {pad_token_id} is outside the vocabulary of {name}")
-    merged = MergedEmbedding(
-        embedding, MergeEncoder(adapter.merge.encoder), pad_token_id, max_blocks
-    )
-    shapes = adapter.merge.encoder.shapes()
-    lora.load_strictly(merged.encoder, shapes, adapter.encoder_weights, "the merge encoder")
-    lora.attach(model, adapter.lora)
-    expected = lora.parameters(model)
-    lora.load_strictly(model, expected, adapter.lora_weights, "the LoRA does not fit " + name)
-    if adapter.merge.head_lora is not None:
-        _attach_head(model, merged, adapter, name)
+    encoder = None if merge.encoder is None else MergeEncoder(merge.encoder)
+    merged = MergedEmbedding(embedding, encoder, pad_token_id, max_blocks)
+    if encoder is not None and merge.encoder.hidden_size != merged.hidden_size:
+        d = merge.encoder.hidden_size
+        raise AdapterError(f"{name} has hidden_size {merged.hidden_size}, the encoder has {d}")
+    if isinstance(tuning, LoRAConfig):
+        lora.attach(model, tuning)
+    else:
+        full.check(model, tuning, name)
+    if merge.head_lora is not None:
+        dropout = tuning.dropout if isinstance(tuning, LoRAConfig) else 0.0
+        _add_head_lora(model, merged, merge.head_lora, dropout)
     model.update_modules(tree_unflatten([(path, merged)]))
-    mx.eval(merged.encoder.parameters())
-    model.eval()
     if getattr(model, "model_type", None) not in base.PROVEN:
         _probe(model, merged, name)
+    return merged
+
+
+def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:
+    """The adapter that a model carries now, ready to be saved.
+
+    Args:
+        model: A model from :func:`wire` or :func:`attach`, maybe trained since.
+        merge: As it was wired with; base, layout and provenance may say more.
+        tuning: As it was wired with.
+
+    Returns:
+        The model's own tensors; updates of the model do not change them.
+    """
+    merged = merged_embedding(model)
+    encoder = {} if merged.encoder is None else dict(tree_flatten(merged.encoder.parameters()))
+    head = {} if merge.head_lora is None else _lora_parts(_head(model, merged))
+    return Adapter(merge, tuning, _tuned(model, merge, tuning), encoder, head)
+
+
+def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) -> None:
+    """Makes exactly what an adapter holds trainable, and nothing else.
+
+    Args:
+        model: A model from :func:`wire` or :func:`attach`.
+        tuning: As it was wired with.
+        encoder_only: Leave all but the encoder frozen, for its warm-up.
+
+    Raises:
+        AdapterError: The encoder alone is asked for, and there is none.
+    """
+    merged = merged_embedding(model)
+    model.freeze()
+    if merged.encoder is not None:
+        merged.encoder.unfreeze()
+    elif encoder_only:
+        raise AdapterError("merge factor 1 has no encoder to train alone: leave its warm-up out")
+    if encoder_only:
+        return
+    for module in [merged, *(m for _, m in lora.layers(model))]:
+        module.unfreeze(recurse=False, keys=[*lora.LORA_PARTS])
+    if isinstance(tuning, FullConfig):
+        for layer in lora.last_layers(model, tuning.num_layers):
+            layer.unfreeze()
 
 
 def merged_embedding(model: nn.Module) -> MergedEmbedding | None:
@@ -154,28 +244,43 @@ def merged_embedding(model: nn.Module) -> MergedEmbedding | None:
     return next((m for _, m in model.named_modules() if isinstance(m, MergedEmbedding)), None)
 
 
-def _attach_head(model: nn.Module, merged: MergedEmbedding, adapter: Adapter, name: str) -> None:
+def _tuned(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> dict[str, mx.array]:
+    """What ``adapters.safetensors`` holds of a wired model, by full name."""
+    if isinstance(tuning, FullConfig):
+        return full.parameters(model, tuning)
+    found = lora.parameters(model)
+    if merge.head_lora is None:
+        return found
+    return {name: array for name, array in found.items() if name.split(".")[-2] != HEAD}
+
+
+def _head(model: nn.Module, merged: MergedEmbedding) -> nn.Module:
+    """What carries the output head's LoRA: the head, or the embedding of a tied model."""
+    heads = (m for path, m in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD)
+    return next(heads, merged)
+
+
+def _lora_parts(module: nn.Module) -> dict[str, mx.array]:
+    return {name: module[name] for name in lora.LORA_PARTS}
+
+
+def _add_head_lora(
+    model: nn.Module, merged: MergedEmbedding, spec: LoRASpec, dropout: float
+) -> None:
     """The output head's LoRA: an ordinary LoRA layer, or inside the embedding of a tied model."""
-    where = f"the output head's LoRA does not fit {name}"
-    spec = adapter.merge.head_lora
-    head = next((p for p, _ in model.named_modules() if p.rsplit(".", 1)[-1] == HEAD), None)
-    if head is not None:
-        lora.attach(model, LoRAConfig(0, adapter.lora.dropout, modules={head: spec}))
-        layer = dict(model.named_modules())[head]
-        lora.load_strictly(
-            layer, {n: layer[n] for n in ("lora_a", "lora_b")}, adapter.head_weights, where
-        )
+    paths = (path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD)
+    if (path := next(paths, None)) is not None:
+        lora.attach(model, LoRAConfig(0, dropout, modules={path: spec}))
     else:
-        merged.add_head_lora(spec)
-        expected = {n: merged[n] for n in ("lora_a", "lora_b")}
-        lora.load_strictly(merged, expected, adapter.head_weights, where)
+        merged.add_head_lora(spec, dropout)
 
 
 def _probe(model: nn.Module, merged: MergedEmbedding, name: str) -> None:
     """Tries a virtual id, and the head's LoRA, on an architecture the tests do not cover."""
     merged.head_calls = 0
     token = merged.pad_token_id
-    base.probe(model, token, merged.stand_in(token), name)
+    # Without an encoder no virtual id is ever read: only the head is tried then.
+    base.probe(model, token, token if merged.encoder is None else merged.stand_in(token), name)
     if "lora_a" in merged and not merged.head_calls:
         raise ModelError(
             f"{name} does not use its embedding table through as_linear, so the output head's "

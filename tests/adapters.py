@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 
 from kmerge_mlx.adapter import Adapter, load_adapter, save_adapter
-from kmerge_mlx.config import BaseModelConfig, EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
+from kmerge_mlx.config import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.tuning import LoRAConfig
 
 D, R, V = 8, 2, 30
 Q, UP = "self_attn.q_proj", "mlp.up_proj"

@@ -215,7 +215,7 @@ def main(folder: Path) -> dict[str, Any]:
     def adapter() -> None:
         for found in find_adapters(folder / "adapter").values():
             loaded = load_adapter(found)
-            mx.eval(loaded.encoder_weights, loaded.lora_weights, loaded.head_weights)
+            mx.eval(loaded.encoder_weights, loaded.tuning_weights, loaded.head_weights)
 
     plans: tuple[tuple[Path, Callable[[], None], Callable], ...] = (
         (source / "adapter_model.safetensors", checkpoint, safetensors_cases),

@@ -32,8 +32,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, head, by_module, dtype):
     save_adapter(adapter, tmp_path / "a")
     found = load_adapter(tmp_path / "a")
     assert found.merge == adapter.merge
-    assert found.lora == adapter.lora
-    for part in ("lora_weights", "encoder_weights", "head_weights"):
+    assert found.tuning == adapter.tuning
+    for part in ("tuning_weights", "encoder_weights", "head_weights"):
         theirs, ours = getattr(adapter, part), getattr(found, part)
         assert theirs.keys() == ours.keys()
         for name, array in theirs.items():
@@ -78,9 +78,9 @@ def test_every_tensor_that_is_missing_extra_or_misshapen_is_listed_with_its_shap
     adapter.encoder_weights["w9.weight"] = mx.zeros((5, 6))
     adapter.head_weights["lora_a"] = mx.zeros((D + 1, R))
     del adapter.head_weights["lora_b"]
-    del adapter.lora_weights[f"model.layers.0.{Q}.lora_b"]
-    adapter.lora_weights[f"model.layers.1.{Q}.lora_a"] = mx.zeros((D, R + 1))
-    adapter.lora_weights["model.norm.weight"] = mx.zeros((D,))
+    del adapter.tuning_weights[f"model.layers.0.{Q}.lora_b"]
+    adapter.tuning_weights[f"model.layers.1.{Q}.lora_a"] = mx.zeros((D, R + 1))
+    adapter.tuning_weights["model.norm.weight"] = mx.zeros((D,))
     save_adapter(adapter, tmp_path / "a")
     lines = refused(tmp_path / "a").splitlines()
     assert lines[0].endswith("8 problems")
@@ -122,8 +122,8 @@ def test_a_head_of_any_other_shape_is_refused_with_both(tmp_path, shape):
 def test_modules_and_keys_without_tensors_are_refused(tmp_path):
     for by_module in (False, True):
         adapter = make(by_module=by_module)
-        for name in [n for n in adapter.lora_weights if UP in n]:
-            del adapter.lora_weights[name]
+        for name in [n for n in adapter.tuning_weights if UP in n]:
+            del adapter.tuning_weights[name]
         save_adapter(adapter, tmp_path / "a")
         text = refused(tmp_path / "a")
         assert (f"model.layers.0.{UP}.lora_a is missing" if by_module else f"key {UP} has") in text
@@ -133,10 +133,10 @@ def test_the_experts_layout_of_mlx_lm_is_accepted_at_its_rank(tmp_path):
     adapter, experts = make(), LoRASwitchLinear(D, 6, 5, r=R)
     for layer in (0, 1):
         for part in ("lora_a", "lora_b"):
-            adapter.lora_weights[f"model.layers.{layer}.{UP}.{part}"] = experts[part]
+            adapter.tuning_weights[f"model.layers.{layer}.{UP}.{part}"] = experts[part]
     save_adapter(adapter, tmp_path / "a")
     assert load_adapter(tmp_path / "a")
-    adapter.lora_weights[f"model.layers.0.{UP}.lora_b"] = mx.zeros((5, 6, R + 1))
+    adapter.tuning_weights[f"model.layers.0.{UP}.lora_b"] = mx.zeros((5, 6, R + 1))
     save_adapter(adapter, tmp_path / "a")
     assert "lora_b (5, 6, 3)" in refused(tmp_path / "a")
 

@@ -165,7 +165,7 @@ def test_a_save_that_fails_leaves_the_adapter_that_was_there(tmp_path):
     before = {name: (path / name).read_bytes() for name in FILES}
     adapter = make(k=2)
     huge = MergeConfig(adapter.merge.encoder, provenance={"log": "x" * (2 << 20)})
-    broken = Adapter(huge, adapter.lora, adapter.lora_weights, adapter.encoder_weights)
+    broken = Adapter(huge, adapter.tuning, adapter.tuning_weights, adapter.encoder_weights)
     with pytest.raises(
         AdapterError, match=r"cannot write .*merge_config\.json would be over 1 MiB"
     ):
@@ -178,6 +178,6 @@ def test_numpy_reads_the_same_numbers(tmp_path):
     adapter = make()
     save_adapter(adapter, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "adapters.safetensors")
-    assert stored.keys() == adapter.lora_weights.keys()
+    assert stored.keys() == adapter.tuning_weights.keys()
     for name, array in stored.items():
-        assert array.tobytes() == np.array(adapter.lora_weights[name]).tobytes()
+        assert array.tobytes() == np.array(adapter.tuning_weights[name]).tobytes()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
 from kmerge_mlx.blocks import BlockTable, CompressedPrompt, MergedEmbedding, split
 from kmerge_mlx.config import EncoderConfig, LoRASpec
@@ -20,9 +21,9 @@ from kmerge_mlx.prompt import Segment
 V, D = 50, 8
 
 
-def embedding(k: int = 3, max_blocks: int = 100) -> MergedEmbedding:
+def embedding(k: int = 3, max_blocks: int = 100, context: int = 0) -> MergedEmbedding:
     mx.random.seed(1)
-    encoder = MergeEncoder(EncoderConfig(k, D, 16))
+    encoder = MergeEncoder(EncoderConfig(k, D, 16, context))
     encoder.w3.weight = mx.random.normal(encoder.w3.weight.shape)
     return MergedEmbedding(nn.Embedding(V, D), encoder, pad_token_id=9, max_blocks=max_blocks)
 
@@ -44,6 +45,17 @@ def test_blocks_keep_every_token_in_order(ids, k):
     assert all(len(block) == k for block in blocks)
     assert [i for block in blocks for i in block][: len(ids)] == ids
     assert len(blocks) == -(-len(ids) // k)
+
+
+@given(st.lists(st.integers(0, V - 1), max_size=40), st.integers(2, 6), st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_each_block_is_led_by_the_tokens_before_it(ids, k, c):
+    """The oracle looks every place up by itself: outside the segment there is padding."""
+    blocks = split(ids, k, 9, c)
+    assert len(blocks) == -(-len(ids) // k)
+    for n, block in enumerate(blocks):
+        places = range(n * k - c, n * k + k)
+        assert block == tuple(ids[i] if 0 <= i < len(ids) else 9 for i in places)
 
 
 def test_equal_blocks_share_one_virtual_id():
@@ -100,6 +112,48 @@ def test_the_encoder_runs_once_per_distinct_block(monkeypatch):
     merged.compress([Segment([1, 2, 3, 1, 2, 3, 4])])
     merged.compress([Segment([4, 9, 9, 5, 6, 7])])
     assert seen == [(1, 2, 3), (4, 9, 9), (5, 6, 7)]
+
+
+def test_blocks_are_equal_only_if_their_context_is():
+    merged = embedding(context=2)
+    prompt = merged.compress([Segment([1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6])])
+    assert prompt.ids[1] == prompt.ids[3]  # 2 3 | 4 5 6
+    assert prompt.lengths == [3] * 4
+    changed = merged.compress([Segment([1, 2, 8, 4, 5, 6])])
+    assert changed.ids[1] != prompt.ids[1]  # 2 8 | 4 5 6
+    far = merged.compress([Segment([8, 2, 3, 4, 5, 6])])
+    assert far.ids[1] == prompt.ids[1]  # past the context, it is the same block
+
+
+def test_the_context_of_a_segments_first_block_is_padding():
+    merged = embedding(context=2)
+    lone = merged.compress([Segment([4, 5, 6])])
+    after = merged.compress([Segment([1, 2, 3], False), Segment([4, 5, 6])])
+    merges = merged.compress([Segment([1, 2, 3]), Segment([4, 5, 6])])
+    assert lone.ids[-1] == after.ids[-1] == merges.ids[-1]
+    found = merged(mx.array(lone.ids))[0]
+    assert mx.allclose(found, row_of(merged, [9, 9, 4, 5, 6]), atol=1e-6)
+
+
+def test_without_an_encoder_everything_is_read_as_it_is():
+    merged = MergedEmbedding(nn.Embedding(V, D), None, 9)
+    prompt = merged.compress([Segment([1, 2, 3, 4]), Segment([5], False)])
+    assert prompt.ids == prompt.original_ids == [1, 2, 3, 4, 5]
+    assert (merged.merge_factor, prompt.compression_ratio, len(merged.table)) == (1, 1.0, 0)
+    with pytest.raises(PromptError, match=f"token id {V} is outside"):
+        merged.compress([Segment([V])])
+
+
+def test_forgotten_blocks_are_encoded_anew_and_their_prompts_are_foreign():
+    merged = embedding()
+    old = merged.compress([Segment([1, 2, 3])])
+    before = merged(mx.array(old.ids))
+    merged.encoder.w3.weight = 2 * merged.encoder.w3.weight
+    merged.forget_blocks()
+    new = merged.compress([Segment([1, 2, 3])])
+    assert new.table is not old.table
+    assert mx.allclose(merged(mx.array(new.ids))[0], row_of(merged, [1, 2, 3]), atol=1e-6)
+    assert not mx.allclose(merged(mx.array(new.ids)), before, atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [-1, V, V + 3])
@@ -233,7 +287,17 @@ def test_head_lora_changes_the_output_side_alone():
 def test_rows_are_a_cache_and_no_parameters():
     merged = embedding()
     merged.add_head_lora(LoRASpec(2, 1.0))
-    assert set(merged.parameters()) == {"embedding", "encoder", "lora_a", "lora_b"}
+    names = {name.split(".")[0] for name, _ in tree_flatten(merged.parameters())}
+    assert names == {"embedding", "encoder", "lora_a", "lora_b"}
+
+
+def test_head_lora_drops_inputs_in_training_alone():
+    merged, x = embedding(), mx.random.normal((2, D))
+    merged.add_head_lora(LoRASpec(2, 1.5), dropout=0.5)
+    merged.lora_b = mx.random.normal(merged.lora_b.shape)
+    assert not mx.array_equal(merged.as_linear(x), merged.as_linear(x))
+    merged.eval()
+    assert mx.array_equal(merged.as_linear(x), merged.as_linear(x))
 
 
 def test_rows_keep_the_tables_dtype():

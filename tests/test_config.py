@@ -11,11 +11,11 @@ import pytest
 from kmerge_mlx.config import (
     BaseModelConfig,
     EncoderConfig,
-    LoRAConfig,
     LoRASpec,
     MergeConfig,
 )
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.tuning import FullConfig, LoRAConfig, read_tuning
 
 MERGE = MergeConfig(
     EncoderConfig(4, 64, 384),
@@ -32,14 +32,41 @@ LORAS = [
 ]
 
 
-@pytest.mark.parametrize("merge", [MERGE, MergeConfig(EncoderConfig(2, 8, 8))])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        MERGE,
+        MergeConfig(EncoderConfig(2, 8, 8)),
+        MergeConfig(EncoderConfig(2, 8, 8, 3)),
+        MergeConfig(None, head_lora=LoRASpec(4, 4.0)),
+    ],
+)
 def test_merge_config_survives_its_file(merge):
     assert MergeConfig.from_json(json.loads(json.dumps(merge.to_json()))) == merge
 
 
-@pytest.mark.parametrize("lora", LORAS)
-def test_lora_config_survives_its_file(lora):
-    assert LoRAConfig.from_json(json.loads(json.dumps(lora.to_json()))) == lora
+def test_the_context_is_always_written_and_0_where_it_is_not():
+    data = MERGE.to_json()
+    assert data.pop("encoder_context") == 0
+    assert MergeConfig.from_json(data) == MERGE
+
+
+def test_without_an_encoder_k_is_1_and_its_sizes_are_null():
+    data = MergeConfig(None).to_json()
+    assert [data[name] for name in ("merge_factor", "hidden_size", "inner_size")] == [1, None, None]
+    assert MergeConfig(None).merge_factor == 1
+    assert MERGE.merge_factor == 4
+
+
+@pytest.mark.parametrize("tuning", [*LORAS, FullConfig(3), FullConfig(-1), FullConfig(0)])
+def test_a_tuning_survives_its_file(tuning):
+    assert read_tuning(json.loads(json.dumps(tuning.to_json()))) == tuning
+
+
+@pytest.mark.parametrize("num_layers", [None, -2, "3", 1.0, True])
+def test_a_bad_full_config_is_refused(num_layers):
+    with pytest.raises(AdapterError, match=r"num_layers is .*, expected a whole number, or -1"):
+        read_tuning({"fine_tune_type": "full", "num_layers": num_layers})
 
 
 def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
@@ -72,7 +99,10 @@ def test_only_fields_that_both_bases_name_can_differ():
     [
         ({"format_version": 2}, "format_version 2 is newer"),
         ({"format_version": None}, "format_version is None"),
-        ({"merge_factor": 1}, "merge_factor is 1, expected a whole number of at least 2"),
+        ({"merge_factor": 0}, "merge_factor is 0, expected a whole number of at least 2"),
+        ({"merge_factor": 1}, "hidden_size is 64, inner_size is 384, .*merge_factor 1 has no enc"),
+        ({"encoder_context": -1}, "encoder_context is -1, expected a whole number of at least 0"),
+        ({"encoder_context": 3.0}, r"encoder_context is 3\.0"),
         ({"merge_factor": 4.0}, r"merge_factor is 4\.0"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"pad_token_id": -1}, "pad_token_id is -1"),
@@ -100,7 +130,7 @@ def test_all_bad_entries_are_listed_at_once():
     "change",
     [
         {"fine_tune_type": "dora"},
-        {"fine_tune_type": "full"},
+        {"fine_tune_type": ["lora"]},
         {"num_layers": -1},
         {"num_layers": "3"},
         {"lora_parameters": None},
@@ -114,4 +144,4 @@ def test_all_bad_entries_are_listed_at_once():
 )
 def test_a_bad_lora_config_is_refused(change):
     with pytest.raises(AdapterError):
-        LoRAConfig.from_json(LORAS[0].to_json() | change)
+        read_tuning(LORAS[0].to_json() | change)

@@ -168,7 +168,7 @@ def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
     adapter = load_adapter(convert(tmp_path, made, dtype=dtype))
     found = {f"encoder.{name}": array for name, array in adapter.encoder_weights.items()}
     found |= {f"lm_head.{name}": array for name, array in adapter.head_weights.items()}
-    found |= adapter.lora_weights
+    found |= adapter.tuning_weights
     assert found.keys() == expected(made).keys()
     for name, array in expected(made).items():
         assert str(found[name].dtype) == f"mlx.core.{dtype}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from kmerge_mlx.config import EncoderConfig, default_inner_size
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError
 
 
-def filled(k: int, d: int, h: int) -> MergeEncoder:
+def filled(k: int, d: int, h: int, c: int = 0) -> MergeEncoder:
     mx.random.seed(k)
-    encoder = MergeEncoder(EncoderConfig(k, d, h))
+    encoder = MergeEncoder(EncoderConfig(k, d, h, c))
     for layer in (encoder.w1, encoder.w2, encoder.w3):
         layer.weight = mx.random.normal(layer.weight.shape, scale=0.2)
         layer.bias = mx.random.normal(layer.bias.shape, scale=0.2)
@@ -27,15 +28,32 @@ def test_a_new_encoder_is_exactly_the_mean_for_any_k(k):
     assert mx.array_equal(encoder(blocks), blocks.mean(axis=1))
 
 
+@pytest.mark.parametrize("c", [0, 1, 3, 7])
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
-def test_the_encoder_is_mean_plus_three_layer_relu_mlp(k):
-    encoder, blocks = filled(k, 8, 24), np.random.default_rng(k).normal(size=(5, k, 8))
-    x = blocks.reshape(5, -1)
+def test_the_encoder_is_mean_plus_three_layer_relu_mlp(k, c):
+    """The MLP reads the context too, the mean is the block's own."""
+    encoder, read = filled(k, 8, 24, c), np.random.default_rng(k).normal(size=(5, c + k, 8))
+    x, blocks = read.reshape(5, -1), read[:, c:]
     for i, layer in enumerate((encoder.w1, encoder.w2, encoder.w3)):
         x = x @ np.array(layer.weight).T + np.array(layer.bias)
         x = np.maximum(x, 0) if i < 2 else x
-    found = np.array(encoder(mx.array(blocks, mx.float32)))
+    found = np.array(encoder(mx.array(read, mx.float32)))
     np.testing.assert_allclose(found, blocks.mean(axis=1) + x, rtol=0, atol=1e-5)
+
+
+def test_a_new_encoder_with_context_is_exactly_the_mean_of_the_block():
+    encoder = MergeEncoder(EncoderConfig(4, 16, 32, 3))
+    read = mx.random.normal((7, 7, 16))
+    assert mx.array_equal(encoder(read), read[:, 3:].mean(axis=1))
+
+
+@pytest.mark.parametrize("c", [0, 3])
+def test_the_config_names_the_shapes_that_the_encoder_has(c):
+    encoder = filled(4, 8, 24, c)
+    found = {name: array.shape for name, array in tree_flatten(encoder.parameters())}
+    assert found == encoder.config.shapes()
+    assert found["w1.weight"] == (24, (4 + c) * 8)
+    assert encoder.config.num_parameters == sum(a.size for _, a in tree_flatten(encoder))
 
 
 def test_the_papers_inner_sizes_are_the_defaults():
@@ -59,7 +77,13 @@ def test_the_encoder_computes_in_its_own_dtype():
     assert encoder(mx.zeros((3, 2, 8), mx.float32)).dtype == mx.float16
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 8), (2, 0, 8), (2, 8, -1), (2.0, 8, 8), (True, 8, 8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *((1, 8, 8), (2, 0, 8), (2, 8, -1), (2.0, 8, 8), (True, 8, 8)),
+        *((2, 8, 8, -1), (2, 8, 8, 1.0), (2, 8, 8, None)),
+    ],
+)
 def test_sizes_that_no_encoder_has_are_refused(sizes):
     with pytest.raises(AdapterError, match="expected a whole number"):
         EncoderConfig(*sizes)

@@ -21,6 +21,7 @@ FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
 ROWS = [
     {"_version", "errors"},
     {"config"},
+    {"tuning"},
     {"files", "encoder", "prompt", "base"},
     {"data", "data.lines", "data.hub", "data.fingerprint", "data.trees"},
     {"data.examples"},
@@ -29,22 +30,38 @@ ROWS = [
     {"data.sampling", "data.textualized_tree"},
     {"data.amazon_reviews", "data.commitpackft"},
     {"blocks", "lora"},
-    {"adapter"},
+    {"adapter", "full"},
     {"convert.torch_zip", "convert.torch_pickle", "convert.patterns"},
     {"convert.torch_file"},
     {"convert.encoder", "convert.peft"},
     {"convert.checkpoint", "convert", "model"},
-    {"train", "train.rows"},
-    {"train.loss"},
-    {"train.step"},
     {"generation", "describe"},
-    {"cli.options"},
-    {"cli.convert", "cli.data", "cli.generate", "cli.info"},
+    {"train", "train.options", "train.watch", "train.dataset", "train.rows", "train.log"},
+    {"train.config", "train.ranks", "train.order", "train.loss"},
+    {"train.optimizer", "train.checkpoint", "train.step", "train.distill", "train.warmup"},
+    {"train.stages", "train.validate", "train.teacher_file", "train.answers"},
+    {"train.setup"},
+    {"train.engine"},
+    {"train.loop"},
+    {"plots"},
+    {"train.session"},
+    {"cli.options", "cli.progress"},
+    {"cli.convert", "cli.data", "cli.generate", "cli.info", "cli.train"},
     {"cli"},
     {"__main__"},
 ]
 # What DESIGN section 4 lets the converter see of the rest.
-CONVERT_MAY_USE = {"_version", "errors", "config", "files", "encoder", "lora", "adapter", "base"}
+CONVERT_MAY_USE = {
+    "_version",
+    "errors",
+    "config",
+    "files",
+    "encoder",
+    "lora",
+    "adapter",
+    "base",
+    "tuning",
+}
 
 
 def module_name(path: Path) -> str:

@@ -75,7 +75,7 @@ def contents(sources, tmp_path_factory) -> dict[int, dict[str, bytes]]:
 def content(path: Path) -> dict[str, bytes]:
     """Every tensor of an adapter that loads."""
     adapter = load_adapter(path)
-    tensors = adapter.encoder_weights | adapter.lora_weights
+    tensors = adapter.encoder_weights | adapter.tuning_weights
     return {name: np.array(array).tobytes() for name, array in tensors.items()}
 
 

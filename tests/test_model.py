@@ -14,9 +14,10 @@ import pytest
 from kmerge_mlx import compress, load
 from kmerge_mlx.adapter import Adapter, save_adapter
 from kmerge_mlx.base import fingerprint
-from kmerge_mlx.config import BaseModelConfig, LoRAConfig, LoRASpec, MergeConfig
+from kmerge_mlx.config import BaseModelConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding
+from kmerge_mlx.tuning import LoRAConfig
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 
@@ -80,12 +81,12 @@ def test_the_lora_part_alone_is_what_mlx_lm_loads(base, tmp_path):
 
 def test_lora_by_module_loads_with_its_own_ranks_and_scales(base, adapter, tmp_path):
     """The same LoRA in both forms gives the same logits."""
-    names = sorted({name.rsplit(".", 1)[0] for name in adapter.lora_weights})
+    names = sorted({name.rsplit(".", 1)[0] for name in adapter.tuning_weights})
     modules = {name: LoRASpec(4, 2.0) for name in names}
     other = Adapter(
         adapter.merge,
         LoRAConfig(2, modules=modules),
-        adapter.lora_weights,
+        adapter.tuning_weights,
         adapter.encoder_weights,
         adapter.head_weights,
     )
@@ -112,13 +113,13 @@ def test_a_tied_and_an_untied_head_carry_the_same_lora(tmp_path):
 
 
 def test_every_bad_lora_tensor_is_listed_with_both_shapes(adapter):
-    weights = dict(adapter.lora_weights)
+    weights = dict(adapter.tuning_weights)
     name, other = sorted(weights)[:2]
     del weights[name]
     weights[other] = mx.zeros((1, 2))
     weights["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((3, 4))
     broken = Adapter(
-        adapter.merge, adapter.lora, weights, adapter.encoder_weights, adapter.head_weights
+        adapter.merge, adapter.tuning, weights, adapter.encoder_weights, adapter.head_weights
     )
     with pytest.raises(AdapterError) as error:
         attach(build(qwen2_config()), broken, PAD)
@@ -130,7 +131,7 @@ def test_every_bad_lora_tensor_is_listed_with_both_shapes(adapter):
 
 def test_lora_on_modules_the_base_lacks_is_refused(adapter):
     config = LoRAConfig(2, 0.0, LoRASpec(4, 2.0), ("self_attn.q_proj", "mlp.router"))
-    broken = Adapter(adapter.merge, config, adapter.lora_weights, adapter.encoder_weights)
+    broken = Adapter(adapter.merge, config, adapter.tuning_weights, adapter.encoder_weights)
     with pytest.raises(AdapterError, match=r"mlp\.router"):
         attach(build(qwen2_config()), broken, PAD)
 
@@ -148,7 +149,7 @@ def test_lora_on_modules_the_base_lacks_is_refused(adapter):
 def test_a_base_that_differs_is_refused_by_name(base, adapter, change, message):
     recorded = BaseModelConfig("some/base", fingerprint(qwen2_config()))
     merge = MergeConfig(adapter.merge.encoder, recorded, PAD)
-    known = Adapter(merge, adapter.lora, {}, {})
+    known = Adapter(merge, adapter.tuning, {}, {})
     check_fit(known, qwen2_config(), "this")
     with pytest.raises(AdapterError, match=r"does not fit this \(it was made for some/base\)") as e:
         check_fit(known, qwen2_config(**change), "this")
@@ -174,7 +175,7 @@ def test_a_padding_token_outside_the_vocabulary_is_refused(adapter):
 
 def test_integer_tensors_are_refused(adapter):
     weights = {name: a.astype(mx.int32) for name, a in adapter.encoder_weights.items()}
-    broken = Adapter(adapter.merge, adapter.lora, adapter.lora_weights, weights)
+    broken = Adapter(adapter.merge, adapter.tuning, adapter.tuning_weights, weights)
     with pytest.raises(AdapterError, match="expected a floating-point dtype"):
         attach(build(qwen2_config()), broken, PAD)
 

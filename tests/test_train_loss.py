@@ -31,9 +31,9 @@ def examples(count: int = 5, seed: int = 0) -> list[TokenizedExample]:
     ]
 
 
-def model_of(tied: bool, k: int = 3) -> nn.Module:
+def model_of(tied: bool, k: int = 3, context: int = 0) -> nn.Module:
     model = build(qwen2_config(tie_word_embeddings=tied))
-    attach(model, random_adapter(model, k), PAD)
+    attach(model, random_adapter(model, k, context=context), PAD)
     model.train()
     return model
 
@@ -46,9 +46,10 @@ def naive_loss(model: nn.Module, rows: list[TokenizedExample]) -> mx.array:
         for segment in example.segments:
             ids = list(segment.ids)
             if segment.merge:
-                k = merged.merge_factor
-                ids += [PAD] * (-len(ids) % k)
-                parts.append(merged.encoder(merged.embedding(mx.array(ids).reshape(-1, k))))
+                for start in range(0, len(ids), merged.merge_factor):
+                    places = range(start - merged.context, start + merged.merge_factor)
+                    read = [ids[i] if 0 <= i < len(ids) else PAD for i in places]
+                    parts.append(merged.encoder(merged.embedding(mx.array([read]))))
             else:
                 parts.append(merged.embedding(mx.array(ids)))
         prompt = mx.concatenate(parts)
@@ -60,10 +61,12 @@ def naive_loss(model: nn.Module, rows: list[TokenizedExample]) -> mx.array:
     return total
 
 
+@pytest.mark.parametrize("context", [0, 2, 5])
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_those_of_the_naive_way(tied):
-    model, rows = model_of(tied), examples()
-    batch = make_batch(rows, 3, PAD, V)
+def test_loss_and_gradients_are_those_of_the_naive_way(tied, context):
+    model, rows = model_of(tied, context=context), examples()
+    batch = make_batch(rows, 3, PAD, V, context)
+    assert batch.blocks.shape[1] == context + 3
     wanted, wanted_gradients = nn.value_and_grad(model, naive_loss)(model, rows)
     head = AnswerHead(model)
     (loss, tokens), gradients = nn.value_and_grad(model, lambda m: answer_loss(head, m, batch))(
@@ -118,9 +121,21 @@ def test_k_1_trains_without_merging():
     model = build(qwen2_config(tie_word_embeddings=False))
     batch = make_batch(examples(), 1, PAD, V)
     assert batch.blocks.size == 0
-    assert batch.positions == batch.prompt_tokens
+    assert batch.ids.max().item() < V
     loss, _ = answer_loss(AnswerHead(model), model, batch)
     assert loss.item() > 0
+
+
+def test_a_tied_model_trains_without_merging_too():
+    """K = 1: the embedding is wrapped for the head's sake, and there is no encoder."""
+    model, rows = model_of(True, k=1), examples()
+    wanted = mx.array(0.0)
+    for example in rows:
+        ids = [*example.prompt_ids, *example.answer_ids]
+        logits = model(mx.array([ids[:-1]]))[0, len(example.prompt_ids) - 1 :]
+        wanted += nn.losses.cross_entropy(logits, mx.array(example.answer_ids)).sum()
+    loss, _ = answer_loss(AnswerHead(model), model, make_batch(rows, 1, PAD, V))
+    assert abs(loss.item() - wanted.item()) < 1e-4 * wanted.item()
 
 
 def test_equal_blocks_of_a_batch_are_merged_once():

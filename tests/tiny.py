@@ -16,7 +16,8 @@ from mlx_lm.utils import _get_classes
 
 from kmerge_mlx.adapter import Adapter
 from kmerge_mlx.base import find_embedding
-from kmerge_mlx.config import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
+from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.tuning import LoRAConfig
 from tests.conftest import UPSTREAM
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -30,12 +31,13 @@ def random_adapter(
     keys: tuple[str, ...] = PROJECTIONS,
     head: bool = True,
     seed: int = 0,
+    context: int = 0,
 ) -> Adapter:
     """An adapter with no weight at its initial value, for a plain (maybe quantized) model."""
     mx.random.seed(seed)
     _, table = find_embedding(model, "tiny")
     d, vocab_size = table(mx.array([0])).shape[-1], table.weight.shape[0]
-    sizes = EncoderConfig(k, d, 2 * k * d)
+    sizes = EncoderConfig(k, d, 2 * k * d, context) if k > 1 else None
     spec = LoRASpec(4, 2.0)
     weights = {}
     for name, module in model.named_modules():
@@ -45,7 +47,8 @@ def random_adapter(
                 inner = inner * 32 // module.bits
             weights[f"{name}.lora_a"] = _normal(inner, 4)
             weights[f"{name}.lora_b"] = _normal(4, out)
-    encoder = {name: _normal(*shape) for name, shape in sizes.shapes().items()}
+    shapes = sizes.shapes() if sizes else {}
+    encoder = {name: _normal(*shape) for name, shape in shapes.items()}
     head_weights = {"lora_a": _normal(d, 4), "lora_b": _normal(4, vocab_size)} if head else {}
     merge = MergeConfig(sizes, pad_token_id=PAD, head_lora=spec if head else None)
     return Adapter(

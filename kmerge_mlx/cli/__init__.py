@@ -18,6 +18,7 @@ from kmerge_mlx.cli.convert import convert
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
+from kmerge_mlx.cli.train import train
 from kmerge_mlx.errors import KMergeError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command()(convert)
 app.command()(data)
 app.command()(generate)
 app.command()(info)
+app.command()(train)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,6 +59,7 @@ def _root(
       kmerge-mlx convert ./checkpoint ./adapter --model Qwen/Qwen2.5-0.5B
       kmerge-mlx generate --adapter-path ./adapter --k 4 prompt.txt
       kmerge-mlx info ./adapter
+      kmerge-mlx train --model Qwen/Qwen2.5-0.5B --data ./data --k 4 --adapter-path ./out
     """
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)

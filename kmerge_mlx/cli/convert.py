@@ -54,7 +54,7 @@ def convert(
 
     adapter = convert_checkpoint(source, destination, model, k, dtype, force)
     merge = adapter.merge
-    tensors = adapter.encoder_weights | adapter.lora_weights | adapter.head_weights
+    tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
     size = sum(array.nbytes for array in tensors.values())
     print(
         f"{destination}: K = {merge.encoder.merge_factor}, D = {merge.encoder.hidden_size}, "

@@ -37,22 +37,13 @@ def info(
 
 
 def _print_adapter(adapter: dict[str, Any]) -> None:
-    encoder = (
-        f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
-        f"{adapter['encoder_parameters']:,} parameters, "
-        f"{adapter['encoder_bytes'] / 1e6:.1f} MB {adapter['dtype']}"
-    )
-    lora = (
-        f"{adapter['lora_modules']} modules, rank {_list(adapter['lora_ranks'])}, "
-        f"scale {_list(adapter['lora_scales'])}, {adapter['lora_bytes'] / 1e6:.1f} MB"
-    )
     base = adapter["base_model"] or "not named"
     if not adapter["base_config"]:
         base += " (its config was not recorded: converted without --model)"
     pad = adapter["pad_token_id"]
     rows = {
-        "encoder": encoder,
-        "LoRA": lora,
+        "encoder": _encoder(adapter),
+        **_tuning(adapter),
         "base": base,
         **{f"  {name}": value for name, value in adapter["base_config"].items()},
         "padding": "from the tokenizer" if pad is None else f"token {pad}",
@@ -60,6 +51,34 @@ def _print_adapter(adapter: dict[str, Any]) -> None:
     }
     print(f"K = {adapter['merge_factor']}")
     _print_rows(rows)
+
+
+def _encoder(adapter: dict[str, Any]) -> str:
+    if adapter["merge_factor"] == 1:
+        return "none: nothing is merged"
+    context = adapter["encoder_context"]
+    return (
+        f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
+        + (f"{context} tokens of context, " if context else "")
+        + f"{adapter['encoder_parameters']:,} parameters, "
+        f"{adapter['encoder_bytes'] / 1e6:.1f} MB {adapter['dtype']}"
+    )
+
+
+def _tuning(adapter: dict[str, Any]) -> dict[str, str]:
+    """The rows on how the base is changed: by LoRA, or in whole layers, or both (the head)."""
+    rows, layers = {}, adapter["num_layers"]
+    if adapter["full_bytes"]:
+        rows["full"] = (
+            f"{f'last {layers}' if layers > 0 else 'all'} layers, "
+            f"{adapter['full_parameters']:,} parameters, {adapter['full_bytes'] / 1e6:.1f} MB"
+        )
+    if adapter["lora_modules"] or not rows:
+        rows["LoRA"] = (
+            f"{adapter['lora_modules']} modules, rank {_list(adapter['lora_ranks'])}, "
+            f"scale {_list(adapter['lora_scales'])}, {adapter['lora_bytes'] / 1e6:.1f} MB"
+        )
+    return rows
 
 
 def _print_base(found: dict[str, Any]) -> None:

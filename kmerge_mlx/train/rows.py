@@ -17,6 +17,7 @@ import numpy as np
 
 from kmerge_mlx.blocks import Block, split
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.prompt import Segment
 
 ROW_STEP = 32
 """Rows are padded to a multiple of this, as in mlx-lm."""
@@ -28,12 +29,17 @@ class Batch:
 
     Args:
         ids: ``(B, T)`` int32: ordinary ids, and V + i for the batch's block i.
-        blocks: ``(M, K)`` int32, token ids of the batch's distinct blocks; M may be 0.
+        blocks: ``(M, c + K)`` int32, what the encoder reads of each distinct block; M may be 0.
         answer_at: ``(A,)`` int32, flat positions ``b * T + t`` that predict an answer token.
         targets: ``(A,)`` int32, the token each of them is to predict.
         weights: ``(A,)`` float32, 1 for an answer token and 0 for padding.
-        prompt_tokens: Original tokens of the prompts.
-        positions: Prompt positions that they were merged to.
+        num_blocks: How many of the blocks are real; the others are padding.
+        teacher_ids: ``(A, k)`` int32, the teacher's likeliest tokens; empty: it gives all V.
+        teacher_logprobs: ``(A, k)`` or ``(A, V)`` float32, or None without a teacher.
+        candidates: ``(U,)`` int32, the distinct tokens of the blocks, for reconstruction.
+        candidate_weights: ``(U,)`` float32, 0 for padding.
+        block_targets: ``(M, K)`` int32, each block's tokens as indices of candidates.
+        block_weights: ``(M,)`` float32, 0 for padding.
     """
 
     ids: mx.array
@@ -41,23 +47,44 @@ class Batch:
     answer_at: mx.array
     targets: mx.array
     weights: mx.array
-    prompt_tokens: int
-    positions: int
+    num_blocks: int = 0
+    teacher_ids: mx.array | None = None
+    teacher_logprobs: mx.array | None = None
+    candidates: mx.array | None = None
+    candidate_weights: mx.array | None = None
+    block_targets: mx.array | None = None
+    block_weights: mx.array | None = None
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The arrays alone, by name: what a compiled function takes."""
+        return {name: a for name, a in vars(self).items() if isinstance(a, mx.array)}
 
 
 def make_batch(
-    examples: Sequence[TokenizedExample], merge_factor: int, pad_token_id: int, vocab_size: int
+    examples: Sequence[TokenizedExample],
+    merge_factor: int,
+    pad_token_id: int,
+    vocab_size: int,
+    context: int = 0,
 ) -> Batch:
     """Lays examples out as one batch.
 
     Args:
         examples: At least one, each with an answer.
         merge_factor: K; 1 leaves every prompt token its own position.
-        pad_token_id: Fills the last block of a segment.
+        pad_token_id: Fills the last block of a segment, and the context of its first.
         vocab_size: V, the first virtual id.
+        context: c, how many tokens before its block the encoder reads.
     """
     known: dict[Block, int] = {}
-    prompts = [_positions(e, merge_factor, pad_token_id, vocab_size, known) for e in examples]
+
+    def positions(segment: Segment) -> list[int]:
+        if not segment.merge or merge_factor == 1:
+            return list(segment.ids)
+        blocks = split(segment.ids, merge_factor, pad_token_id, context)
+        return [vocab_size + known.setdefault(block, len(known)) for block in blocks]
+
+    prompts = [[i for s in example.segments for i in positions(s)] for example in examples]
     # The last token of a row is only ever predicted.
     rows = [p + e.answer_ids[:-1] for p, e in zip(prompts, examples, strict=True)]
     length = _multiple(max(map(len, rows)), ROW_STEP)
@@ -70,18 +97,17 @@ def make_batch(
         for i in range(len(example.answer_ids))
     ]
     targets = [i for example in examples for i in example.answer_ids]
-    blocks = np.zeros((bucket(len(known)), merge_factor), np.int32)
+    blocks = np.zeros((bucket(len(known)), context + merge_factor), np.int32)
     if known:
         blocks[: len(known)] = list(known)
     size = bucket(len(targets))
     return Batch(
         ids=mx.array(ids),
         blocks=mx.array(blocks),
-        answer_at=mx.array(_padded(answer_at, size)),
-        targets=mx.array(_padded(targets, size)),
-        weights=mx.array(_padded([1] * len(targets), size).astype(np.float32)),
-        prompt_tokens=sum(len(segment.ids) for e in examples for segment in e.segments),
-        positions=sum(map(len, prompts)),
+        answer_at=mx.array(padded(answer_at, size)),
+        targets=mx.array(padded(targets, size)),
+        weights=mx.array(padded([1] * len(targets), size).astype(np.float32)),
+        num_blocks=len(known),
     )
 
 
@@ -93,24 +119,12 @@ def bucket(n: int) -> int:
     return size
 
 
-def _positions(
-    example: TokenizedExample, k: int, pad: int, vocab_size: int, known: dict[Block, int]
-) -> list[int]:
-    ids: list[int] = []
-    for segment in example.segments:
-        if not segment.merge or k == 1:
-            ids.extend(segment.ids)
-            continue
-        for block in split(segment.ids, k, pad):
-            ids.append(vocab_size + known.setdefault(block, len(known)))
-    return ids
-
-
 def _multiple(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _padded(values: Sequence[int], size: int) -> np.ndarray:
+def padded(values: Sequence[int], size: int) -> np.ndarray:
+    """Values as int32, filled up with zeros: ``(size,)``."""
     array = np.zeros(size, np.int32)
     array[: len(values)] = values
     return array

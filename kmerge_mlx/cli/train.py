@@ -1,0 +1,171 @@
+"""``kmerge-mlx train``: options made from ``TrainConfig``, a progress bar, and lines to read."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import inspect
+import signal
+import sys
+from dataclasses import Field, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kmerge_mlx.errors import TrainError
+from kmerge_mlx.train.config import TrainConfig, from_layers
+from kmerge_mlx.train.options import SIZE, option_of
+
+if TYPE_CHECKING:
+    from mlx_lm.tuner.callbacks import TrainingCallback
+
+    from kmerge_mlx.train.loop import Trainer
+    from kmerge_mlx.train.setup import Run
+
+# What the command line reads for each kind; a list is text with commas.
+_TYPES = {int: int, float: float, str: str, bool: bool, SIZE: str, list: str}
+INTERRUPTED = 130
+
+
+def train(config: str | None, print_config: bool, **given: Any) -> None:
+    """Fine-tune a merge encoder and LoRA on a base model.
+
+    Every setting may also stand in a YAML file (-c), by its flag's name with underscores, beside
+    those that have no flag: lora_parameters, lr_schedule, optimizer_config, hf_dataset and the
+    *_feature keys. A flag beats the file, and the file beats the default.
+
+    \b
+    Examples:
+      kmerge-mlx train --model Qwen/Qwen2.5-0.5B --data ./data --k 4 --adapter-path ./out
+      kmerge-mlx train --model ./base --task textualized-tree --k 4 --adapter-path ./out
+      kmerge-mlx train -c config.yaml --adapter-path ./out --resume
+    """
+    flags = {name: _read(name, value) for name, value in given.items() if value is not None}
+    file = {} if config is None else _read_yaml(config)
+    settings = from_layers(file, flags)
+    if settings.resume:
+        from kmerge_mlx.train.session import saved_settings
+
+        settings = from_layers(saved_settings(settings.adapter_path), file, flags)
+    if print_config:
+        print(_as_yaml(settings), end="")
+        return
+    if code := _run(settings):
+        raise typer.Exit(code)
+
+
+def _run(settings: TrainConfig) -> int:
+    """Trains, and shows it; heavy imports wait until the settings are known to be good."""
+    from kmerge_mlx.cli import progress
+    from kmerge_mlx.train import session
+    from kmerge_mlx.train.ranks import connect
+
+    with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
+
+        def watch(run: Run) -> list[TrainingCallback]:
+            bar = progress.TrainingBar(run)
+            shown.callback(bar.close)
+            return [bar]
+
+        bars = progress.bars(quiet=ranks.rank != 0)
+        outcome = session.train(settings, bars, watch, ranks, _stop_on_signals)
+        shown.close()
+        if ranks.rank == 0:
+            progress.print_outcome(outcome)
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """The command line's view of a setting; None means that the flag was not given."""
+    option, name = option_of(field), field.name.replace("_", "-")
+    kind = enum.StrEnum(field.name, list(option.choices)) if option.choices else _TYPES[option.kind]
+    names = [f"--{name}", *option.flags]
+    default = field.default if isinstance(field.default, int | float | str) else None
+    shown = "" if default in (None, False, 0) else f" Default: {default}."
+    info = typer.Option(
+        *names,
+        help=option.help + shown,
+        show_default=False,
+        rich_help_panel=option.group,
+        **({"min": option.low, "max": option.high} if kind in (int, float) else {}),
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, info],
+    )
+
+
+def _signature() -> inspect.Signature:
+    config = typer.Option("-c", "--config", help="A YAML file with settings.", show_default=False)
+    show = typer.Option("--print-config", help="Print the settings as YAML, and train nothing.")
+    ours = [f for f in fields(TrainConfig) if not option_of(f).yaml_only]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                "config", keyword, default=None, annotation=Annotated[str | None, config]
+            ),
+            *map(_parameter, ours),
+            inspect.Parameter(
+                "print_config", keyword, default=False, annotation=Annotated[bool, show]
+            ),
+        ]
+    )
+
+
+train.__signature__ = _signature()
+train.__annotations__ = {n: p.annotation for n, p in train.__signature__.parameters.items()}
+
+
+def _read(name: str, value: Any) -> Any:
+    """A flag's value as the settings hold it."""
+    if name == "curriculum":
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if name == "clear_cache_threshold" and value.isdecimal():
+        return int(value)
+    return str(value) if isinstance(value, enum.Enum) else value
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a file, numbers such as 1e-5 read as mlx-lm reads them."""
+    import yaml
+    from mlx_lm.lora import yaml_loader
+
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123
+            found = yaml.load(file, yaml_loader)
+    except OSError as error:
+        raise TrainError(f"cannot read --config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise TrainError(f"--config {path} is not YAML: {reason[:200]}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise TrainError(f"--config {path} holds no settings, expected lines of `name: value`")
+    return found
+
+
+def _as_yaml(settings: TrainConfig) -> str:
+    import yaml
+
+    plain = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _stop_on_signals(trainer: Trainer) -> None:
+    """Ctrl-C and kill end the run with a save; a second Ctrl-C ends it at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        trainer.stop_requested = True
+        signal.signal(number, signal.default_int_handler)
+        print("stopping after this iteration (again: at once)", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)

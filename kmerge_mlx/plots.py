@@ -1,0 +1,108 @@
+"""Pictures of a run, drawn from its log (matplotlib: ``pip install 'kmerge-mlx[plot]'``).
+
+Owns what is drawn, and how. Does not compute what is not in the log.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kmerge_mlx.errors import TrainError, first_line
+from kmerge_mlx.train.checkpoint import TRAINING
+from kmerge_mlx.train.log import read_log
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by everyone (Okabe, Ito)
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuses a picture that cannot be drawn, before any work is done.
+
+    Raises:
+        TrainError: No matplotlib, or a name that says no format.
+    """
+    if find_spec("matplotlib") is None:
+        raise TrainError("--plot needs matplotlib: pip install 'kmerge-mlx[plot]'")
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise TrainError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise TrainError(f"--plot is {path}, but there is no folder {path.parent}")
+
+
+def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] = ()) -> None:
+    """Draws loss and accuracy over the iterations, of one run or of several to compare.
+
+    Args:
+        runs: Folders of runs.
+        path: The picture; its name says which format.
+        labels: A name for each run, where there are several.
+
+    Raises:
+        TrainError: It cannot be written.
+        DataError: A log cannot be read.
+    """
+    from matplotlib.figure import Figure
+
+    logs = [list(read_log(run / TRAINING)) for run in runs]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, accuracies = figure.subplots(2, 1, sharex=True)
+    for number, log in enumerate(logs):
+        colour = _COLOURS[number % len(_COLOURS)]
+        label = f"{labels[number]}: " if labels else ""
+        _line(losses, log, "train_loss", f"{label}training", color=colour, alpha=0.35)
+        _line(losses, log, "val_loss", f"{label}validation", color=colour)
+        _line(losses, log, "val_kl", f"{label}KL to the base", color=colour, linestyle="--")
+        _line(accuracies, log, "val_accuracy", f"{label}accuracy", color=colour)
+        balanced = f"{label}balanced accuracy"
+        _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
+        _mark_stages(accuracies, log, colour)
+    losses.set_ylabel("loss (nats per answer token)")
+    losses.set_ylim(bottom=0)
+    accuracies.set_ylabel("answers right in every token")
+    accuracies.set_ylim(0, 1)
+    accuracies.yaxis.set_major_formatter("{x:.0%}")
+    accuracies.set_xlabel("iteration")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    _write(figure, Path(path))
+
+
+def _line(axes: Any, log: Sequence[dict[str, Any]], name: str, label: str, **style: Any) -> None:
+    points = [(record["iteration"], record[name]) for record in log if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, **style)
+
+
+def _mark_stages(axes: Any, log: Sequence[dict[str, Any]], colour: str) -> None:
+    """A line where each stage of a curriculum begins, and its name beside it."""
+    for record in log:
+        if "begins" in record:
+            axes.axvline(record["iteration"], color=colour, linewidth=0.8, alpha=0.6)
+            axes.annotate(
+                record["begins"],
+                (record["iteration"], 0.02),
+                xytext=(2, 0),
+                textcoords="offset points",
+                rotation=90,
+                fontsize="x-small",
+                color=colour,
+            )
+
+
+def _write(figure: Any, path: Path) -> None:
+    new = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(new, dpi=120)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise TrainError(
+            f"cannot write --plot {path}: {error.strerror or first_line(error)}"
+        ) from error

@@ -1,0 +1,211 @@
+"""From a config to everything a run needs: model, adapter, data, teacher, and where it stands.
+
+Owns the order in which they are made, and the choice between a fresh adapter, a given one and a
+saved run. Does not train.
+
+Source: arXiv 2604.15153 section 4 (LoRA on every linear layer and the output head).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from kmerge_mlx import base, lora
+from kmerge_mlx._version import __version__
+from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
+from kmerge_mlx.config import (
+    BaseModelConfig,
+    EncoderConfig,
+    LoRASpec,
+    MergeConfig,
+    default_inner_size,
+)
+from kmerge_mlx.errors import TrainError, short
+from kmerge_mlx.model import attach, check_fit, load, wire
+from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
+from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
+from kmerge_mlx.train.distill import Teacher
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.stages import Bar, Stage, load_stages
+from kmerge_mlx.tuning import FULL, FullConfig, LoRAConfig, Tuning
+
+
+@dataclass
+class Run:
+    """A run, ready to be trained or to go on.
+
+    Args:
+        config: Its settings.
+        path: Its folder.
+        model: The base with the adapter on it.
+        tokenizer: The base's.
+        merge: What ``merge_config.json`` will say.
+        tuning: What ``adapter_config.json`` will say.
+        stages: Its data, at least one stage.
+        identity: What a resumed run must have in common with it.
+        state: Where it stands.
+        tensors: The saved optimizer and so on; empty for a run that begins.
+        teacher: Where there is one.
+    """
+
+    config: TrainConfig
+    path: Path
+    model: nn.Module
+    tokenizer: Any
+    merge: MergeConfig
+    tuning: Tuning
+    stages: list[Stage]
+    identity: Identity
+    state: State
+    tensors: dict[str, mx.array]
+    teacher: Teacher | None = None
+
+
+def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
+    """Loads and checks everything, so that nothing but the disk and the arithmetic can fail later.
+
+    Args:
+        config: The run's settings.
+        bar: Shows how far the data are.
+        ranks: The machines; the first alone reads and writes the run's folder.
+
+    Raises:
+        KMergeError: Anything that keeps the run from starting.
+    """
+    path = Path(config.adapter_path)
+    first = ranks.rank == 0
+    resumed = first and check_run_destination(path, config.resume, config.force)
+    if config.model is None:
+        raise TrainError("no model: give --model")
+    if config.batch_size % ranks.size:
+        raise TrainError(
+            f"--batch-size {config.batch_size} is not divisible by {ranks.size} machines"
+        )
+    source = path if resumed else config.init_from
+    adapter = None if source is None else load_adapter(source, None if resumed else config.k)
+    maybe_set_recommended_wired_limit()
+    mx.random.seed(config.seed)
+    model, tokenizer = load(config.model, trust_remote_code=config.trust_remote_code)
+    folder = base.resolve(config.model)
+    base_config = base.read_config(folder)
+    stages = load_stages(config, tokenizer, bar)
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(_frozen_copy(config, model), config.teacher_top_k)
+    if adapter is not None:
+        check_fit(adapter, base_config, config.model)
+        merge, tuning = _adopt(config, adapter)
+        pad = merge.pad_token_id
+        attach(model, adapter, base.default_pad_token_id(tokenizer) if pad is None else pad)
+    else:
+        merge, tuning = _fresh(config, model, tokenizer, base_config)
+        wire(model, merge, tuning, merge.pad_token_id, config.model)
+    if config.grad_checkpoint:
+        _checkpoint_layers(model)
+    digests = [stage.digest for stage in stages]
+    weights = base.weights_digest(folder)
+    identity = Identity(config.settings(), config.fixed(), weights, digests, ranks.size)
+    ranks.same({**config.fixed(), "--model": weights, "the data": digests}, "the settings")
+    state, tensors = State(), {}
+    if resumed:
+        saved, state, tensors = read_state(path)
+        identity.check(saved, path)
+    return Run(
+        *(config, path, model, tokenizer, merge, tuning, stages, identity, state, tensors, teacher)
+    )
+
+
+def _fresh(
+    config: TrainConfig, model: nn.Module, tokenizer: Any, base_config: dict[str, Any]
+) -> tuple[MergeConfig, Tuning]:
+    """What a new adapter is to be."""
+    d = base.text_config(base_config).get("hidden_size")
+    encoder = None
+    if config.k > 1:
+        factor = config.encoder_factor
+        h = default_inner_size(config.k, d) if factor is None else int(factor * config.k) * d
+        encoder = EncoderConfig(config.k, d, h, config.encoder_context)
+    tuning, head = _tuning(config, model)
+    merge = MergeConfig(
+        encoder,
+        BaseModelConfig(config.model, base.fingerprint(base_config)),
+        base.default_pad_token_id(tokenizer),
+        head,
+    )
+    return _signed(config, merge, tokenizer), tuning
+
+
+def _adopt(config: TrainConfig, adapter: Adapter) -> tuple[MergeConfig, Tuning]:
+    """What an adapter that is trained on stays; settings that say otherwise are refused."""
+    encoder, kind = adapter.merge.encoder, adapter.tuning.to_json()["fine_tune_type"]
+    context = 0 if encoder is None else encoder.context
+    if context != config.encoder_context:
+        raise TrainError(
+            f"--encoder-context is {config.encoder_context}, the adapter has {context}"
+        )
+    if kind != config.fine_tune_type:
+        raise TrainError(f"--fine-tune-type is {config.fine_tune_type}, the adapter has {kind}")
+    return adapter.merge, adapter.tuning
+
+
+def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
+    templated = bool(tokenizer.has_chat_template) and not config.ignore_chat_template
+    provenance = {
+        "trained_by": f"kmerge-mlx {__version__}",
+        "data": config.task or config.data or "hf_dataset",
+        **{name: getattr(config, name) for name in ("optimizer", "learning_rate", "batch_size")},
+        "seed": config.seed,
+    }
+    return replace(merge, layout={"chat_template": templated}, provenance=provenance)
+
+
+def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | None]:
+    """What of the base is trained, and the LoRA of a tied head, which mlx-lm has no place for."""
+    layers = len(model.layers)
+    if config.num_layers > layers:
+        raise TrainError(f"--num-layers is {config.num_layers}, the model has {layers} layers")
+    count = layers if config.num_layers < 0 else config.num_layers
+    if config.fine_tune_type == FULL:
+        return FullConfig(count), None
+    parameters = config.lora()
+    if unknown := sorted(map(str, set(parameters) - set(LORA_PARAMETERS))):
+        hint = ": mlx-lm's scale is alpha / rank" if "alpha" in unknown else ""
+        raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}")
+    keys = parameters["keys"]
+    keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
+    spec = LoRASpec(parameters["rank"], parameters["scale"])
+    heads = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD]
+    tied_head = HEAD in keys and not heads
+    if HEAD in keys:
+        keys = [key for key in keys if key != HEAD] + heads
+    return LoRAConfig(count, parameters["dropout"], spec, tuple(keys)), spec if tied_head else None
+
+
+def _frozen_copy(config: TrainConfig, model: nn.Module) -> nn.Module:
+    """The base once more, on the same arrays, its embedding wrapped without merging."""
+    copy, _ = load(config.model, lazy=True, trust_remote_code=config.trust_remote_code)
+    copy.update(model.parameters())
+    wire(copy, MergeConfig(None), LoRAConfig(0), 0, config.model)
+    copy.freeze()
+    return copy
+
+
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Recomputes each layer's activations in the backward pass, as mlx-lm does.
+
+    mlx-lm changes the layers' class for the whole process; classes of this model's own keep that
+    to this model.
+    """
+    own: dict[type, type] = {}
+    for layer in model.layers:
+        kind = type(layer)
+        layer.__class__ = own.setdefault(kind, type(kind.__name__, (kind,), {}))
+    for kind in own.values():
+        grad_checkpoint(next(layer for layer in model.layers if type(layer) is kind))

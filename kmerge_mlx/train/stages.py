@@ -1,0 +1,155 @@
+"""What a config names as data, tokenized: one stage, or those of a curriculum.
+
+Owns the way from ``--data``, ``--task`` and ``hf_dataset`` to training and validation sets. Does
+not know what a set holds (``dataset``) or how it is read (``order``).
+
+Source: DESIGN section 1 (a stage of the curriculum ends at 85% accuracy, the last at 95%).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kmerge_mlx.data import amazon_reviews, commitpackft
+from kmerge_mlx.data.examples import RowFormat
+from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.sampling import write_splits
+from kmerge_mlx.data.sources import ExampleList, load_examples, load_hub_datasets
+from kmerge_mlx.data.textualized_tree import TreeTask
+from kmerge_mlx.data.trees import Stage as TreeStage
+from kmerge_mlx.errors import DataError, TrainError, short
+from kmerge_mlx.train.config import TASKS, TrainConfig
+from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
+
+TRAIN_SPLITS = ("train", "valid")
+HELD_OUT_TREES = 1000
+"""Trees each of the validation and the test split."""
+
+Bar = Callable[[str], Callable[[int, int], None]]
+"""A label to what is called with (work done, work in all)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Args:
+        name: What to call it.
+        train: What is trained on.
+        valid: What is validated on, or None.
+        threshold: Accuracy at which the stage ends, or None: it lasts as long as the run.
+    """
+
+    name: str
+    train: Sequence[TokenizedExample]
+    valid: Sequence[TokenizedExample] | None
+    threshold: float | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 by which a resumed run knows its data."""
+        parts = [part.digest for part in (self.train, self.valid) if part is not None]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def load_stages(config: TrainConfig, tokenizer: Any, bar: Bar) -> list[Stage]:
+    """Reads, draws or fetches what a config trains on, and checks all of it.
+
+    Args:
+        config: The run's.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        bar: Shows how far it is.
+
+    Raises:
+        DataError: No data, a bad row (named), or data that cannot be had.
+        TrainError: A curriculum that is none.
+    """
+    limits = limits_of(config)
+    if config.task == TASKS[0]:
+        return _tree_stages(config, tokenizer, limits)
+    splits = _examples(config, bar)
+    if "train" not in splits:
+        raise DataError(f"{config.data or 'hf_dataset'} holds no training split (train.jsonl)")
+    sets = {
+        name: TokenizedSet(examples, tokenizer, limits, config.skip_bad, bar(f"Tokenizing {name}"))
+        for name, examples in splits.items()
+    }
+    return [Stage(config.task or "data", sets["train"], sets.get("valid"))]
+
+
+def limits_of(config: TrainConfig) -> Limits:
+    """What the rows of a run must keep to."""
+    return Limits(config.k, config.max_seq_length, not config.ignore_chat_template)
+
+
+def _examples(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
+    names = [f.name for f in fields(RowFormat) if f.name != "answers"]
+    given = {name: getattr(config, name) for name in names}
+    rows = RowFormat(**given, answers=not config.teacher_answers)
+    if config.task is not None:
+        return _hub_task(config, bar)
+    if config.hf_dataset is not None:
+        return load_hub_datasets(config.hf_dataset, rows, config.skip_bad, TRAIN_SPLITS)
+    if config.data is None:
+        raise DataError(f"no data: give --data, or --task ({', '.join(TASKS)})")
+    return load_examples(config.data, rows, config.skip_bad, TRAIN_SPLITS)
+
+
+def _hub_task(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
+    """Draws the splits of reviews or commits; the files are gone when they have been read."""
+    module, name = (
+        (amazon_reviews, config.category or amazon_reviews.CATEGORY)
+        if config.task == TASKS[1]
+        else (commitpackft, config.language or commitpackft.LANGUAGE)
+    )
+    source = Path(config.file) if config.file else module.fetch(name)
+    with tempfile.TemporaryDirectory() as folder:
+        write_splits(
+            *(source, module.pair, module.SIZES, Path(folder), config.data_seed, config.skip_bad),
+            progress=bar("Reading"),
+        )
+        return load_examples(folder, splits=TRAIN_SPLITS)
+
+
+def _tree_stages(config: TrainConfig, tokenizer: Any, limits: Limits) -> list[Stage]:
+    entries = [*(config.curriculum or [config.stage])]
+    found = []
+    for number, entry in enumerate(entries, 1):
+        last = number == len(entries)
+        limit = config.last_threshold if last else config.stage_threshold
+        name, stage, limit = _tree_stage(entry, limit)
+        task = TreeTask(
+            stage,
+            seed=config.data_seed,
+            questions_per_tree=2,
+            find_parent=config.find_parent,
+            reference_sampling=config.reference_sampling,
+            splits={"train": config.num_trees, "valid": HELD_OUT_TREES, "test": HELD_OUT_TREES},
+        )
+        sets = tree_sets(task, tokenizer, limits)
+        found.append(
+            Stage(name, sets["train"], sets["valid"], limit if config.curriculum else None)
+        )
+    return found
+
+
+def _tree_stage(entry: Any, threshold: float) -> tuple[str, str | TreeStage, float]:
+    """A stage's name, its limits and its threshold."""
+    if isinstance(entry, str):
+        return entry, entry, threshold
+    sizes = ("max_depth", "max_nodes", "min_children", "max_children")
+    known = {*sizes, "stage", "threshold"}
+    if not isinstance(entry, Mapping) or set(entry) - known:
+        raise TrainError(f"curriculum holds {short(entry)}, expected a stage or {sorted(known)}")
+    threshold = entry.get("threshold", threshold)
+    if "stage" in entry:
+        return str(entry["stage"]), str(entry["stage"]), threshold
+    if not all(isinstance(entry.get(name), int) for name in sizes):
+        raise TrainError(f"curriculum holds {short(entry)}, expected {', '.join(sizes)}")
+    stage = TreeStage(*(entry[name] for name in sizes))
+    return f"{stage.max_nodes} nodes", stage, threshold

@@ -1,0 +1,145 @@
+"""An encoder that reads tokens before its block: the same prompts read in many ways.
+
+Oracle: the merged embeddings of a plain loop over the tokens, read by mlx-lm as embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from kmerge_mlx import Segment, batch_generate, compress, load
+from kmerge_mlx.adapter import load_adapter, save_adapter
+from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.model import attach, merged_embedding
+from tests.cli_runner import run
+from tests.conftest import UPSTREAM
+from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps, write_base
+
+K, C = 4, 3
+
+
+@pytest.fixture(scope="module")
+def near():
+    """A random K = 4 model whose encoder reads three tokens before each block."""
+    model = build(qwen2_config())
+    attach(model, random_adapter(model, K, context=C), PAD)
+    model.context_length = 32_768
+    return model, load_tokenizer(UPSTREAM / "base")
+
+
+def naive_rows(model, segments: list[Segment]) -> mx.array:
+    """What the model should read of a prompt ``(N, D)``, one block after the other."""
+    merged, rows = merged_embedding(model), []
+    for segment in segments:
+        ids = list(segment.ids)
+        if not segment.merge:
+            rows.extend(merged.embedding(mx.array(ids)))
+            continue
+        for start in range(0, len(ids), K):
+            places = range(start - C, start + K)
+            read = [ids[i] if 0 <= i < len(ids) else PAD for i in places]
+            table = merged.embedding(mx.array(read))
+            hidden = table.reshape(-1)
+            for name in ("w1", "w2", "w3"):
+                layer = merged.encoder[name]
+                hidden = layer.weight @ hidden + layer.bias
+                hidden = mx.maximum(hidden, 0) if name != "w3" else hidden
+            rows.append(table[C:].mean(axis=0) + hidden)
+    return mx.stack(rows)
+
+
+def assert_same(found, wanted, tolerance=1e-4):
+    for (token, logprobs), (wanted_token, wanted_logprobs) in zip(found, wanted, strict=True):
+        assert token == wanted_token
+        assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 60, 3_001])
+def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
+    model, tokenizer = near
+    ids = prompts_of(1, length, length, seed=length)[0]
+    segments = [Segment([7, 8], False), Segment(ids), Segment([9], False), Segment(ids[:6])]
+    prompt = compress(model, tokenizer, segments)
+    rows = naive_rows(model, segments)
+    assert mx.abs(merged_embedding(model)(mx.array(prompt.ids)) - rows).max().item() < 1e-5
+    wanted = generate_step(mx.array([], mx.int32), model, max_tokens=6, input_embeddings=rows)
+    assert_same(steps(model, prompt, 6), list(wanted))
+
+
+def test_a_batch_equals_one_by_one(near):
+    model, tokenizer = near
+    prompts = prompts_of(8, 1, 120, seed=3)
+    found = batch_generate(
+        model, tokenizer, prompts, max_tokens=8, return_token_ids=True, return_logprobs=True
+    )
+    for prompt, tokens, logprobs in zip(prompts, found.token_ids, found.logprobs, strict=True):
+        alone = steps(model, compress(model, tokenizer, prompt), 8)
+        stop = next((i for i, (t, _) in enumerate(alone) if t in tokenizer.eos_token_ids), 8)
+        assert tokens == [token for token, _ in alone[:stop]]
+        for value, (token, wanted) in zip(logprobs, alone[:stop], strict=True):
+            assert abs(value - wanted[token].item()) < 1e-4
+
+
+def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
+    """A longer text shares whole blocks only: its next block is another, context included."""
+    model, _ = near
+    merged, store = merged_embedding(model), LRUPromptCache()
+    shared = prompts_of(1, 80, 80, seed=8)[0]
+    first = merged.compress([Segment(shared)])
+    cache = make_prompt_cache(model)
+    model(mx.array([first.ids]), cache=cache)
+    store.insert_cache("m", first.ids, cache)
+    for tail in ([5, 6, 7], [5, 9, 1, 2, 3], [11] * 30):
+        prompt = merged.compress([Segment(shared + tail)])
+        reused, rest = store.fetch_nearest_cache("m", prompt.ids)
+        cached = len(prompt.ids) - len(rest)
+        assert cached == 20
+        assert_same(steps(model, prompt.after(cached), prompt_cache=reused), steps(model, prompt))
+
+
+def test_a_token_changed_within_reach_of_the_next_block_ends_the_prefix_there(near):
+    model, _ = near
+    merged, store = merged_embedding(model), LRUPromptCache()
+    ids = list(range(1, 13))
+    prompt = merged.compress([Segment(ids)])
+    cache = make_prompt_cache(model)
+    model(mx.array([prompt.ids]), cache=cache)
+    store.insert_cache("m", prompt.ids, cache)
+    other = merged.compress([Segment([*ids[:7], 99, *ids[8:]])])
+    assert other.ids[0] == prompt.ids[0]
+    assert other.ids[1] != prompt.ids[1]
+    assert other.ids[2] != prompt.ids[2]  # equal tokens, read after another one
+    changed_early = merged.compress([Segment([*ids[:4], 99, *ids[5:]])])
+    assert changed_early.ids[2] == prompt.ids[2]  # out of reach
+
+
+def test_an_adapter_with_context_is_loaded_bit_for_bit(tmp_path):
+    base = write_base(tmp_path / "base", qwen2_config())
+    adapter = random_adapter(build(qwen2_config()), K, context=C)
+    save_adapter(adapter, tmp_path / "a")
+    found = load_adapter(tmp_path / "a")
+    assert found.merge == adapter.merge
+    model, tokenizer = load(str(base), tmp_path / "a", K)
+    assert merged_embedding(model).context == C
+    fresh = build(qwen2_config())
+    attach(fresh, adapter, PAD)
+    logits = [m(mx.array([compress(m, tokenizer, [1, 2, 3, 4, 5]).ids])) for m in (model, fresh)]
+    assert mx.array_equal(*logits)
+    assert "3 tokens of context, " in run("info", tmp_path / "a").out
+
+
+def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):
+    """An older release reads past the key: its check of w1's shape must fail."""
+    save_adapter(random_adapter(build(qwen2_config()), K, context=C), tmp_path / "a")
+    path = tmp_path / "a" / "merge_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("encoder_context") == C
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"w1\.weight has shape \(512, 448\), expected .*256\)"):
+        load_adapter(tmp_path / "a")

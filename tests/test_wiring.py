@@ -1,0 +1,344 @@
+"""Fresh adapters: wired, unfrozen, trained, gathered, saved, and read back bit for bit."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from kmerge_mlx import Segment
+from kmerge_mlx.adapter import load_adapter, save_adapter
+from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.errors import AdapterError, ModelError
+from kmerge_mlx.lora import default_keys
+from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
+from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.tuning import FullConfig, LoRAConfig
+from tests.test_train_loss import examples
+from tests.tiny import PAD, PROJECTIONS, build, qwen2_config
+
+D, V, LAYERS = 64, 700, 2
+SPEC = LoRASpec(4, 2.0)
+TUNINGS = {
+    "uniform": LoRAConfig(LAYERS, 0.05, SPEC, PROJECTIONS),
+    "last layer": LoRAConfig(1, 0.0, SPEC, PROJECTIONS),
+    "by module": LoRAConfig(
+        LAYERS,
+        modules={
+            "model.layers.0.self_attn.q_proj": SPEC,
+            "model.layers.1.mlp.up_proj": LoRASpec(2, 0.5),
+        },
+    ),
+    "full": FullConfig(1),
+    "all full": FullConfig(-1),
+}
+ENCODERS = {1: None, 4: EncoderConfig(4, D, 2 * D), "4 with context": EncoderConfig(4, D, D, 3)}
+
+
+def base(tied: bool = True, dtype=mx.float32, **changes) -> nn.Module:
+    model = build(qwen2_config(tie_word_embeddings=tied, **changes))
+    model.set_dtype(dtype)
+    return model
+
+
+def merge_of(k=4, head: bool = True) -> MergeConfig:
+    return MergeConfig(ENCODERS[k], pad_token_id=PAD, head_lora=SPEC if head else None)
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, _ in tree_flatten(model.trainable_parameters())}
+
+
+def train(model: nn.Module, merge: MergeConfig, steps: int = 2) -> None:
+    """A few steps over the training loss, which replaces the class of the head for one thing."""
+    optimizer, head = optim.Adam(0.01), AnswerHead(model)
+    context = merge.encoder.context if merge.encoder else 0
+    batch = make_batch(examples(3), merge.merge_factor, PAD, V, context)
+    loss_and_gradients = nn.value_and_grad(model, lambda m: answer_loss(head, m, batch))
+    for _ in range(steps):
+        _, gradients = loss_and_gradients(model)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+
+
+def logits_of(model: nn.Module) -> mx.array:
+    prompt = merged_embedding(model).compress([Segment(list(range(1, 23))), Segment([5], False)])
+    return model(mx.array([prompt.ids]))
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("k", ENCODERS)
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_what_was_trained_is_saved_and_attached_bit_for_bit(tmp_path, tuning, k, tied, head):
+    merge, tuning = merge_of(k, head), TUNINGS[tuning]
+    model = base(tied)
+    wire(model, merge, tuning, PAD)
+    unfreeze(model, tuning)
+    before = logits_of(model)
+    model.train()
+    train(model, merge)
+    merged_embedding(model).forget_blocks()
+    save_adapter(adapter_of(model, merge, tuning), tmp_path / "a")
+    model.eval()
+    found = load_adapter(tmp_path / "a")
+    fresh = base(tied)
+    attach(fresh, found, PAD)
+    assert mx.array_equal(logits_of(fresh), logits_of(model))
+    assert not mx.array_equal(logits_of(model), before)
+    assert (found.merge, found.tuning) == (merge, tuning)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_that_was_attached_goes_on_training(tmp_path, tied):
+    """A converted checkpoint is where training may start."""
+    merge, tuning = merge_of(), TUNINGS["uniform"]
+    first = base(tied)
+    wire(first, merge, tuning, PAD)
+    adapter = adapter_of(first, merge, tuning)
+    second = base(tied)
+    attach(second, adapter, PAD)
+    found = adapter_of(second, merge, tuning)
+    for part in ("tuning_weights", "encoder_weights", "head_weights"):
+        ours, theirs = getattr(found, part), getattr(adapter, part)
+        assert ours.keys() == theirs.keys()
+        assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+    for model in (first, second):
+        unfreeze(model, tuning)
+    assert trainable(first) == trainable(second)
+
+
+def test_a_gathered_adapter_is_not_changed_by_training_on():
+    merge, tuning = merge_of(), TUNINGS["uniform"]
+    model = base()
+    wire(model, merge, tuning, PAD)
+    unfreeze(model, tuning)
+    adapter = adapter_of(model, merge, tuning)
+    mx.eval(adapter.encoder_weights)
+    kept = {name: mx.array(array) for name, array in adapter.encoder_weights.items()}
+    train(model, merge)
+    assert all(mx.array_equal(kept[n], adapter.encoder_weights[n]) for n in kept)
+    moved = adapter_of(model, merge, tuning).encoder_weights
+    assert not all(mx.array_equal(kept[n], moved[n]) for n in kept)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("k", ENCODERS)
+def test_a_fresh_adapter_reads_block_means_and_changes_nothing_else(k, tied):
+    plain, model = base(tied), base(tied)
+    merged = wire(model, merge_of(k), TUNINGS["uniform"], PAD)
+    ids = mx.array([[5, 6, 7, 8]])
+    assert mx.array_equal(plain(ids), model(ids))
+    if k != 1:
+        prompt = merged.compress([Segment([5, 6, 7, 8, 9])])
+        rows = mx.stack([plain.model.embed_tokens(ids[0]).mean(axis=0)])
+        assert mx.abs(merged(mx.array(prompt.ids[:1])) - rows).max().item() < 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
+    model, merge, tuning = base(tied, dtype), merge_of(), TUNINGS["uniform"]
+    merged = wire(model, merge, tuning, PAD)
+    adapter = adapter_of(model, merge, tuning)
+    tensors = adapter.tuning_weights | adapter.encoder_weights | adapter.head_weights
+    assert {array.dtype for array in tensors.values()} == {mx.float32}
+    assert logits_of(model).dtype == dtype
+    with merged.reading(mx.zeros((1, D), mx.float32)):
+        assert merged(mx.array([V, 3])).dtype == dtype
+    batch = make_batch(examples(2), 4, PAD, V)
+    assert AnswerHead(model).logits(model, batch).dtype == dtype
+
+
+def test_a_seed_decides_the_fresh_tensors():
+    drawn = []
+    for seed in (1, 1, 2):
+        model, merge, tuning = base(), merge_of(), TUNINGS["uniform"]
+        mx.random.seed(seed)
+        wire(model, merge, tuning, PAD)
+        drawn.append(adapter_of(model, merge, tuning))
+    for part in ("tuning_weights", "encoder_weights", "head_weights"):
+        one, same, other = (getattr(adapter, part) for adapter in drawn)
+        assert all(mx.array_equal(one[name], same[name]) for name in one)
+        assert not all(mx.array_equal(one[name], other[name]) for name in one)
+
+
+# What is trainable
+
+
+def expected_names(tied: bool, k, tuning: str, head: bool, quantized: bool = False) -> set[str]:
+    """Spelled out, not asked of the code."""
+    names = set()
+    if k != 1:
+        start = "model.embed_tokens.encoder."
+        names = {start + f"w{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")}
+    modules = {
+        "uniform": [f"model.layers.{i}.{key}" for i in (0, 1) for key in PROJECTIONS],
+        "last layer": [f"model.layers.1.{key}" for key in PROJECTIONS],
+        "by module": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+    }.get(tuning, [])
+    if head:
+        modules = [*modules, "model.embed_tokens" if tied else "lm_head"]
+    names |= {f"{module}.{part}" for module in modules for part in ("lora_a", "lora_b")}
+    layers = {"full": [1], "all full": [0, 1]}.get(tuning, [])
+    inside = (
+        *(f"self_attn.{p}_proj.{part}" for p in "qkv" for part in ("weight", "bias")),
+        *("self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"),
+        *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")),
+    )
+    return names | {f"model.layers.{i}.{name}" for i in layers for name in inside}
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_exactly_what_the_adapter_holds_is_trainable(tuning, k, tied, head):
+    model = base(tied)
+    wire(model, merge_of(k, head), TUNINGS[tuning], PAD)
+    unfreeze(model, TUNINGS[tuning])
+    assert trainable(model) == expected_names(tied, k, tuning, head)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_quantized_base_stays_frozen_under_its_lora(tmp_path, k, tied):
+    """QLoRA: 4-bit weights, LoRA and encoder on top, trained and read back bit for bit."""
+
+    def quantized() -> nn.Module:
+        model = base(tied)
+        nn.quantize(model, group_size=32, bits=4)
+        return model
+
+    model, merge, tuning = quantized(), merge_of(k), TUNINGS["uniform"]
+    wire(model, merge, tuning, PAD)
+    unfreeze(model, tuning)
+    assert trainable(model) == expected_names(tied, k, "uniform", True)
+    model.train()
+    train(model, merge)
+    model.eval()
+    save_adapter(adapter_of(model, merge, tuning), tmp_path / "a")
+    fresh = quantized()
+    attach(fresh, load_adapter(tmp_path / "a"), PAD)
+    assert mx.array_equal(logits_of(fresh), logits_of(model))
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_warm_up_trains_the_encoder_alone_and_can_be_ended(tuning):
+    model = base()
+    wire(model, merge_of(), TUNINGS[tuning], PAD)
+    unfreeze(model, TUNINGS[tuning], encoder_only=True)
+    assert trainable(model) == {n for n in expected_names(True, 4, tuning, True) if "encoder" in n}
+    unfreeze(model, TUNINGS[tuning])
+    assert trainable(model) == expected_names(True, 4, tuning, True)
+
+
+def test_a_warm_up_without_an_encoder_is_refused():
+    model = base()
+    wire(model, merge_of(1), TUNINGS["uniform"], PAD)
+    with pytest.raises(AdapterError, match="merge factor 1 has no encoder to train alone"):
+        unfreeze(model, TUNINGS["uniform"], encoder_only=True)
+
+
+# Which modules carry LoRA when nobody says
+
+
+CONFIGS = {
+    "qwen2": qwen2_config(),
+    "experts": qwen2_config(
+        model_type="qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        head_dim=32,
+    ),
+    "first layer dense": qwen2_config(
+        model_type="qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        mlp_only_layers=[0],
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        head_dim=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("num_layers", [-1, 2, 1])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_default_keys_are_mlx_lms_own_choice(name, num_layers):
+    theirs, ours = build(CONFIGS[name]), build(CONFIGS[name])
+    options = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(theirs, num_layers, options)
+    keys = default_keys(ours, num_layers)
+    covered = LAYERS if num_layers == -1 else num_layers
+    wire(ours, merge_of(1, head=False), LoRAConfig(covered, 0.0, SPEC, keys), PAD)
+    lora = {n for n, _ in tree_flatten(theirs.parameters()) if n.endswith(("lora_a", "lora_b"))}
+    assert lora == set(adapter_of(ours, merge_of(1, head=False), LoRAConfig(2)).tuning_weights)
+    assert lora
+
+
+def test_default_keys_survive_their_file_where_layers_differ(tmp_path):
+    """A key of an early layer alone would have no tensors in the last one."""
+    model, merge = build(CONFIGS["first layer dense"]), merge_of(head=False)
+    keys = default_keys(model, 1)
+    assert "mlp.gate" in keys
+    assert "mlp.up_proj" not in keys
+    tuning = LoRAConfig(1, 0.0, SPEC, keys)
+    wire(model, merge, tuning, PAD)
+    save_adapter(adapter_of(model, merge, tuning), tmp_path / "a")
+    fresh = build(CONFIGS["first layer dense"])
+    attach(fresh, load_adapter(tmp_path / "a"), PAD)
+    assert mx.array_equal(logits_of(fresh), logits_of(model))
+
+
+# Refusals
+
+
+def test_a_key_that_no_covered_layer_has_is_refused():
+    model = build(CONFIGS["first layer dense"])
+    tuning = LoRAConfig(1, 0.0, SPEC, ("mlp.up_proj", "q_proj"))
+    with pytest.raises(AdapterError) as error:
+        wire(model, merge_of(), tuning, PAD)
+    assert "mlp.up_proj" in str(error.value)  # in the first layer, which is not covered
+    assert "q_proj" in str(error.value)  # mlx-lm takes whole paths
+
+
+def test_lora_of_a_models_own_kind_is_refused_by_name():
+    config = {
+        "model_type": "afm7",
+        "vocab_size": V,
+        "hidden_dim": 32,
+        "num_layers": 2,
+        "num_kv_reuse_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+    }
+    keys = default_keys(build(config))
+    assert "self_attn.out_proj" in keys
+    assert "self_attn.qkv_proj" not in keys
+    with pytest.raises(AdapterError, match="qkv_proj as a plain linear layer"):
+        wire(build(config), merge_of(1), LoRAConfig(1, 0.0, SPEC, ("self_attn.qkv_proj",)), PAD)
+
+
+def test_an_encoder_for_another_width_is_refused():
+    merge = MergeConfig(EncoderConfig(4, 32, 64))
+    with pytest.raises(AdapterError, match="tiny has hidden_size 64, the encoder has 32"):
+        wire(base(), merge, TUNINGS["uniform"], PAD, "tiny")
+
+
+def test_a_model_that_cannot_read_virtual_ids_is_refused_before_any_training(monkeypatch):
+    model = base()
+    model.model_type = "unheard of"
+    plain = type(model).__call__  # reads ids behind the table's back from here on
+    monkeypatch.setattr(type(model), "__call__", lambda m, ids: plain(m, ids) + ids[..., None])
+    with pytest.raises(ModelError, match="outside its embedding table"):
+        wire(model, merge_of(), TUNINGS["uniform"], PAD, "odd")
