@@ -6,12 +6,13 @@ over encoder and LoRA. Ours: `Stepper` with MLX's AdamW. Both start from the sam
 float32, and read the same new batch in every step, from token ids to changed weights.
 
 Each framework has a process of its own with the same number of threads; both stay resident and take
-turns. Before anything is timed, a first pair of processes takes three steps without dropout, and
-their losses must agree: the same forward pass, the same gradients, the same optimizer.
+turns. Before anything is timed, a first pair of processes takes four steps on one batch without
+dropout, and their losses must agree: the same forward pass, gradients and optimizer.
 
 Memory, per process: the highest resident set while stepping ("peak"); the same minus the resident
 set once model, adapter and libraries are loaded ("growth": activations, gradients, optimizer); and
-the growth plus the bytes of the weights ("with weights": no interpreter, no libraries).
+the growth plus the bytes of the weights ("with weights": no interpreter, no libraries). "mlx_peak"
+is MLX's own count, weights included. Processor time tells more than a clock where others compute.
 
     LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0 \\
         python benchmarks/train_step.py --repeats 5 --steps 3
@@ -22,269 +23,58 @@ LD_PRELOAD is for MLX on Linux; PyTorch's process runs without it, on the BLAS i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import random
 import re
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-TOKENIZER = ROOT / "tests" / "fixtures" / "upstream_tied_k4" / "base"
-RANK, ALPHA, LEARNING_RATE = 4, 16, 1e-4
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-PAD = 220
+CHILD = Path(__file__).with_name("train_step_child.py")
+SIDES = ("torch", "mlx")
 CHECK_STEPS, CHECK_TOLERANCE, FALL_TOLERANCE = 4, 1e-5, 1e-2  # relative
 WARM_UP_STEPS, SETTLE = 2, 0.3  # seconds: a BLAS's threads spin for a while after their last call
-BYTES = ("growth", "with_weights", "peak", "mlx_peak")
+COMPARED = ("growth", "with_weights", "peak")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-Prompts = list[list[int]]
-Step = Callable[[Prompts, Prompts], float]  # prompts, answers -> mean loss
-
-
-def draw_batch(shape: argparse.Namespace, number: int) -> tuple[Prompts, Prompts]:
-    """The ids of step `number`: the same for both frameworks. The last of an answer is its EOS."""
-    rng = random.Random(number)
-
-    def draw(length: int) -> Prompts:
-        return [
-            [rng.randrange(shape.vocab_size) for _ in range(length)]
-            for _ in range(shape.batch_size)
-        ]
-
-    return draw(shape.prompt_tokens), draw(shape.answer_tokens)
-
-
-# The children
-
-
-def make_folder(shape: argparse.Namespace) -> None:
-    """Writes a random base, a checkpoint as the authors' code leaves it, and its conversion."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from kmerge_mlx.convert.checkpoint import convert_checkpoint
-    from tests.reference.torch_reference import ReferenceEncoder
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=4 * shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=max(shape.hidden_size // 64, 1),
-        num_key_value_heads=max(shape.hidden_size // 128, 1),
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    base, checkpoint = shape.folder / "base", shape.folder / "checkpoint"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, base / name)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=shape.dropout,
-        target_modules=list(TARGETS),
-        init_lora_weights=False,  # B is not zero, so that the check sees every gradient
-    )
-    get_peft_model(model, lora).save_pretrained(checkpoint)
-    torch.save(
-        ReferenceEncoder(shape.k, shape.hidden_size).state_dict(), checkpoint / "encoder.pth"
-    )
-    (checkpoint / "metrics.json").write_text(json.dumps({"merge_factor": shape.k}))
-    convert_checkpoint(str(checkpoint), shape.folder / "adapter", str(base), shape.k)
-
-
-def torch_side(shape: argparse.Namespace) -> tuple[int, Callable[[], Step], dict]:
-    """PyTorch: bytes of the weights, what makes a step, and what it all is."""
-    import peft
-    import torch
-    import transformers
-
-    from tests.reference.training import load_trainable
-
-    torch.set_num_threads(shape.threads)
-    reference = load_trainable(shape.folder / "base", shape.folder / "checkpoint")
-    model, encoder = reference.model.train(not shape.check), reference.encoder
-    model.set_attn_implementation("sdpa")  # what Transformers chooses by itself
-    embedding = model.get_input_embeddings()
-    parameters = [*model.parameters(), *encoder.parameters()]
-    for parameter in parameters:
-        parameter.sum()  # reads what from_pretrained mapped but did not load
-
-    def make_step() -> Step:
-        optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], LEARNING_RATE)
-
-        def step(prompts: Prompts, answers: Prompts) -> float:
-            ids = torch.tensor([p + [PAD] * (-len(p) % shape.k) for p in prompts])
-            merged = encoder(embedding(ids).reshape(-1, shape.k, shape.hidden_size))
-            merged = merged.reshape(len(prompts), -1, shape.hidden_size)  # (B, N, D)
-            answer = torch.tensor(answers)
-            unscored = torch.full(merged.shape[:2], -100)
-            loss = model(
-                inputs_embeds=torch.cat([merged, embedding(answer)], dim=1),
-                labels=torch.cat([unscored, answer], dim=1),
-                use_cache=False,
-            ).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
-
-        return step
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about = {**versions, "peft": peft.__version__, "threads": torch.get_num_threads()}
-    return sum(p.nbytes for p in parameters), make_step, about
-
-
-def mlx_side(shape: argparse.Namespace) -> tuple[int, Callable[[], Step], dict]:
-    """Ours: bytes of the weights, what makes a step, and what it all is."""
-    import mlx.core as mx
-    import mlx.optimizers as optim
-    from mlx.utils import tree_flatten
-
-    from kmerge_mlx import load
-    from kmerge_mlx.data.layout import TokenizedExample
-    from kmerge_mlx.model import merged_embedding
-    from kmerge_mlx.prompt import Segment
-    from kmerge_mlx.train.rows import make_batch
-    from kmerge_mlx.train.step import Stepper
-
-    mx.set_default_device(mx.cpu)
-    model, _ = load(str(shape.folder / "base"), shape.folder / "adapter", shape.k)
-    model.freeze()
-    model.unfreeze(keys=["lora_a", "lora_b"])
-    merged_embedding(model).encoder.unfreeze()
-    mx.eval(model.parameters())
-
-    def make_step() -> Step:
-        # As in torch.optim.AdamW, whose defaults are otherwise MLX's.
-        optimizer = optim.AdamW(LEARNING_RATE, bias_correction=True)
-        optimizer.init(model.trainable_parameters())
-        model.train(not shape.check)
-        stepper = Stepper(model, optimizer)
-
-        def step(prompts: Prompts, answers: Prompts) -> float:
-            examples = [
-                TokenizedExample([Segment(p)], a) for p, a in zip(prompts, answers, strict=True)
-            ]
-            batch = make_batch(examples, shape.k, PAD, shape.vocab_size)
-            loss, *_ = stepper.update(stepper.add(batch, None))
-            mx.eval(model.parameters(), optimizer.state)
-            return float(loss)
-
-        return step
-
-    about = {"mlx": mx.__version__, "threads": shape.threads}
-    return sum(a.nbytes for _, a in tree_flatten(model.parameters())), make_step, about
-
-
-SIDES = {"torch": torch_side, "mlx": mlx_side}
-
-
-def serve(shape: argparse.Namespace) -> None:
-    """A child: loads, then answers every number on stdin with that many timed steps."""
-    weights, make_step, about = SIDES[shape.child](shape)
-    forget_peak()
-    loaded, step, number = resident(), make_step(), 0
-    for line in iter(sys.stdin.readline, ""):
-        losses, seconds = [], []
-        for _ in range(int(line)):
-            # The check repeats one batch: what an update did shows in the next loss.
-            batch = draw_batch(shape, 0 if shape.check else number)
-            start = time.perf_counter()
-            losses.append(step(*batch))
-            seconds.append(time.perf_counter() - start)
-            number += 1
-        reply = {"losses": losses, "seconds": seconds, "weights": weights, "loaded": loaded}
-        reply |= {"peak": peak(), "about": {**about, "blas": blas()}}
-        if "mlx.core" in sys.modules:
-            reply["mlx_peak"] = sys.modules["mlx.core"].get_peak_memory()
-        print(json.dumps(reply), flush=True)
-
-
-def resident() -> int:
-    """This process's resident set, in bytes."""
-    command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
-
-
-def peak() -> int:
-    """The highest resident set since `forget_peak`, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent's, before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def forget_peak() -> None:
-    """Starts the peak anew where the system can (Linux), and MLX's own everywhere."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if "mlx.core" in sys.modules:
-        sys.modules["mlx.core"].reset_peak_memory()
-
-
-def blas() -> str:
-    """The libraries that may multiply matrices here, by what is mapped into this process."""
-    if sys.platform == "darwin":
-        return "Accelerate" if "mlx.core" in sys.modules else "PyTorch's own"
-    mapped = Path("/proc/self/maps").read_text()
-    names = set(re.findall(r"/([^/\n]*(?:blas|mkl)[^/\n]*)\n", mapped))
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.backends.mkl.is_available():
-        names.add("MKL inside libtorch")
-    return ", ".join(sorted(names)) or "none found"
-
-
-# The parent
 
 
 class Child:
-    """A framework's process."""
+    """A framework's process.
 
-    def __init__(self, shape: argparse.Namespace, name: str, folder: Path, check: bool = False):
-        environment = child_environment(shape.threads, keep_preload=name == "mlx")
-        arguments = ["--child", name, "--folder", str(folder), *(["--check"] if check else [])]
+    Args:
+        shape: The options.
+        side: "torch", "mlx", or "make" for the one that makes the model.
+        folder: Where the model is.
+        check: Leave dropout out and repeat one batch.
+    """
+
+    def __init__(self, shape: argparse.Namespace, side: str, folder: str, check: bool = False):
+        options = {**vars(shape), "side": side, "folder": folder, "check": check}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], *arguments],
-            env=environment,
+            [sys.executable, "-W", "ignore", CHILD, json.dumps(options)],
+            env=child_environment(shape.threads, keep_preload=side == "mlx"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
     def steps(self, count: int) -> dict:
-        """Takes steps and returns what `serve` reports."""
+        """Takes steps and returns what the child's `serve` reports."""
         print(count, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a child failed with exit code {self.process.wait()}")
-        return json.loads(line)
+        return json.loads(self.process.stdout.readline() or self._failed())
 
     def close(self) -> None:
         """Ends the process."""
         self.process.stdin.close()
-        if code := self.process.wait():
-            raise SystemExit(f"a child failed with exit code {code}")
+        if self.process.wait():
+            self._failed()
+
+    def _failed(self):
+        raise SystemExit(f"a child failed with exit code {self.process.wait()}")
 
 
 def child_environment(threads: int, keep_preload: bool) -> dict[str, str]:
@@ -295,7 +85,7 @@ def child_environment(threads: int, keep_preload: bool) -> dict[str, str]:
     return environment
 
 
-def check(shape: argparse.Namespace, folder: Path) -> dict:
+def check(shape: argparse.Namespace, folder: str) -> dict:
     """Losses of the first steps on one batch, without dropout, in both frameworks."""
     losses = {}
     for name in SIDES:
@@ -309,32 +99,29 @@ def check(shape: argparse.Namespace, folder: Path) -> dict:
     return {"losses": losses, "largest_relative_gap": gap}
 
 
-def measure(shape: argparse.Namespace, folder: Path) -> dict:
+def measure(shape: argparse.Namespace, folder: str) -> dict:
     """Both processes take turns; who is first alternates."""
     children = {name: Child(shape, name, folder) for name in SIDES}
-    rounds: dict[str, list[float]] = {name: [] for name in SIDES}
-    first: dict[str, float] = {}
-    last: dict[str, dict] = {}
-    for number in range(-1, shape.repeats):  # the first round is the warm-up
+    rounds: dict[str, list[dict]] = {name: [] for name in SIDES}
+    for number in range(shape.repeats + 1):  # the first round is the warm-up
         for name in sorted(SIDES, reverse=number % 2 == 1):
-            last[name] = children[name].steps(WARM_UP_STEPS if number < 0 else shape.steps)
-            if number < 0:
-                first[name] = last[name]["seconds"][0]
-            else:
-                rounds[name].append(statistics.median(last[name]["seconds"]))
+            rounds[name].append(children[name].steps(shape.steps if number else WARM_UP_STEPS))
             time.sleep(SETTLE)
     for child in children.values():
         child.close()
-    ratios = [t / m for t, m in zip(rounds["torch"], rounds["mlx"], strict=True)]
-    result = {"speedup": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
-    for name in SIDES:
-        median = statistics.median(rounds[name])
-        result[name] = {"step_seconds": median, "rounds": rounds[name], "first": first[name]}
-        result[name] |= memory(last[name]) | {"about": last[name]["about"]}
-    result["memory_ratio"] = {
-        part: result["mlx"][part] / result["torch"][part]
-        for part in ("growth", "with_weights", "peak")
-    }
+    result: dict = {}
+    for name, (first, *timed) in rounds.items():
+        seconds, cpu = (
+            [statistics.median(one[key]) for one in timed] for key in ("seconds", "cpu")
+        )
+        result[name] = {"step_seconds": statistics.median(seconds), "rounds": seconds}
+        result[name] |= {"cpu_seconds": statistics.median(cpu), "first": first["seconds"][0]}
+        result[name] |= memory(timed[-1]) | {"about": timed[-1]["about"]}
+    theirs, ours = result["torch"], result["mlx"]
+    ratios = [t / m for t, m in zip(theirs["rounds"], ours["rounds"], strict=True)]
+    result["speedup"] = statistics.median(ratios)
+    result["spread"] = [min(ratios), max(ratios)]
+    result["memory_ratio"] = {part: ours[part] / theirs[part] for part in COMPARED}
     return result
 
 
@@ -348,21 +135,23 @@ def memory(reply: dict) -> dict:
 
 def show(result: dict) -> None:
     """Prints the figures for people."""
-    losses = result["check"]["losses"]
     for name in SIDES:
-        print(f"check, no dropout: {name} losses " + ", ".join(f"{x:.6f}" for x in losses[name]))
+        losses = ", ".join(f"{loss:.6f}" for loss in result["check"]["losses"][name])
+        print(f"check, no dropout, {name}: losses {losses}")
     for name in SIDES:
         side = result[name]
-        mb = {key: f"{value / 1e6:,.0f} MB" for key, value in side.items() if key in BYTES}
         print(
-            f"{name}: {side['step_seconds'] * 1e3:,.0f} ms a step (the first {side['first']:.1f} s)"
-            f", growth {mb['growth']}, with weights {mb['with_weights']}, peak {mb['peak']}"
-            + (f", MLX's own peak with weights {mb['mlx_peak']}" if "mlx_peak" in mb else "")
+            f"{name}: {side['step_seconds']:.3f} s a step, of processor time "
+            f"{side['cpu_seconds']:.3f} s, the first {side['first']:.1f} s"
         )
+        mb = [
+            f"{part} {side[part] / 1e6:,.0f} MB" for part in (*COMPARED, "mlx_peak") if part in side
+        ]
+        print("  memory: " + ", ".join(mb))
         print("  " + ", ".join(f"{key} {value}" for key, value in side["about"].items()))
     low, high = result["spread"]
-    ratios = ", ".join(f"{key} {value:.3f}" for key, value in result["memory_ratio"].items())
-    print(f"steps per second: {result['speedup']:.2f}x ({low:.2f}-{high:.2f})")
+    ratios = ", ".join(f"{part} {value:.3f}" for part, value in result["memory_ratio"].items())
+    print(f"steps per second, ours over PyTorch's: {result['speedup']:.2f} ({low:.2f}-{high:.2f})")
     print(f"memory, ours over PyTorch's: {ratios}")
 
 
@@ -380,26 +169,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of each in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", choices=("make", *SIDES), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     shape = parse()
-    if shape.child:
-        return make_folder(shape) if shape.child == "make" else serve(shape)
-    options = {name: value for name, value in vars(shape).items() if isinstance(value, int)}
-    result: dict = {"machine": machine(), "options": options | {"dropout": shape.dropout}}
+    result: dict = {"machine": machine(), "options": vars(shape)}
     if not shape.json:
-        print(f"{result['machine']}; {result['options']}", flush=True)
+        options = ", ".join(f"{name} {value}" for name, value in vars(shape).items())
+        print(f"{result['machine']}\n{options}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        Child(shape, "make", Path(folder)).close()
-        result["check"] = check(shape, Path(folder))
-        result |= measure(shape, Path(folder))
+        Child(shape, "make", folder).close()
+        result["check"] = check(shape, folder)
+        result |= measure(shape, folder)
     print(json.dumps(result)) if shape.json else show(result)
-    return None
 
 
 def machine() -> str:

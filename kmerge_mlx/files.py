@@ -172,6 +172,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
     except RuntimeError as e:  # MLX's word for a full disk
         raise OSError(errno.EIO, f"MLX could not write it ({first_line(e)})") from e
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Makes sure that what was written to a file is on the disk."""
     with path.open("rb") as file:
         _sync(file.fileno())
 

@@ -14,6 +14,7 @@ from typing import Any
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.train.checkpoint import TRAINING
 from kmerge_mlx.train.log import read_log
+from kmerge_mlx.train.loop import Watcher
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by everyone (Okabe, Ito)
@@ -32,6 +33,22 @@ def check_plot(path: str | Path) -> None:
         raise TrainError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise TrainError(f"--plot is {path}, but there is no folder {path.parent}")
+
+
+class TrainingPlot(Watcher):
+    """Draws a run anew at every save.
+
+    Args:
+        run: Its folder.
+        path: The picture.
+    """
+
+    def __init__(self, run: Path, path: str | Path):
+        self._run, self._path = run, path
+
+    def on_save(self, iteration: int) -> None:
+        if iteration:
+            draw_training([self._run], self._path)
 
 
 def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] = ()) -> None:

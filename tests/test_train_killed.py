@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed: every weight, the optimizer and the log equal an unbroken run's.
+"""Killed and resumed runs: every weight, the optimizer and the log equal an unbroken run's.
 
 Ten kills at random moments in one run, and then kills at the steps of a save, by an audit hook that
 kills the process at the n-th one. Every run has dropout, accumulation and a curriculum.
@@ -44,7 +44,7 @@ if at:
 sys.argv = ["kmerge-mlx", *sys.argv[3:]]
 main()
 """
-ITERS = 40
+ITERS = 30
 OPTIONS = (
     *("--model", UPSTREAM / "base", "--task", "textualized-tree", "--k", 4),
     *("--curriculum", "small,xsmall", "--stage-threshold", 0, "--last-threshold", 1),
@@ -141,7 +141,9 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, unbroken):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("step", [3, 20, 70, 75, 80, 84, 88, 92, 96])
+# Before the first save is there; while the second is written; between its two renames; before the
+# old folder is removed; while the log goes on.
+@pytest.mark.parametrize("step", [12, 36, 40, 42, 50])
 def test_killed_at_a_step_of_a_save_the_run_goes_on_to_the_same_bits(tmp_path, unbroken, step):
     path = tmp_path / "run"
     children = [Child(path, step), Child(path)]

@@ -53,17 +53,22 @@ class TrainingBar(Watcher):
     """
 
     def __init__(self, run: Run):
+        self._run = run
         self._config: TrainConfig = run.config
+        self._bar: Any = None
+        self._valid: Any = None
+
+    def begin(self) -> None:
+        """Shows what is about to be trained, once nothing is left that could be refused."""
+        self._say(_header(self._run))
         self._bar = tqdm(
-            total=run.config.iters,
-            initial=run.state.iteration,
+            total=self._config.iters,
+            initial=self._run.state.iteration,
             desc="Training",
             unit="it",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._valid: Any = None
-        self._say(_header(run))
 
     def on_iteration(self, iteration: int) -> None:
         self._bar.update(iteration - self._bar.n)
@@ -140,13 +145,17 @@ def print_outcome(outcome: Outcome) -> None:
 
 def _header(run: Run) -> str:
     """What is about to be trained, and on how much."""
-    adapter, stage = adapter_of(run.model, run.merge, run.tuning), run.stages[run.state.stage]
+    state = run.state
+    if state.finished or state.iteration >= run.config.iters:
+        more = "" if state.finished else ": a larger --iters goes on"
+        return f"This run was over at iteration {state.iteration}{more}"
+    adapter, stage = adapter_of(run.model, run.merge, run.tuning), run.stages[state.stage]
     encoder = sum(array.size for array in adapter.encoder_weights.values())
     tuned = [*adapter.tuning_weights.values(), *adapter.head_weights.values()]
     base = run.model.model_type if hasattr(run.model, "model_type") else "base"
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
-    start = f"Resuming at iteration {run.state.iteration}" if run.state.rng else "Starting"
+    start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
     return (
         f"{start}: {base}, K={run.merge.merge_factor}, encoder {encoder / 1e6:.2f}M and "
         f"{run.config.fine_tune_type} {sum(a.size for a in tuned) / 1e6:.2f}M trainable\n"

@@ -7,6 +7,7 @@ import enum
 import inspect
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,14 +62,21 @@ def _run(settings: TrainConfig) -> int:
     from kmerge_mlx.train.ranks import connect
 
     with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
+        stopping = shown.enter_context(_signals())
+        shown_bars: list[progress.TrainingBar] = []
 
         def watch(run: Run) -> list[TrainingCallback]:
-            bar = progress.TrainingBar(run)
-            shown.callback(bar.close)
-            return [bar]
+            shown_bars.append(progress.TrainingBar(run))
+            return [*shown_bars]
+
+        def started(trainer: Trainer) -> None:
+            for bar in shown_bars:
+                bar.begin()
+                shown.callback(bar.close)
+            stopping(trainer)
 
         bars = progress.bars(quiet=ranks.rank != 0)
-        outcome = session.train(settings, bars, watch, ranks, _stop_on_signals)
+        outcome = session.train(settings, bars, watch, ranks, started)
         shown.close()
         if ranks.rank == 0:
             progress.print_outcome(outcome)
@@ -153,19 +161,37 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _as_yaml(settings: TrainConfig) -> str:
+    """The settings as :func:`_read_yaml` reads them: text that looks like a number is quoted."""
     import yaml
+    from mlx_lm.lora import yaml_loader
+
+    class Dumper(yaml.SafeDumper):
+        yaml_implicit_resolvers = yaml_loader.yaml_implicit_resolvers
 
     plain = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _stop_on_signals(trainer: Trainer) -> None:
-    """Ctrl-C and kill end the run with a save; a second Ctrl-C ends it at once."""
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[Trainer], None]]:
+    """Lets Ctrl-C and kill end a run with a save; a second Ctrl-C ends it at once.
 
-    def stop(number: int, frame: Any) -> None:
-        trainer.stop_requested = True
-        signal.signal(number, signal.default_int_handler)
-        print("stopping after this iteration (again: at once)", file=sys.stderr)
+    Yields:
+        What to give the trainer to.
+    """
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    def watch(trainer: Trainer) -> None:
+        def stop(number: int, frame: Any) -> None:
+            trainer.stop_requested = True
+            signal.signal(number, signal.default_int_handler)
+            print("stopping after this iteration (again: at once)", file=sys.stderr)
+
+        for number in kept:
+            signal.signal(number, stop)
+
+    try:
+        yield watch
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -24,6 +24,7 @@ from kmerge_mlx.files import (
     ALL_DTYPES,
     check_destination,
     clear_leftovers,
+    flush,
     read_json,
     read_safetensors,
     replacing_folder,
@@ -187,11 +188,14 @@ def save(
                 shutil.copytree(path / BEST, folder / BEST, copy_function=_link)
             training = folder / TRAINING
             training.mkdir()
-            for name in (LOG, TIMING):
+            # A run that begins has no log: what --force replaces is another one's.
+            for name in (LOG, TIMING) if state.iteration else ():
                 if (old / name).exists():
                     shutil.copyfile(old / name, training / name)
             for name, data in (keep or {}).items():
                 (training / name).write_bytes(data)
+            for file in training.iterdir():
+                flush(file)
             write_safetensors(training / TENSORS, tensors)
             state.log = RunLog(training).sizes()
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}

@@ -15,15 +15,19 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from kmerge_mlx.config import DATA_SEED
+from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.errors import TrainError, findings, short
 from kmerge_mlx.train.options import SIZE, option, option_of, parse_size, problem, shown
 from kmerge_mlx.tuning import FULL, LORA
 
 TASKS = ("textualized-tree", "amazon-reviews", "commitpackft")
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+REPORTERS = ("wandb", "swanlab")
 ANSWER, RECONSTRUCTION = "answer", "reconstruction"
 BASE = "base"
+
+MOST_TOKENS = 1024
+"""Most tokens an encoder may read of a block or before it: its size grows with their square."""
 
 LORA_PARAMETERS = {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
 """The paper's r = 4, alpha = 16; no keys means every linear layer and the output head."""
@@ -133,6 +137,7 @@ class TrainConfig:
         int,
         "Merge factor K: tokens a position stands for; 1 trains without merging.",
         low=1,
+        high=MOST_TOKENS,
         flags=("--merge-factor",),
         **_MERGE,
     )
@@ -148,6 +153,7 @@ class TrainConfig:
         int,
         "Tokens before each block that the encoder reads too; 0 is the paper's.",
         low=0,
+        high=MOST_TOKENS,
         **_MERGE,
     )
     encoder_warmup: int = option(
@@ -250,7 +256,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = [p for f in fields(self) if (p := problem(f, getattr(self, f.name)))]
         if not problems:
-            problems = self._clashes()
+            problems = [*self._clashes(), *self._misfits()]
         if problems:
             raise TrainError(findings("train", problems))
 
@@ -277,6 +283,24 @@ class TrainConfig:
                 trees and bool(self.teacher_file or self.teacher_answers)
             ),
             "--resume and --force exclude each other": self.resume and self.force,
+        }
+        return [text for text, broken in rules.items() if broken]
+
+    def _misfits(self) -> list[str]:
+        """What is wrong inside a setting."""
+        lora, reporters = self.lora(), (self.report_to or "").lower().split(",")
+        keys, dropout = lora["keys"], lora["dropout"]
+        is_list = isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
+        rules = {
+            f"lora_parameters.keys is {short(keys)}, expected a list of module names": (
+                keys is not None and not is_list
+            ),
+            f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
+                not is_number(dropout) or not 0 <= dropout < 1
+            ),
+            f"--report-to is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
+                bool(self.report_to) and any(name.strip() not in REPORTERS for name in reporters)
+            ),
         }
         return [text for text, broken in rules.items() if broken]
 

@@ -90,7 +90,6 @@ class TokenizedSet(Sequence[TokenizedExample]):
         progress: Called with (rows done, rows in all).
 
     Attributes:
-        digest: SHA-256 by which a resumed run knows its data.
         bad: How many rows were left out, unreadable lines included.
 
     Raises:
@@ -105,7 +104,7 @@ class TokenizedSet(Sequence[TokenizedExample]):
         skip_bad: bool = False,
         progress: Progress | None = None,
     ):
-        self.digest, self.bad = examples.digest, examples.bad
+        self.bad = examples.bad
         self._rows: list[tuple[list[tuple[np.ndarray, bool]], np.ndarray]] = []
         problem = ""
         for i in range(len(examples)):
@@ -136,6 +135,16 @@ class TokenizedSet(Sequence[TokenizedExample]):
         return TokenizedExample(
             [Segment(ids.tolist(), merge) for ids, merge in segments], answer.tolist()
         )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all ids, by which a resumed run knows its data, tokenizer and template."""
+        digest = hashlib.sha256()
+        for segments, answer in self._rows:
+            for ids, merge in segments:
+                digest.update(f"{len(ids)} {merge} ".encode() + ids.tobytes())
+            digest.update(f"{len(answer)}\n".encode() + answer.tobytes())
+        return digest.hexdigest()
 
     def num_answer_tokens(self, index: int) -> int:
         """How many tokens an example's answer has."""
@@ -175,7 +184,9 @@ class TreeSet(Sequence[TokenizedExample]):
         self._questions = 2 + task.find_parent
         if task.reference_sampling:
             self._questions = REFERENCE_QUESTIONS + task.find_parent
-        self.digest, self.bad = hashlib.sha256(f"{task} {split}".encode()).hexdigest(), 0
+        self.bad = 0
+        first = self[0] if len(self) else None  # stands for the tokenizer and its template
+        self.digest = hashlib.sha256(f"{task} {split} {first}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._task.trees()[self._split] * self._questions
@@ -186,6 +197,8 @@ class TreeSet(Sequence[TokenizedExample]):
         Raises:
             DataError: It does not keep to the limits.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         tree, number = divmod(index, self._questions)
         _, questions = draw(self._task, self._split, tree, self._earlier)
         question = questions[number % len(questions)]

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.errors import TrainError
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.loss import AnswerHead
 from kmerge_mlx.train.rows import Batch, make_batch
@@ -31,12 +32,19 @@ class Teacher:
     Args:
         model: The base, its embedding wrapped with K = 1; its weights are the student's own arrays.
         top_k: How many tokens to keep; 0 keeps all.
+
+    Raises:
+        TrainError: More tokens than there are.
     """
 
     def __init__(self, model: nn.Module, top_k: int = 0):
         self.model, self.top_k = model.eval(), top_k
         self._head = AnswerHead(model)
         self._vocab_size = merged_embedding(model).vocab_size
+        if top_k > self._vocab_size:
+            raise TrainError(
+                f"--teacher-top-k is {top_k}, the model has {self._vocab_size:,} tokens"
+            )
         self._compiled = mx.compile(self._compute)
 
     def teach(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.data.lines import parse_row, raw_lines
+from kmerge_mlx.errors import DataError
 
 LOG, TIMING = "log.jsonl", "timing.jsonl"
 
@@ -60,7 +61,10 @@ def read_log(folder: Path) -> Iterator[dict[str, Any]]:
         DataError: It cannot be read.
     """
     for line in raw_lines(folder / LOG):
-        yield parse_row(line.data)
+        try:
+            yield parse_row(line.data)
+        except DataError as error:
+            raise DataError(f"{folder / LOG} line {line.number}: {error}") from None
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

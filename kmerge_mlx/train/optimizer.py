@@ -40,6 +40,7 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     arguments = config.optimizer_config.get(config.optimizer) or {}
     rate = config.learning_rate if config.lr_schedule is None else _schedule(config.lr_schedule)
     try:
+        _try(_CLASSES[config.optimizer](learning_rate=rate, **arguments))
         return _CLASSES[config.optimizer](learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         where = f"optimizer_config.{config.optimizer}"
@@ -80,6 +81,12 @@ def load_state(
 def refill(tree: Any, tensors: dict[str, mx.array]) -> Any:
     """A tree of the same form, its arrays taken by flat name; its empty branches stay."""
     return tree_map_with_path(lambda name, _: tensors[name], tree)
+
+
+def _try(optimizer: optim.Optimizer) -> None:
+    """Updates something: MLX takes most arguments unseen, and would fail at the first step."""
+    weights = {"matrix": mx.ones((2, 2)), "vector": mx.ones(2)}
+    mx.eval(optimizer.apply_gradients(weights, weights))
 
 
 def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:

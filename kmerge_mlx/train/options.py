@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import Field, dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from kmerge_mlx.config import is_int, is_number
@@ -15,6 +16,9 @@ from kmerge_mlx.errors import short
 
 SIZE = "size"
 """Kind of a number of bytes: a whole number, or text such as 4GB."""
+
+MAX_INT = 2**63 - 1
+"""Largest whole number that arrays, seeds and files have a place for."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", re.IGNORECASE)
 _WORDS = {
@@ -58,7 +62,7 @@ class Option:
 def parse_size(text: str) -> int:
     """Bytes that a text such as ``4GB`` means; K, M, G and T are powers of 1000, as in mlx-lm."""
     number, unit = _SIZE.fullmatch(text.strip()).groups()
-    return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+    return int(Decimal(number) * 1000 ** " KMGT".index(unit.upper() or " "))
 
 
 def option(default: Any, kind: type | str, help: str, **more: Any) -> Any:
@@ -98,8 +102,9 @@ def problem(field_: Field, value: Any) -> str | None:
         return f"{name} is {short(value)}, expected {expected}"
     if option.low is not None and value < option.low:
         return f"{name} is {value}, expected at least {option.low}"
-    if option.high is not None and value > option.high:
-        return f"{name} is {value}, expected at most {option.high}"
+    high = MAX_INT if option.kind is int and option.high is None else option.high
+    if high is not None and value > high:
+        return f"{name} is {short(value)}, expected at most {high}"
     return None
 
 

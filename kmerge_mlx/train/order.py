@@ -50,6 +50,19 @@ class Rows:
     place: Place
 
 
+def batches_of(examples: int, batch_size: int) -> int:
+    """How many batches an epoch has.
+
+    Raises:
+        DataError: Fewer examples than a batch takes.
+    """
+    if examples < batch_size:
+        raise DataError(
+            f"found {examples} examples to train on, expected at least --batch-size {batch_size}"
+        )
+    return examples // batch_size
+
+
 def shuffled(
     data: Sequence[TokenizedExample],
     batch_size: int,
@@ -71,11 +84,7 @@ def shuffled(
     Raises:
         DataError: Fewer examples than a batch takes.
     """
-    per_epoch = len(data) // batch_size
-    if not per_epoch:
-        raise DataError(
-            f"found {len(data)} examples to train on, expected at least --batch-size {batch_size}"
-        )
+    per_epoch = batches_of(len(data), batch_size)
     epoch, batch = place.epoch, place.batch
     while True:
         # RandomState's sequences are frozen; numpy may change those of its newer generators.

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,16 +25,15 @@ from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from kmerge_mlx.errors import KMergeError, TrainError, first_line, short
 from kmerge_mlx.files import read_json
-from kmerge_mlx.train.watch import Report, Watch, end_process, meet
+from kmerge_mlx.train.watch import Report, Watch, end_process, meet, own_addresses
 
-START_SECONDS = 60
+START_SECONDS = 30  # as long as MLX itself tries to connect
 PIECE_BYTES = 32 << 20
 MAX_SHOWN = 5
-COORDINATORS = ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
 BACKENDS = ("[ring]", "[jaccl]", "[nccl]", "[mpi]", "[distributed]")
 
 
@@ -50,7 +48,7 @@ def connect(report: Report) -> Ranks:
         The ranks, to be used in a ``with`` statement: leaving it ends the run on every rank.
 
     Raises:
-        TrainError: What the launcher set is wrong, or the others were not there within 60 s.
+        TrainError: What the launcher set is wrong, or the others were not there within 30 s.
     """
     hosts = _ring_hosts()
     if hosts == []:
@@ -64,16 +62,7 @@ def connect(report: Report) -> Ranks:
             )
         return Ranks()
     ranks = Ranks(group)
-    late = threading.Timer(
-        START_SECONDS, end_process, (report, f"rank {ranks.rank} lost the others while starting")
-    )
-    late.daemon = True
-    late.start()
-    try:
-        links = meet(ranks.rank, ranks.size, _addresses(hosts, ranks.rank), ranks.gather)
-    finally:
-        late.cancel()
-    ranks.begin(Watch(ranks.rank, ranks.size, links, report))
+    ranks.begin(own_addresses(hosts, ranks.rank), report)
     return ranks
 
 
@@ -98,10 +87,31 @@ class Ranks:
         self._watch: Watch | None = None
         self._failed = False
 
-    def begin(self, watch: Watch) -> None:
-        """From now on, a rank that dies ends this one."""
-        self._watch = watch
+    def begin(self, addresses: Sequence[str], report: Report) -> None:
+        """Connects the ranks; from then on, one that dies ends the others.
+
+        Args:
+            addresses: Where this machine may be reached, the likeliest first.
+            report: See :func:`connect`.
+
+        Raises:
+            TrainError: They cannot reach each other.
+        """
         atexit.register(self._end_interpreter)
+        line = f"rank {self.rank} lost the others while starting"
+        late = threading.Timer(START_SECONDS, end_process, (report, line))
+        late.daemon = True
+        late.start()
+        try:
+            links = meet(self.rank, self.size, addresses, self.gather)
+        except BaseException as error:
+            self._failed = True
+            if isinstance(error, RuntimeError):
+                raise TrainError(f"{line}: {first_line(error)}") from error
+            raise
+        finally:
+            late.cancel()
+        self._watch = Watch(self.rank, self.size, links, report)
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +125,8 @@ class Ranks:
         """Ends the run: in order once all ranks are here, or with an error on all of them."""
         if self._watch is None:
             return
-        if error is None or (isinstance(error, SystemExit) and not error.code):
+        ends_well = error is None or (isinstance(error, SystemExit) and not error.code)
+        if ends_well:
             try:
                 self.barrier()
             except Exception as late:
@@ -128,7 +139,7 @@ class Ranks:
         self._watch.leave(str(other) if other else f"rank {self.rank} {_told(error)}")
         if other is not None and other is not error:
             raise other from error
-        if kind is None:
+        if ends_well:
             raise error
 
     def check(self) -> None:
@@ -146,27 +157,29 @@ class Ranks:
         Args:
             tree: An array, or a tree of them: the same shapes and dtypes on every rank.
         """
-        if self.size == 1:
+        flat = tree_flatten(tree)
+        if self.size == 1 or not flat:
             return tree
-        names, arrays = zip(*tree_flatten(tree), strict=True)
+        # By name, so that dictionaries may be in any order.
+        order = sorted(range(len(flat)), key=lambda i: flat[i][0])
         self.check()
-        mx.eval(*arrays)
-        parts: list[list[mx.array]] = [[] for _ in arrays]
-        for bundle in _bundles(arrays):
-            with mx.stream(_stream()):
+        mx.eval(tree)
+        parts: list[list[mx.array]] = [[] for _ in flat]
+        with mx.stream(_stream()):
+            for bundle in _bundles([(i, flat[i][1]) for i in order]):
                 joined = mx.concatenate([piece for _, piece in bundle])
                 total = self._run(mx.distributed.all_sum(joined, group=self.group))
                 at = 0
                 for index, piece in bundle:
                     parts[index].append(total[at : at + piece.size])
                     at += piece.size
-        with mx.stream(_stream()):
             sums = [
                 mx.concatenate(pieces).reshape(array.shape) if pieces else array
-                for array, pieces in zip(arrays, parts, strict=True)
+                for (_, array), pieces in zip(flat, parts, strict=True)
             ]
-        mx.eval(*sums)
-        return tree_unflatten(list(zip(names, sums, strict=True)))
+            mx.eval(sums)
+        left = iter(sums)
+        return tree_map(lambda _: next(left), tree)
 
     def share(self, array: mx.array) -> mx.array:
         """Gives every rank the first one's array, bit for bit.
@@ -283,11 +296,13 @@ def _differences(first: Any, other: Any, rank: int) -> str:
     return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
-def _bundles(arrays: Sequence[mx.array]) -> Iterator[list[tuple[int, mx.array]]]:
-    """Small arrays together and large ones in pieces: flat pieces with their arrays' indices."""
+def _bundles(
+    arrays: Sequence[tuple[int, mx.array]],
+) -> Iterator[list[tuple[int, mx.array]]]:
+    """Small arrays together and large ones in pieces: flat pieces under their arrays' numbers."""
     waiting: dict[mx.Dtype, list[tuple[int, mx.array]]] = {}
     held: dict[mx.Dtype, int] = {}
-    for index, array in enumerate(arrays):
+    for index, array in arrays:
         flat, step = array.reshape(-1), PIECE_BYTES // array.itemsize
         for at in range(0, flat.size, step):
             piece = flat[at : at + step]
@@ -369,20 +384,3 @@ def _interrupted_after(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
-
-
-def _addresses(hosts: list[list[str]] | None, rank: int) -> list[str]:
-    """Where other machines may reach this one, the likeliest first."""
-    if hosts:
-        return list(dict.fromkeys(text.rpartition(":")[0] for text in hosts[rank]))
-    found = []
-    for name in COORDINATORS:
-        host = os.environ.get(name, "").partition(":")[0]
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            if host:
-                probe.connect((host, 9))  # sends nothing: it only chooses the way
-                found.append(probe.getsockname()[0])
-    with suppress(OSError):
-        infos = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
-        found += [info[4][0] for info in infos]
-    return list(dict.fromkeys([*found, "127.0.0.1"]))

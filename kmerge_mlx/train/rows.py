@@ -19,8 +19,9 @@ from kmerge_mlx.blocks import Block, split
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompt import Segment
 
-ROW_STEP = 32
-"""Rows are padded to a multiple of this, as in mlx-lm."""
+ROW_STEP, SHORT_ROW_STEP, SHORT_ROW = 32, 8, 64
+"""Rows are padded to a multiple of 32, as in mlx-lm; short ones of 8: a third of them is padding
+otherwise."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def make_batch(
     prompts = [[i for s in example.segments for i in positions(s)] for example in examples]
     # The last token of a row is only ever predicted.
     rows = [p + e.answer_ids[:-1] for p, e in zip(prompts, examples, strict=True)]
-    length = _multiple(max(map(len, rows)), ROW_STEP)
+    length = max(map(len, rows))
+    length = _multiple(length, SHORT_ROW_STEP if length <= SHORT_ROW else ROW_STEP)
     ids = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row

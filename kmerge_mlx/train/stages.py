@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data import amazon_reviews, commitpackft
 from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
@@ -25,6 +26,7 @@ from kmerge_mlx.data.trees import Stage as TreeStage
 from kmerge_mlx.errors import DataError, TrainError, short
 from kmerge_mlx.train.config import TASKS, TrainConfig
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
+from kmerge_mlx.train.order import batches_of
 
 TRAIN_SPLITS = ("train", "valid")
 HELD_OUT_TREES = 1000
@@ -69,22 +71,28 @@ def load_stages(config: TrainConfig, tokenizer: Any, bar: Bar) -> list[Stage]:
         DataError: No data, a bad row (named), or data that cannot be had.
         TrainError: A curriculum that is none.
     """
-    limits = limits_of(config)
-    if config.task == TASKS[0]:
-        return _tree_stages(config, tokenizer, limits)
-    splits = _examples(config, bar)
-    if "train" not in splits:
-        raise DataError(f"{config.data or 'hf_dataset'} holds no training split (train.jsonl)")
-    sets = {
-        name: TokenizedSet(examples, tokenizer, limits, config.skip_bad, bar(f"Tokenizing {name}"))
-        for name, examples in splits.items()
-    }
-    return [Stage(config.task or "data", sets["train"], sets.get("valid"))]
+    trees = config.task == TASKS[0]
+    stages = _tree_stages(config, tokenizer) if trees else [_only_stage(config, tokenizer, bar)]
+    for stage in stages:
+        batches_of(len(stage.train), config.batch_size)
+    return stages
 
 
 def limits_of(config: TrainConfig) -> Limits:
     """What the rows of a run must keep to."""
     return Limits(config.k, config.max_seq_length, not config.ignore_chat_template)
+
+
+def _only_stage(config: TrainConfig, tokenizer: Any, bar: Bar) -> Stage:
+    splits = _examples(config, bar)
+    if "train" not in splits:
+        raise DataError(f"{config.data or 'hf_dataset'} holds no training split (train.jsonl)")
+    limits, skip = limits_of(config), config.skip_bad
+    sets = {
+        name: TokenizedSet(examples, tokenizer, limits, skip, bar(f"Tokenizing {name}"))
+        for name, examples in splits.items()
+    }
+    return Stage(config.task or "data", sets["train"], sets.get("valid"))
 
 
 def _examples(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
@@ -109,14 +117,17 @@ def _hub_task(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
     )
     source = Path(config.file) if config.file else module.fetch(name)
     with tempfile.TemporaryDirectory() as folder:
-        write_splits(
+        written = write_splits(
             *(source, module.pair, module.SIZES, Path(folder), config.data_seed, config.skip_bad),
             progress=bar("Reading"),
         )
-        return load_examples(folder, splits=TRAIN_SPLITS)
+        splits = load_examples(folder, splits=TRAIN_SPLITS)
+    # What was left out was left out of the source.
+    splits["train"].parts[0][0].bad = written["bad_lines"]
+    return splits
 
 
-def _tree_stages(config: TrainConfig, tokenizer: Any, limits: Limits) -> list[Stage]:
+def _tree_stages(config: TrainConfig, tokenizer: Any) -> list[Stage]:
     entries = [*(config.curriculum or [config.stage])]
     found = []
     for number, entry in enumerate(entries, 1):
@@ -131,7 +142,7 @@ def _tree_stages(config: TrainConfig, tokenizer: Any, limits: Limits) -> list[St
             reference_sampling=config.reference_sampling,
             splits={"train": config.num_trees, "valid": HELD_OUT_TREES, "test": HELD_OUT_TREES},
         )
-        sets = tree_sets(task, tokenizer, limits)
+        sets = tree_sets(task, tokenizer, limits_of(config))
         found.append(
             Stage(name, sets["train"], sets["valid"], limit if config.curriculum else None)
         )
@@ -147,9 +158,15 @@ def _tree_stage(entry: Any, threshold: float) -> tuple[str, str | TreeStage, flo
     if not isinstance(entry, Mapping) or set(entry) - known:
         raise TrainError(f"curriculum holds {short(entry)}, expected a stage or {sorted(known)}")
     threshold = entry.get("threshold", threshold)
-    if "stage" in entry:
-        return str(entry["stage"]), str(entry["stage"]), threshold
-    if not all(isinstance(entry.get(name), int) for name in sizes):
-        raise TrainError(f"curriculum holds {short(entry)}, expected {', '.join(sizes)}")
+    if not is_number(threshold) or not 0 <= threshold <= 1:
+        raise TrainError(
+            f"curriculum: the threshold is {short(threshold)}, expected an accuracy from 0 to 1"
+        )
+    if isinstance(entry.get("stage"), str) and not set(entry) & set(sizes):
+        return entry["stage"], entry["stage"], threshold
+    if "stage" in entry or not all(is_int(entry.get(name)) for name in sizes):
+        raise TrainError(
+            f"curriculum holds {short(entry)}, expected the name of a stage, or {', '.join(sizes)}"
+        )
     stage = TreeStage(*(entry[name] for name in sizes))
     return f"{stage.max_nodes} nodes", stage, threshold

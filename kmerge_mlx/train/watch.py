@@ -39,6 +39,7 @@ CLOSE_SECONDS = 2.0
 TICK_SECONDS = 0.2
 MAX_LINE = 4096  # bytes
 MAX_REASON = 1000  # characters
+COORDINATORS = ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
 
 
 def end_process(report: Report, line: str) -> None:
@@ -114,7 +115,7 @@ class Watch:
         self._begun = [0] * size  # operations of all ranks, as far as they are known here
         self._inside = False
         self._standing: tuple[bool, list[int]] = (False, [])
-        self._stood_since = 0.0
+        self._stood_since = self._judged = 0.0
         self._known, self._left = threading.Event(), threading.Event()
         self._deadline = math.inf
         self._open = selectors.DefaultSelector()
@@ -164,7 +165,6 @@ class Watch:
                     link.send(begun=self._begun)
             for key, _ in self._open.select(TICK_SECONDS):
                 self._hear(key.data)
-            # After reading: a process that was stopped itself finds what came meanwhile.
             self._judge(time.monotonic())
         rest = max(0.0, self._deadline - time.monotonic()) if self.verdict else None
         if rest is not None and not self._left.wait(rest):
@@ -192,6 +192,13 @@ class Watch:
                 )
 
     def _judge(self, now: float) -> None:
+        """Finds silence, and operations that stand still."""
+        if now - self._judged > BEAT_SECONDS:
+            # This process was stopped itself; what came meanwhile is not read yet.
+            self._stood_since = now
+            for link in self._links:
+                link.heard = now
+        self._judged = now
         for key in list(self._open.get_map().values()):
             link = key.data
             if not link.done and now - link.heard > SILENCE_SECONDS:
@@ -218,6 +225,28 @@ class Watch:
         self._known.set()
         for link in self._links:
             link.send(failed=line)
+
+
+def own_addresses(hosts: Sequence[Sequence[str]] | None, rank: int) -> list[str]:
+    """Where other machines may reach this one, the likeliest first.
+
+    Args:
+        hosts: ``ip:port`` of every rank, from the ring's host file, or None for another backend.
+        rank: This process.
+    """
+    if hosts:
+        return list(dict.fromkeys(text.rpartition(":")[0] for text in hosts[rank]))
+    found = []
+    for name in COORDINATORS:
+        host = os.environ.get(name, "").partition(":")[0]
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            if host:
+                probe.connect((host, 9))  # sends nothing: it only chooses the way
+                found.append(probe.getsockname()[0])
+    with suppress(OSError):
+        infos = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+        found += [info[4][0] for info in infos]
+    return list(dict.fromkeys([*found, "127.0.0.1"]))
 
 
 def meet(rank: int, size: int, addresses: Sequence[str], gather: Gather) -> list[Link]:

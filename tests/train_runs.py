@@ -1,0 +1,101 @@
+"""Small training runs by the command line, and what they leave: shared by the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from kmerge_mlx.adapter import load_adapter
+from kmerge_mlx.train.log import read_log
+from tests.cli_runner import Result, run
+from tests.conftest import UPSTREAM
+
+BASE = UPSTREAM / "base"
+SMALL_TREES = (
+    *("--task", "textualized-tree", "--stage", "small", "--num-trees", 60),
+    *("--batch-size", 8, "--val-batches", 2, "--learning-rate", 1e-3),
+)
+NO_DROPOUT = "lora_parameters: {dropout: 0}\n"
+
+Row = dict[str, Any]
+
+
+def train(path: Path, *options: object, model: Path = BASE, yaml: str = "", **more: Any) -> Result:
+    """Runs ``kmerge-mlx train``.
+
+    Args:
+        path: The run's folder; a config file is written beside it.
+        options: Further options.
+        model: The base.
+        yaml: Settings that have no flag.
+        more: As for ``cli_runner.run``.
+    """
+    file: tuple[object, ...] = ()
+    if yaml:
+        config = path.with_suffix(".yaml")
+        config.write_text(yaml)
+        file = ("-c", config)
+    return run("train", "--model", model, "--adapter-path", path, *file, *options, **more)
+
+
+def trained(path: Path, *options: object, **more: Any) -> Result:
+    """Runs it, and expects it to succeed."""
+    result = train(path, *options, **more)
+    assert result.code == 0, result.err
+    return result
+
+
+def rows_of(count: int, first: int = 0) -> list[Row]:
+    """Questions to which a letter of the prompt is the answer."""
+    letters = "ABCDEFGH"
+    return [
+        {
+            "prompt": f"Tree: {letters[i % 8]}{letters[i // 8 % 8]} and {i}, Child: ",
+            "completion": letters[i % 8] * 2,
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_data(
+    folder: Path, train: Iterable[Row | bytes], valid: Iterable[Row | bytes] = ()
+) -> Path:
+    """A data folder; bytes are lines as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("valid", valid)):
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        if lines:
+            (folder / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return folder
+
+
+def log_of(path: Path, name: str) -> list[tuple[int, Any]]:
+    """(Iteration, value) of each record that has a figure of this name."""
+    records = read_log(path / "training")
+    return [(record["iteration"], record[name]) for record in records if name in record]
+
+
+def tensors_of(path: Path) -> dict[str, mx.array]:
+    """Every tensor of an adapter folder, by the part and its name."""
+    adapter = load_adapter(path)
+    parts = {
+        "tuning": adapter.tuning_weights,
+        "encoder": adapter.encoder_weights,
+        "head": adapter.head_weights,
+    }
+    return {f"{part}.{n}": array for part, named in parts.items() for n, array in named.items()}
+
+
+def same(one: dict[str, mx.array], two: dict[str, mx.array], atol: float = 0.0) -> bool:
+    """Whether two sets of tensors are equal."""
+    assert set(one) == set(two)
+    return all(mx.allclose(one[name], two[name], rtol=0, atol=atol).item() for name in one)
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """Where a saved run stands."""
+    return json.loads((path / "training" / "state.json").read_text())["state"]
