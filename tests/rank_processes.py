@@ -40,7 +40,7 @@ except KMergeError as error:
 """
 
 # Real times would make the tests long.
-SHORT = "watch.SILENCE_SECONDS, watch.BEAT_SECONDS, watch.GRACE_SECONDS = 2.0, 0.2, 1.0\n"
+SHORT = "watch.SILENCE_SECONDS, watch.BEAT_SECONDS, watch.GRACE_SECONDS = 3.0, 0.2, 1.0\n"
 
 
 class Run:

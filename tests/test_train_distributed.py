@@ -130,7 +130,7 @@ def test_a_killed_run_of_two_ranks_is_resumed_by_the_first_ones_folder(tmp_path)
     assert code == 1
     assert "rank 1" in errors
     assert "Traceback" not in errors
-    ends = finish(start(two, tmp_path, 2, *shared, "--iters", 12, "--resume"))
+    ends = finish(start(two, tmp_path, 2, "--resume"))
     assert [code for code, _ in ends] == [0, 0], ends
     assert "Resuming at iteration" in ends[0][1]
     ours, theirs = weights(two), weights(one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_lm.tuner.callbacks import TrainingCallback
 
     from kmerge_mlx.train.loop import Trainer
+    from kmerge_mlx.train.ranks import Ranks
     from kmerge_mlx.train.setup import Run
 
 # What the command line reads for each kind; a list is text with commas.
@@ -43,25 +45,38 @@ def train(config: str | None, print_config: bool, **given: Any) -> None:
     """
     flags = {name: _read(name, value) for name, value in given.items() if value is not None}
     file = {} if config is None else _read_yaml(config)
+    # The heavy imports wait until the command line is known to be good.
     settings = from_layers(file, flags)
-    if settings.resume:
-        from kmerge_mlx.train.session import saved_settings
+    if print_config and settings.resume:
+        from kmerge_mlx.train.ranks import Ranks
 
-        settings = from_layers(saved_settings(settings.adapter_path), file, flags)
+        settings = _saved(settings, file, flags, Ranks())
     if print_config:
         print(_as_yaml(settings), end="")
-        return
-    if code := _run(settings):
+    elif code := _run(settings, file, flags):
         raise typer.Exit(code)
 
 
-def _run(settings: TrainConfig) -> int:
-    """Trains, and shows it; heavy imports wait until the settings are known to be good."""
+def _saved(
+    settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any], ranks: Ranks
+) -> TrainConfig:
+    """The settings of the run that is resumed, which only the first rank can read."""
+    from kmerge_mlx.train.session import saved_settings
+
+    first = ranks.rank == 0
+    text = json.dumps(saved_settings(settings.adapter_path)) if first else ""
+    return from_layers(json.loads(ranks.share_text(text)), file, flags)
+
+
+def _run(settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any]) -> int:
+    """Trains, and shows it."""
     from kmerge_mlx.cli import progress
     from kmerge_mlx.train import session
     from kmerge_mlx.train.ranks import connect
 
     with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
+        if settings.resume:
+            settings = _saved(settings, file, flags, ranks)
         stopping = shown.enter_context(_signals())
         shown_bars: list[progress.TrainingBar] = []
 

@@ -193,7 +193,7 @@ class Watch:
 
     def _judge(self, now: float) -> None:
         """Finds silence, and operations that stand still."""
-        if now - self._judged > BEAT_SECONDS:
+        if now - self._judged > SILENCE_SECONDS / 4:
             # This process was stopped itself; what came meanwhile is not read yet.
             self._stood_since = now
             for link in self._links:
