@@ -200,7 +200,8 @@ def _signals() -> Iterator[Callable[[Trainer], None]]:
         def stop(number: int, frame: Any) -> None:
             trainer.stop_requested = True
             signal.signal(number, signal.default_int_handler)
-            print("stopping after this iteration (again: at once)", file=sys.stderr)
+            # The terminal has written ^C where the bar is.
+            print("\nstopping after this iteration (again: at once)", file=sys.stderr)
 
         for number in kept:
             signal.signal(number, stop)
