@@ -17,7 +17,8 @@ from kmerge_mlx.train.log import read_log
 from kmerge_mlx.train.loop import Watcher
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by everyone (Okabe, Ito)
+# Told apart by everyone (Okabe, Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def check_plot(path: str | Path) -> None:
@@ -75,11 +76,12 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         _line(losses, log, "val_loss", f"{label}validation", color=colour)
         _line(losses, log, "val_kl", f"{label}KL to the base", color=colour, linestyle="--")
         _line(accuracies, log, "val_accuracy", f"{label}accuracy", color=colour)
-        balanced = f"{label}balanced accuracy"
-        _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
+        if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in _measured(log)):
+            balanced = f"{label}balanced accuracy"
+            _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
         _mark_stages(accuracies, log, colour)
     losses.set_ylabel("loss (nats per answer token)")
-    losses.set_ylim(bottom=0)
+    losses.set_yscale("log")
     accuracies.set_ylabel("answers right in every token")
     accuracies.set_ylim(0, 1)
     accuracies.yaxis.set_major_formatter("{x:.0%}")
@@ -91,10 +93,15 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
     _write(figure, Path(path))
 
 
+def _measured(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in log if "val_accuracy" in record]
+
+
 def _line(axes: Any, log: Sequence[dict[str, Any]], name: str, label: str, **style: Any) -> None:
     points = [(record["iteration"], record[name]) for record in log if name in record]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, **style)
+        marker = "o" if len(points) == 1 else None  # a line of one point is not seen
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker, **style)
 
 
 def _mark_stages(axes: Any, log: Sequence[dict[str, Any]], colour: str) -> None:

@@ -239,6 +239,7 @@ def test_everything_wrong_is_listed_at_once():
             {"lora_parameters": {"keys": "self_attn.q_proj"}},
             "lora_parameters.keys is 'self_attn.q_proj', expected a list of module names",
         ),
+        ({"k": 1, "lora_parameters": {"keys": []}}, "is empty: nothing is left to train"),
         ({"lora_parameters": {"keys": [1]}}, "lora_parameters.keys is [1]"),
         ({"lora_parameters": {"dropout": 1}}, "lora_parameters.dropout is 1, expected"),
         ({"lora_parameters": {"dropout": "x"}}, "lora_parameters.dropout is 'x', expected"),

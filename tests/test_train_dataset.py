@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from kmerge_mlx.data import amazon_reviews
+from kmerge_mlx.data.fingerprint import fingerprint
+from kmerge_mlx.data.sampling import SplitSizes
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import TreeTask, draw
 from kmerge_mlx.errors import DataError
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
+from tests.test_data_reviews_and_commits import REVIEWS
 from tests.train_runs import BASE, log_of, rows_of, state_of, train, trained, write_data
 
 GOOD = rows_of(8)
@@ -88,8 +92,6 @@ def test_no_tree_is_in_two_splits(tokenizer):
 def test_a_tree_of_an_earlier_split_is_drawn_again(tokenizer):
     task = TreeTask("small", splits={"train": 5, "valid": 0, "test": 0})
     plain = [draw(task, "train", i)[0] for i in range(5)]
-    from kmerge_mlx.data.fingerprint import fingerprint
-
     taken = {fingerprint(tree.text) for tree in plain}
     again = [draw(task, "train", i, taken)[0] for i in range(5)]
     assert not {tree.text for tree in plain} & {tree.text for tree in again}
@@ -209,7 +211,10 @@ def test_a_line_of_a_gigabyte_is_one_line_in_little_memory(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [("nowhere", "nowhere is not in the cache, and the hub cannot be reached"), ("file", "file is a file: give the folder")],
+    [
+        ("nowhere", "nowhere is not in the cache, and the hub cannot be reached"),
+        ("file", "file is a file: give the folder"),
+    ],
 )
 def test_data_that_are_not_there_are_one_line(tmp_path, monkeypatch, data, said):
     monkeypatch.chdir(tmp_path)
@@ -261,6 +266,15 @@ def test_texts_are_split_where_the_config_says(tmp_path):
     assert_one_error(result, 1, "text_split is 1.5, expected a share between 0 and 1")
 
 
+def test_mlx_lms_hf_dataset_entries_name_slices(tmp_path):
+    data = write_data(tmp_path / "data", rows_of(20))
+    yaml = f"hf_dataset: {{path: {data}, train_split: 'train[:40%]', valid_split: 'train[80%:]'}}\n"
+    result = trained(tmp_path / "run", *OPTIONS, yaml=yaml)
+    assert "Data: data, 8 examples, 4 to validate" in result.err
+    result = train(tmp_path / "other", *OPTIONS, yaml=yaml.replace("40%", "0%"))
+    assert_one_error(result, 1, "no row is left to train on: the split is empty")
+
+
 def test_conversations_train_where_there_is_a_template(tmp_path):
     base = copy_base(BASE, tmp_path / "chat", template=CHATML)
     rows = [
@@ -299,10 +313,6 @@ def test_a_curriculum_that_is_none_is_one_line(tmp_path, settings, said):
 
 
 def test_the_papers_other_tasks_train_from_a_local_file(tmp_path, monkeypatch):
-    from kmerge_mlx.data import amazon_reviews
-    from kmerge_mlx.data.sampling import SplitSizes
-    from tests.test_data_reviews_and_commits import REVIEWS
-
     monkeypatch.setattr(amazon_reviews, "SIZES", SplitSizes(4, 4))
     file = tmp_path / "reviews.jsonl"
     file.write_bytes(REVIEWS.read_bytes() + b"{\n")

@@ -6,6 +6,7 @@ Owns the wording of reports on stderr. Does not know how a run is made or traine
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.session import Outcome
 from kmerge_mlx.train.setup import Run
+
+SECONDS_BETWEEN_LINES = 30
+"""In a log file, work before training says how far it is."""
 
 
 def bars(quiet: bool) -> Callable[[str], Callable[[int, int], None]]:
@@ -28,21 +32,28 @@ def bars(quiet: bool) -> Callable[[str], Callable[[int, int], None]]:
         A label to what is called with (work done, work in all).
     """
 
-    def start(label: str) -> Callable[[int, int], None]:
-        shown: Any = None
+    return lambda label: _Bar(label, quiet)
 
-        def progress(done: int, total: int) -> None:
-            nonlocal shown
-            if shown is None:
-                hidden = quiet or not sys.stderr.isatty()
-                shown = tqdm(total=total, desc=label, disable=hidden, leave=False)
-            shown.update(done - shown.n)
+
+class _Bar:
+    """One piece of work: a bar on a terminal, and a line now and then where there is none."""
+
+    def __init__(self, label: str, quiet: bool):
+        self._label, self._quiet = label, quiet
+        self._bar: Any = None
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._bar = self._bar or tqdm(total=total, desc=self._label, leave=False)
+            self._bar.update(done - self._bar.n)
             if done >= total:
-                shown.close()
-
-        return progress
-
-    return start
+                self._bar.close()
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            print(f"{self._label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
 
 class TrainingBar(Watcher):

@@ -43,7 +43,7 @@ def write_answers(
 
     Returns:
         The answers' ids, by split and by the row's index (as text, for JSON). One that ended by
-        itself has the token that ended it, one cut at ``teacher_max_tokens`` does not.
+        itself has the tokenizer's eos token, one cut at ``teacher_max_tokens`` does not.
     """
     missing = {
         split: [i for i in range(len(data)) if not data.num_answer_tokens(i)]

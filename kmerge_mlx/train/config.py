@@ -282,6 +282,9 @@ class TrainConfig:
             "--teacher-file and --teacher-answers need --data: a task's trees are always fresh": (
                 trees and bool(self.teacher_file or self.teacher_answers)
             ),
+            "--k 1 has no encoder, and lora_parameters.keys is empty: nothing is left to train": (
+                k1 and self.fine_tune_type == LORA and self.lora()["keys"] in ([], ())
+            ),
             "--resume and --force exclude each other": self.resume and self.force,
         }
         return [text for text, broken in rules.items() if broken]

@@ -120,7 +120,7 @@ class TokenizedSet(Sequence[TokenizedExample]):
             if progress is not None and (i % 100 == 99 or i + 1 == len(examples)):
                 progress(i + 1, len(examples))
         if not self._rows:
-            raise DataError(f"no row is left to train on: {problem}")
+            raise DataError(f"no row is left to train on: {problem or 'the split is empty'}")
 
     def _append(self, row: TokenizedExample) -> None:
         segments = [(np.array(s.ids, np.int32), s.merge) for s in row.segments]

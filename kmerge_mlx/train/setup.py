@@ -126,8 +126,8 @@ def _fresh(
     config: TrainConfig, model: nn.Module, tokenizer: Any, base_config: dict[str, Any]
 ) -> tuple[MergeConfig, Tuning]:
     """What a new adapter is to be."""
-    d = base.text_config(base_config).get("hidden_size")
-    encoder = None
+    _, table = base.find_embedding(model, config.model)
+    d, encoder = table(mx.array([0])).shape[-1], None
     if config.k > 1:
         factor = config.encoder_factor
         h = default_inner_size(config.k, d) if factor is None else int(factor * config.k) * d
@@ -160,7 +160,9 @@ def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeCon
     provenance = {
         "trained_by": f"kmerge-mlx {__version__}",
         "data": config.task or config.data or "hf_dataset",
-        **{name: getattr(config, name) for name in ("optimizer", "learning_rate", "batch_size")},
+        "optimizer": config.optimizer,
+        "learning_rate": config.lr_schedule or config.learning_rate,
+        "batch_size": config.batch_size,
         "seed": config.seed,
     }
     return replace(merge, layout={"chat_template": templated}, provenance=provenance)

@@ -37,15 +37,20 @@ def remove_decoder(merged: MergedEmbedding) -> None:
 
 def with_candidates(batch: Batch, merge_factor: int) -> Batch:
     """A batch with what reconstructing its blocks needs: the tokens to choose from, and which."""
+    if not batch.num_blocks:  # padding alone, of a shape that MLX can compute with
+        empty = mx.zeros((bucket(1), batch.blocks.shape[1]), batch.blocks.dtype)
+        batch = replace(batch, blocks=empty)
     blocks = np.array(batch.blocks)[:, -merge_factor:]
-    found, targets = np.unique(blocks, return_inverse=True)
+    found, at = np.unique(blocks[: max(batch.num_blocks, 1)], return_inverse=True)
+    targets = np.zeros(blocks.shape, np.int32)
+    targets[: at.size // merge_factor] = at.reshape(-1, merge_factor)
     size = bucket(len(found))
     real = np.arange(len(blocks)) < batch.num_blocks
     return replace(
         batch,
         candidates=mx.array(padded(found, size)),
         candidate_weights=mx.array((np.arange(size) < len(found)).astype(np.float32)),
-        block_targets=mx.array(targets.reshape(blocks.shape).astype(np.int32)),
+        block_targets=mx.array(targets),
         block_weights=mx.array(real.astype(np.float32)),
     )
 
@@ -58,7 +63,7 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
         batch: Its blocks, and the tokens that occur in them.
 
     Returns:
-        Loss ``()`` float32 in nats, tokens ``()`` float32.
+        Loss ``()`` float32 in nats, tokens ``()`` float32: at least 1, to divide by.
     """
     merged = merged_embedding(model)
     k = merged.merge_factor
@@ -69,4 +74,4 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
     scores = scores + mx.where(batch.candidate_weights > 0, 0.0, -mx.inf)
     losses = nn.losses.cross_entropy(scores, batch.block_targets)
     weights = mx.broadcast_to(batch.block_weights[:, None], losses.shape)
-    return (losses * weights).sum(), weights.sum()
+    return (losses * weights).sum(), mx.maximum(weights.sum(), 1)
