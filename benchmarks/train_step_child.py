@@ -145,6 +145,7 @@ def mlx_side(shape: argparse.Namespace) -> Side:
     from kmerge_mlx.train.rows import make_batch
 
     mx.set_default_device(mx.cpu)
+    mx.set_cache_limit(0)  # as a training run does on the CPU
     model, _ = load(str(shape.folder / "base"), shape.folder / "adapter", shape.k)
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"])

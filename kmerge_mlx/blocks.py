@@ -232,8 +232,8 @@ class MergedEmbedding(nn.Module):
         logits = self.embedding.as_linear(x)
         if "lora_a" not in self:
             return logits
-        update = (self.head_dropout(x) @ self.lora_a) @ self.lora_b
-        return logits + (self.head_scale * update).astype(x.dtype)
+        inner = self.head_scale * (self.head_dropout(x) @ self.lora_a)
+        return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
 
     def forget_blocks(self) -> None:
         """Starts an empty block table: the rows of an encoder that was trained since are stale.

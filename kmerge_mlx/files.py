@@ -170,7 +170,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
     """Writes tensors, the same bytes for the same tensors, and flushes them to the disk."""
     try:
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
-    except RuntimeError as e:  # MLX's word for a full disk
+    except RuntimeError as e:  # MLX's word for whatever it is
+        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in tensors.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
         raise OSError(errno.EIO, f"MLX could not write it ({first_line(e)})") from e
     flush(path)
 

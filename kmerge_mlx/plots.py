@@ -81,9 +81,11 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
             _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
         _mark_stages(accuracies, log, colour)
     losses.set_ylabel("loss (nats per answer token)")
-    losses.set_yscale("log")
+    low, high = losses.dataLim.intervaly
+    if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
+        losses.set_yscale("log")
     accuracies.set_ylabel("answers right in every token")
-    accuracies.set_ylim(0, 1)
+    accuracies.set_ylim(-0.02, 1.02)
     accuracies.yaxis.set_major_formatter("{x:.0%}")
     accuracies.set_xlabel("iteration")
     for axes in (losses, accuracies):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
@@ -28,6 +27,8 @@ from tests.train_runs import (
 
 RUN = (*SMALL_TREES, "--iters", 4, "--steps-per-report", 2, "--steps-per-eval", 4)
 
+GROUPED = (*RUN, "--grad-accumulation-steps", 2, "--iters", 7, "--steps-per-report", 3)
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
@@ -38,9 +39,9 @@ def shown(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory) -> Path:
-    """An unbroken run of three batches an update."""
+    """An unbroken run of two batches an update."""
     path = tmp_path_factory.mktemp("grouped") / "run"
-    trained(path, *RUN, "--grad-accumulation-steps", 3, "--iters", 7)
+    trained(path, *GROUPED)
     return path
 
 
@@ -51,7 +52,7 @@ def stop_at(monkeypatch, iteration: int, *signals: signal.Signals) -> None:
     def act(bar: TrainingBar, now: int) -> None:
         plain(bar, now)
         for number in signals if now == iteration else ():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(TrainingBar, "on_iteration", act)
 
@@ -74,7 +75,7 @@ def test_everything_it_says_goes_to_stderr(shown):
 def test_it_says_what_is_trained_and_on_what(shown):
     first, second = shown[1].err.splitlines()[:2]
     assert first == "Starting: qwen2, K=4, encoder 0.21M and lora 0.02M trainable"
-    assert second == "Data: small, 120 examples, 2,000 to validate"
+    assert second == "Data: small, 120 examples, 40 to validate"
 
 
 def test_reports_are_lines_in_mlx_lms_words(shown):
@@ -127,18 +128,17 @@ def test_bars_are_drawn_on_a_terminal_alone(tmp_path, shown):
 def test_a_signal_ends_a_run_with_a_save_from_which_it_goes_on(
     tmp_path, monkeypatch, grouped, number
 ):
-    """In the middle of a group of batches: what was added up is not lost."""
+    """Between the batches of an update, and between two reports: what was added up is not lost."""
     path, before = tmp_path / "run", signal.getsignal(number)
-    options = (*RUN, "--grad-accumulation-steps", 3, "--iters", 7)
     stop_at(monkeypatch, 4, number)
-    result = train(path, *options)
+    result = train(path, *GROUPED)
     assert (result.code, result.out) == (130, "")
     assert "stopping after this iteration (again: at once)" in result.err
     assert "Stopped at iteration 5: --resume goes on from here" in result.err
     assert signal.getsignal(number) is before
-    assert (state_of(path)["iteration"], state_of(path)["added"]) == (5, 2)
+    assert (state_of(path)["iteration"], state_of(path)["added"]) == (5, 1)
     monkeypatch.undo()
-    trained(path, *options, "--resume")
+    trained(path, *GROUPED, "--resume")
     assert same(tensors_of(path), tensors_of(grouped), atol=1e-5)
     for name in ("train_loss", "val_loss"):
         wanted = pytest.approx(dict(log_of(grouped, name)), rel=1e-4)

@@ -17,10 +17,11 @@ from kmerge_mlx.adapter import load_adapter
 from kmerge_mlx.cli.progress import TrainingBar
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.checkpoint import Identity, read_state
-from tests.cli_runner import assert_one_error, change_json, run
+from tests.cli_runner import assert_one_error, change_json
 from tests.train_runs import (
     BASE,
     SMALL_TREES,
+    kmerge,
     log_of,
     rows_of,
     same,
@@ -54,7 +55,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def resume(path: Path, *options: object):
-    return run("train", "--adapter-path", path, "--resume", *options)
+    return kmerge("train", "--adapter-path", path, "--resume", *options)
 
 
 def errors_of(result) -> list[str]:

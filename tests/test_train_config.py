@@ -1,4 +1,4 @@
-"""The settings of a run: mlx-lm's names and defaults, three layers, and one line for each mistake."""
+"""The settings of a run: mlx-lm's names and defaults, three layers, a line for each mistake."""
 
 from __future__ import annotations
 

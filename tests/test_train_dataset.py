@@ -13,6 +13,7 @@ from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.sampling import SplitSizes
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import TreeTask, draw
+from kmerge_mlx.data.trees import Stage
 from kmerge_mlx.errors import DataError
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
@@ -77,16 +78,21 @@ def test_equal_data_have_equal_digests_and_changed_data_do_not(tmp_path, tokeniz
 
 
 def test_no_tree_is_in_two_splits(tokenizer):
-    """Of the smallest trees, so many that without care some would be."""
-    task = TreeTask("small", splits={"train": 400, "valid": 400, "test": 400})
+    """Of trees of two nodes, so many that without care some would be in two."""
+    stage, size = Stage(1, 2, 1, 1), 1200
+    splits = dict.fromkeys(("train", "valid", "test"), size)
+    task = TreeTask(stage, questions_per_tree=2, splits=splits)
+    unchecked = [{draw(task, split, i)[0].text for i in range(size)} for split in splits]
+    assert unchecked[0] & unchecked[1]
     sets = tree_sets(task, tokenizer, Limits(4, 2048))
-    texts = {}
-    for name, data in sets.items():
-        texts[name] = {tokenizer.decode(data[i].prompt_ids).split(",")[0] for i in range(800)}
-    assert all(len(found) > 390 for found in texts.values())
-    assert not texts["train"] & texts["valid"]
-    assert not texts["train"] & texts["test"]
-    assert not texts["valid"] & texts["test"]
+    train, valid, test = (
+        {tokenizer.decode(data[2 * i].prompt_ids).split(",")[0] for i in range(size)}
+        for data in sets.values()
+    )
+    assert min(map(len, (train, valid, test))) > size - 10
+    assert not train & valid
+    assert not train & test
+    assert not valid & test
 
 
 def test_a_tree_of_an_earlier_split_is_drawn_again(tokenizer):

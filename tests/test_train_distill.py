@@ -22,7 +22,7 @@ from kmerge_mlx.train.order import Place, Rows
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.train.setup import Run, prepare
-from tests.cli_runner import assert_one_error
+from tests.cli_runner import assert_one_error, copy_base
 from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
 
 V = 700
@@ -320,6 +320,18 @@ def test_missing_answers_are_the_bases_own_greedy_ones(tmp_path):
     for split, first in (("train", 1), ("valid", 0)):
         for i in range(first, 6):
             assert answers[split][str(i)] == greedy_by_mlx_lm(bare[i]["prompt"], 5)
+
+
+def test_an_answer_that_ends_by_itself_is_ended_by_the_eos_token(tmp_path):
+    """Of two tokens that end a text, the one that the student is to learn."""
+    bare = [{"prompt": row["prompt"]} for row in rows_of(4)]
+    (first,) = greedy_by_mlx_lm(bare[0]["prompt"], 1)
+    base = copy_base(BASE, tmp_path / "base", eos_token_id=[0, first])
+    (base / "generation_config.json").unlink()
+    data, path = write_data(tmp_path / "data", bare), tmp_path / "run"
+    options = ("--teacher-answers", "--teacher-max-tokens", 5, "--batch-size", 4, "--iters", 1)
+    trained(path, "--data", data, "--teacher", "base", *options, model=base)
+    assert json.loads((path / "training" / "answers.json").read_text())["train"]["0"] == [0]
 
 
 def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from kmerge_mlx.train.order import Place, shuffled
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.train.setup import prepare
-from kmerge_mlx.train.validate import Validator
+from kmerge_mlx.train.validate import Figures, Validator
 from tests.cli_runner import assert_one_error, run
 from tests.train_runs import (
     BASE,
@@ -237,6 +237,21 @@ def test_a_curriculum_of_ones_own_stages_has_thresholds_of_its_own(tmp_path):
     trained(tmp_path / "run", *SMALL_TREES, *options, yaml=yaml)
     assert log_of(tmp_path / "run", "begins") == [(1, "small"), (2, "xsmall")]
     assert state_of(tmp_path / "run")["finished"] is None
+
+
+def test_a_stage_is_learnt_by_both_accuracies_and_best_is_of_the_stage(tmp_path, monkeypatch):
+    """Scripted figures (loss, accuracy, balanced accuracy) of each validation."""
+    script = iter(
+        [(9.0, 0.0, 0.0), (2.0, 0.9, 0.4), (3.0, 0.5, 0.5), (8.0, 0.4, 0.9), (7.0, 0.6, 0.6)]
+    )
+    monkeypatch.setattr(Validator, "__call__", lambda *given: Figures(*next(script)))
+    limits = ("--stage-threshold", 0.5, "--last-threshold", 0.7, "--curriculum", "small,xsmall")
+    path = tmp_path / "run"
+    trained(path, *SMALL_TREES, *limits, "--iters", 4, "--steps-per-eval", 1)
+    assert log_of(path, "begins") == [(2, "xsmall")]
+    state = state_of(path)
+    assert (state["best_iteration"], state["best_score"]) == (4, 7.0)
+    assert state["finished"] is None
 
 
 DIVERGING = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--iters", 9)

@@ -181,6 +181,7 @@ def test_a_compiled_update_is_the_plain_one(name):
         ("lr_schedule: {name: cosine_decay, arguments: [1, 0]}", "must be greater than 0"),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: x}", "lr_schedule {'"),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: 0.5}", "lr_schedule {'"),
+        ("lr_schedule: {name: cosine_decay, arguments: [.nan, 9]}", "it gives no number"),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 9], end: 2}", "unknown 'end', expected"),
     ],
 )

@@ -1,8 +1,8 @@
 """Takes the answers out of a data folder: what is left is prompts, for self-distillation.
 
-    kmerge-mlx data textualized-tree --stage xsmall --num-trees 12000 --out trees
-    python examples/trees/prompts.py trees prompts
-    kmerge-mlx train -c examples/trees/distill.yaml --model BASE --data prompts --adapter-path out
+kmerge-mlx data textualized-tree --stage xsmall --num-trees 12000 --out trees
+python examples/trees/prompts.py trees prompts
+kmerge-mlx train -c examples/trees/distill.yaml --model BASE --data prompts --adapter-path out
 """
 
 from __future__ import annotations

@@ -167,6 +167,8 @@ def _header(run: Run) -> str:
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
     start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
+    if run.config.resume and not state.rng:
+        start = f"{run.path} holds no run to resume: starting one"
     return (
         f"{start}: {base}, K={run.merge.merge_factor}, encoder {encoder / 1e6:.2f}M and "
         f"{run.config.fine_tune_type} {sum(a.size for a in tuned) / 1e6:.2f}M trainable\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import inspect
 import json
 import signal
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 # What the command line reads for each kind; a list is text with commas.
 _TYPES = {int: int, float: float, str: str, bool: bool, SIZE: str, list: str}
-INTERRUPTED = 130
 
 
 def train(config: str | None, print_config: bool, **given: Any) -> None:
@@ -77,7 +75,7 @@ def _run(settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any]) -> 
     with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
         if settings.resume:
             settings = _saved(settings, file, flags, ranks)
-        stopping = shown.enter_context(_signals())
+        stopping, stopped_by = shown.enter_context(_signals())
         shown_bars: list[progress.TrainingBar] = []
 
         def watch(run: Run) -> list[TrainingCallback]:
@@ -95,7 +93,8 @@ def _run(settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any]) -> 
         shown.close()
         if ranks.rank == 0:
             progress.print_outcome(outcome)
-    return INTERRUPTED if outcome.interrupted else 0
+    # Of several machines only those that were told know which signal it was.
+    return 128 + (*stopped_by, signal.SIGINT)[0] if outcome.interrupted else 0
 
 
 def _print_error(message: str) -> None:
@@ -105,7 +104,7 @@ def _print_error(message: str) -> None:
 def _parameter(field: Field) -> inspect.Parameter:
     """The command line's view of a setting; None means that the flag was not given."""
     option, name = option_of(field), field.name.replace("_", "-")
-    kind = enum.StrEnum(field.name, list(option.choices)) if option.choices else _TYPES[option.kind]
+    kind = _TYPES[option.kind]
     names = [f"--{name}", *option.flags]
     default = field.default if isinstance(field.default, int | float | str) else None
     shown = "" if default in (None, False, 0) else f" Default: {default}."
@@ -114,6 +113,8 @@ def _parameter(field: Field) -> inspect.Parameter:
         help=option.help + shown,
         show_default=False,
         rich_help_panel=option.group,
+        # Not a choice of Typer's: the settings' own check says more, for YAML too.
+        metavar=f"<{'|'.join(option.choices)}>" if option.choices else None,
         **({"min": option.low, "max": option.high} if kind in (int, float) else {}),
     )
     return inspect.Parameter(
@@ -152,7 +153,7 @@ def _read(name: str, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()]
     if name == "clear_cache_threshold" and value.isdecimal():
         return int(value)
-    return str(value) if isinstance(value, enum.Enum) else value
+    return value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -188,17 +189,19 @@ def _as_yaml(settings: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[Trainer], None]]:
+def _signals() -> Iterator[tuple[Callable[[Trainer], None], list[int]]]:
     """Lets Ctrl-C and kill end a run with a save; a second Ctrl-C ends it at once.
 
     Yields:
-        What to give the trainer to.
+        What to give the trainer to, and the signals that came.
     """
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
 
     def watch(trainer: Trainer) -> None:
         def stop(number: int, frame: Any) -> None:
             trainer.stop_requested = True
+            came.append(number)
             signal.signal(number, signal.default_int_handler)
             # The terminal has written ^C where the bar is.
             print("\nstopping after this iteration (again: at once)", file=sys.stderr)
@@ -207,7 +210,7 @@ def _signals() -> Iterator[Callable[[Trainer], None]]:
             signal.signal(number, stop)
 
     try:
-        yield watch
+        yield watch, came
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -63,8 +63,8 @@ def _refusal(repo_id: str, filename: str | None, error: Exception) -> DataError:
             "check the name, or `hf auth login`"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        what = f"{repo_id}/{filename}" if filename else repo_id
-        return DataError(f"{what} is not in the cache, and the hub cannot be reached")
+        what = f"{repo_id}/{filename} is" if filename else f"{repo_id} is no folder here and"
+        return DataError(f"{what} not in the cache, and the hub cannot be reached")
     if isinstance(error, errors.EntryNotFoundError):
         return DataError(f"{repo_id} has no file {filename}: check the name on its hub page")
     return DataError(f"the hub did not give {repo_id}: {first_line(error)}")

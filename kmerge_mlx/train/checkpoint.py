@@ -137,6 +137,8 @@ def check_run_destination(path: str | Path, resume: bool, force: bool) -> bool:
         TrainError: Something is there that is neither to be resumed nor replaced.
     """
     path = Path(path)
+    if blocking := [p for p in path.parents if p.exists() and not p.is_dir()]:
+        raise TrainError(f"cannot write {path}: {blocking[0]} is a file, expected a folder")
     try:
         clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()

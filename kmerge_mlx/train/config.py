@@ -301,6 +301,7 @@ class TrainConfig:
             f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
                 not is_number(dropout) or not 0 <= dropout < 1
             ),
+            "--num-layers is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
             f"--report-to is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
                 bool(self.report_to) and any(name.strip() not in REPORTERS for name in reporters)
             ),

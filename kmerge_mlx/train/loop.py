@@ -216,16 +216,22 @@ class Trainer:
             watcher.on_train_loss_report(record | timing)
 
     def _validate(self) -> None:
-        """Measures, remembers the best, and decides whether a stage or the run is over."""
+        """Measures, and decides whether a stage or the run is over."""
         if self._validator is None:
             return
+        figures = self._measure(self._validator)
+        if self._run.state.iteration:
+            self._decide(figures)
+
+    def _measure(self, validator: Validator) -> Figures:
+        """Measures, tells, and remembers the best."""
         state, begin = self._run.state, time.perf_counter()
 
         def progress(done: int, total: int) -> None:
             for watcher in self._ours:
                 watcher.on_validation(done, total)
 
-        figures = self._validator(progress)
+        figures = validator(progress)
         if not math.isfinite(figures.score):
             self._diverged(f"the validation loss is {figures.score}")
         record = {"iteration": state.iteration, "stage": self._stage.name, **figures.named()}
@@ -237,8 +243,7 @@ class Trainer:
         if state.best_score is None or figures.score < state.best_score:
             state.best_score, state.best_iteration, state.stale = figures.score, state.iteration, 0
             self._best = self._adapter()
-        if state.iteration:
-            self._decide(figures)
+        return figures
 
     def _decide(self, figures: Figures) -> None:
         """Whether a stage has been learnt, or learning has stopped."""
@@ -254,6 +259,8 @@ class Trainer:
             self._write({"iteration": state.iteration, "begins": self._stage.name})
             for watcher in self._ours:
                 watcher.on_stage(state.iteration, self._stage.name)
+            # There is a best from the first; the stage itself lasts until the next validation.
+            self._measure(self._validator)
         elif config.early_stop and state.stale >= config.early_stop:
             state.finished = f"no better validation since iteration {state.best_iteration}"
 

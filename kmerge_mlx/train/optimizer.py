@@ -17,6 +17,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tuner.utils import build_schedule
 
+from kmerge_mlx.config import is_number
 from kmerge_mlx.errors import TrainError, first_line, short
 from kmerge_mlx.train.config import OPTIMIZERS, TrainConfig
 
@@ -100,7 +101,7 @@ def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
         )
     try:
         schedule = build_schedule(entry)
-        if not isinstance(schedule(mx.array(1)).item(), float):
+        if not is_number(schedule(mx.array(1)).item()):
             raise TypeError("it gives no number")
     except (TypeError, ValueError, IndexError) as error:
         raise TrainError(f"lr_schedule {short(entry)}: {first_line(error)}") from error

@@ -27,7 +27,7 @@ from kmerge_mlx.config import (
     MergeConfig,
     default_inner_size,
 )
-from kmerge_mlx.errors import TrainError, short
+from kmerge_mlx.errors import AdapterError, TrainError, short
 from kmerge_mlx.model import attach, check_fit, load, wire
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
 from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
@@ -83,7 +83,8 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
     first = ranks.rank == 0
     resumed = first and check_run_destination(path, config.resume, config.force)
     if config.model is None:
-        raise TrainError("no model: give --model")
+        nothing = f" ({path} holds no run to resume)" if config.resume else ""
+        raise TrainError(f"no model: give --model{nothing}")
     if config.batch_size % ranks.size:
         raise TrainError(
             f"--batch-size {config.batch_size} is not divisible by {ranks.size} machines"
@@ -91,6 +92,9 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
     source = path if resumed else config.init_from
     adapter = None if source is None else load_adapter(source, None if resumed else config.k)
     maybe_set_recommended_wired_limit()
+    if mx.default_device() == mx.Device(mx.cpu):
+        # The C library hands memory out as fast as MLX's cache, and gives it back: 20% less in use.
+        mx.set_cache_limit(0)
     mx.random.seed(config.seed)
     model, tokenizer = load(config.model, trust_remote_code=config.trust_remote_code)
     folder = base.resolve(config.model)
@@ -100,13 +104,25 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
     if config.teacher is not None:
         teacher = Teacher(_frozen_copy(config, model), config.teacher_top_k)
     if adapter is not None:
-        check_fit(adapter, base_config, config.model)
+        try:
+            check_fit(adapter, base_config, config.model)
+        except AdapterError as error:
+            if not resumed:
+                raise
+            made_on = f"which was made on {adapter.merge.base.id}"
+            raise TrainError(
+                f"{path} cannot be resumed: --model {config.model} is not the base of the run, "
+                f"{made_on}"
+            ) from error
         merge, tuning = _adopt(config, adapter)
         pad = merge.pad_token_id
         attach(model, adapter, base.default_pad_token_id(tokenizer) if pad is None else pad)
     else:
         merge, tuning = _fresh(config, model, tokenizer, base_config)
-        wire(model, merge, tuning, merge.pad_token_id, config.model)
+        try:
+            wire(model, merge, tuning, merge.pad_token_id, config.model)
+        except AdapterError as error:
+            raise TrainError(f"lora_parameters: {error}") from error
     if config.grad_checkpoint:
         _checkpoint_layers(model)
     digests = [stage.digest for stage in stages]
@@ -179,10 +195,14 @@ def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | N
     parameters = config.lora()
     if unknown := sorted(map(str, set(parameters) - set(LORA_PARAMETERS))):
         hint = ": mlx-lm's scale is alpha / rank" if "alpha" in unknown else ""
-        raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}")
+        known = ", ".join(LORA_PARAMETERS)
+        raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}, expected {known}")
     keys = parameters["keys"]
     keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
-    spec = LoRASpec(parameters["rank"], parameters["scale"])
+    try:
+        spec = LoRASpec(parameters["rank"], parameters["scale"])
+    except AdapterError as error:
+        raise TrainError(f"lora_parameters: {error}") from None
     heads = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD]
     tied_head = HEAD in keys and not heads
     if HEAD in keys:

@@ -117,10 +117,16 @@ def _hub_task(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
     )
     source = Path(config.file) if config.file else module.fetch(name)
     with tempfile.TemporaryDirectory() as folder:
-        written = write_splits(
-            *(source, module.pair, module.SIZES, Path(folder), config.data_seed, config.skip_bad),
-            progress=bar("Reading"),
-        )
+        drawn = (source, module.pair, module.SIZES, Path(folder), config.data_seed)
+        try:
+            written = write_splits(*drawn, config.skip_bad, bar("Reading"))
+        except DataError as error:
+            if "--test" not in str(error):
+                raise
+            raise DataError(
+                f"{source} is too small for the paper's splits ({error}): `kmerge-mlx data "
+                f"{config.task} --file {source} --test N --valid N` draws others, for --data"
+            ) from None
         splits = load_examples(folder, splits=TRAIN_SPLITS)
     # What was left out was left out of the source.
     splits["train"].parts[0][0].bad = written["bad_lines"]
