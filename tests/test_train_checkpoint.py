@@ -237,7 +237,7 @@ def test_a_run_with_a_strangers_file_in_it_is_not_replaced(path):
 def test_resume_where_nothing_is_begins_a_run(tmp_path):
     """So the same command does for the first start and for every one after a kill."""
     result = trained(tmp_path / "run", *EACH, "--iters", 1, "--resume")
-    assert result.err.startswith("Starting: ")
+    assert result.err.startswith(f"{tmp_path / 'run'} holds no run to resume: starting one: ")
     assert state_of(tmp_path / "run")["iteration"] == 1
 
 
