@@ -202,7 +202,6 @@ def test_a_converted_checkpoint_is_where_a_run_begins(tmp_path, adapter_path):
     check_generates(path, BASE, 4)
 
 
-@pytest.mark.xfail(reason="setup._adopt keeps layout and provenance of the given one", strict=True)
 def test_a_run_says_how_it_was_trained_whatever_it_began_with(tmp_path, adapter_path):
     base = copy_base(BASE, tmp_path / "chat", template=CHATML)
     path = tmp_path / "run"
@@ -212,7 +211,6 @@ def test_a_run_says_how_it_was_trained_whatever_it_began_with(tmp_path, adapter_
     assert merge.provenance["trained_by"].startswith("kmerge-mlx ")
 
 
-@pytest.mark.xfail(reason="setup._adopt takes no notice of them", strict=True)
 @pytest.mark.parametrize("yaml", ["encoder_factor: 3.0\n", "lora_parameters: {rank: 9}\n"])
 def test_sizes_that_the_given_adapter_does_not_have_are_refused(tmp_path, adapter_path, yaml):
     result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, "--iters", 1, yaml=yaml)

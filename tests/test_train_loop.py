@@ -267,7 +267,10 @@ DIVERGING = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--iters", 9)
     ("options", "said"),
     [
         ((*QUIET, "--steps-per-report", 1), "training diverged: the loss is nan, the gradient's"),
-        ((*QUIET, "--save-every", 3), "training diverged: a weight is not a number any more"),
+        (
+            (*QUIET, "--save-every", 3),
+            "training diverged: a weight or a gradient is not a number any more",
+        ),
         (("--steps-per-eval", 2), "training diverged: the validation loss is nan at iteration 2"),
     ],
 )

@@ -148,7 +148,7 @@ def test_the_logged_accuracy_is_that_of_real_answers(tmp_path):
         row | {"completion": answer} for row, answer in zip(rows_of(16, 64), answers, strict=True)
     ]
     data, path = write_data(tmp_path / "data", train, valid), tmp_path / "run"
-    options = ("--batch-size", 8, "--iters", 40, "--learning-rate", 3e-3)
+    options = ("--batch-size", 8, "--iters", 80, "--learning-rate", 1e-3)
     trained(path, "--data", data, *options)
     ((_, loss), (_, accuracy)) = (log_of(path, f"val_{n}")[-1] for n in ("loss", "accuracy"))
     balanced = log_of(path, "val_balanced_accuracy")[-1][1]

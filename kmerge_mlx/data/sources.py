@@ -157,7 +157,7 @@ def _read_entry(
     known = {"path", *(f"{split}_split" for split in SPLITS), *names}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
         raise DataError(f"hf_dataset is {short(entry)}, expected an entry with a path")
-    if unknown := sorted(set(entry) - known):
+    if unknown := sorted(map(str, set(entry) - known)):
         raise DataError(f"hf_dataset: unknown {', '.join(unknown)}, expected {sorted(known)}")
     given = {name: entry[name] for name in names if name in entry}
     slices = {}

@@ -131,7 +131,9 @@ class Question:
     depth: int
 
 
-def draw(task: TreeTask, split: str, index: int, earlier: set[int] | None = None) -> tuple:
+def draw(
+    task: TreeTask, split: str, index: int, earlier: set[int] | None = None
+) -> tuple[Tree, list[Question]]:
     """Draws one tree of a split and its questions, whatever was drawn before.
 
     Args:
@@ -147,13 +149,30 @@ def draw(task: TreeTask, split: str, index: int, earlier: set[int] | None = None
     Raises:
         DataError: The stage has no tree left that is in no earlier split.
     """
+    tree, rng = draw_alone(task, split, index, earlier)
+    return tree, [_question(tree, *pair) for pair in _asked(task, tree, rng)]
+
+
+def draw_question(
+    task: TreeTask, split: str, index: int, number: int, earlier: set[int] | None = None
+) -> Question:
+    """One of the questions that :func:`draw` gives, counted around; the others are not written."""
+    tree, rng = draw_alone(task, split, index, earlier)
+    asked = _asked(task, tree, rng)
+    return _question(tree, *asked[number % len(asked)])
+
+
+def draw_alone(
+    task: TreeTask, split: str, index: int, earlier: set[int] | None = None
+) -> tuple[Tree, Random]:
+    """The tree of :func:`draw`, and the generator that its questions are drawn with."""
     stage = task.limits
     limits = f"{stage.max_depth} {stage.max_nodes} {stage.min_children} {stage.max_children}"
     rng = Random(f"textualized-tree {limits} {split} {task.seed} {index}")
     for _ in range(_MOST_DRAWS):
         tree = draw_tree(rng, stage)
         if len(tree) > 1 and not (earlier and fingerprint(tree.text) in earlier):
-            return tree, _ask(task, tree, rng)
+            return tree, rng
     raise DataError(f"textualized-tree: {stage} has too few distinct trees for so large splits")
 
 
@@ -228,17 +247,17 @@ def _write_tree(writer: SplitWriter, tree: Tree, questions: list[Question]) -> N
         )
 
 
-def _ask(task: TreeTask, tree: Tree, rng: Random) -> list[Question]:
-    """The questions of one tree, in random order."""
+def _asked(task: TreeTask, tree: Tree, rng: Random) -> list[tuple[int | None, int]]:
+    """What a tree is asked, in random order: parent and child, or None and a child to find it."""
+    asked: list[tuple[int | None, int]]
     if task.reference_sampling:
         nodes = range(len(tree))
-        pairs = [(p, c) for p in nodes for c in nodes if p != c]
+        asked = [(p, c) for p in nodes for c in nodes if p != c]
     else:
         true = take(rng, tree.edges(), task.questions_per_tree // 2)
-        pairs = true + _negatives(tree, rng, len(true))
-    questions = [_true_or_false(tree, parent, child) for parent, child in pairs]
+        asked = [*true, *_negatives(tree, rng, len(true))]
     children = take(rng, range(1, len(tree)), task.find_parent)
-    return take(rng, questions + [_find_parent(tree, child) for child in children])
+    return take(rng, asked + [(None, child) for child in children])
 
 
 def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
@@ -272,15 +291,14 @@ def _pairs_of(tree: Tree, rng: Random, kind: str, count: int) -> list[tuple[int,
     return list(chosen)
 
 
-def _true_or_false(tree: Tree, parent: int, child: int) -> Question:
+def _question(tree: Tree, parent: int | None, child: int) -> Question:
+    name, depth = tree.names[child], tree.depths[child]
+    if parent is None:
+        prompt = f"Tree: {tree.text}, Task: Find Parent, Child: {name}, Answer: "
+        return Question(prompt, tree.names[tree.parents[child]], FIND_PARENT, depth)
     prompt = (
         f"Tree: {tree.text}, Task: Parent/Child Relationship, "
-        f"Parent: {tree.names[parent]}, Child: {tree.names[child]}, Answer: "
+        f"Parent: {tree.names[parent]}, Child: {name}, Answer: "
     )
     kind = tree.kind(parent, child)
-    return Question(prompt, "true" if kind == EDGE else "false", kind, tree.depths[child])
-
-
-def _find_parent(tree: Tree, child: int) -> Question:
-    prompt = f"Tree: {tree.text}, Task: Find Parent, Child: {tree.names[child]}, Answer: "
-    return Question(prompt, tree.names[tree.parents[child]], FIND_PARENT, tree.depths[child])
+    return Question(prompt, "true" if kind == EDGE else "false", kind, depth)

@@ -139,6 +139,9 @@ def check_run_destination(path: str | Path, resume: bool, force: bool) -> bool:
     path = Path(path)
     if blocking := [p for p in path.parents if p.exists() and not p.is_dir()]:
         raise TrainError(f"cannot write {path}: {blocking[0]} is a file, expected a folder")
+    parent = next(p for p in Path(os.path.abspath(path)).parents if p.exists())  # noqa: PTH100
+    if not os.access(parent, os.W_OK):
+        raise TrainError(f"cannot write {path}: {parent} is not writable; give --adapter-path")
     try:
         clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()

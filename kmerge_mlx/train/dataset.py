@@ -17,7 +17,7 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList
-from kmerge_mlx.data.textualized_tree import TreeTask, draw, draw_split
+from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
 from kmerge_mlx.errors import DataError, KMergeError
 from kmerge_mlx.prompt import Segment
 
@@ -200,8 +200,7 @@ class TreeSet(Sequence[TokenizedExample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         tree, number = divmod(index, self._questions)
-        _, questions = draw(self._task, self._split, tree, self._earlier)
-        question = questions[number % len(questions)]
+        question = draw_question(self._task, self._split, tree, number, self._earlier)
         example = Example(question.prompt, None, question.answer)
         try:
             return self._limits.tokenize(self._tokenizer, example)
@@ -215,8 +214,8 @@ def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeS
     sets: dict[str, TreeSet] = {}
     earlier: set[int] = set()
     for split in reversed(SPLITS):
-        sets[split] = TreeSet(task, split, set(earlier), tokenizer, limits)
+        sets[split] = TreeSet(task, split, earlier, tokenizer, limits)
         if split != "train":
-            drawn = draw_split(task, split, set(earlier))
-            earlier |= {fingerprint(tree.text) for tree, _ in drawn}
+            trees = (draw_alone(task, split, i, earlier)[0] for i in range(task.trees()[split]))
+            earlier = earlier | {fingerprint(tree.text) for tree in trees}
     return sets

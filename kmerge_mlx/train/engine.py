@@ -122,8 +122,11 @@ class Engine:
         return values
 
     def all_finite(self) -> bool:
-        """Whether every trained weight is a number."""
-        arrays = [a for _, a in tree_flatten(self._run.model.trainable_parameters())]
+        """Whether every trained weight is a number, and whatever has been added up."""
+        trees = [self._run.model.trainable_parameters()]
+        if self._totals is not None:
+            trees.append(self._totals.gradients)
+        arrays = [array for tree in trees for _, array in tree_flatten(tree)]
         return mx.stack([mx.isfinite(array).all() for array in arrays]).all().item()
 
     def tensors(self) -> dict[str, mx.array]:

@@ -268,7 +268,7 @@ class Trainer:
         """Writes everything, if every weight is a number."""
         run, state = self._run, self._run.state
         if not self._engine.all_finite():
-            self._diverged("a weight is not a number any more")
+            self._diverged("a weight or a gradient is not a number any more")
         tensors = self._engine.tensors()
         state.rng = mx.random.state[0].tolist()
         if self._ranks.rank == 0:

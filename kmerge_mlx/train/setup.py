@@ -8,7 +8,7 @@ Source: arXiv 2604.15153 section 4 (LoRA on every linear layer and the output he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from kmerge_mlx.config import (
     MergeConfig,
     default_inner_size,
 )
-from kmerge_mlx.errors import AdapterError, TrainError, short
+from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load, wire
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
 from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
@@ -90,7 +90,11 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
             f"--batch-size {config.batch_size} is not divisible by {ranks.size} machines"
         )
     source = path if resumed else config.init_from
-    adapter = None if source is None else load_adapter(source, None if resumed else config.k)
+    try:
+        adapter = None if source is None else load_adapter(source, None if resumed else config.k)
+    except AdapterError as error:
+        flag = "--resume" if resumed else "--init-from"
+        raise TrainError(f"{flag}: {error}") from error
     maybe_set_recommended_wired_limit()
     if mx.default_device() == mx.Device(mx.cpu):
         # The C library hands memory out as fast as MLX's cache, and gives it back: 20% less in use.
@@ -114,7 +118,9 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
                 f"{path} cannot be resumed: --model {config.model} is not the base of the run, "
                 f"{made_on}"
             ) from error
-        merge, tuning = _adopt(config, adapter)
+        merge, tuning = adapter.merge, adapter.tuning
+        if not resumed:
+            merge, tuning = _adopt(config, adapter, tokenizer)
         pad = merge.pad_token_id
         attach(model, adapter, base.default_pad_token_id(tokenizer) if pad is None else pad)
     else:
@@ -158,17 +164,33 @@ def _fresh(
     return _signed(config, merge, tokenizer), tuning
 
 
-def _adopt(config: TrainConfig, adapter: Adapter) -> tuple[MergeConfig, Tuning]:
-    """What an adapter that is trained on stays; settings that say otherwise are refused."""
-    encoder, kind = adapter.merge.encoder, adapter.tuning.to_json()["fine_tune_type"]
-    context = 0 if encoder is None else encoder.context
-    if context != config.encoder_context:
-        raise TrainError(
-            f"--encoder-context is {config.encoder_context}, the adapter has {context}"
-        )
+def _adopt(config: TrainConfig, adapter: Adapter, tokenizer: Any) -> tuple[MergeConfig, Tuning]:
+    """What a given adapter stays when it is trained on; settings that say otherwise are refused."""
+    encoder, tuning = adapter.merge.encoder, adapter.tuning
+    kind = tuning.to_json()["fine_tune_type"]
+    wrong = {}
+    if (context := 0 if encoder is None else encoder.context) != config.encoder_context:
+        wrong["--encoder-context"] = (config.encoder_context, context)
     if kind != config.fine_tune_type:
-        raise TrainError(f"--fine-tune-type is {config.fine_tune_type}, the adapter has {kind}")
-    return adapter.merge, adapter.tuning
+        wrong["--fine-tune-type"] = (config.fine_tune_type, kind)
+    if encoder is not None and config.encoder_factor is not None:
+        inner = int(config.encoder_factor * config.k) * encoder.hidden_size
+        if inner != encoder.inner_size:
+            wrong["the width of --encoder-factor"] = (inner, encoder.inner_size)
+    if config.num_layers not in (-1, tuning.num_layers):
+        wrong["--num-layers"] = (config.num_layers, tuning.num_layers)
+    if isinstance(tuning, LoRAConfig) and config.lora_parameters != LORA_PARAMETERS:
+        has = asdict(tuning.uniform) if tuning.uniform else {}
+        has |= {"keys": [*tuning.keys], "dropout": tuning.dropout}
+        for name, value in config.lora_parameters.items():
+            if value is not None and value != has.get(name):
+                wrong[f"lora_parameters.{name}"] = (value, has.get(name))
+    if wrong:
+        lines = [
+            f"{name} is {given}, the adapter has {its}" for name, (given, its) in wrong.items()
+        ]
+        raise TrainError(findings(f"--init-from {config.init_from}", lines))
+    return _signed(config, adapter.merge, tokenizer), tuning
 
 
 def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
