@@ -69,18 +69,22 @@ def _saved(
 def _run(settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any]) -> int:
     """Trains, and shows it."""
     from kmerge_mlx.cli import progress
+    from kmerge_mlx.plots import TrainingPlot, check_plot
     from kmerge_mlx.train import session
     from kmerge_mlx.train.ranks import connect
 
     with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
         if settings.resume:
             settings = _saved(settings, file, flags, ranks)
+        if settings.plot:
+            check_plot(settings.plot)
         stopping, stopped_by = shown.enter_context(_signals())
         shown_bars: list[progress.TrainingBar] = []
 
         def watch(run: Run) -> list[TrainingCallback]:
             shown_bars.append(progress.TrainingBar(run))
-            return [*shown_bars]
+            plots = [TrainingPlot(run.path, settings.plot)] if settings.plot else []
+            return [*shown_bars, *plots]
 
         def started(trainer: Trainer) -> None:
             for bar in shown_bars:

@@ -1,4 +1,4 @@
-"""A whole training session: prepare, let a teacher write, train, report, draw.
+"""A whole training session: prepare, let a teacher write, train, report.
 
 Owns the order of these, on one machine or several. Whoever calls it shows what happens.
 """
@@ -15,7 +15,6 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.files import read_json
-from kmerge_mlx.plots import TrainingPlot, check_plot
 from kmerge_mlx.train.answers import ANSWERS, give_answers, read_answers, write_answers
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING
 from kmerge_mlx.train.config import TrainConfig
@@ -68,13 +67,11 @@ def train(
     Raises:
         KMergeError: Whatever keeps the run from starting or going on.
     """
-    if config.plot:
-        check_plot(config.plot)
     run = prepare(config, bar, ranks)
     keep = _answers(run, bar)
     if config.teacher_file:
         _use_file(run, bar, ranks)
-    callbacks = [*watch(run), *_reporters(config, run.path)] if ranks.rank == 0 else []
+    callbacks = [*watch(run), *_reporters(config)] if ranks.rank == 0 else []
     trainer = Trainer(run, callbacks, ranks, keep)
     started(trainer)
     reason = trainer.train()
@@ -134,17 +131,14 @@ def _sets(run: Run) -> dict:
     return {n: s for n, s in (("train", stage.train), ("valid", stage.valid)) if s is not None}
 
 
-def _reporters(config: TrainConfig, path: Path) -> list[TrainingCallback]:
-    """A picture of the run, and mlx-lm's callbacks for the services that are asked for."""
-    found: list[TrainingCallback] = []
-    if config.plot:
-        found.append(TrainingPlot(path, config.plot))
-    if config.report_to:
-        try:
-            reporter = get_reporting_callbacks(
-                config.report_to, config.project_name, config.adapter_path, config.settings()
-            )
-        except (ValueError, ImportError) as error:
-            raise TrainError(f"--report-to {config.report_to}: {first_line(error)}") from error
-        found.append(reporter)
-    return found
+def _reporters(config: TrainConfig) -> list[TrainingCallback]:
+    """mlx-lm's callbacks for the services that ``--report-to`` names."""
+    if not config.report_to:
+        return []
+    try:
+        reporter = get_reporting_callbacks(
+            config.report_to, config.project_name, config.adapter_path, config.settings()
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainError(f"--report-to {config.report_to}: {first_line(error)}") from error
+    return [reporter]
