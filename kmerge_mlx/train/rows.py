@@ -19,9 +19,9 @@ from kmerge_mlx.blocks import Block, split
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompt import Segment
 
-ROW_STEP, SHORT_ROW_STEP, SHORT_ROW = 32, 8, 64
-"""Rows are padded to a multiple of 32, as in mlx-lm; short ones of 8: a third of them is padding
-otherwise."""
+ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))
+"""Rows of up to so many positions are padded to a multiple of so many: 32 as in mlx-lm, and less
+for short rows, a third of which would be padding."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def make_batch(
     # The last token of a row is only ever predicted.
     rows = [p + e.answer_ids[:-1] for p, e in zip(prompts, examples, strict=True)]
     length = max(map(len, rows))
-    length = _multiple(length, SHORT_ROW_STEP if length <= SHORT_ROW else ROW_STEP)
+    length = _multiple(length, next(step for most, step in ROW_STEPS if length <= most))
     ids = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
