@@ -27,7 +27,7 @@ from mlx_lm.models import qwen2
 from kmerge_mlx import lora, model
 from kmerge_mlx.adapter import Adapter
 from kmerge_mlx.blocks import MergedEmbedding
-from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig, default_inner_size
+from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig, inner_size
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.prompt import Segment
 from kmerge_mlx.tuning import LoRAConfig
@@ -60,7 +60,7 @@ def build(k: int, with_lora: bool, dtype: mx.Dtype) -> tuple[nn.Module, nn.Modul
     mx.eval(plain.parameters())
     merged.update(plain.parameters())
     d = QWEN_05B.hidden_size
-    sizes = EncoderConfig(k, d, default_inner_size(k, d))
+    sizes = EncoderConfig(k, d, inner_size(k, d))
     encoder = tree_map(lambda a: a.astype(dtype), dict(MergeEncoder(sizes).parameters()))
     flat = {f"{layer}.{n}": a for layer, part in encoder.items() for n, a in part.items()}
     config = LoRAConfig(0)

@@ -41,17 +41,20 @@ ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context
 """What ``merge_config.json`` says of the encoder."""
 
 
-def default_inner_size(merge_factor: int, hidden_size: int) -> int:
-    """The paper's inner width H of the encoder for a merge factor.
+def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:
+    """The inner width H of the encoder for a merge factor.
 
     Args:
         merge_factor: K, at least 2.
         hidden_size: D, the base model's embedding width.
+        factor: Of the width; None is the paper's.
 
     Returns:
-        H = int(factor * K) * D, which is 4D, 6D, 6D for K = 2, 3, 4.
+        H = int(factor * K) * D; the paper's is 4D, 6D, 6D for K = 2, 3, 4.
     """
-    return int(ENCODER_FACTORS.get(merge_factor, ENCODER_FACTOR) * merge_factor) * hidden_size
+    if factor is None:
+        factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTOR)
+    return int(factor * merge_factor) * hidden_size
 
 
 @dataclass(frozen=True)

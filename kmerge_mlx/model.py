@@ -244,6 +244,12 @@ def merged_embedding(model: nn.Module) -> MergedEmbedding | None:
     return next((m for _, m in model.named_modules() if isinstance(m, MergedEmbedding)), None)
 
 
+def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The output head's path and module, or None where the embedding table is the head."""
+    named = model.named_modules()
+    return next(((path, m) for path, m in named if path.rsplit(".", 1)[-1] == HEAD), None)
+
+
 def _tuned(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> dict[str, mx.array]:
     """What ``adapters.safetensors`` holds of a wired model, by full name."""
     if isinstance(tuning, FullConfig):
@@ -256,8 +262,8 @@ def _tuned(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> dict[str, mx
 
 def _head(model: nn.Module, merged: MergedEmbedding) -> nn.Module:
     """What carries the output head's LoRA: the head, or the embedding of a tied model."""
-    heads = (m for path, m in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD)
-    return next(heads, merged)
+    head = output_head(model)
+    return merged if head is None else head[1]
 
 
 def _lora_parts(module: nn.Module) -> dict[str, mx.array]:
@@ -268,9 +274,8 @@ def _add_head_lora(
     model: nn.Module, merged: MergedEmbedding, spec: LoRASpec, dropout: float
 ) -> None:
     """The output head's LoRA: an ordinary LoRA layer, or inside the embedding of a tied model."""
-    paths = (path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD)
-    if (path := next(paths, None)) is not None:
-        lora.attach(model, LoRAConfig(0, dropout, modules={path: spec}))
+    if (head := output_head(model)) is not None:
+        lora.attach(model, LoRAConfig(0, dropout, modules={head[0]: spec}))
     else:
         merged.add_head_lora(spec, dropout)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from kmerge_mlx.config import EncoderConfig, default_inner_size
+from kmerge_mlx.config import EncoderConfig, inner_size
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError
 
@@ -23,7 +23,7 @@ def filled(k: int, d: int, h: int, c: int = 0) -> MergeEncoder:
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 8, 17])
 def test_a_new_encoder_is_exactly_the_mean_for_any_k(k):
-    encoder = MergeEncoder(EncoderConfig(k, 16, default_inner_size(k, 16)))
+    encoder = MergeEncoder(EncoderConfig(k, 16, inner_size(k, 16)))
     blocks = mx.random.normal((7, k, 16))
     assert mx.array_equal(encoder(blocks), blocks.mean(axis=1))
 
@@ -57,8 +57,8 @@ def test_the_config_names_the_shapes_that_the_encoder_has(c):
 
 
 def test_the_papers_inner_sizes_are_the_defaults():
-    assert [default_inner_size(k, 896) // 896 for k in (2, 3, 4)] == [4, 6, 6]
-    assert default_inner_size(5, 10) == 70
+    assert [inner_size(k, 896) // 896 for k in (2, 3, 4)] == [4, 6, 6]
+    assert inner_size(5, 10) == 70
 
 
 def test_chunks_give_what_one_pass_gives():
@@ -91,5 +91,5 @@ def test_sizes_that_no_encoder_has_are_refused(sizes):
 
 def test_the_parameter_count_is_the_papers():
     # DESIGN section 7: 14.5M / 31.3M / 41.8M at D = 896.
-    counts = [EncoderConfig(k, 896, default_inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
+    counts = [EncoderConfig(k, 896, inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
     assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]

@@ -35,6 +35,11 @@ class TokenizedExample:
     answer_ids: list[int]
 
     @property
+    def num_tokens(self) -> int:
+        """How many ids prompt and answer have together."""
+        return sum(len(segment.ids) for segment in self.segments) + len(self.answer_ids)
+
+    @property
     def prompt_ids(self) -> list[int]:
         """The prompt's ids, laid end to end."""
         return [i for segment in self.segments for i in segment.ids]

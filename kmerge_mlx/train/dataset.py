@@ -55,22 +55,13 @@ class Limits:
                 f"found {merged} tokens to merge, expected at least --k {self.merge_factor}: "
                 "leave the row out (--skip-bad), or use a smaller K"
             )
-        self.check_length(row)
-        return row
-
-    def check_length(self, row: TokenizedExample) -> None:
-        """Refuses a row with more positions than there may be.
-
-        Raises:
-            DataError: Says how many there are.
-        """
         length = num_positions(row, self.merge_factor)
         if length > self.max_seq_length:
-            tokens = len(row.prompt_ids) + len(row.answer_ids)
             raise DataError(
-                f"found {length:,} positions ({tokens:,} tokens), expected at most "
+                f"found {length:,} positions ({row.num_tokens:,} tokens), expected at most "
                 f"--max-seq-length {self.max_seq_length:,}"
             )
+        return row
 
 
 def num_positions(row: TokenizedExample, merge_factor: int) -> int:

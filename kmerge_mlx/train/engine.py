@@ -47,7 +47,6 @@ class Engine:
         self._merged = merged_embedding(run.model)
         self.head = AnswerHead(run.model)
         self._totals: Totals | None = None
-        self._added = 0
         self._window = {"loss": mx.array(0.0), "tokens": mx.array(0.0), "norm": mx.array(0.0)}
         unfreeze(run.model, run.tuning)
         if ranks.size > 1:
@@ -60,11 +59,6 @@ class Engine:
         """Of the last update."""
         return self._optimizer.learning_rate.item()
 
-    @property
-    def added(self) -> int:
-        """Batches added up since the last update."""
-        return self._added
-
     def step(self, rows: Rows, iteration: int) -> None:
         """Adds a batch up, and updates the weights when it is time.
 
@@ -72,16 +66,16 @@ class Engine:
             rows: The batch, of which this rank takes its share.
             iteration: Which one this is, from 1.
         """
-        config, ranks = self._config, self._ranks
+        config, ranks, state = self._config, self._ranks, self._run.state
         mine = slice(ranks.rank, None, ranks.size)
         batch = self.make_batch(rows.indices[mine], rows.examples[mine], "train")
         if self._reconstructs:
             batch = warmup.with_candidates(batch, self._merged.merge_factor)
         self._totals = self._stepper.add(batch, self._totals)
-        self._added += 1
+        state.added += 1
         # A phase or a run that ends in between applies what it has: nothing is dropped.
         last = iteration in (config.iters, config.encoder_warmup)
-        if self._added == config.grad_accumulation_steps or last:
+        if state.added == config.grad_accumulation_steps or last:
             update = self._stepper.update(self._totals)
             window = self._window
             self._window = {
@@ -89,7 +83,7 @@ class Engine:
                 "tokens": window["tokens"] + update.tokens,
                 "norm": update.grad_norm,
             }
-            self._totals, self._added = None, 0
+            self._totals, state.added = None, 0
         if self._warming and iteration == config.encoder_warmup:
             self._enter_phase(False, {})
 
@@ -166,7 +160,6 @@ class Engine:
             gradients = {n.removeprefix(f"{GRADIENTS}."): a for n, a in sums.items()}
             tree = refill(run.model.trainable_parameters(), gradients)
             self._totals = Totals(sums["loss"], sums["tokens"], tree)
-        self._added = state.added
         run.tensors = {}
         if state.rng:
             mx.random.seed((state.rng[0] << 32) | state.rng[1])

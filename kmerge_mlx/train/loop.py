@@ -160,9 +160,9 @@ class Trainer:
         rows = next(self._rows)
         state.iteration += 1
         self._engine.step(rows, state.iteration)
-        state.place, state.added = rows.place, self._engine.added
+        state.place = rows.place
         clock.iterations += 1
-        clock.tokens += sum(len(e.prompt_ids) + len(e.answer_ids) for e in rows.examples)
+        clock.tokens += sum(example.num_tokens for example in rows.examples)
         if mx.get_cache_memory() > config.cache_limit:
             mx.clear_cache()
         over = state.iteration == config.iters

@@ -12,8 +12,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.adapter import HEAD
-from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.model import merged_embedding, output_head
 from kmerge_mlx.train.rows import Batch
 
 
@@ -57,9 +56,8 @@ class AnswerHead:
 
     def __init__(self, model: nn.Module):
         self._at: mx.array | None = None
-        modules = dict(model.named_modules())
-        own = next((m for p, m in modules.items() if p.rsplit(".", 1)[-1] == HEAD), None)
-        head, method = (own, "__call__") if own else (merged_embedding(model), "as_linear")
+        own = output_head(model)
+        head, method = (own[1], "__call__") if own else (merged_embedding(model), "as_linear")
         if head is None:
             raise TypeError("a tied model is trained with its embedding wrapped")
         plain = getattr(type(head), method)

@@ -117,7 +117,9 @@ def _use_file(run: Run, bar: Bar, ranks: Ranks) -> None:
     """Puts the stored teacher in the place of the real one, and stores it first if need be."""
     config, sets = run.config, _sets(run)
     path = Path(config.teacher_file)
-    parts = [run.identity.base, *run.identity.data, str(config.teacher_top_k), str(config.k)]
+    # The digests of the sets are taken anew: written answers are part of them by now.
+    parts = [run.identity.base, *(f"{split} {data.digest}" for split, data in sets.items())]
+    parts += [str(config.teacher_top_k), str(config.k)]
     parts += [str(config.teacher_answers), str(config.teacher_max_tokens)]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     if not path.exists() and ranks.rank == 0:

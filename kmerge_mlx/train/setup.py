@@ -25,10 +25,10 @@ from kmerge_mlx.config import (
     EncoderConfig,
     LoRASpec,
     MergeConfig,
-    default_inner_size,
+    inner_size,
 )
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
-from kmerge_mlx.model import attach, check_fit, load, wire
+from kmerge_mlx.model import attach, check_fit, load, output_head, wire
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
 from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
 from kmerge_mlx.train.distill import Teacher
@@ -89,37 +89,25 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
         raise TrainError(
             f"--batch-size {config.batch_size} is not divisible by {ranks.size} machines"
         )
-    source = path if resumed else config.init_from
-    try:
-        adapter = None if source is None else load_adapter(source, None if resumed else config.k)
-    except AdapterError as error:
-        flag = "--resume" if resumed else "--init-from"
-        raise TrainError(f"{flag}: {error}") from error
+    adapter = _given(config, resumed)
     maybe_set_recommended_wired_limit()
     if mx.default_device() == mx.Device(mx.cpu):
         # The C library hands memory out as fast as MLX's cache, and gives it back: 20% less in use.
         mx.set_cache_limit(0)
     mx.random.seed(config.seed)
-    model, tokenizer = load(config.model, trust_remote_code=config.trust_remote_code)
     folder = base.resolve(config.model)
+    model, tokenizer = load(str(folder), trust_remote_code=config.trust_remote_code)
     base_config = base.read_config(folder)
     stages = load_stages(config, tokenizer, bar)
     teacher = None
     if config.teacher is not None:
-        teacher = Teacher(_frozen_copy(config, model), config.teacher_top_k)
+        teacher = Teacher(_frozen_copy(config, folder, model), config.teacher_top_k)
     if adapter is not None:
-        try:
+        if resumed:
+            _check_base(config, adapter, base_config)
+            merge, tuning = adapter.merge, adapter.tuning
+        else:
             check_fit(adapter, base_config, config.model)
-        except AdapterError as error:
-            if not resumed:
-                raise
-            made_on = f"which was made on {adapter.merge.base.id}"
-            raise TrainError(
-                f"{path} cannot be resumed: --model {config.model} is not the base of the run, "
-                f"{made_on}"
-            ) from error
-        merge, tuning = adapter.merge, adapter.tuning
-        if not resumed:
             merge, tuning = _adopt(config, adapter, tokenizer)
         pad = merge.pad_token_id
         attach(model, adapter, base.default_pad_token_id(tokenizer) if pad is None else pad)
@@ -144,6 +132,27 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
     )
 
 
+def _given(config: TrainConfig, resumed: bool) -> Adapter | None:
+    """The adapter that a run goes on with, or begins from, or None."""
+    source = config.adapter_path if resumed else config.init_from
+    try:
+        return None if source is None else load_adapter(source, None if resumed else config.k)
+    except AdapterError as error:
+        flag = "--resume" if resumed else "--init-from"
+        raise TrainError(f"{flag}: {error}") from error
+
+
+def _check_base(config: TrainConfig, adapter: Adapter, base_config: dict[str, Any]) -> None:
+    """Refuses another base for a resumed run, in one line: it is the flag that is wrong."""
+    try:
+        check_fit(adapter, base_config, config.model)
+    except AdapterError as error:
+        raise TrainError(
+            f"{config.adapter_path} cannot be resumed: --model {config.model} is not the base of "
+            f"the run, which was made on {adapter.merge.base.id}"
+        ) from error
+
+
 def _fresh(
     config: TrainConfig, model: nn.Module, tokenizer: Any, base_config: dict[str, Any]
 ) -> tuple[MergeConfig, Tuning]:
@@ -151,8 +160,7 @@ def _fresh(
     _, table = base.find_embedding(model, config.model)
     d, encoder = table(mx.array([0])).shape[-1], None
     if config.k > 1:
-        factor = config.encoder_factor
-        h = default_inner_size(config.k, d) if factor is None else int(factor * config.k) * d
+        h = inner_size(config.k, d, config.encoder_factor)
         encoder = EncoderConfig(config.k, d, h, config.encoder_context)
     tuning, head = _tuning(config, model)
     merge = MergeConfig(
@@ -174,7 +182,7 @@ def _adopt(config: TrainConfig, adapter: Adapter, tokenizer: Any) -> tuple[Merge
     if kind != config.fine_tune_type:
         wrong["--fine-tune-type"] = (config.fine_tune_type, kind)
     if encoder is not None and config.encoder_factor is not None:
-        inner = int(config.encoder_factor * config.k) * encoder.hidden_size
+        inner = inner_size(config.k, encoder.hidden_size, config.encoder_factor)
         if inner != encoder.inner_size:
             wrong["the width of --encoder-factor"] = (inner, encoder.inner_size)
     if config.num_layers not in (-1, tuning.num_layers):
@@ -225,16 +233,16 @@ def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | N
         spec = LoRASpec(parameters["rank"], parameters["scale"])
     except AdapterError as error:
         raise TrainError(f"lora_parameters: {error}") from None
-    heads = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == HEAD]
-    tied_head = HEAD in keys and not heads
+    head = output_head(model)
+    tied_head = HEAD in keys and head is None
     if HEAD in keys:
-        keys = [key for key in keys if key != HEAD] + heads
+        keys = [key for key in keys if key != HEAD] + ([] if head is None else [head[0]])
     return LoRAConfig(count, parameters["dropout"], spec, tuple(keys)), spec if tied_head else None
 
 
-def _frozen_copy(config: TrainConfig, model: nn.Module) -> nn.Module:
+def _frozen_copy(config: TrainConfig, folder: Path, model: nn.Module) -> nn.Module:
     """The base once more, on the same arrays, its embedding wrapped without merging."""
-    copy, _ = load(config.model, lazy=True, trust_remote_code=config.trust_remote_code)
+    copy, _ = load(str(folder), lazy=True, trust_remote_code=config.trust_remote_code)
     copy.update(model.parameters())
     wire(copy, MergeConfig(None), LoRAConfig(0), 0, config.model)
     copy.freeze()
