@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx import plots
-from kmerge_mlx.errors import DataError, TrainError
-from kmerge_mlx.plots import draw_training
+from kmerge_mlx.errors import DataError, PlotError
+from kmerge_mlx.plots import common
+from kmerge_mlx.plots.training import draw_training
 from tests.cli_runner import assert_one_error
 from tests.train_runs import SMALL_TREES, train, trained
 
@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_pat
     (tmp_path / "a.png").mkdir()
     (tmp_path / "a.png" / "x").write_text("x")
     for place in ("a.png", "no/such.png"):
-        with pytest.raises(TrainError, match=f"cannot write --plot .*{place}: ") as caught:
+        with pytest.raises(PlotError, match=f"cannot write --plot .*{place}: ") as caught:
             draw_training([run], tmp_path / place)
         assert len(str(caught.value).splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"run", "a.png"}
@@ -128,7 +128,7 @@ def test_a_folder_without_a_log_is_one_line(tmp_path):
 
 
 def test_a_missing_matplotlib_is_said_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
     result = train(tmp_path / "run", *RUN, "--plot", tmp_path / "a.png")
     assert_one_error(result, 1, "--plot needs matplotlib: pip install 'kmerge-mlx[plot]'")
     assert list(tmp_path.iterdir()) == []

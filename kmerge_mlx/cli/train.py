@@ -69,7 +69,8 @@ def _saved(
 def _run(settings: TrainConfig, file: dict[str, Any], flags: dict[str, Any]) -> int:
     """Trains, and shows it."""
     from kmerge_mlx.cli import progress
-    from kmerge_mlx.plots import TrainingPlot, check_plot
+    from kmerge_mlx.plots.common import check_plot
+    from kmerge_mlx.plots.training import TrainingPlot
     from kmerge_mlx.train import session
     from kmerge_mlx.train.ranks import connect
 

@@ -1,39 +1,18 @@
-"""Pictures of a run, drawn from its log (matplotlib: ``pip install 'kmerge-mlx[plot]'``).
+"""The picture of a training run, drawn from its log.
 
 Owns what is drawn, and how. Does not compute what is not in the log.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.errors import TrainError, first_line
+from kmerge_mlx.plots.common import COLOURS, write
 from kmerge_mlx.train.checkpoint import TRAINING
 from kmerge_mlx.train.log import read_log
 from kmerge_mlx.train.loop import Watcher
-
-SUFFIXES = (".png", ".svg", ".pdf")
-# Told apart by everyone (Okabe, Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuses a picture that cannot be drawn, before any work is done.
-
-    Raises:
-        TrainError: No matplotlib, or a name that says no format.
-    """
-    if find_spec("matplotlib") is None:
-        raise TrainError("--plot needs matplotlib: pip install 'kmerge-mlx[plot]'")
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise TrainError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise TrainError(f"--plot is {path}, but there is no folder {path.parent}")
 
 
 class TrainingPlot(Watcher):
@@ -61,7 +40,7 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         labels: A name for each run, where there are several.
 
     Raises:
-        TrainError: It cannot be written.
+        PlotError: It cannot be written.
         DataError: A log cannot be read.
     """
     from matplotlib.figure import Figure
@@ -70,7 +49,7 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
     for number, log in enumerate(logs):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         label = f"{labels[number]}: " if labels else ""
         _line(losses, log, "train_loss", f"{label}training", color=colour, alpha=0.35)
         _line(losses, log, "val_loss", f"{label}validation", color=colour)
@@ -92,7 +71,7 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    _write(figure, Path(path))
+    write(figure, path)
 
 
 def _measured(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,15 +99,3 @@ def _mark_stages(axes: Any, log: Sequence[dict[str, Any]], colour: str) -> None:
                 fontsize="x-small",
                 color=colour,
             )
-
-
-def _write(figure: Any, path: Path) -> None:
-    new = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(new, dpi=120)
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise TrainError(
-            f"cannot write --plot {path}: {error.strerror or first_line(error)}"
-        ) from error

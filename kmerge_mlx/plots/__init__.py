@@ -1,0 +1,1 @@
+"""Pictures (matplotlib: ``pip install 'kmerge-mlx[plot]'``), one module each."""
