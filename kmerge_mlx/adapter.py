@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from kmerge_mlx import bundled
 from kmerge_mlx.config import MergeConfig, is_int
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
@@ -65,7 +66,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     """The adapters in a folder, by merge factor.
 
     Args:
-        path: An adapter folder, or a folder of them (``k2/``, ``k4/``).
+        path: An adapter folder, a folder of them (``k2/``, ``k4/``), or ``bundled``.
 
     Returns:
         Merge factor to adapter folder, ascending.
@@ -73,7 +74,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     Raises:
         AdapterError: Not there, no adapter (says what it is instead), or two of one K.
     """
-    path = Path(path)
+    path = bundled.ADAPTERS if path == bundled.BUNDLED else Path(path)
     try:
         if not path.is_dir():
             raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")

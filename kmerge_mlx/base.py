@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
 
+from kmerge_mlx import bundled
+from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import KMergeError, ModelError, first_line
 
 # What must agree between the base an adapter was made for and the one it is loaded on.
@@ -42,13 +44,15 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
     """A local folder for a base model, downloaded from the hub if it is not one already.
 
     Args:
-        path_or_hf_repo: A folder or a hub repo id.
+        path_or_hf_repo: A folder, a hub repo id, or ``bundled``.
         revision: Hub revision.
         weights: Whether the weights are wanted, or the config and tokenizer alone.
 
     Raises:
         ModelError: Neither a folder nor a repo that can be had.
     """
+    if path_or_hf_repo == BUNDLED:
+        return bundled.BASE
     path = Path(path_or_hf_repo)
     try:
         if path.is_dir():

@@ -33,6 +33,9 @@ CONTEXT_SEPARATOR = "\n\n"
 DATA_SEED = 42
 """Seed of every draw and split of data, as in the paper."""
 
+TASKS = ("textualized-tree", "amazon-reviews", "commitpackft")
+"""The paper's."""
+
 ENCODER_FACTORS = MappingProxyType({2: 2.0, 3: 2.0, 4: 1.5})
 ENCODER_FACTOR = 1.5
 """H = int(factor * K) * D; past K = 4 the factor of K = 4 is kept."""

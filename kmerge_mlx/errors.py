@@ -37,6 +37,10 @@ class TrainError(KMergeError):
     """Training that cannot start as it was asked for, or cannot go on."""
 
 
+class EvaluateError(KMergeError):
+    """An evaluation that cannot start as it was asked for, or cannot go on."""
+
+
 class PlotError(KMergeError):
     """A picture that cannot be drawn or written."""
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
-from kmerge_mlx import base, full, lora
+from kmerge_mlx import base, bundled, full, lora
 from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
 from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.config import MAX_BLOCKS, LoRASpec, MergeConfig, is_int
@@ -40,9 +40,9 @@ def load(
     """Loads a base model and an adapter, as ``mlx_lm.load`` does (the adapter comes second here).
 
     Args:
-        path_or_hf_repo: Base model, a folder or a hub repo id.
-        adapter_path: Adapter folder (see ``adapter.py``); None loads the base alone, and prompts
-            are then read unmerged.
+        path_or_hf_repo: Base model, a folder, a hub repo id, or ``bundled``.
+        adapter_path: Adapter folder (see ``adapter.py``), or ``bundled``; None loads the base
+            alone, and prompts are then read unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
         revision: Hub revision of the base.
@@ -81,6 +81,8 @@ def load(
         pad = adapter.merge.pad_token_id
         pad = base.default_pad_token_id(tokenizer) if pad is None else pad
         attach(model, adapter, pad, name=str(path_or_hf_repo), max_blocks=max_blocks)
+    if path == bundled.BASE:
+        model.set_dtype(mx.float32)  # stored as float16: the wheel is to stay small
     return model, tokenizer
 
 

@@ -92,10 +92,10 @@ def test_any_text_round_trips_whole_and_streamed(scripts, loaded_tokenizer, text
     assert streamed.text == text
 
 
-def test_a_node_takes_three_tokens_and_every_phrase_one(loaded_tokenizer):
+def test_a_node_takes_four_tokens_and_every_phrase_one(loaded_tokenizer):
     tokens = [loaded_tokenizer.decode([i]) for i in loaded_tokenizer.encode(PROMPT)]
     assert tokens == [
-        *("Tree: ", "A", "B", "\n+", "C", "D", "\n++", "E", "F", "\n+", "G", "H"),
+        *("Tree: ", "A", "B", "\n", "+", "C", "D", "\n", "++", "E", "F", "\n", "+", "G", "H"),
         *(", Task: Parent/Child Relationship", ", Parent: ", "A", "B", ", Child: ", "G", "H"),
         ", Answer: ",
     ]

@@ -78,7 +78,9 @@ def ask(endless, adapter_path):
     return run_json
 
 
-@pytest.mark.parametrize("args", [(), ("convert",), ("generate",), ("info",)])
+@pytest.mark.parametrize(
+    "args", [(), ("bench",), ("convert",), ("evaluate",), ("generate",), ("info",)]
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_explains_itself_with_examples(args, flag):
     result = run(*args, flag)
@@ -93,7 +95,8 @@ def test_help_imports_neither_mlx_nor_transformers():
     code = (
         "import sys\n"
         "from kmerge_mlx.cli import main\n"
-        "for command in ([], ['generate'], ['convert'], ['info']):\n"
+        "for command in ([], ['generate'], ['convert'], ['info'], "
+        "['bench'], ['evaluate']):\n"
         "    sys.argv = ['kmerge-mlx', *command, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as end: assert not end.code, end.code\n"

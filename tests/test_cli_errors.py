@@ -188,11 +188,6 @@ ADAPTERS: list[Case] = [
 ]
 BASES: list[Case] = [
     (
-        "no model at all",
-        lambda w: w.generate("-p", "x", model=None, adapter_path=None),
-        ["no model: give --model, or an --adapter-path that names its base"],
-    ),
-    (
         "an adapter that names no base",
         lambda w: w.generate("p.txt", model=None, adapter_path=nameless_adapter(w)),
         ["nameless does not name its base model: give --model"],

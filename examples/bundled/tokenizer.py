@@ -4,10 +4,11 @@
 
 Owns: the vocabulary and the tokenizer folder. Does not know the model or its training.
 
-Every letter is a token of its own, so that a node's row takes three ("\\n++", "A", "B") and the two
-letters of a name are compared one by one: names as 676 whole tokens were learned at half the speed
-(DESIGN section 7). Whatever else is written falls back to its bytes: every text round-trips, in
-Unicode's composed form (NFC), to which every Qwen2 tokenizer brings it.
+Every letter is a token of its own: the two letters of a name are compared one by one (names as 676
+whole tokens were learned at half the speed). So a node takes four tokens, "++", "A", "B" and the
+end of its line; "Tree: " stands in the place of the root's depth, and at K=4 a block is a node. At
+K=2 a name straddles two blocks. Whatever else is written falls back to its bytes: every text
+round-trips, in Unicode's composed form (NFC), to which every Qwen2 tokenizer brings it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ EOS = "<|endoftext|>"
 ANSWER = ", Answer: "
 TASKS = (", Task: Parent/Child Relationship", ", Task: Find Parent")
 PHRASES = (
-    *("\n" + "+" * depth for depth in range(1, MAX_DEPTH + 1)),
+    *("+" * depth for depth in range(1, MAX_DEPTH + 1)),
     "Tree: ",
     *TASKS,
     ", Parent: ",

@@ -1,6 +1,6 @@
 """Trains the bundled base model, a tiny Qwen2 that answers questions about trees, from scratch.
 
-    python examples/bundled/train_base.py --out /tmp/base --steps 4500
+    python examples/bundled/train_base.py --out /tmp/base --steps 4000
 
 Owns: the model's shape and start, the optimizer step, the growing trees, what is saved and resumed.
 Does not know merging: the adapters are trained on what this writes.
@@ -49,15 +49,17 @@ class Recipe:
         learning_rate: The highest.
         eval_every: Steps between validations.
         eval_trees: Trees asked, each 3 questions.
+        newlines_from: Step from which a tree's lines have ends.
     """
 
-    steps: int = 4500
+    steps: int = 4000
     seed: int = 0
     data_seed: int = DATA_SEED
     trees: int = 32
     learning_rate: float = 2e-3
     eval_every: int = 50
     eval_trees: int = 128
+    newlines_from: int = 1500
 
 
 def model_config(vocab_size: int, eos_token_id: int) -> dict[str, Any]:
@@ -67,8 +69,8 @@ def model_config(vocab_size: int, eos_token_id: int) -> dict[str, Any]:
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "intermediate_size": 256,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "hidden_act": "silu",
@@ -202,14 +204,18 @@ class Trainer:
 
     def _rows(self) -> tree_rows.Rows:
         recipe = self.recipe
-        return tree_rows.training_rows(
-            self.make, self.nodes, self.step, recipe.trees, recipe.data_seed, self.held_out
-        )
+        drawn = (recipe.trees, recipe.data_seed, self.held_out, self.newlines)
+        return tree_rows.training_rows(self.make, self.nodes, self.step, *drawn)
+
+    @property
+    def newlines(self) -> bool:
+        """Whether a tree's lines have ends by now."""
+        return self.step >= self.recipe.newlines_from
 
     def evaluate(self, stages: Any, trees: int) -> dict[str, float]:
         """Scores on validation trees: see :func:`tree_rows.scores`."""
         questions = tree_rows.validation_questions(stages, trees, self.recipe.data_seed)
-        rows = tree_rows.validation_rows(self.make, questions)
+        rows = tree_rows.validation_rows(self.make, questions, self.newlines)
         predicted = np.zeros_like(rows.ids)
         size = min(len(questions), 96)
         for start in range(0, len(questions), size):

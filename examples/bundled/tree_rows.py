@@ -6,7 +6,13 @@ the validation rows. Does not know the model.
 A training row asks one tree several questions, half true/false and half find-the-parent, each
 answer ended by the end-of-text token. Questions must not see each other (``Rows.asked``): half of
 a row's are true, and where they did, the model counted the trues so far, answered the last question
-with certainty and had learned nothing of trees after 900 steps. Validation asks one question a row,
+with certainty and had learned nothing of trees after 900 steps.
+
+At first the lines of a tree have no ends (a depth begins a line anyhow): the model then finds out
+in 600 steps what a true answer has to do with the tree (with line ends it had not after 2,000),
+and takes them for granted within 50 steps when they come.
+
+Validation asks one question a row,
 in the paper's format, about held-out trees.
 """
 
@@ -24,7 +30,7 @@ from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, TreeTask, draw
 from kmerge_mlx.data.trees import Stage
 
-FIRST_NODES, LAST_NODES = 4, 10
+FIRST_NODES, LAST_NODES = 4, 12
 ROW_STEP = 16  # rows are padded to a multiple of this: few shapes, few traces
 HELD_OUT = 500  # trees of a shape in each of valid and test that are never trained on
 TREE_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 0.1, 0.3, 1.0
@@ -72,13 +78,16 @@ class RowMaker:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._newline = tokenizer.encode("\n").ids[0]
         self._eos = tokenizer.token_to_id(EOS)
         self._answer = tokenizer.token_to_id(ANSWER)
         self._tasks = [tokenizer.token_to_id(task) for task in TASKS]
 
-    def __call__(self, texts: Sequence[str], length: int = 0) -> Rows:
-        """The rows of some texts, at least as long as ``length``."""
+    def __call__(self, texts: Sequence[str], newlines: bool = True, length: int = 0) -> Rows:
+        """The rows of some texts, at least as long as ``length``, with or without line ends."""
         encoded = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        if not newlines:
+            encoded = [[i for i in ids if i != self._newline] for ids in encoded]
         length = max(length, *map(len, encoded))
         ids = np.full((len(texts), -(-length // ROW_STEP) * ROW_STEP), self._eos, np.int32)
         real = np.zeros(ids.shape, bool)
@@ -97,7 +106,13 @@ def _before(flags: np.ndarray) -> np.ndarray:
 
 
 def training_rows(
-    make: RowMaker, nodes: int, step: int, trees: int, seed: int, held_out: set[int]
+    make: RowMaker,
+    nodes: int,
+    step: int,
+    trees: int,
+    seed: int,
+    held_out: set[int],
+    newlines: bool = True,
 ) -> Rows:
     """The batch of one step, the same whenever it is drawn.
 
@@ -108,6 +123,7 @@ def training_rows(
         trees: How many.
         seed: Of the trees.
         held_out: Fingerprints of trees that are not for training.
+        newlines: Whether the tree's lines have ends.
     """
     tasks = [TreeTask(s, seed=seed, questions_per_tree=4, find_parent=4) for s in shapes(nodes)]
     texts = []
@@ -117,7 +133,7 @@ def training_rows(
         asked = "".join(f"{q.prompt[start:]}{q.answer}{EOS}" for q in questions)
         texts.append(f"Tree: {tree.text}{asked}")
     # The longest row there can be: one shape a number of nodes.
-    return make(texts, 3 * nodes + 4 * (10 + 8))
+    return make(texts, newlines, (3 + newlines) * nodes + 4 * (10 + 8))
 
 
 def validation_questions(stages: Sequence[Stage], trees: int, seed: int) -> list[Question]:
@@ -133,9 +149,9 @@ def validation_questions(stages: Sequence[Stage], trees: int, seed: int) -> list
     return [question for questions in drawn for question in questions]
 
 
-def validation_rows(make: RowMaker, questions: Sequence[Question]) -> Rows:
+def validation_rows(make: RowMaker, questions: Sequence[Question], newlines: bool = True) -> Rows:
     """One question and its answer a row."""
-    return make([q.prompt + q.answer + EOS for q in questions])
+    return make([q.prompt + q.answer + EOS for q in questions], newlines)
 
 
 def scores(questions: Sequence[Question], rows: Rows, predicted: np.ndarray) -> dict[str, float]:

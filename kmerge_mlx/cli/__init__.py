@@ -14,8 +14,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from kmerge_mlx._version import __version__
+from kmerge_mlx.cli.bench import bench
 from kmerge_mlx.cli.convert import convert
 from kmerge_mlx.cli.data import data
+from kmerge_mlx.cli.evaluate import evaluate
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.train import train
@@ -29,8 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(bench)
 app.command()(convert)
 app.command()(data)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(info)
 app.command()(train)
@@ -56,6 +60,7 @@ def _root(
 
     \b
     Examples:
+      kmerge-mlx generate --k 4 tree.txt
       kmerge-mlx convert ./checkpoint ./adapter --model Qwen/Qwen2.5-0.5B
       kmerge-mlx generate --adapter-path ./adapter --k 4 prompt.txt
       kmerge-mlx info ./adapter

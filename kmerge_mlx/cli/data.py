@@ -13,23 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from kmerge_mlx.cli import options as opt
-from kmerge_mlx.config import DATA_SEED
+from kmerge_mlx.config import DATA_SEED, TASKS
 from kmerge_mlx.data.textualized_tree import TreeTask
-from kmerge_mlx.data.trees import STAGES
 
 DEFAULTS = TreeTask()
 
 
-class Task(enum.StrEnum):
-    """What ``TASK`` takes."""
-
-    textualized_tree = "textualized-tree"
-    amazon_reviews = "amazon-reviews"
-    commitpackft = "commitpackft"
-
-
-Stage = enum.StrEnum("Stage", list(STAGES))
-STAGE = Stage(str(DEFAULTS.stage))
+Task = enum.StrEnum("Task", {name.replace("-", "_"): name for name in TASKS})
+STAGE = opt.Stage(str(DEFAULTS.stage))
 
 # Options of one task alone, refused beside another instead of being ignored.
 OWN_OPTIONS = {
@@ -67,7 +58,7 @@ def data(
         int | None,
         typer.Option("--test", min=0, help="Rows (trees) of the test set.", show_default=False),
     ] = None,
-    stage: Annotated[Stage, typer.Option("--stage", help="Trees: how large they grow.")] = STAGE,
+    stage: opt.TreeStage = STAGE,
     num_trees: Annotated[
         int, typer.Option("--num-trees", min=0, help="Trees: how many, in all splits together.")
     ] = DEFAULTS.num_trees,
@@ -83,43 +74,11 @@ def data(
             "--find-parent", min=0, help="Trees: most questions of one for a node's parent by name."
         ),
     ] = DEFAULTS.find_parent,
-    reference_sampling: Annotated[
-        bool,
-        typer.Option(
-            "--reference-sampling",
-            help="Trees: ask every pair of nodes, as the paper's code does; most are false.",
-        ),
-    ] = False,
-    category: Annotated[
-        str | None,
-        typer.Option(
-            "--category",
-            help="Reviews: category of the hub dataset. Default: the paper's.",
-            show_default=False,
-        ),
-    ] = None,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            "--language",
-            help="Commits: language of the hub dataset. Default: the paper's.",
-            show_default=False,
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            help="Reviews, commits: a local .jsonl or .jsonl.gz in the dataset's schema.",
-            show_default=False,
-        ),
-    ] = None,
-    skip_bad: Annotated[
-        bool,
-        typer.Option(
-            "--skip-bad", help="Reviews, commits: count bad lines and go on, instead of stopping."
-        ),
-    ] = False,
+    reference_sampling: opt.ReferenceSampling = False,
+    category: opt.Category = None,
+    language: opt.Language = None,
+    file: opt.TaskFile = None,
+    skip_bad: opt.SkipBad = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a data folder at --out.")] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -136,7 +95,7 @@ def data(
       kmerge-mlx data amazon-reviews --out ./reviews --train 20000 --test 2000
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
     """
-    _refuse_foreign_options(context, task)
+    opt.refuse_foreign(context, OWN_OPTIONS, task)
     if file is not None and (category is not None or language is not None):
         raise typer.BadParameter("a local file has neither", param_hint="--category, --language")
 
@@ -159,16 +118,6 @@ def data(
         print(json.dumps({"folder": out} | summary, ensure_ascii=False))
     else:
         _print_summary(out, summary)
-
-
-def _refuse_foreign_options(context: typer.Context, task: Task) -> None:
-    """Refuses options of another task: ignored, they would mislead."""
-    for names in OWN_OPTIONS.values():
-        for name in names:
-            source = context.get_parameter_source(name)
-            if name not in OWN_OPTIONS[task] and source is not None and source.name != "DEFAULT":
-                flag = f"--{name.replace('_', '-')}"
-                raise typer.BadParameter(f"{task} has no such option", param_hint=flag)
 
 
 def _trees(task: TreeTask) -> Callable[[Path], dict[str, Any]]:

@@ -82,6 +82,7 @@ def generate(
         )
     template_options = _json_object(chat_template_config)
     context, question = read_prompt(files or [], prompt)
+    model_given, (base, adapter_path) = model is not None, opt.chosen(model, adapter_path)
     if adapter_path is None and context:
         raise AdapterError("FILEs need a merge encoder: give --adapter-path, or use --prompt")
 
@@ -94,11 +95,10 @@ def generate(
     from kmerge_mlx.model import load
 
     merge = None if adapter_path is None else load_adapter(adapter_path, k).merge
-    base = model or _base_of(merge, adapter_path)
     try:
         llm, tokenizer = load(base, adapter_path, k, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        hint = "" if model else f" ({adapter_path} names this base; --model gives another)"
+        hint = "" if model_given else f" ({adapter_path} names this base; --model gives another)"
         raise ModelError(f"{error}{hint}") from error
     if merge is not None:
         _note_base(merge, base)
@@ -189,15 +189,6 @@ def _json_object(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise typer.BadParameter("not a JSON object", param_hint=hint)
     return value
-
-
-def _base_of(merge: MergeConfig | None, adapter_path: str | None) -> str:
-    """The base model that an adapter names."""
-    if merge is None:
-        raise ModelError("no model: give --model, or an --adapter-path that names its base")
-    if merge.base.id is None:
-        raise ModelError(f"{adapter_path} does not name its base model: give --model")
-    return merge.base.id
 
 
 def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kmerge_mlx.bundled import BUNDLED
+from kmerge_mlx.data.trees import STAGES
+from kmerge_mlx.errors import ModelError
 
 
 def _one_of(*values: int) -> Callable[[int | None], int | None]:
@@ -15,6 +21,46 @@ def _one_of(*values: int) -> Callable[[int | None], int | None]:
         raise typer.BadParameter(f"{value} is none of {', '.join(map(str, values))}")
 
     return check
+
+
+def chosen(model: str | None, adapter_path: str | None) -> tuple[str, str | None]:
+    """The base model and the adapter that a command is to use.
+
+    Args:
+        model: The ``--model`` that was given, or None: the adapter's base, or the bundled model.
+        adapter_path: The ``--adapter-path`` that was given, or None.
+
+    Raises:
+        ModelError: The adapter does not name its base.
+    """
+    if adapter_path is None:
+        return (BUNDLED, BUNDLED) if model in (None, BUNDLED) else (model, None)
+    if model is not None:
+        return model, adapter_path
+    from kmerge_mlx.adapter import find_adapters, load_adapter
+
+    base = load_adapter(adapter_path, next(iter(find_adapters(adapter_path)))).merge.base.id
+    if base is None:
+        raise ModelError(f"{adapter_path} does not name its base model: give --model")
+    return base, adapter_path
+
+
+def refuse_foreign(context: typer.Context, own: Mapping[str, Sequence[str]], task: str) -> None:
+    """Refuses options of another task: ignored, they would mislead.
+
+    Args:
+        context: The command's.
+        own: By task, the parameters that not all tasks have.
+        task: What was asked for.
+
+    Raises:
+        typer.BadParameter: Names the first.
+    """
+    for name in {name: None for names in own.values() for name in names}:
+        source = context.get_parameter_source(name)
+        if name not in own[task] and source is not None and source.name != "DEFAULT":
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{task} has no such option", param_hint=flag)
 
 
 def _unicode(text: str | None) -> str | None:
@@ -30,7 +76,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Base model: a folder or a Hugging Face repo id. Default: the one the adapter names.",
+        help="Base model: a folder or a Hugging Face repo id. Default: the one the "
+        "adapter names; without an adapter, the bundled model.",
         show_default=False,
     ),
 ]
@@ -209,5 +256,48 @@ ExtraEosToken = Annotated[
         metavar="TOKEN",
         help="Stop at this token too; give the option again for another.",
         show_default=False,
+    ),
+]
+Stage = enum.StrEnum("Stage", list(STAGES))
+TreeStage = Annotated[Stage, typer.Option("--stage", help="Trees: how large they grow.")]
+ReferenceSampling = Annotated[
+    bool,
+    typer.Option(
+        "--reference-sampling",
+        help="Trees: ask every pair of nodes, as the paper's code does; most are false.",
+    ),
+]
+Category = Annotated[
+    str | None,
+    typer.Option(
+        "--category",
+        help="Reviews: category of the hub dataset. Default: the paper's.",
+        show_default=False,
+    ),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(
+        "--language",
+        help="Commits: language of the hub dataset. Default: the paper's.",
+        show_default=False,
+    ),
+]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        help="Reviews, commits: a local .jsonl or .jsonl.gz in the dataset's schema.",
+        show_default=False,
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Count bad lines and go on, instead of stopping."),
+]
+Plot = Annotated[
+    str | None,
+    typer.Option(
+        "--plot", help="Draw a picture into this file (.png, .svg, .pdf).", show_default=False
     ),
 ]

@@ -15,6 +15,7 @@ from kmerge_mlx.errors import PlotError, first_line
 SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by everyone (Okabe, Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def check_plot(path: str | Path) -> None:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from kmerge_mlx.config import DATA_SEED, is_number
+from kmerge_mlx.config import DATA_SEED, TASKS, is_number
 from kmerge_mlx.errors import TrainError, findings, short
 from kmerge_mlx.train.options import SIZE, option, option_of, parse_size, problem, shown
 from kmerge_mlx.tuning import FULL, LORA
 
-TASKS = ("textualized-tree", "amazon-reviews", "commitpackft")
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 REPORTERS = ("wandb", "swanlab")
 ANSWER, RECONSTRUCTION = "answer", "reconstruction"

@@ -9,22 +9,19 @@ Source: DESIGN section 1 (a stage of the curriculum ends at 85% accuracy, the la
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.data import amazon_reviews, commitpackft
+from kmerge_mlx.config import TASKS, is_int, is_number
 from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.data.sampling import write_splits
 from kmerge_mlx.data.sources import ExampleList, load_examples, load_hub_datasets
+from kmerge_mlx.data.tasks import load_task
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.data.trees import Stage as TreeStage
 from kmerge_mlx.errors import DataError, TrainError, short
-from kmerge_mlx.train.config import TASKS, TrainConfig
+from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
 from kmerge_mlx.train.order import batches_of
 
@@ -100,37 +97,14 @@ def _examples(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
     given = {name: getattr(config, name) for name in names}
     rows = RowFormat(**given, answers=not config.teacher_answers)
     if config.task is not None:
-        return _hub_task(config, bar)
+        names = {TASKS[1]: config.category, TASKS[2]: config.language}
+        drawn = (config.task, names[config.task], config.file, config.data_seed, config.skip_bad)
+        return load_task(*drawn, TRAIN_SPLITS, bar("Reading"))
     if config.hf_dataset is not None:
         return load_hub_datasets(config.hf_dataset, rows, config.skip_bad, TRAIN_SPLITS)
     if config.data is None:
         raise DataError(f"no data: give --data, or --task ({', '.join(TASKS)})")
     return load_examples(config.data, rows, config.skip_bad, TRAIN_SPLITS)
-
-
-def _hub_task(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
-    """Draws the splits of reviews or commits; the files are gone when they have been read."""
-    module, name = (
-        (amazon_reviews, config.category or amazon_reviews.CATEGORY)
-        if config.task == TASKS[1]
-        else (commitpackft, config.language or commitpackft.LANGUAGE)
-    )
-    source = Path(config.file) if config.file else module.fetch(name)
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = (source, module.pair, module.SIZES, Path(folder), config.data_seed)
-        try:
-            written = write_splits(*drawn, config.skip_bad, bar("Reading"))
-        except DataError as error:
-            if "--test" not in str(error):
-                raise
-            raise DataError(
-                f"{source} is too small for the paper's splits ({error}): `kmerge-mlx data "
-                f"{config.task} --file {source} --test N --valid N` draws others, for --data"
-            ) from None
-        splits = load_examples(folder, splits=TRAIN_SPLITS)
-    # What was left out was left out of the source.
-    splits["train"].parts[0][0].bad = written["bad_lines"]
-    return splits
 
 
 def _tree_stages(config: TrainConfig, tokenizer: Any) -> list[Stage]:

@@ -1,0 +1,14 @@
+"""The model that comes with the package: a tiny base, and adapters for it (see README.md here).
+
+Owns where they are. ``bundled`` stands for them wherever a model or an adapter is named; a folder
+of that name in the working directory is reached as ``./bundled``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUNDLED = "bundled"
+
+BASE = Path(__file__).parent / "base"
+ADAPTERS = Path(__file__).parent / "adapters"

@@ -1,0 +1,84 @@
+"""The model that comes with the package: it is there, it is small, and it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from kmerge_mlx import bundled, load
+from kmerge_mlx.adapter import find_adapters
+from tests.cli_runner import run, run_process
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+LARGEST = 8 * 10**6  # bytes
+
+
+def test_it_is_no_larger_than_promised():
+    files = [f for f in bundled.BASE.parent.rglob("*") if f.is_file() and f.suffix != ".pyc"]
+    assert sum(file.stat().st_size for file in files) <= LARGEST
+    assert 4 in find_adapters("bundled")
+
+
+def test_the_first_command_answers_from_any_folder_and_says_what_it_saved(tmp_path):
+    done = run_process("generate", "--k", "4", EXAMPLES / "tree.txt", cwd=tmp_path)
+    assert (done.code, done.out) == (0, "true\n")
+    assert "35 tokens in 9 positions (3.89x)" in done.err
+
+
+def test_it_answers_the_trees_written_by_hand():
+    done = run("evaluate", "--data", EXAMPLES / "handwritten", "--k", "4", "--json")
+    (row,) = json.loads(done.out)["rows"]
+    assert row["scores"]["data"]["accuracy"]["value"] >= 18 / 20
+    assert row["compression_ratio"] > 3.8
+
+
+def test_it_is_computed_in_single_precision_though_stored_in_half():
+    model, _ = load("bundled", "bundled", 4)
+    assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.float32}
+    stored = mx.load(str(bundled.BASE / "model.safetensors"))
+    assert {array.dtype for array in stored.values()} == {mx.float16}
+
+
+def test_a_folder_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch, base_path):
+    shutil.copytree(base_path, tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    assert load("./bundled")[0].args.hidden_size == 64
+    assert load("bundled")[0].args.hidden_size == 128
+
+
+def test_the_wheel_holds_all_of_it(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    for name in ("kmerge_mlx", "convert"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("kmerge_mlx/bundled/")}
+    root = bundled.BASE.parent
+    files = [f for f in root.rglob("*") if f.is_file() and f.suffix != ".pyc"]
+    assert held == {f"kmerge_mlx/bundled/{file.relative_to(root)}" for file in files}
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_the_base_alone_reads_uncompressed(command, tmp_path):
+    prompt = (EXAMPLES / "tree.txt").read_text()
+    row = json.dumps({"prompt": prompt, "completion": "true"})
+    (tmp_path / "test.jsonl").write_text(f"{row}\n")
+    asked = ["-p", prompt] if command == "generate" else ["--data", tmp_path]
+    done = run(command, "--model", bundled.BASE, *asked, "--json")
+    found = json.loads(done.out)
+    ratio = found.get("compression_ratio") or found["rows"][0]["compression_ratio"]
+    assert (done.code, ratio) == (0, 1.0)
