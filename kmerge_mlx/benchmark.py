@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from kmerge_mlx import base
+from kmerge_mlx import base, bundled
 from kmerge_mlx.adapter import Adapter
 from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.config import EncoderConfig, MergeConfig, inner_size
@@ -62,13 +62,13 @@ class Side:
         k: The merge factor K.
         llm: mlx-lm's model.
         embedding: Its wrapped embedding, or None: the first ceil(T/K) tokens are read unmerged.
-        own_bytes: Bytes of weights that only this side reads: encoder, LoRA.
+        unread_bytes: Bytes of weights in memory that it does not read: the others' encoders, LoRA.
     """
 
     k: int
     llm: nn.Module
     embedding: MergedEmbedding | None = None
-    own_bytes: int = 0
+    unread_bytes: int = 0
 
     def positions(self, length: int) -> int:
         """Positions that a prompt of so many tokens takes."""
@@ -200,15 +200,25 @@ def load_sides(
             check_fit(adapter, config, path_or_hf_repo)
     plain, tokenizer = load(str(path), trust_remote_code=trust_remote_code)
     pad = base.default_pad_token_id(tokenizer)
-    sides = [Side(1, plain)]
+    readers = [(1, plain)]
     for k, adapter in sorted(adapters.items()):
         # Only its modules are wanted: the lazy weights are never read.
         llm, _ = load(str(path), lazy=True, trust_remote_code=trust_remote_code)
         llm.update(plain.parameters())
-        floor = Side(k, plain)
-        _merge(llm, k, adapter, pad, path_or_hf_repo, floor.positions(max(lengths)))
-        sides += [floor, Side(k, llm, merged_embedding(llm), _bytes_beyond(llm, plain))]
-    return sides
+        _merge(llm, k, adapter, pad, path_or_hf_repo, Side(k, llm).positions(max(lengths)))
+        if path == bundled.BASE:  # as load() does; the base's own arrays have been cast before
+            llm.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
+        mx.eval(llm.parameters())
+        readers += [(k, plain), (k, llm)]
+    weights = [
+        {id(array): array.nbytes for _, array in tree_flatten(llm.parameters())}
+        for _, llm in readers
+    ]
+    total = sum({key: size for each in weights for key, size in each.items()}.values())
+    return [
+        Side(k, llm, merged_embedding(llm), total - sum(own.values()))
+        for (k, llm), own in zip(readers, weights, strict=True)
+    ]
 
 
 def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
@@ -241,14 +251,6 @@ def _merge(
         sizes = EncoderConfig(k, d, inner_size(k, d))
         wire(llm, MergeConfig(sizes), LoRAConfig(0), pad, name, max_blocks)
         llm.eval()
-    mx.eval(llm.parameters())
-
-
-def _bytes_beyond(llm: nn.Module, plain: nn.Module) -> int:
-    """Bytes of a model's weights that are not the plain one's own arrays."""
-    shared = {id(array) for _, array in tree_flatten(plain.parameters())}
-    own = [array for _, array in tree_flatten(llm.parameters()) if id(array) not in shared]
-    return sum(array.nbytes for array in own)
 
 
 def measure(
@@ -278,9 +280,7 @@ def measure(
         for number in rounds:
             ids = rng.choices(range(vocab_size), k=length)
             for side in _in_turn(sides, number):
-                # The others' encoders and LoRA are in memory too, and are no part of its peak.
-                foreign = sum(other.own_bytes for other in sides if other is not side)
-                trial = _run(side, ids, config, foreign)
+                trial = _run(side, ids, config)
                 if number >= 0:
                     trials[side].append(trial)
                 done += trial.positions
@@ -296,7 +296,7 @@ def _in_turn(sides: Sequence[Side], number: int) -> list[Side]:
     return [sides[(number + step * i) % len(sides)] for i in range(len(sides))]
 
 
-def _run(side: Side, ids: list[int], config: BenchmarkConfig, foreign_bytes: int) -> Trial:
+def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
     """Reads one prompt and generates; the block table is empty before, and again after."""
     tokens = ids[: side.positions(len(ids))] if side.embedding is None else ids
     held: list[int] = []
@@ -325,7 +325,7 @@ def _run(side: Side, ids: list[int], config: BenchmarkConfig, foreign_bytes: int
         times = [time.perf_counter() for _ in steps]
         # mlx-lm queues a step more than it gives: it must not run into the next side's time.
         mx.synchronize(generation_stream)
-    peak = mx.get_peak_memory() - foreign_bytes
+    peak = mx.get_peak_memory() - side.unread_bytes
     if side.embedding is not None:
         side.embedding.forget_blocks()
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None

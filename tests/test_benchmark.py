@@ -15,7 +15,9 @@ from kmerge_mlx.benchmark import BenchmarkConfig, Side, Spread, Trial, kv_bytes
 from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.config import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
-from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
+from kmerge_mlx.full import parameters
+from kmerge_mlx.tuning import FullConfig
+from tests.tiny import VOCAB_SIZE, build, qwen2_config, random_adapter, write_base
 
 CONFIG = BenchmarkConfig(
     lengths=(21,),
@@ -190,7 +192,7 @@ def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
     seconds = {sides[0]: 8.0, sides[1]: 2.0, sides[2]: 4.0}
     faster = {1.0: 1, 10.0: 2, 100.0: 4, 9.0: 1}
 
-    def run(side, ids, config, foreign_bytes):
+    def run(side, ids, config):
         factor = next(scale)
         once = seconds[side] * factor / (faster[factor] if side is sides[2] else 1)
         return Trial(len(ids), side.positions(len(ids)), once, None, 1, 1)
@@ -215,7 +217,9 @@ def test_an_untrained_encoder_has_the_papers_size_over_the_bases_own_weights(sid
         arrays = {id(array) for _, array in tree_flatten(side.llm.parameters())}
         assert side.embedding.encoder.config == sizes
         assert plain < arrays
-        assert side.own_bytes == 4 * sizes.num_parameters
+        # The plain one does not read the encoders, nor each of these the other's.
+        own = 4 * sizes.num_parameters
+        assert side.unread_bytes == sides[0].unread_bytes - own == sides[1].unread_bytes - own
         assert not lora.layers(side.llm)
 
 
@@ -234,13 +238,34 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     assert floor.llm is plain.llm
 
 
-def test_a_peak_holds_no_other_sides_encoder(base):
-    """Measured alone, the plain side is charged for whatever else is in memory."""
-    sides = benchmark.load_sides(base, {8: None}, (16,))
+def test_the_bundled_model_is_measured_as_it_is_loaded():
+    sides = benchmark.load_sides("bundled", {4: load_adapter("bundled", 4)}, (8,))
+    wanted, _ = load("bundled", "bundled", 4)
+    for llm in (sides[2].llm, wanted):
+        assert {array.dtype for _, array in tree_flatten(llm.parameters())} == {mx.float32}
+
+
+def test_a_peak_holds_no_weights_that_are_not_read(base):
+    _, _, merged = sides = benchmark.load_sides(base, {8: None}, (16,))
+    encoder = 4 * merged.embedding.encoder.config.num_parameters
+    assert [side.unread_bytes for side in sides] == [encoder, encoder, 0]
     config = replace(CONFIG, lengths=(16,))
-    alone, together = (benchmark.measure(s, config)[0].figures for s in (sides[:1], sides))
-    gap = alone.peak_bytes.median - together.peak_bytes.median
-    assert gap == pytest.approx(sides[2].own_bytes, rel=0.1)
+    charged = [replace(sides[0], unread_bytes=0)]
+    all_of_it, own = (benchmark.measure(s, config)[0].figures for s in (charged, sides))
+    gap = all_of_it.peak_bytes.median - own.peak_bytes.median
+    assert gap == pytest.approx(encoder, rel=0.1)
+
+
+def test_layers_that_an_adapter_replaces_are_not_read(base):
+    adapter = random_adapter(build(qwen2_config()), 2, keys=())
+    tuning = FullConfig(1)
+    weights = parameters(build(qwen2_config(), seed=1), tuning)
+    adapter = replace(adapter, tuning=tuning, tuning_weights=weights)
+    plain, _, merged = benchmark.load_sides(base, {2: adapter}, (16,))
+    replaced = sum(array.nbytes for array in weights.values())
+    assert merged.unread_bytes == replaced
+    own = [*adapter.encoder_weights.values(), *adapter.head_weights.values(), *weights.values()]
+    assert plain.unread_bytes == sum(array.nbytes for array in own)
 
 
 def test_progress_is_in_positions_and_ends_full(sides):

@@ -191,13 +191,6 @@ def test_a_folder_a_device_and_a_place_that_is_none_are_refused(tmp_path):
     assert refused(tmp_path / "no" / "answers.jsonl").endswith(": No such file or directory")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_file_that_cannot_be_written_is_refused(tmp_path):
-    path = filled(tmp_path / "answers.jsonl")
-    path.chmod(0o400)
-    assert refused(path).endswith(": Permission denied")
-
-
 def test_a_full_disk_is_one_line_and_loses_no_earlier_answer(tmp_path, monkeypatch):
     path = filled(tmp_path / "answers.jsonl")
     file = opened(path)
