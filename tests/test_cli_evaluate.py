@@ -173,7 +173,7 @@ def test_everything_but_the_report_goes_to_stderr(tmp_path, monkeypatch, folders
 def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
     monkeypatch, folders, truth
 ):
-    given = ("--data", truth, "--k", 4, "--baseline", "mean", "--batch-size", 4)
+    given = ("--data", truth, "--k", 4, "--baseline", "uncompressed", "--batch-size", 4)
     assert evaluated(folders, *given).err == ""
     shown = evaluated(folders, *given, terminal=True).err
     assert "Evaluating:" in shown
@@ -287,7 +287,11 @@ TREES = ("--task", "textualized-tree")
         ((*TREES, "--adapter-path", UPSTREAM / "base"), 1, "is a base model, not an adapter"),
         ((*TREES, "--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         ((*TREES, "--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),
-        ((*TREES, "--predictions", "."), 1, "--predictions . is not a file: name one"),
+        (
+            (*TREES, "--num-trees", 2, "--predictions", "."),
+            1,
+            "--predictions . is not a file: name one",
+        ),
         ((*TREES, "surplus"), 2, "unexpected extra argument"),
     ],
 )

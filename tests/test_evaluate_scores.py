@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,7 +35,7 @@ from tests.evaluations import (
     write_data,
     write_folders,
 )
-from tests.tiny import PAD, qwen2_config, random_adapter, write_base
+from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 QUESTIONS = 60
 MAX_TOKENS = 4
@@ -292,6 +293,28 @@ def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_
     limits.clear()
     measured(model=str(base), task="recall", lengths=(500,), depths=(1,), num_needles=2)
     assert limits == [max(lengths) - 1 + 8] * 2
+
+
+def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders, data):
+    """Told so, or because an adapter was trained so: then all that is compared is read so."""
+    settings = {"data": str(data), "limit": 4, "max_tokens": 1}
+    base = str(copy_base(folders.base, tmp_path / "base", TEMPLATE))
+    adapter = random_adapter(build(qwen2_config()), 4, seed=4)
+    plain = replace(adapter, merge=replace(adapter.merge, layout={"chat_template": False}))
+    save_adapter(plain, tmp_path / "plain")
+    templated = folders.settings(model=base, ks=(4,), baselines=("uncompressed",), **settings)
+    reports = [
+        measured(**templated),
+        measured(**templated, ignore_chat_template=True),
+        measured(**templated | {"adapter_path": str(tmp_path / "plain")}),
+    ]
+    bare = measured(**templated | {"model": str(folders.base)})
+    assert [report.templated for report in reports] == [True, False, False]
+    assert [row.results for row in reports[1].rows] == [row.results for row in bare.rows]
+    # There is no adapter for K = 1 beside it.
+    assert reports[2].rows[1].results == bare.rows[1].results
+    tokens = [[row.results["data"].prompt_tokens for row in report.rows] for report in reports]
+    assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
 
 
 def test_batches_are_of_similar_lengths_and_the_same_whenever_they_are_made():

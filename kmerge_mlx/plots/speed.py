@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.plots.common import COLOURS, write
+from kmerge_mlx.plots.common import COLOURS, MARKERS, write
 
 if TYPE_CHECKING:
     from kmerge_mlx.benchmark import Row
@@ -61,7 +61,7 @@ def _lines(
             None if spread is None else [[side[i] for i in mine] for side in spread],
             label=_name(k),
             color=COLOURS[number % len(COLOURS)],
-            marker="o",
+            marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             capsize=3,
         )
