@@ -21,14 +21,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 MAX_DEPTH = 12
 EOS = "<|endoftext|>"
-ANSWER = ", Answer: "
+TREE, CHILD, ANSWER = "Tree: ", ", Child: ", ", Answer: "
 TASKS = (", Task: Parent/Child Relationship", ", Task: Find Parent")
 PHRASES = (
     *("+" * depth for depth in range(1, MAX_DEPTH + 1)),
-    "Tree: ",
+    TREE,
     *TASKS,
     ", Parent: ",
-    ", Child: ",
+    CHILD,
     ANSWER,
     "true",
     "false",

@@ -1,12 +1,12 @@
 """Trains the bundled base model, a tiny Qwen2 that answers questions about trees, from scratch.
 
-    python examples/bundled/train_base.py --out /tmp/base --steps 4000
+    python examples/bundled/train_base.py --out /tmp/base
 
-Owns: the model's shape and start, the optimizer step, the growing trees, what is saved and resumed.
+Owns: the phases of training, the optimizer step, the growing trees, what is saved and resumed.
 Does not know merging: the adapters are trained on what this writes.
 
-Source: DESIGN section 7, "From scratch on trees". One CPU thread is enough; preload OpenBLAS (see
-the README). The folder loads with ``mlx_lm.load``; its ``training/`` is for ``--resume`` alone.
+One CPU thread is enough; preload OpenBLAS (see the README). The folder loads with ``mlx_lm.load``;
+its ``training/`` is for ``--resume`` alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,44 @@ import mlx.optimizers as optim
 import numpy as np
 import tokenizer as vocabulary
 import tree_rows
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import qwen2
+from base_model import Base, model_config
+from mlx.utils import tree_flatten, tree_map_with_path
+from tree_rows import NODE_TOKENS
 
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.files import replacing_folder, write_json, write_safetensors
 
-WARMUP, LAST_RATE = 100, 0.02
+LAST_RATE = 0.02
 GROW_AT = 0.9  # balanced accuracy at which trees get one node more
+VALIDATION_BATCH = 64
+
+Arrays = tuple[mx.array, ...]
+"""tree, asked, answers, places, tree_weights, asked_weights (see :class:`tree_rows.Rows`)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training, with an optimizer of its own.
+
+    Args:
+        name: ``packed``: all layers but the first learn to answer from codes, one after the other;
+            ``spread``: from codes in their own places, nothing between them; ``first``: the first
+            layer learns to make codes; ``all``: every layer learns to write the whole text.
+        steps: Optimizer steps, over which the cosine falls to 2% of the rate.
+        learning_rate: The highest.
+        warmup: Steps up to it.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step of this phase: warm-up, then a cosine."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        scale = min(1.0, (step + 1) / self.warmup) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        return self.learning_rate * scale
 
 
 @dataclass(frozen=True)
@@ -42,92 +72,95 @@ class Recipe:
     """How to train.
 
     Args:
-        steps: Optimizer steps, over which the cosine falls to 2% of the rate.
+        phases: One after the other.
         seed: Of the weights.
         data_seed: Of the trees.
         trees: Trees a step; each is asked 8 questions.
-        learning_rate: The highest.
         eval_every: Steps between validations.
         eval_trees: Trees asked, each 3 questions.
-        newlines_from: Step from which a tree's lines have ends.
+        last_nodes: Most nodes of a tree, at last.
     """
 
-    steps: int = 4000
+    phases: tuple[Phase, ...] = (
+        Phase("packed", 1200, 2e-3, 100),
+        Phase("spread", 300, 5e-4, 50),
+        Phase("first", 500, 2e-3, 50),
+        Phase("all", 800, 5e-4, 100),
+    )
     seed: int = 0
     data_seed: int = DATA_SEED
     trees: int = 32
-    learning_rate: float = 2e-3
-    eval_every: int = 50
+    eval_every: int = 25
     eval_trees: int = 128
-    newlines_from: int = 1500
+    last_nodes: int = tree_rows.LAST_NODES
 
 
-def model_config(vocab_size: int, eos_token_id: int) -> dict[str, Any]:
-    """The model's config.json, for mlx-lm and for transformers."""
-    theta = 1e5
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 128,
-        "num_hidden_layers": 6,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": 4096,
-        # mlx-lm reads the first, transformers 5 the second.
-        "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": "float32",
-    }
+def answer_logits(base: Base, batch: Arrays, name: str) -> mx.array:
+    """Logits ``(B, Q, P, V)`` of what comes after each place, read as in a phase."""
+    tree, asked, answers, places, weights, _ = batch
+    length, layers = tree.shape[1], base.model.layers
+    if name in ("packed", "spread"):
+        x, layers = base.codes(tree, asked, answers, places), layers[1:]
+    else:
+        x = base.embedded(tree, asked)
+    if name == "packed":
+        x, weights = base.packed(x, length, places), weights[:, NODE_TOKENS - 1 :: NODE_TOKENS]
+    x = base.through(x, weights, asked.shape[1], layers)
+    if name != "packed":
+        x = base.packed(x, length, places)
+    answered = x[:, length // NODE_TOKENS :]
+    return base.logits(answered).reshape(*places.shape, -1)
 
 
-def build_model(config: dict[str, Any], seed: int) -> qwen2.Model:
-    """A model with a *mimetic* start.
+def answer_loss(base: Base, batch: Arrays, name: str) -> mx.array:
+    """Mean cross-entropy of the answers' tokens."""
+    _, asked, answers, places, _, weights = batch
+    after = places + 1
+    targets = mx.take_along_axis(asked, after, axis=-1)
+    weights = mx.take_along_axis(weights * answers, after, axis=-1)
+    losses = nn.losses.cross_entropy(answer_logits(base, batch, name), targets)
+    return (losses * weights).sum() / weights.sum()
 
-    In every other head queries and keys are one random orthonormal projection, so that a token
-    attends to its equals before anything is learned; what is read is written back through the
-    transpose of the projection that read it. Without this, training stays at chance for 900 to
-    2,000 steps (DESIGN section 7).
+
+def code_loss(base: Base, batch: Arrays) -> mx.array:
+    """Mean squared distance of what the first layer writes from what the second should read.
+
+    The tokens that hold something and those that hold nothing count the same, all in all.
     """
-    mx.random.seed(seed)
-    model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
-    size, heads = config["hidden_size"], config["num_attention_heads"]
-    head_size = size // heads
-    embed = model.model.embed_tokens
-    embed.weight = 0.1 * mx.random.normal(embed.weight.shape)
-    for layer in model.layers:
-        attention = layer.self_attn
-        pair = orthonormal(size)
-        attention.v_proj.weight, attention.o_proj.weight = 0.7 * pair, 0.7 * pair.T
-        for head in range(0, heads, 2):
-            rows = slice(head * head_size, (head + 1) * head_size)
-            projection = orthonormal(size)[:head_size]
-            attention.q_proj.weight[rows] = projection
-            attention.k_proj.weight[rows] = projection
-        for projected in (attention.q_proj, attention.k_proj, attention.v_proj):
-            projected.bias = mx.zeros_like(projected.bias)
-    mx.eval(model.parameters())
-    return model
+    tree, asked, answers, places, tree_weights, asked_weights = batch
+    wanted = mx.stop_gradient(base.codes(tree, asked, answers, places))
+    x = base.embedded(tree, asked)
+    x = base.through(x, tree_weights, asked.shape[1], base.model.layers[:1])
+    flat = asked_weights.reshape(len(tree), -1)
+    real = mx.concatenate([tree_weights, flat], axis=1) > 0
+    nothing = (wanted == base.nothing).all(axis=-1)
+    distance, loss = ((x - wanted) ** 2).mean(axis=-1), mx.array(0.0)
+    for part in (real & nothing, real & ~nothing):
+        loss = loss + (distance * part).sum() / part.sum()
+    return loss
 
 
-def orthonormal(size: int) -> mx.array:
-    """A random orthonormal matrix ``(size, size)``."""
-    return mx.linalg.qr(mx.random.normal((size, size)), stream=mx.cpu)[0]
+def text_loss(base: Base, batch: Arrays) -> mx.array:
+    """Weighted mean cross-entropy of each token given those before it."""
+    tree, asked, _, _, tree_weights, asked_weights = batch
+    length = tree.shape[1]
+    x = base.embedded(tree, asked[..., :-1])
+    x = base.through(x, tree_weights, asked.shape[1], base.model.layers)
+    logits = base.logits(x)
+    told = nn.losses.cross_entropy(logits[:, : length - 1], tree[:, 1:])
+    told_weights = tree_weights[:, 1:] * (tree_weights[:, :-1] > 0)
+    replied = logits[:, length:].reshape(*asked[..., :-1].shape, -1)
+    answered = nn.losses.cross_entropy(replied, asked[..., 1:])
+    total = (told * told_weights).sum() + (answered * asked_weights[..., 1:]).sum()
+    return total / (told_weights.sum() + asked_weights[..., 1:].sum())
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, then a cosine over all steps down to 2%."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
-    scale = min(1.0, (step + 1) / WARMUP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
-    return recipe.learning_rate * scale
+LOSSES = {
+    "packed": partial(answer_loss, name="packed"),
+    "spread": partial(answer_loss, name="spread"),
+    "first": code_loss,
+    "all": text_loss,
+}
 
 
 class Trainer:
@@ -136,6 +169,7 @@ class Trainer:
     Args:
         recipe: How to train.
         folder: Where to save, and what to resume from.
+        config: What of the model's config to change.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, config: dict[str, Any] | None = None):
@@ -146,95 +180,115 @@ class Trainer:
         self.config = model_config(vocab_size, eos) | (config or {})
         self.make = tree_rows.RowMaker(self.tokenizer)
         self.held_out = tree_rows.held_out_trees(recipe.data_seed)
-        self.model = build_model(self.config, recipe.seed)
-        self.optimizer = optim.AdamW(recipe.learning_rate, betas=[0.9, 0.98], bias_correction=True)
-        self.optimizer.init(self.model.trainable_parameters())
+        self.base = Base(self.config, recipe.seed)
         self.step, self.nodes, self.seconds = 0, tree_rows.FIRST_NODES, 0.0
-        self._compile()
+        self._begin()
 
-    def _compile(self) -> None:
-        model, optimizer = self.model, self.optimizer
-        state = [model.state, optimizer.state]
-        gradient = nn.value_and_grad(model, row_loss)
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.recipe.phases)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next step belongs to; at the end, the last."""
+        phases = self.recipe.phases
+        starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
+        return next(p for p, s in zip(phases[::-1], starts[::-1], strict=True) if s <= self.step)
+
+    @property
+    def _phase_step(self) -> int:
+        before = self.recipe.phases[: self.recipe.phases.index(self.phase)]
+        return self.step - sum(phase.steps for phase in before)
+
+    def _begin(self) -> None:
+        """Begins a phase: what is trained, a new optimizer, compiled functions."""
+        base, phase = self.base, self.phase
+        first, *upper = base.model.layers
+        inner = base.model.model
+        base.freeze()
+        trained = [*upper, inner.embed_tokens, inner.norm]
+        for module in {"first": [first], "all": [base.model]}.get(phase.name, trained):
+            module.unfreeze()
+        if phase.name == "spread":
+            base.unfreeze(keys="nothing", recurse=False)
+        optimizer = optim.AdamW(phase.learning_rate, betas=[0.9, 0.98], bias_correction=True)
+        optimizer.init(base.trainable_parameters())
+        state = [base.state, optimizer.state]
+        gradient = nn.value_and_grad(base, LOSSES[phase.name])
 
         @partial(mx.compile, inputs=state, outputs=state)
-        def update(ids: mx.array, weights: mx.array, asked: mx.array) -> mx.array:
-            loss, gradients = gradient(model, ids, weights, asked)
-            optimizer.update(model, optim.clip_grad_norm(gradients, 1.0)[0])
+        def update(batch: Arrays) -> mx.array:
+            loss, gradients = gradient(base, batch)
+            optimizer.update(base, optim.clip_grad_norm(gradients, 1.0)[0])
             return loss
 
-        self._update, self._state = update, state
-        self._predict = mx.compile(lambda ids: model(ids).argmax(-1), inputs=model.state)
+        self.optimizer, self._state, self._update = optimizer, state, update
+        self._predict = mx.compile(
+            lambda batch: answer_logits(base, batch, phase.name).argmax(-1), inputs=base.state
+        )
 
-    def train(self) -> Iterator[dict[str, float]]:
+    def train(self) -> Iterator[dict[str, Any]]:
         """Trains to the last step.
 
         Yields:
-            At every validation: step, nodes, loss (mean since the last), scores, rate, seconds.
+            At every validation: step, phase, nodes, loss (mean since the last), scores, rate,
+            seconds.
         """
         recipe, losses, started = self.recipe, [], time.perf_counter()
-        rows = self._rows()
-        while self.step < recipe.steps:
-            rate = learning_rate(recipe, self.step)
+        batch = self._batch()
+        while self.step < self.steps:
+            phase, rate = self.phase, self.phase.rate(self._phase_step)
             self.optimizer.learning_rate = rate
-            loss = self._update(*map(mx.array, (rows.ids, rows.weights, rows.asked)))
+            loss = self._update(batch)
             mx.async_eval(loss, self._state)
             self.step += 1
-            rows = self._rows()  # drawn while the step runs
+            batch = self._batch()  # drawn while the step runs
             losses.append(loss.item())
-            if self.step % recipe.eval_every and self.step < recipe.steps:
+            ended = self.phase != phase or self.step == self.steps
+            if self.step % recipe.eval_every and not ended:
                 continue
+            if self.phase != phase:
+                self._begin()
             score = self.evaluate(tree_rows.shapes(self.nodes), recipe.eval_trees)
-            self.seconds, started = (
-                self.seconds + time.perf_counter() - started,
-                time.perf_counter(),
-            )
-            yield {
-                "step": self.step,
-                "nodes": self.nodes,
-                "loss": sum(losses) / len(losses),
-                **score,
-                "learning_rate": rate,
-                "seconds": self.seconds,
-            }
+            self.seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            loss = sum(losses) / len(losses)
+            stand = {"step": self.step, "phase": phase.name, "nodes": self.nodes, "loss": loss}
+            yield stand | score | {"learning_rate": rate, "seconds": self.seconds}
             losses = []
-            if score["balanced_accuracy"] > GROW_AT and self.nodes < tree_rows.LAST_NODES:
+            if score["balanced_accuracy"] > GROW_AT and self.nodes < recipe.last_nodes:
                 self.nodes += 1
-                rows = self._rows()
+                batch = self._batch()
 
-    def _rows(self) -> tree_rows.Rows:
+    def _batch(self) -> Arrays:
         recipe = self.recipe
-        drawn = (recipe.trees, recipe.data_seed, self.held_out, self.newlines)
-        return tree_rows.training_rows(self.make, self.nodes, self.step, *drawn)
+        drawn = (recipe.trees, recipe.data_seed, self.held_out)
+        return arrays(tree_rows.training_rows(self.make, self.nodes, self.step, *drawn))
 
-    @property
-    def newlines(self) -> bool:
-        """Whether a tree's lines have ends by now."""
-        return self.step >= self.recipe.newlines_from
-
-    def evaluate(self, stages: Any, trees: int) -> dict[str, float]:
-        """Scores on validation trees: see :func:`tree_rows.scores`."""
-        questions = tree_rows.validation_questions(stages, trees, self.recipe.data_seed)
-        rows = tree_rows.validation_rows(self.make, questions, self.newlines)
-        predicted = np.zeros_like(rows.ids)
-        size = min(len(questions), 96)
-        for start in range(0, len(questions), size):
-            start = min(start, len(questions) - size)  # one shape: the last chunk may overlap
-            guess = self._predict(mx.array(rows.ids[start : start + size]))
-            predicted[start : start + size, 1:] = np.array(guess)[:, :-1]
-        return tree_rows.scores(questions, rows, predicted)
+    def evaluate(self, stages: Sequence[Any], trees: int, split: str = "valid") -> dict[str, float]:
+        """Scores on held-out trees: see :func:`tree_rows.scores`."""
+        seed = self.recipe.data_seed
+        rows = tree_rows.validation_rows(self.make, stages, trees, seed, split)
+        predicted = np.zeros_like(rows.places)
+        size = min(trees, VALIDATION_BATCH)
+        for start in range(0, trees, size):
+            start = min(start, trees - size)  # one shape: the last chunk may overlap
+            part = slice(start, start + size)
+            predicted[part] = np.array(self._predict(arrays(rows[part])))
+        return tree_rows.scores(rows, predicted)
 
     def save(self) -> None:
         """Writes the model folder, whole or not at all."""
-        weights = dict(tree_flatten(self.model.parameters()))
-        optimizer = dict(tree_flatten(self.optimizer.state))
         stand = {"step": self.step, "nodes": self.nodes, "seconds": self.seconds}
         with replacing_folder(self.folder) as new:
             vocabulary.save(new)
             write_json(new / "config.json", self.config)
+            weights = dict(tree_flatten(self.base.model.parameters()))
             write_safetensors(new / "model.safetensors", weights)
             (new / "training").mkdir()
-            write_safetensors(new / "training" / "optimizer.safetensors", optimizer)
+            rest = {"nothing": self.base.nothing, **dict(tree_flatten(self.optimizer.state))}
+            write_safetensors(new / "training" / "state.safetensors", rest)
             write_json(new / "training" / "state.json", stand | {"recipe": asdict(self.recipe)})
 
     def resume(self) -> None:
@@ -242,47 +296,35 @@ class Trainer:
         stand = json.loads((self.folder / "training" / "state.json").read_text())
         self.step, self.nodes = stand["step"], stand["nodes"]
         self.seconds = stand["seconds"]
-        self.model.load_weights(str(self.folder / "model.safetensors"))
-        saved = mx.load(str(self.folder / "training" / "optimizer.safetensors"))
-        self.optimizer.state = tree_unflatten(list(saved.items()))
-        self._compile()
+        self.base.model.load_weights(str(self.folder / "model.safetensors"))
+        saved = mx.load(str(self.folder / "training" / "state.safetensors"))
+        self.base.nothing = saved.pop("nothing")
+        self._begin()
+        state = self.optimizer.state
+        state.update(tree_map_with_path(lambda path, _: saved[path], state))
 
 
-def row_loss(model: nn.Module, ids: mx.array, weights: mx.array, asked: mx.array) -> mx.array:
-    """Weighted mean cross-entropy of each token given those before it.
-
-    Args:
-        model: The model.
-        ids: ``(B, T)``.
-        weights: ``(B, T)``, of each token as a target.
-        asked: ``(B, T)``, the question each token belongs to, which sees itself and the tree (0).
-    """
-    asked, length = asked[:, None, :-1], ids.shape[1] - 1  # (B, 1, T - 1): alike for all heads
-    seen = (asked[..., None, :] == 0) | (asked[..., None, :] == asked[..., :, None])
-    mask = seen & mx.tri(length, dtype=mx.bool_)
-    h = model.model.embed_tokens(ids[:, :-1])
-    for layer in model.layers:
-        h = layer(h, mask)
-    logits = model.model.embed_tokens.as_linear(model.model.norm(h))
-    losses = nn.losses.cross_entropy(logits, ids[:, 1:])
-    return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+def arrays(rows: tree_rows.Rows) -> Arrays:
+    """Rows as arrays."""
+    weights = (rows.tree_weights, rows.asked_weights)
+    return tuple(map(mx.array, (rows.tree, rows.asked, rows.answers, rows.places, *weights)))
 
 
-def run(trainer: Trainer, save_every: int, report: Callable[[dict[str, float]], None]) -> None:
+def run(trainer: Trainer, save_every: int, report: Callable[[dict[str, Any]], None]) -> None:
     """Trains, reports every validation, and saves every so many steps and at the end."""
     for record in trainer.train():
         report(record)
-        if trainer.step % save_every == 0 or trainer.step == trainer.recipe.steps:
+        if trainer.step % save_every == 0 or trainer.step == trainer.steps:
             trainer.save()
 
 
-def log_to(path: Path, step: int) -> Callable[[dict[str, float]], None]:
+def log_to(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
     """Prints records and appends them to a JSONL file, whose lines past ``step`` are dropped."""
     lines = path.read_text().splitlines() if step and path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     path.write_text("".join(f"{line}\n" for line in kept))
 
-    def report(record: dict[str, float]) -> None:
+    def report(record: dict[str, Any]) -> None:
         rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
         with path.open("a") as file:
             file.write(json.dumps(rounded) + "\n")
@@ -297,21 +339,21 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="model folder; its log is OUT.jsonl"
     )
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--resume", action="store_true", help="go on from OUT")
     options = parser.parse_args()
     out = options.out.resolve()
     if out.exists() and not options.resume:
         parser.error(f"{out} exists: give --resume to go on with it, or choose another folder")
-    trainer = Trainer(Recipe(options.steps, options.seed), out)
+    trainer = Trainer(Recipe(seed=options.seed), out)
     if options.resume:
         trainer.resume()
     out.parent.mkdir(parents=True, exist_ok=True)
     run(trainer, options.save_every, log_to(out.with_name(f"{out.name}.jsonl"), trainer.step))
-    final = trainer.evaluate(tree_rows.shapes(tree_rows.LAST_NODES)[:1], 500)
-    print("medium, 500 held-out trees:", json.dumps(final))
+    for nodes, shape in ((10, 0), (20, 1)):
+        final = trainer.evaluate(tree_rows.shapes(nodes)[shape : shape + 1], 500, "test")
+        print(f"up to {nodes} nodes, 500 held-out trees:", json.dumps(final))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 """The rows that the bundled model learns from: a tree, then questions and answers about it.
 
-Owns: which trees are drawn as the curriculum grows, the training rows with their loss weights, and
-the validation rows. Does not know the model.
+Owns: which trees are drawn as the curriculum grows, the rows, what each of their tokens is, and the
+scores. Does not know the model.
 
 A training row asks one tree several questions, half true/false and half find-the-parent, each
-answer ended by the end-of-text token. Questions must not see each other (``Rows.asked``): half of
-a row's are true, and where they did, the model counted the trues so far, answered the last question
-with certainty and had learned nothing of trees after 900 steps.
-
-At first the lines of a tree have no ends (a depth begins a line anyhow): the model then finds out
-in 600 steps what a true answer has to do with the tree (with line ends it had not after 2,000),
-and takes them for granted within 50 steps when they come.
-
-Validation asks one question a row,
-in the paper's format, about held-out trees.
+answer ended by the end-of-text token. Questions do not see each other, and each stands at the
+positions it would have alone: the tree is padded on the left, so that all questions begin at one
+column. (Where they did see each other, the model counted the trues so far, answered the last
+question with certainty and had learned nothing of trees after 900 steps.)
 """
 
 from __future__ import annotations
@@ -22,18 +16,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizer import ANSWER, EOS, TASKS
+from tokenizer import EOS, TREE
 from tokenizers import Tokenizer
 
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, TreeTask, draw
-from kmerge_mlx.data.trees import Stage
+from kmerge_mlx.data.trees import Stage, Tree
 
-FIRST_NODES, LAST_NODES = 4, 12
-ROW_STEP = 16  # rows are padded to a multiple of this: few shapes, few traces
+FIRST_NODES, LAST_NODES = 4, 20
+NODE_TOKENS = 4  # depth, letter, letter, line end
+QUESTION_TOKENS = 10  # of the longer question, with its answer and the end of the text
+# What ends a block (of the last node, of A B, of C D), and the answer but its end, in
+#     ", Task..", ", Parent: ", A, B, ", Child: ", C, D, ", Answer: ", "true", end
+#     ", Task..", ", Child: ", C, D, ", Answer: ", A, B, end
+READ_AT, NAMED_AT = (0, 4, 7, 8), (0, 4, 5, 6)
 HELD_OUT = 500  # trees of a shape in each of valid and test that are never trained on
-TREE_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 0.1, 0.3, 1.0
+TEXT_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0
 
 
 def shapes(nodes: int) -> tuple[Stage, Stage]:
@@ -54,23 +53,33 @@ def held_out_trees(seed: int = DATA_SEED) -> set[int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows.
+    """Trees, and the questions about each.
 
     Args:
-        ids: ``(B, T)`` int32, right-padded with the end-of-text token.
-        weights: ``(B, T)`` float32, how much each token counts as a target; 0 for padding.
-        asked: ``(B, T)`` int32, which question a token belongs to, from 1; 0 for the tree's.
-        answer: ``(B, T)`` bool, the tokens of an answer and its end.
+        tree: ``(B, T)`` int32, T = 4 * nodes - 1, left-padded with the end-of-text token.
+        asked: ``(B, Q, A)`` int32, questions with their answers, right-padded with it.
+        answers: ``(B, Q, A)`` bool, the tokens of an answer and its end.
+        places: ``(B, Q, P)`` int32, the tokens that end a block, and those of the answer but its
+            end: each token of the answer follows one of them.
+        tree_weights: ``(B, T)`` float32, how much each token counts as a target; 0 for padding.
+        asked_weights: ``(B, Q, A)`` float32, the same.
+        kinds: ``(B, Q)`` str: ``true``, ``false`` or ``find_parent``.
     """
 
-    ids: np.ndarray
-    weights: np.ndarray
+    tree: np.ndarray
     asked: np.ndarray
-    answer: np.ndarray
+    answers: np.ndarray
+    places: np.ndarray
+    tree_weights: np.ndarray
+    asked_weights: np.ndarray
+    kinds: np.ndarray
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
 
 class RowMaker:
-    """Makes rows of texts.
+    """Makes rows of trees and questions.
 
     Args:
         tokenizer: The bundled model's.
@@ -78,41 +87,51 @@ class RowMaker:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._newline = tokenizer.encode("\n").ids[0]
         self._eos = tokenizer.token_to_id(EOS)
-        self._answer = tokenizer.token_to_id(ANSWER)
-        self._tasks = [tokenizer.token_to_id(task) for task in TASKS]
 
-    def __call__(self, texts: Sequence[str], newlines: bool = True, length: int = 0) -> Rows:
-        """The rows of some texts, at least as long as ``length``, with or without line ends."""
-        encoded = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        if not newlines:
-            encoded = [[i for i in ids if i != self._newline] for ids in encoded]
-        length = max(length, *map(len, encoded))
-        ids = np.full((len(texts), -(-length // ROW_STEP) * ROW_STEP), self._eos, np.int32)
-        real = np.zeros(ids.shape, bool)
-        for row, mask, tokens in zip(ids, real, encoded, strict=True):
-            row[: len(tokens)], mask[: len(tokens)] = tokens, True
-        answer = (_before(ids == self._answer) > _before((ids == self._eos) & real)) & real
-        asked = np.cumsum(np.isin(ids, self._tasks), axis=1, dtype=np.int32)
-        weights = np.where(asked > 0, QUESTION_WEIGHT, TREE_WEIGHT)
-        weights = np.where(answer, ANSWER_WEIGHT, weights) * real
-        return Rows(ids, weights.astype(np.float32), asked, answer)
+    def __call__(
+        self, drawn: Sequence[tuple[Tree, list[Question]]], nodes: int, asked: int
+    ) -> Rows:
+        """The rows of some trees.
+
+        Args:
+            drawn: Trees and questions about them.
+            nodes: Most nodes that a tree may have.
+            asked: Questions a row: a tree that has fewer is asked them again.
+        """
+        size = len(drawn)
+        tree = np.full((size, NODE_TOKENS * nodes - 1), self._eos, np.int32)
+        questions = np.full((size, asked, QUESTION_TOKENS), self._eos, np.int32)
+        answers = np.zeros(questions.shape, bool)
+        places = np.empty((size, asked, len(READ_AT)), np.int32)
+        kinds = np.empty((size, asked), object)
+        texts = [f"{TREE}{t.text}" for t, _ in drawn]
+        for row, (text, (_, about)) in enumerate(zip(texts, drawn, strict=True)):
+            ids = self._ids(text)
+            tree[row, tree.shape[1] - len(ids) :] = ids
+            for column in range(asked):
+                question = about[column % len(about)]
+                ids = self._ids(question.prompt[len(text) :])
+                end = len(ids) + len(answer := [*self._ids(question.answer), self._eos])
+                questions[row, column, :end] = ids + answer
+                answers[row, column, len(ids) : end] = True
+                named = question.kind == FIND_PARENT
+                kinds[row, column] = FIND_PARENT if named else question.answer
+                places[row, column] = NAMED_AT if named else READ_AT
+        real = (tree != self._eos) * TEXT_WEIGHT
+        weights = np.where(answers, ANSWER_WEIGHT, (questions != self._eos) * TEXT_WEIGHT)
+        return Rows(tree, questions, answers, places, _float(real), _float(weights), kinds)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _before(flags: np.ndarray) -> np.ndarray:
-    """How many flags of a row are set before each place."""
-    return np.cumsum(flags, axis=1) - flags
+def _float(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)
 
 
 def training_rows(
-    make: RowMaker,
-    nodes: int,
-    step: int,
-    trees: int,
-    seed: int,
-    held_out: set[int],
-    newlines: bool = True,
+    make: RowMaker, nodes: int, step: int, trees: int, seed: int, held_out: set[int]
 ) -> Rows:
     """The batch of one step, the same whenever it is drawn.
 
@@ -123,51 +142,45 @@ def training_rows(
         trees: How many.
         seed: Of the trees.
         held_out: Fingerprints of trees that are not for training.
-        newlines: Whether the tree's lines have ends.
     """
     tasks = [TreeTask(s, seed=seed, questions_per_tree=4, find_parent=4) for s in shapes(nodes)]
-    texts = []
-    for index in range(step * trees, (step + 1) * trees):
-        tree, questions = draw(tasks[index % 2], "train", index, held_out)
-        start = len("Tree: ") + len(tree.text)
-        asked = "".join(f"{q.prompt[start:]}{q.answer}{EOS}" for q in questions)
-        texts.append(f"Tree: {tree.text}{asked}")
-    # The longest row there can be: one shape a number of nodes.
-    return make(texts, newlines, (3 + newlines) * nodes + 4 * (10 + 8))
+    places = range(step * trees, (step + 1) * trees)
+    return make([draw(tasks[i % 2], "train", i, held_out) for i in places], nodes, 8)
 
 
-def validation_questions(stages: Sequence[Stage], trees: int, seed: int) -> list[Question]:
+def validation_rows(
+    make: RowMaker, stages: Sequence[Stage], trees: int, seed: int, split: str = "valid"
+) -> Rows:
     """Of every held-out tree one true, one false and one find-the-parent question.
 
     Args:
+        make: Makes the rows.
         stages: Shapes to take turns.
         trees: How many in all.
         seed: Of the trees.
+        split: ``valid`` or ``test``.
     """
     tasks = [TreeTask(s, seed=seed, questions_per_tree=2, find_parent=1) for s in stages]
-    drawn = [draw(tasks[i % len(tasks)], "valid", i // len(tasks))[1] for i in range(trees)]
-    return [question for questions in drawn for question in questions]
+    drawn = [draw(tasks[i % len(tasks)], split, i // len(tasks)) for i in range(trees)]
+    return make(drawn, max(stage.max_nodes for stage in stages), 3)
 
 
-def validation_rows(make: RowMaker, questions: Sequence[Question], newlines: bool = True) -> Rows:
-    """One question and its answer a row."""
-    return make([q.prompt + q.answer + EOS for q in questions], newlines)
-
-
-def scores(questions: Sequence[Question], rows: Rows, predicted: np.ndarray) -> dict[str, float]:
+def scores(rows: Rows, predicted: np.ndarray) -> dict[str, float]:
     """What of the questions was answered right.
 
     Args:
-        questions: What was asked.
-        rows: Their rows, ``(B, T)``.
-        predicted: ``(B, T)``, the most likely token at each place given those before it. A whole
-            answer that is predicted so is what greedy decoding writes.
+        rows: The questions.
+        predicted: ``(B, Q, P)``, the most likely token after each place. A whole answer that is
+            predicted so is what greedy decoding writes.
 
     Returns:
         ``balanced_accuracy``: mean of the shares of the true and of the false ones answered right;
         ``find_parent``: share of the parents named exactly.
     """
-    right = ((predicted == rows.ids) | ~rows.answer).all(axis=1)
-    kinds = np.array([FIND_PARENT if q.kind == FIND_PARENT else q.answer for q in questions])
-    true, false, named = (float(right[kinds == k].mean()) for k in ("true", "false", FIND_PARENT))
+    after = rows.places + 1
+    actual, counts = (np.take_along_axis(a, after, axis=-1) for a in (rows.asked, rows.answers))
+    right = ((predicted == actual) | ~counts).all(axis=-1)
+    true, false, named = (
+        float(right[rows.kinds == kind].mean()) for kind in ("true", "false", FIND_PARENT)
+    )
     return {"balanced_accuracy": (true + false) / 2, "find_parent": named}
