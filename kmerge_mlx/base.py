@@ -1,8 +1,8 @@
 """What a base model's config and modules say, before any adapter touches it.
 
-Owns: finding a base (folder or hub), its normalised config (RoPE), context length and padding
-token, the fingerprint that tells one base from another, the search for the embedding table, and
-the refusal of models that cannot take virtual ids. Does not know adapters.
+Owns: finding a base (folder or hub), its normalised config (RoPE), its tokenizer, context length
+and padding token, the fingerprint that tells one base from another, the search for the embedding
+table, and the refusal of models that cannot take virtual ids. Does not know adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
 from kmerge_mlx import bundled
 from kmerge_mlx.bundled import BUNDLED
@@ -33,6 +34,9 @@ FINGERPRINT = (
     "tie_word_embeddings",
     "rope_theta",
 )
+
+# What mlx-lm and transformers raise over a folder that is no model.
+LOAD_ERRORS = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of each weights file, for its digest
 
@@ -115,6 +119,32 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}/config.json names no model_type: --model takes a base model")
     return normalise(config)
+
+
+def read_tokenizer(
+    path: Path,
+    config: Mapping[str, Any],
+    name: str,
+    trust_remote_code: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> TokenizerWrapper:
+    """The tokenizer of a base, with its config's end-of-text tokens.
+
+    Args:
+        path: Its folder.
+        config: Its config.
+        name: What to call the base.
+        trust_remote_code: Let its own Python files run.
+        options: Further arguments for the tokenizer.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    settings = {"trust_remote_code": trust_remote_code, **(options or {})}
+    try:
+        return load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+    except LOAD_ERRORS as error:
+        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
 
 
 def default_pad_token_id(tokenizer: Any) -> int:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
 from kmerge_mlx import base, bundled, full, lora
 from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
@@ -68,13 +68,10 @@ def load(
         model, _ = load_model(
             path, lazy=lazy, model_config=config, trust_remote_code=trust_remote_code
         )
-        tokenizer = load_tokenizer(
-            path,
-            {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
-            eos_token_ids=config.get("eos_token_id"),
-        )
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+    except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {path_or_hf_repo}: {first_line(error)}") from error
+    name = str(path_or_hf_repo)
+    tokenizer = base.read_tokenizer(path, config, name, trust_remote_code, tokenizer_config)
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:

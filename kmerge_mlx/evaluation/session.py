@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import load_tokenizer
 
 from kmerge_mlx import base
 from kmerge_mlx._version import __version__
 from kmerge_mlx.adapter import FILES
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
-from kmerge_mlx.errors import EvaluateError, KMergeError, ModelError, first_line
+from kmerge_mlx.errors import EvaluateError, KMergeError
 from kmerge_mlx.evaluation.config import MEAN, RECALL, EvaluateConfig
 from kmerge_mlx.evaluation.methods import (
     Method,
@@ -105,7 +104,9 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> Report:
     """
     methods = wanted(config)
     folder = base.resolve(config.model)
-    tokenizer = _tokenizer(config, folder)
+    tokenizer = base.read_tokenizer(
+        folder, base.read_config(folder), config.model, config.trust_remote_code
+    )
     templated = is_templated(config, methods) and tokenizer.has_chat_template
     asked = _ask(config, tokenizer, templated, bar)
     identity = _identity(config, methods, folder, asked, templated)
@@ -150,15 +151,6 @@ def _measured(
             progress(done)
         found[method] = row_of(method, asked.questions, file.of(method))
     return found
-
-
-def _tokenizer(config: EvaluateConfig, folder: Path) -> Any:
-    """The tokenizer that the base is loaded with."""
-    eos, trust = base.read_config(folder).get("eos_token_id"), config.trust_remote_code
-    try:
-        return load_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=eos)
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(f"cannot load {config.model}: {first_line(error)}") from error
 
 
 def _ask(config: EvaluateConfig, tokenizer: Any, templated: bool, bar: Bar) -> _Asked:
