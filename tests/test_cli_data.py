@@ -110,6 +110,7 @@ def test_mlx_lm_and_this_project_read_what_is_written(tmp_path):
     "options",
     [
         ("--stage", "large"),
+        ("--max-nodes", 7),
         ("--seed", 7),
         ("--reference-sampling",),
         ("--find-parent", 2),
@@ -186,6 +187,8 @@ def test_force_replaces_nothing_but_data(tmp_path):
         ("textualized-tree", "--file", "x.jsonl"),
         ("textualized-tree", "--skip-bad"),
         ("amazon-reviews", "--stage", "small"),
+        ("amazon-reviews", "--max-nodes", "9"),
+        ("textualized-tree", "--max-nodes", "1"),
         ("amazon-reviews", "--language", "python"),
         ("commitpackft", "--category", "Books"),
         ("commitpackft", "--reference-sampling"),
@@ -207,6 +210,7 @@ def test_options_that_do_not_belong_are_usage_errors_and_not_ignored(tmp_path, a
     [
         (("textualized-tree", "--questions-per-tree", 3), "expected an even number"),
         (("textualized-tree", "--num-trees", 1), "expected more than 1 for validation"),
+        (("textualized-tree", "--stage", "x3large", "--max-nodes", 3), "no tree of two nodes can"),
         (("amazon-reviews", "--file", "gone.jsonl"), "cannot read gone.jsonl: there is no such"),
         (("amazon-reviews", "--file", REVIEWS), "found 37 distinct prompts, expected more than"),
         (("commitpackft", "--language", "../.."), "language is '../..'"),

@@ -219,6 +219,13 @@ def test_questions_for_a_parent_are_as_many_as_asked_for(find_parent, more):
     assert len(questions.groups) == 1 + bool(find_parent)
 
 
+def test_trees_may_be_cut_to_some_nodes():
+    def largest(**settings) -> int:
+        return max(text.count("\n") + 1 for text, _ in texts_of(trees(stage="large", **settings)))
+
+    assert largest(max_nodes=20) == 20 < largest()
+
+
 def test_the_same_seed_asks_the_same_and_another_asks_about_other_trees():
     one, two = trees(), trees()
     assert texts_of(one) == texts_of(two)

@@ -25,7 +25,8 @@ STAGE = opt.Stage(str(DEFAULTS.stage))
 # Options of one task alone, refused beside another instead of being ignored.
 OWN_OPTIONS = {
     Task.textualized_tree: (
-        *("stage", "num_trees", "questions_per_tree", "find_parent", "reference_sampling"),
+        *("stage", "max_nodes", "num_trees", "questions_per_tree", "find_parent"),
+        "reference_sampling",
     ),
     Task.amazon_reviews: ("category", "file", "skip_bad"),
     Task.commitpackft: ("language", "file", "skip_bad"),
@@ -59,6 +60,7 @@ def data(
         typer.Option("--test", min=0, help="Rows (trees) of the test set.", show_default=False),
     ] = None,
     stage: opt.TreeStage = STAGE,
+    max_nodes: opt.MaxNodes = None,
     num_trees: Annotated[
         int, typer.Option("--num-trees", min=0, help="Trees: how many, in all splits together.")
     ] = DEFAULTS.num_trees,
@@ -107,7 +109,7 @@ def data(
     given = {split: rows for split, rows in splits.items() if rows is not None}
     if task is Task.textualized_tree:
         options = (num_trees, seed, questions_per_tree, find_parent, reference_sampling)
-        make = _trees(TreeTask(stage.value, *options, given))
+        make = _trees(TreeTask(stage.value, *options, given, max_nodes))
     else:
         name = language if category is None else category
         make = _hub_task(task, file, name, given, seed, skip_bad)

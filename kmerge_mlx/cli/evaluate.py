@@ -37,8 +37,8 @@ DATA = "--data"
 OWN_OPTIONS = {
     DATA: ("split", "limit", "labels", "positive", "skip_bad"),
     Task.textualized_tree: (
-        *("split", "stage", "num_trees", "find_parent", "reference_sampling", "data_seed"),
-        "positive",
+        *("split", "stage", "max_nodes", "num_trees", "find_parent", "reference_sampling"),
+        *("data_seed", "positive"),
     ),
     Task.amazon_reviews: (
         *("split", "limit", "category", "file", "data_seed", "labels", "positive", "skip_bad"),
@@ -106,6 +106,7 @@ def evaluate(
         ),
     ] = None,
     stage: opt.TreeStage = STAGE,
+    max_nodes: opt.MaxNodes = None,
     num_trees: Annotated[
         int,
         typer.Option(
@@ -230,6 +231,7 @@ def evaluate(
         split=str(split),
         limit=limit,
         stage=str(stage),
+        max_nodes=max_nodes,
         num_trees=num_trees,
         find_parent=find_parent,
         reference_sampling=reference_sampling,

@@ -260,6 +260,15 @@ ExtraEosToken = Annotated[
 ]
 Stage = enum.StrEnum("Stage", list(STAGES))
 TreeStage = Annotated[Stage, typer.Option("--stage", help="Trees: how large they grow.")]
+MaxNodes = Annotated[
+    int | None,
+    typer.Option(
+        "--max-nodes",
+        min=2,
+        help="Trees: most nodes of one. Default: the stage's.",
+        show_default=False,
+    ),
+]
 ReferenceSampling = Annotated[
     bool,
     typer.Option(

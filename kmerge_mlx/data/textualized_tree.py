@@ -11,7 +11,7 @@ ones, and the false ones are mostly near misses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -60,6 +60,7 @@ class TreeTask:
         reference_sampling: Ask every ordered pair of distinct nodes, as the paper's code does.
         splits: Trees by split, for those that should not follow from ``num_trees``: a hundredth
             each for ``valid`` and ``test``, the rest for ``train``.
+        max_nodes: Most nodes of a tree, in place of the stage's.
 
     Raises:
         DataError: What cannot be drawn, all of it.
@@ -72,6 +73,7 @@ class TreeTask:
     find_parent: int = 0
     reference_sampling: bool = False
     splits: Mapping[str, int] = field(default_factory=dict)
+    max_nodes: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -86,12 +88,14 @@ class TreeTask:
                 f"questions_per_tree is {self.questions_per_tree!r}, expected an even number: "
                 "half of the questions are true"
             )
+        if self.max_nodes is not None and not is_int(self.max_nodes, 2):
+            problems.append(f"max_nodes is {self.max_nodes!r}, expected at least 2")
         for split, trees in self.splits.items():
             if split not in SPLITS or not is_int(trees):
                 problems.append(f"splits: {split} is {trees!r}, expected train, valid, test >= 0")
         if problems:
             raise DataError(findings("textualized-tree", problems))
-        trees = self.trees()
+        trees, _ = self.trees(), self.limits  # a stage cut too small is refused
         if trees["train"] < 0 or not any(trees.values()):
             raise DataError(
                 f"textualized-tree: {self.num_trees} trees, expected more than "
@@ -100,8 +104,9 @@ class TreeTask:
 
     @property
     def limits(self) -> Stage:
-        """The stage itself."""
-        return self.stage if isinstance(self.stage, Stage) else STAGES[self.stage]
+        """The stage itself, cut to ``max_nodes``."""
+        stage = self.stage if isinstance(self.stage, Stage) else STAGES[self.stage]
+        return stage if self.max_nodes is None else replace(stage, max_nodes=self.max_nodes)
 
     def trees(self) -> dict[str, int]:
         """How many trees each split holds."""
@@ -225,6 +230,7 @@ def write(task: TreeTask, folder: Path, progress: Progress | None = None) -> dic
     return {
         "task": "textualized-tree",
         "stage": task.stage if isinstance(task.stage, str) else vars(task.stage),
+        **({} if task.max_nodes is None else {"max_nodes": task.max_nodes}),
         "seed": task.seed,
         "reference_sampling": task.reference_sampling,
         "questions_per_tree": None if task.reference_sampling else task.questions_per_tree,

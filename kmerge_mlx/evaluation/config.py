@@ -46,6 +46,7 @@ class EvaluateConfig:
         split: Which split of ``data`` or of a task from the hub.
         limit: Most examples of ``data`` or of a task from the hub, the first ones; None for all.
         stage: Trees: how large they grow.
+        max_nodes: Trees: most nodes of one; None is the stage's.
         num_trees: Trees: how many, each asked one true and one false question.
         find_parent: Trees: how many of each are to be answered by the name of a parent.
         reference_sampling: Trees: ask every pair, as the paper's code does.
@@ -79,6 +80,7 @@ class EvaluateConfig:
     split: str = SPLITS[0]
     limit: int | None = None
     stage: str = "medium"
+    max_nodes: int | None = None
     num_trees: int = 1000
     find_parent: int = 1
     reference_sampling: bool = False
@@ -107,6 +109,7 @@ class EvaluateConfig:
         """Values that are none of those there are."""
         least = {"num_trees": 1, "find_parent": 0, "num_needles": 1, "batch_size": 1}
         least |= {n: 1 for n in ("limit", "max_tokens") if getattr(self, n) is not None}
+        least |= {"max_nodes": 2} if self.max_nodes is not None else {}
         for name, low in least.items():
             if not is_int(value := getattr(self, name), low):
                 flag = f"--{name.replace('_', '-')}"

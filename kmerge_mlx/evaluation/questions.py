@@ -142,6 +142,7 @@ def _tree_questions(config: EvaluateConfig) -> Questions:
         find_parent=config.find_parent,
         reference_sampling=config.reference_sampling,
         splits={"train": 0, "valid": 0, "test": 0} | {config.split: config.num_trees},
+        max_nodes=config.max_nodes,
     )
     items = [
         Question(
