@@ -50,8 +50,8 @@ class Phase:
         name: ``packed``: all layers but the first learn to answer from codes, one after the other
             (trees of 20 nodes within 650 steps; with the codes four places apart, of 12 in 850,
             and with errors that stay); ``spread``: from codes in their own places, nothing between
-            them; ``first``: the first layer learns to make codes; ``all``: every layer learns to
-            write the whole text.
+            them; ``first``: the first layer learns to make codes of what its heads look at;
+            ``all``: every layer learns to write the whole text.
         steps: Optimizer steps, over which the cosine falls to 2% of the rate.
         learning_rate: The highest.
         warmup: Steps up to it.
@@ -86,7 +86,7 @@ class Recipe:
     phases: tuple[Phase, ...] = (
         Phase("packed", 1200, 2e-3, 100),
         Phase("spread", 300, 5e-4, 50),
-        Phase("first", 500, 2e-3, 50),
+        Phase("first", 300, 2e-3, 50),
         Phase("all", 800, 5e-4, 100),
     )
     seed: int = 0
@@ -212,6 +212,9 @@ class Trainer:
         trained = [*upper, inner.embed_tokens, inner.norm]
         for module in {"first": [first], "all": [base.model]}.get(phase.name, trained):
             module.unfreeze()
+        if phase.name == "first":  # where its heads look is right: they would soon look elsewhere
+            first.self_attn.q_proj.freeze()
+            first.self_attn.k_proj.freeze()
         if phase.name == "spread":
             base.unfreeze(keys="nothing", recurse=False)
         optimizer = optim.AdamW(phase.learning_rate, betas=[0.9, 0.98], bias_correction=True)
@@ -250,9 +253,9 @@ class Trainer:
             ended = self.phase != phase or self.step == self.steps
             if self.step % recipe.eval_every and not ended:
                 continue
+            score = self.evaluate(tree_rows.shapes(self.nodes), recipe.eval_trees)
             if self.phase != phase:
                 self._begin()
-            score = self.evaluate(tree_rows.shapes(self.nodes), recipe.eval_trees)
             self.seconds += time.perf_counter() - started
             started = time.perf_counter()
             loss = sum(losses) / len(losses)
