@@ -235,6 +235,27 @@ def test_three_heads_of_the_first_layer_start_looking_back(scripts):
         assert (back[head, 3:] == distance).mean() > 0.9
 
 
+def test_aimed_heads_look_back_from_what_ends_a_block_and_at_themselves_from_the_rest(
+    scripts, make, loaded_tokenizer
+):
+    base_model = scripts["model"]
+    base = base_model.Base(base_model.model_config(284, 283), seed=3)
+    base.aim(make.ends, make.tokens)
+    ids = loaded_tokenizer.encode(PROMPT)
+    attention = base.model.layers[0].self_attn
+    x = base.model.layers[0].input_layernorm(base.model.model.embed_tokens(mx.array([ids])))
+    q, k = (
+        attention.rope(projected(x).reshape(1, len(ids), 4, 32).swapaxes(1, 2))[0]
+        for projected in (attention.q_proj, attention.k_proj)
+    )
+    scores = mx.where(mx.tri(len(ids), dtype=mx.bool_), q @ k.swapaxes(1, 2), -mx.inf)
+    back = np.arange(len(ids)) - np.array(scores.argmax(-1))
+    ends = np.isin(ids, make.ends)
+    for head, distance in base_model.LOOKS_BACK.items():
+        assert set(back[head][ends]) == {distance}
+        assert set(back[head][~ends]) == {0}
+
+
 def test_the_rate_warms_up_and_ends_near_two_percent(scripts):
     phase = scripts["train"].Phase("all", 1000, 2e-3, 100)
     rates = [phase.rate(step) for step in range(1000)]
@@ -275,7 +296,7 @@ def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_pa
     assert parts == trained
 
 
-@pytest.mark.parametrize("at", [2, 3, 8])
+@pytest.mark.parametrize("at", [2, 3, 6, 8])
 def test_resuming_gives_the_same_weights_bit_for_bit(scripts, trainer_of, tmp_path, at):
     run = scripts["train"].run
     whole, records = trainer_of(tmp_path / "whole"), []

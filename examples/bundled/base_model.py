@@ -11,10 +11,12 @@ names up by their first letter, which the second cannot be seen from, and stays 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import qwen2
 from tree_rows import NODE_TOKENS
 
@@ -89,13 +91,17 @@ def look_back(attention: nn.Module, head: int, back: int, size: int, theta: floa
     alone, and is largest where the query's angles are those of the key, turned back.
     """
     rows = slice(head * size, (head + 1) * size)
-    angles = back * theta ** (-mx.arange(size // 2) / (size // 2))
-    zeros = mx.zeros(size // 2)
-    attention.q_proj.bias[rows] = SHARPNESS * mx.concatenate([mx.cos(angles), -mx.sin(angles)])
-    attention.k_proj.bias[rows] = SHARPNESS * mx.concatenate([zeros + 1, zeros])
+    attention.q_proj.bias[rows] = looking(back, size, theta)
+    attention.k_proj.bias[rows] = looking(0, size, theta)
     for projected in (attention.q_proj, attention.k_proj):
         projected.weight[rows] = 0.1 * projected.weight[rows]
     attention.o_proj.weight[:, rows] = 0.7 * orthonormal(attention.o_proj.weight.shape[0])[:, :size]
+
+
+def looking(back: int, size: int, theta: float) -> mx.array:
+    """The query ``(size,)`` that looks so many places back, at keys that look nowhere."""
+    angles = back * theta ** (-mx.arange(size // 2) / (size // 2))
+    return SHARPNESS * mx.concatenate([mx.cos(angles), -mx.sin(angles)])
 
 
 def orthonormal(size: int) -> mx.array:
@@ -116,6 +122,29 @@ class Base(nn.Module):
         self.model = build_model(config, seed)
         self.nothing = mx.zeros(config["hidden_size"])  # what the first layer writes elsewhere
         self._maps = [orthonormal(config["hidden_size"]) for _ in range(NODE_TOKENS)]
+
+    def aim(self, ends: Sequence[int], tokens: Sequence[int]) -> None:
+        """Lets the tokens that end a block look back, and all others look at themselves.
+
+        So what the first layer does elsewhere depends on the token alone: a letter of an answer
+        passes through whatever was read before it, merged or not.
+
+        Args:
+            ends: Tokens that end a block.
+            tokens: All that trees and questions are written with, fewer than D.
+        """
+        first, args = self.model.layers[0], self.model.args
+        attention, size = first.self_attn, args.hidden_size // args.num_attention_heads
+        read = first.input_layernorm(self.model.model.embed_tokens(mx.array(tokens)))
+        # The direction in which tokens that end a block lie at 1, and all others at 0.
+        towards = np.linalg.lstsq(np.array(read, np.float64), np.isin(tokens, ends), rcond=None)[0]
+        towards = mx.array(towards.astype(np.float32))
+        for head, back in LOOKS_BACK.items():
+            rows = slice(head * size, (head + 1) * size)
+            here, there = (looking(d, size, args.rope_theta) for d in (0, back))
+            attention.q_proj.bias[rows] = here
+            attention.q_proj.weight[rows] = mx.outer(there - here, towards)
+            attention.k_proj.weight[rows] = mx.zeros_like(attention.k_proj.weight[rows])
 
     def embedded(self, tree: mx.array, asked: mx.array) -> mx.array:
         """Token embeddings ``(B, L, D)``, L = T + Q * A: the tree's, then every question's."""

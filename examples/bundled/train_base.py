@@ -217,6 +217,8 @@ class Trainer:
             first.self_attn.k_proj.freeze()
         if phase.name == "spread":
             base.unfreeze(keys="nothing", recurse=False)
+        if phase.name == "first" and self._phase_step == 0:
+            base.aim(self.make.ends, self.make.tokens)
         optimizer = optim.AdamW(phase.learning_rate, betas=[0.9, 0.98], bias_correction=True)
         optimizer.init(base.trainable_parameters())
         state = [base.state, optimizer.state]

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 import numpy as np
-from tokenizer import EOS, TREE
+from tokenizer import ANSWER, CHILD, EOS, PHRASES, TASKS, TREE
 from tokenizers import Tokenizer
 
 from kmerge_mlx.config import DATA_SEED
@@ -88,6 +89,9 @@ class RowMaker:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._eos = tokenizer.token_to_id(EOS)
+        # Tokens that end a block (of a node, of the last node, of a name), and all that there are.
+        self.ends = [self._ids(text)[0] for text in ("\n", *TASKS, CHILD, ANSWER)]
+        self.tokens = [self._ids(text)[0] for text in ("\n", *ascii_uppercase, *PHRASES, EOS)]
 
     def __call__(
         self, drawn: Sequence[tuple[Tree, list[Question]]], nodes: int, asked: int
