@@ -124,9 +124,11 @@ def test_a_node_takes_four_tokens_and_every_phrase_one(loaded_tokenizer):
     tokens = [loaded_tokenizer.decode([i]) for i in loaded_tokenizer.encode(PROMPT)]
     assert tokens == [
         *("Tree: ", "A", "B", "\n", "+", "C", "D", "\n", "++", "E", "F", "\n", "+", "G", "H"),
-        *(", Task: Parent/Child Relationship", ", Parent: ", "A", "B", ", Child: ", "G", "H"),
+        *(", Task: Parent/Child Relationship", ", Parent: ", "A", "B", ", Child", ": ", "G", "H"),
         ", Answer: ",
     ]
+    tokens = [loaded_tokenizer.decode([i]) for i in loaded_tokenizer.encode(TREE + NAMED)]
+    assert tokens[15:] == [", Task: Find Parent, Child", ": ", "G", "H", ", Answer: "]
 
 
 def test_a_space_is_one_token_and_the_end_of_text_is_special(loaded_tokenizer):
@@ -154,8 +156,8 @@ def test_places_are_the_ends_of_blocks_and_what_the_answers_follow(row_of, loade
     rows = row_of((ASKED, "true"), (NAMED, "AB"))
     read = np.take_along_axis(rows.asked, rows.places, -1)[0]
     pieces = [[loaded_tokenizer.decode([i]) for i in ids] for ids in read]
-    assert pieces[0] == [TASK, ", Child: ", ", Answer: ", "true"]
-    assert pieces[1] == [", Task: Find Parent", ", Answer: ", "A", "B"]
+    assert pieces[0] == [TASK, ", Child", ", Answer: ", "true"]
+    assert pieces[1] == [", Task: Find Parent, Child", ", Answer: ", "A", "B"]
 
 
 def test_a_training_row_asks_both_kinds_and_about_as_many_true_as_false(scripts, make):
@@ -369,28 +371,35 @@ def test_codes_are_sums_at_the_ends_of_blocks_and_nothing_elsewhere(
     def code(ids: mx.array) -> mx.array:
         return sum(embed(i) @ turn for i, turn in zip(ids, base._maps, strict=True))
 
-    told, (own, named) = codes[:19], codes[19:].reshape(2, 10, -1)
+    told, (own, named) = codes[:19], codes[19:].reshape(2, 11, -1)
     last = [*tree[0, -3:], asked[0, 0, 0]]
     expected = [
         (told[7], code(tree[0, 4:8])),
         (told[15], code(tree[0, 12:16])),
         (own[0], code(last)),
         (own[4], code(asked[0, 0, 1:5])),
-        (own[7], code(asked[0, 0, 4:8])),
-        (own[8], embed(asked[0, 0, 8])),
+        (own[8], code(asked[0, 0, 5:9])),
+        (own[9], embed(asked[0, 0, 9])),
         (named[4], code(asked[0, 1, 1:5])),
         (named[5], embed(asked[0, 1, 5])),
         (named[6], embed(asked[0, 1, 6])),
     ]
     for found, wanted in expected:
         assert mx.allclose(found, wanted, atol=1e-5)
-    for empty in (*(told[i] for i in (4, 5, 6, 8, 16, 17, 18)), own[1], own[5], named[1], named[3]):
+    for empty in (
+        *(told[i] for i in (4, 5, 6, 8, 16, 17, 18)),
+        own[1],
+        own[5],
+        own[7],
+        named[1],
+        named[3],
+    ):
         assert mx.array_equal(empty, base.nothing)
 
     packed = base.packed(codes[None], 19, places)[0]
     assert packed.shape[0] == 4 + 2 * 4
     assert mx.array_equal(packed[1], told[7])
-    assert mx.array_equal(packed[4 + 2], own[7])
+    assert mx.array_equal(packed[4 + 2], own[8])
     assert mx.array_equal(packed[4 + 7], named[6])
 
 

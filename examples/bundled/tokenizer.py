@@ -6,9 +6,11 @@ Owns: the vocabulary and the tokenizer folder. Does not know the model or its tr
 
 Every letter is a token of its own: the two letters of a name are compared one by one (names as 676
 whole tokens were learned at half the speed). So a node takes four tokens, "++", "A", "B" and the
-end of its line; "Tree: " stands in the place of the root's depth, and at K=4 a block is a node. At
-K=2 a name straddles two blocks. Whatever else is written falls back to its bytes: every text
-round-trips, in Unicode's composed form (NFC), to which every Qwen2 tokenizer brings it.
+end of its line; "Tree: " stands in the place of the root's depth. Questions are cut so that their
+names, too, are the second and third of four. At K=4 a block is then a node or a name, and the same
+name looks the same in both; at K=2 a name straddles two blocks. Whatever else is written falls
+back to its bytes: every text round-trips, in Unicode's composed form (NFC), to which every Qwen2
+tokenizer brings it.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 MAX_DEPTH = 12
 EOS = "<|endoftext|>"
-TREE, CHILD, ANSWER = "Tree: ", ", Child: ", ", Answer: "
-TASKS = (", Task: Parent/Child Relationship", ", Task: Find Parent")
+TREE, CHILD, ANSWER = "Tree: ", ", Child", ", Answer: "
+TASKS = (", Task: Parent/Child Relationship", f", Task: Find Parent{CHILD}")
 PHRASES = (
     *("+" * depth for depth in range(1, MAX_DEPTH + 1)),
     TREE,
     *TASKS,
     ", Parent: ",
     CHILD,
+    ": ",
     ANSWER,
     "true",
     "false",

@@ -27,11 +27,11 @@ from kmerge_mlx.data.trees import Stage, Tree
 
 FIRST_NODES, LAST_NODES = 4, 20
 NODE_TOKENS = 4  # depth, letter, letter, line end
-QUESTION_TOKENS = 10  # of the longer question, with its answer and the end of the text
+QUESTION_TOKENS = 11  # of the longer question, with its answer and the end of the text
 # What ends a block (of the last node, of A B, of C D), and the answer but its end, in
-#     ", Task..", ", Parent: ", A, B, ", Child: ", C, D, ", Answer: ", "true", end
-#     ", Task..", ", Child: ", C, D, ", Answer: ", A, B, end
-READ_AT, NAMED_AT = (0, 4, 7, 8), (0, 4, 5, 6)
+#     ", Task..", ", Parent: ", A, B, ", Child", ": ", C, D, ", Answer: ", "true", end
+#     ", Task..", ": ", C, D, ", Answer: ", A, B, end
+READ_AT, NAMED_AT = (0, 4, 8, 9), (0, 4, 5, 6)
 HELD_OUT = 500  # trees of a shape in each of valid and test that are never trained on
 TEXT_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0
 
