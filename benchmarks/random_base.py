@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
-from kmerge_mlx.files import replacing_folder
+from kmerge_mlx.files import replacing_folder, write_json, write_safetensors
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "bundled" / "tokenizer.py"
 QWEN_05B = {
@@ -64,12 +63,12 @@ def write(folder: Path, sizes: dict[str, int], dtype: str) -> int:
             "eos_token_id": eos,
             "dtype": dtype,
         }
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(new / "config.json", config)
         mx.random.seed(0)
         model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
         model.set_dtype(getattr(mx, dtype))
         weights = dict(tree_flatten(model.parameters()))
-        mx.save_safetensors(str(new / "model.safetensors"), weights, {"format": "mlx"})
+        write_safetensors(new / "model.safetensors", weights)
     return sum(array.size for array in weights.values())
 
 

@@ -79,7 +79,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
         if not path.is_dir():
             raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
         if (path / MERGE_CONFIG).is_file():
-            return {_merge_config(path).merge_factor: path}
+            return {read_merge_config(path).merge_factor: path}
         # A hidden folder is one that a killed run was still writing.
         inside = sorted(child for child in path.iterdir() if not child.name.startswith("."))
         folders = [child for child in inside if (child / MERGE_CONFIG).is_file()]
@@ -87,7 +87,7 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
     found: dict[int, list[Path]] = defaultdict(list)
     for folder in folders:
-        found[_merge_config(folder).merge_factor].append(folder)
+        found[read_merge_config(folder).merge_factor].append(folder)
     for factor, same in found.items():
         if len(same) > 1:
             names = ", ".join(folder.name for folder in same)
@@ -122,7 +122,7 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     if k is not None and k not in found:
         raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
     folder = found[next(iter(found)) if k is None else k]
-    merge, tuning = _merge_config(folder), _tuning(folder)
+    merge, tuning = read_merge_config(folder), _tuning(folder)
     tuning_weights = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)
     problems = [f"{TUNING_WEIGHTS}: {p}" for p in _tuning_problems(tuning, tuning_weights)]
@@ -173,7 +173,12 @@ def check_adapter_destination(path: str | Path, force: bool) -> None:
     check_destination(path, force, "adapter", FILES, AdapterError, marker=MERGE_CONFIG)
 
 
-def _merge_config(folder: Path) -> MergeConfig:
+def read_merge_config(folder: Path) -> MergeConfig:
+    """What an adapter folder says of itself; its tensors are not looked at.
+
+    Raises:
+        AdapterError: Its file cannot be read, or has a wrong entry.
+    """
     try:
         return MergeConfig.from_json(read_json(folder / MERGE_CONFIG, AdapterError))
     except AdapterError as e:

@@ -23,12 +23,20 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from kmerge_mlx import base, bundled
+from kmerge_mlx import base
 from kmerge_mlx.adapter import Adapter
 from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.config import EncoderConfig, MergeConfig, inner_size
 from kmerge_mlx.errors import PromptError, findings
-from kmerge_mlx.model import attach, check_fit, load, merged_embedding, wire
+from kmerge_mlx.model import (
+    attach,
+    check_fit,
+    load,
+    merged_embedding,
+    padding_of,
+    widen,
+    wire,
+)
 from kmerge_mlx.prompt import Segment
 from kmerge_mlx.tuning import LoRAConfig
 
@@ -199,15 +207,13 @@ def load_sides(
         if adapter is not None:
             check_fit(adapter, config, path_or_hf_repo)
     plain, tokenizer = load(str(path), trust_remote_code=trust_remote_code)
-    pad = base.default_pad_token_id(tokenizer)
     readers = [(1, plain)]
     for k, adapter in sorted(adapters.items()):
         # Only its modules are wanted: the lazy weights are never read.
         llm, _ = load(str(path), lazy=True, trust_remote_code=trust_remote_code)
         llm.update(plain.parameters())
-        _merge(llm, k, adapter, pad, path_or_hf_repo, Side(k, llm).positions(max(lengths)))
-        if path == bundled.BASE:  # as load() does; the base's own arrays have been cast before
-            llm.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
+        _merge(llm, k, adapter, tokenizer, path_or_hf_repo, Side(k, llm).positions(max(lengths)))
+        widen(llm, path)  # the adapter: the base's own arrays were cast above
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [
@@ -239,16 +245,16 @@ def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None)
 
 
 def _merge(
-    llm: nn.Module, k: int, adapter: Adapter | None, pad: int, name: str, max_blocks: int
+    llm: nn.Module, k: int, adapter: Adapter | None, tokenizer: Any, name: str, max_blocks: int
 ) -> None:
     """Puts an adapter, or an untrained encoder, on a model in place."""
     if adapter is not None:
-        own_pad = adapter.merge.pad_token_id
-        attach(llm, adapter, pad if own_pad is None else own_pad, name, max_blocks)
+        attach(llm, adapter, padding_of(adapter, tokenizer), name, max_blocks)
     else:
         _, table = base.find_embedding(llm, name)
         d = table(mx.array([0])).shape[-1]
         sizes = EncoderConfig(k, d, inner_size(k, d))
+        pad = base.default_pad_token_id(tokenizer)
         wire(llm, MergeConfig(sizes), LoRAConfig(0), pad, name, max_blocks)
         llm.eval()
 

@@ -75,12 +75,28 @@ def load(
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:
-        pad = adapter.merge.pad_token_id
-        pad = base.default_pad_token_id(tokenizer) if pad is None else pad
-        attach(model, adapter, pad, name=str(path_or_hf_repo), max_blocks=max_blocks)
-    if path == bundled.BASE:
-        model.set_dtype(mx.float32)  # stored as float16: the wheel is to stay small
+        attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
+    widen(model, path)
     return model, tokenizer
+
+
+def padding_of(adapter: Adapter, tokenizer: Any) -> int:
+    """The token that fills the last block: the adapter's, or else the tokenizer's default."""
+    own = adapter.merge.pad_token_id
+    return base.default_pad_token_id(tokenizer) if own is None else own
+
+
+def widen(model: nn.Module, path: Path) -> None:
+    """Makes the bundled model compute in float32, and its adapters with it; others are left alone.
+
+    They are stored as float16, so that the wheel stays small.
+
+    Args:
+        model: A loaded model.
+        path: The base's folder.
+    """
+    if path == bundled.BASE:
+        model.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
 
 
 def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:

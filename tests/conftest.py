@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("tests.bundled_scripts",)
+
 # No test may reach the hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -15,11 +15,12 @@ tokenizer brings it.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from kmerge_mlx.files import write_json
 
 MAX_DEPTH = 12
 EOS = "<|endoftext|>"
@@ -71,7 +72,7 @@ def save(folder: Path) -> Tokenizer:
         "model_max_length": 4096,
     }
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
     return tokenizer
 
 

@@ -191,34 +191,39 @@ class Trainer:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.recipe.phases)
 
+    def _stand(self) -> tuple[Phase, int]:
+        """The phase that the next step belongs to, and its step there; at the end, the last's."""
+        start = 0
+        for phase in self.recipe.phases:
+            if self.step < start + phase.steps:
+                break
+            start += phase.steps
+        else:
+            start -= phase.steps
+        return phase, self.step - start
+
     @property
     def phase(self) -> Phase:
         """The phase that the next step belongs to; at the end, the last."""
-        phases = self.recipe.phases
-        starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
-        return next(p for p, s in zip(phases[::-1], starts[::-1], strict=True) if s <= self.step)
-
-    @property
-    def _phase_step(self) -> int:
-        before = self.recipe.phases[: self.recipe.phases.index(self.phase)]
-        return self.step - sum(phase.steps for phase in before)
+        return self._stand()[0]
 
     def _begin(self) -> None:
         """Begins a phase: what is trained, a new optimizer, compiled functions."""
-        base, phase = self.base, self.phase
+        base, (phase, step) = self.base, self._stand()
         first, *upper = base.model.layers
         inner = base.model.model
         base.freeze()
         trained = [*upper, inner.embed_tokens, inner.norm]
         for module in {"first": [first], "all": [base.model]}.get(phase.name, trained):
             module.unfreeze()
-        if phase.name == "first":  # where its heads look is right: they would soon look elsewhere
-            first.self_attn.q_proj.freeze()
-            first.self_attn.k_proj.freeze()
         if phase.name == "spread":
             base.unfreeze(keys="nothing", recurse=False)
-        if phase.name == "first" and self._phase_step == 0:
-            base.aim(self.make.ends, self.make.tokens)
+        if phase.name == "first":
+            if step == 0:
+                base.aim(self.make.ends, self.make.tokens)
+            # Where its heads look is right: they would soon look elsewhere.
+            first.self_attn.q_proj.freeze()
+            first.self_attn.k_proj.freeze()
         optimizer = optim.AdamW(phase.learning_rate, betas=[0.9, 0.98], bias_correction=True)
         optimizer.init(base.trainable_parameters())
         state = [base.state, optimizer.state]
@@ -245,8 +250,8 @@ class Trainer:
         recipe, losses, started = self.recipe, [], time.perf_counter()
         batch = self._batch()
         while self.step < self.steps:
-            phase, rate = self.phase, self.phase.rate(self._phase_step)
-            self.optimizer.learning_rate = rate
+            phase, step = self._stand()
+            self.optimizer.learning_rate = rate = phase.rate(step)
             loss = self._update(batch)
             mx.async_eval(loss, self._state)
             self.step += 1

@@ -37,9 +37,9 @@ def chosen(model: str | None, adapter_path: str | None) -> tuple[str, str | None
         return (BUNDLED, BUNDLED) if model in (None, BUNDLED) else (model, None)
     if model is not None:
         return model, adapter_path
-    from kmerge_mlx.adapter import find_adapters, load_adapter
+    from kmerge_mlx.adapter import find_adapters, read_merge_config
 
-    base = load_adapter(adapter_path, next(iter(find_adapters(adapter_path)))).merge.base.id
+    base = read_merge_config(next(iter(find_adapters(adapter_path).values()))).base.id
     if base is None:
         raise ModelError(f"{adapter_path} does not name its base model: give --model")
     return base, adapter_path

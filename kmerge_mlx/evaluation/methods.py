@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.adapter import find_adapters, load_adapter
+from kmerge_mlx.adapter import find_adapters, read_merge_config
 from kmerge_mlx.config import MergeConfig
 from kmerge_mlx.errors import AdapterError, EvaluateError
 from kmerge_mlx.evaluation.config import (
@@ -120,8 +120,9 @@ def is_templated(config: EvaluateConfig, methods: Sequence[Method]) -> bool:
 
     An adapter that was trained without one is read without one.
     """
-    ks = {method.adapter_k for method in methods} & set(adapters(config))
-    layouts = [load_adapter(config.adapter_path, k).merge.layout for k in ks]
+    folders = adapters(config)
+    ks = {method.adapter_k for method in methods} & set(folders)
+    layouts = [read_merge_config(folders[k]).layout for k in ks]
     plain = any(layout.get("chat_template") is False for layout in layouts)
     return not (config.ignore_chat_template or plain)
 

@@ -1,21 +1,29 @@
-"""What every picture needs: colours, which file names there may be, and writing it whole.
+"""What every picture needs: colours, points with their intervals, and writing it whole.
 
-Owns the style. Does not know what is drawn.
+Owns the style, and which file names there may be. Does not know what is drawn.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kmerge_mlx.errors import PlotError, first_line
+from kmerge_mlx.evaluation.intervals import Interval
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by everyone (Okabe, Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+APART = 5.0  # 1/72 inch between points of one place: error bars must not lie on each other
+
+Point = tuple[float, float, Interval | None]
+"""Where along the axis, the value, and where that lies, if it is known."""
 
 
 def check_plot(path: str | Path) -> None:
@@ -31,6 +39,50 @@ def check_plot(path: str | Path) -> None:
         raise PlotError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise PlotError(f"--plot is {path}, but there is no folder {path.parent}")
+
+
+def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shift: float) -> None:
+    """Draws points and their intervals, joined by a line if there are several.
+
+    Args:
+        axes: matplotlib's, with its limits set: points beside their place do not set them.
+        points: In order along the axis.
+        number: Says which colour and marker. A second round of colours has other markers.
+        name: The legend's.
+        shift: How far beside their place they are drawn, in 1/72 inch.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    colour = COLOURS[number % len(COLOURS)]
+    place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    axes.plot(
+        [x for x, _, _ in points],
+        [value for _, value, _ in points],
+        color=colour,
+        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        linestyle="-" if len(points) > 1 else "none",
+        linewidth=1.2,
+        transform=place,
+        zorder=3,
+        label=name,
+    )
+    measured = [(x, ends) for x, _, ends in points if ends is not None]
+    ends = np.array([[each.low, each.high] for _, each in measured]).reshape(-1, 2)
+    ends = ends.clip(*axes.get_ylim())  # one may be infinite
+    axes.errorbar(
+        [x for x, _ in measured],
+        ends.mean(axis=1),  # of a bootstrap, the value need not be the middle, nor even inside
+        yerr=(ends[:, 1] - ends[:, 0]) / 2,
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.2,
+        capsize=2.5,
+        transform=place,
+        zorder=2,
+    )
 
 
 def write(figure: Any, path: str | Path) -> None:

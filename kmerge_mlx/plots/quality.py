@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.evaluation.intervals import Interval
-from kmerge_mlx.plots.common import COLOURS, MARKERS, write
+from kmerge_mlx.plots.common import APART, draw_points, write
 
 DASHES = ("--", ":", "-.")
 GREY, LIGHT_GREY = "#707070", "#c4c4c4"
-APART = 5.0  # 1/72 inch between the points of one ratio: error bars must not lie on each other
 SAME = 0.05  # doublings, within which a ratio is another's
 TICKS_APART = 0.1  # of the axis: two labels nearer than that would touch
 MARGIN = 2**0.35  # left and right of the points
@@ -156,46 +155,8 @@ def _draw_panel(axes: Any, panel: QualityPanel, names: dict[str, str], dash: str
     for number, (method, name) in enumerate(names.items()):
         points = sorted((p for p in panel.points if p.method == method), key=lambda p: p.ratio)
         if points:
-            _draw_method(axes, points, number, name, shifts.get(method, 0.0))
-
-
-def _draw_method(
-    axes: Any, points: Sequence[QualityPoint], number: int, name: str, shift: float
-) -> None:
-    from matplotlib.transforms import ScaledTranslation
-
-    colour = COLOURS[number % len(COLOURS)]
-    # A second round of colours has other markers.
-    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-    place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    axes.plot(
-        [point.ratio for point in points],
-        [point.value for point in points],
-        color=colour,
-        marker=marker,
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linestyle="-" if len(points) > 1 else "none",
-        linewidth=1.2,
-        transform=place,
-        zorder=3,
-        label=name,
-    )
-    measured = [point for point in points if point.interval is not None]
-    ends = np.array([[p.interval.low, p.interval.high] for p in measured]).reshape(-1, 2)
-    ends = ends.clip(*axes.get_ylim())  # one may be infinite
-    axes.errorbar(
-        [point.ratio for point in measured],
-        ends.mean(axis=1),  # of a bootstrap, the value need not be the middle, nor even inside
-        yerr=(ends[:, 1] - ends[:, 0]) / 2,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.2,
-        capsize=2.5,
-        transform=place,
-        zorder=2,
-    )
+            drawn = [(point.ratio, point.value, point.interval) for point in points]
+            draw_points(axes, drawn, number, name, shifts.get(method, 0.0))
 
 
 def _draw_axes(axes: Any, panel: QualityPanel) -> None:

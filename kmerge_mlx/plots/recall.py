@@ -9,22 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.evaluation.intervals import Interval
-from kmerge_mlx.plots.common import COLOURS, MARKERS, write
+from kmerge_mlx.plots.common import APART, Point, draw_points, write
 
-APART = 5.0  # 1/72 inch between the points of one depth: error bars must not lie on each other
 ABREAST = 3  # panels
 MOST_TICKS = 6  # more depths than that are not written out
-
-Point = tuple[float, float, Interval]
-"""Depth from 0 to 1, recall, and where that lies."""
 
 
 def draw_recall(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: str | Path) -> None:
     """Draws recall over the needle's depth, a panel for each length and a line for each method.
 
     Args:
-        panels: Points in order of depth, by the panel's title, then by the method's name.
+        panels: Depth from 0 to 1 and recall, in order of depth, by the panel's title, then by the
+            method's name.
         path: The picture; its name says which format.
 
     Raises:
@@ -42,7 +38,8 @@ def draw_recall(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: str |
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         _draw_axes(axes, title, sorted({depth for line in lines.values() for depth, *_ in line}))
         for name, line in lines.items():
-            _draw_line(axes, line, name, names)
+            number = names.index(name)
+            draw_points(axes, line, number, name, APART * (number - (len(names) - 1) / 2))
     for axes in grid[:, 0]:
         axes.set_ylabel("recall")
     figure.legend(
@@ -53,41 +50,6 @@ def draw_recall(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: str |
         fontsize="small",
     )
     write(figure, path)
-
-
-def _draw_line(axes: Any, line: Sequence[Point], name: str, names: Sequence[str]) -> None:
-    from matplotlib.transforms import ScaledTranslation
-
-    number = names.index(name)
-    shift = APART * (number - (len(names) - 1) / 2)
-    place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    colour = COLOURS[number % len(COLOURS)]
-    depths, values, intervals = zip(*line, strict=True)
-    axes.plot(
-        depths,
-        values,
-        color=colour,
-        # A second round of colours has other markers.
-        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linewidth=1.2,
-        transform=place,
-        zorder=3,
-        label=name,
-    )
-    axes.errorbar(
-        depths,
-        [(ends.low + ends.high) / 2 for ends in intervals],
-        yerr=[(ends.high - ends.low) / 2 for ends in intervals],
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.2,
-        capsize=2.5,
-        transform=place,
-        zorder=2,
-    )
 
 
 def _draw_axes(axes: Any, title: str, depths: Sequence[float]) -> None:

@@ -28,7 +28,7 @@ from kmerge_mlx.config import (
     inner_size,
 )
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
-from kmerge_mlx.model import attach, check_fit, load, output_head, wire
+from kmerge_mlx.model import attach, check_fit, load, output_head, padding_of, wire
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
 from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
 from kmerge_mlx.train.distill import Teacher
@@ -109,8 +109,7 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
         else:
             check_fit(adapter, base_config, config.model)
             merge, tuning = _adopt(config, adapter, tokenizer)
-        pad = merge.pad_token_id
-        attach(model, adapter, base.default_pad_token_id(tokenizer) if pad is None else pad)
+        attach(model, adapter, padding_of(adapter, tokenizer))
     else:
         merge, tuning = _fresh(config, model, tokenizer, base_config)
         try:

@@ -1,0 +1,172 @@
+"""How the bundled base model is trained: its phases, its losses, its folder."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import kmerge_mlx
+from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TREE
+
+
+def test_the_rate_warms_up_and_ends_near_two_percent(scripts):
+    phase = scripts["train"].Phase("all", 1000, 2e-3, 100)
+    rates = [phase.rate(step) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-5, rel=0.01)
+    assert max(rates) == rates[99]
+    assert rates[-1] == pytest.approx(0.02 * 2e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("packed", {"model.model.embed_tokens", "model.model.layers.1", "model.model.norm"}),
+        (
+            "spread",
+            {"model.model.embed_tokens", "model.model.layers.1", "model.model.norm", "nothing"},
+        ),
+        ("first", {"model.model.layers.0"}),
+        (
+            "all",
+            {f"model.model.{part}" for part in ("embed_tokens", "layers.0", "layers.1", "norm")},
+        ),
+    ],
+)
+def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_path, name, trained):
+    trainer = trainer_of(tmp_path / "base")
+    while trainer.phase.name != name:
+        trainer.step += 3
+    trainer._begin()
+    before = dict(tree_flatten(trainer.base.parameters()))
+    next(trainer.train())
+    moved = {
+        path
+        for path, value in tree_flatten(trainer.base.parameters())
+        if not mx.array_equal(value, before[path])
+    }
+    depth = {"model.model.layers": 4}
+    parts = {".".join(p.split(".")[: depth.get(p[:18], 3)]) for p in moved}
+    assert parts == trained
+
+
+@pytest.mark.parametrize("at", [2, 3, 6, 8])
+def test_resuming_gives_the_same_weights_bit_for_bit(scripts, trainer_of, tmp_path, at):
+    run = scripts["train"].run
+    whole, records = trainer_of(tmp_path / "whole"), []
+    run(whole, 3, records.append)
+
+    half = trainer_of(tmp_path / "half")
+    for record in half.train():
+        if record["step"] == at:
+            half.save()
+            break
+    resumed = trainer_of(tmp_path / "half")
+    resumed.resume()
+    run(resumed, 3, lambda record: None)
+    assert resumed.step == whole.step == 12
+    assert [r["step"] for r in records] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert [r["phase"] for r in records][::2] == ["packed", "spread", "first", "all"]
+    expected = dict(tree_flatten(whole.base.parameters()))
+    for name, value in tree_flatten(resumed.base.parameters()):
+        assert mx.array_equal(value, expected[name]), name
+
+
+def test_the_folder_loads_in_mlx_lm_and_here_with_the_same_logits(trainer_of, tmp_path):
+    trainer = trainer_of(tmp_path / "base")
+    trainer.save()
+    ids = mx.array([trainer.tokenizer.encode(PROMPT).ids])
+    expected = trainer.base.model(ids)
+    for load in (mlx_lm.load, kmerge_mlx.load):
+        model, tokenizer = load(str(tmp_path / "base"))
+        assert tokenizer.encode(PROMPT) == ids[0].tolist()
+        assert mx.array_equal(model(ids), expected)
+        assert model.args.rope_theta == 1e5
+
+
+@pytest.mark.parametrize("nodes", [4, 7])
+def test_a_question_is_read_as_if_it_stood_alone(scripts, row_of, trainer_of, tmp_path, nodes):
+    train, trainer = scripts["train"], trainer_of(tmp_path / "base")
+    rows = row_of((NAMED, "AB"), (ASKED, "true"), (NAMED, "CD"), nodes=nodes)
+    logits = train.answer_logits(trainer.base, train.arrays(rows), "all")
+    for column, text in enumerate((f"{NAMED}AB", f"{ASKED}true", f"{NAMED}CD")):
+        ids = trainer.tokenizer.encode(TREE).ids
+        start = len(ids)
+        ids += trainer.tokenizer.encode(text).ids
+        alone = trainer.base.model(mx.array([ids]))[0]
+        places = mx.array(rows.places[0, column]) + start
+        assert mx.allclose(logits[0, column], alone[places], atol=1e-4)
+
+
+def test_the_text_loss_is_the_weighted_mean_over_the_text(scripts, row_of, trainer_of, tmp_path):
+    train, trainer = scripts["train"], trainer_of(tmp_path / "base")
+    rows = row_of((ASKED, "true"), nodes=6)
+    loss = train.text_loss(trainer.base, train.arrays(rows)).item()
+    ids = mx.array([trainer.tokenizer.encode(f"{PROMPT}true{END}").ids])
+    plain = np.array(nn.losses.cross_entropy(trainer.base.model(ids)[:, :-1], ids[:, 1:]))[0]
+    weights = np.where(np.arange(len(plain)) < len(plain) - 2, 0.1, 1.0)
+    counted = np.arange(len(plain)) != 14  # the first token of the question is not asked for
+    expected = np.average(plain[counted], weights=weights[counted])
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_codes_are_sums_at_the_ends_of_blocks_and_nothing_elsewhere(
+    scripts, row_of, trainer_of, tmp_path
+):
+    train, base = scripts["train"], trainer_of(tmp_path / "base").base
+    base.nothing = mx.full(base.nothing.shape, 7.0)
+    rows = row_of((ASKED, "true"), (NAMED, "AB"), nodes=5)
+    tree, asked, answers, places, _, _ = train.arrays(rows)
+    codes = base.codes(tree, asked, answers, places)[0]
+    embed = base.model.model.embed_tokens
+
+    def code(ids: mx.array) -> mx.array:
+        return sum(embed(i) @ turn for i, turn in zip(ids, base._maps, strict=True))
+
+    told, (own, named) = codes[:19], codes[19:].reshape(2, 11, -1)
+    last = [*tree[0, -3:], asked[0, 0, 0]]
+    expected = [
+        (told[7], code(tree[0, 4:8])),
+        (told[15], code(tree[0, 12:16])),
+        (own[0], code(last)),
+        (own[4], code(asked[0, 0, 1:5])),
+        (own[8], code(asked[0, 0, 5:9])),
+        (own[9], embed(asked[0, 0, 9])),
+        (named[4], code(asked[0, 1, 1:5])),
+        (named[5], embed(asked[0, 1, 5])),
+        (named[6], embed(asked[0, 1, 6])),
+    ]
+    for found, wanted in expected:
+        assert mx.allclose(found, wanted, atol=1e-5)
+    for empty in (
+        *(told[i] for i in (4, 5, 6, 8, 16, 17, 18)),
+        own[1],
+        own[5],
+        own[7],
+        named[1],
+        named[3],
+    ):
+        assert mx.array_equal(empty, base.nothing)
+
+    packed = base.packed(codes[None], 19, places)[0]
+    assert packed.shape[0] == 4 + 2 * 4
+    assert mx.array_equal(packed[1], told[7])
+    assert mx.array_equal(packed[4 + 2], own[8])
+    assert mx.array_equal(packed[4 + 7], named[6])
+
+
+def test_a_first_layer_that_writes_the_codes_has_no_loss(
+    scripts, row_of, trainer_of, tmp_path, monkeypatch
+):
+    train, base = scripts["train"], trainer_of(tmp_path / "base").base
+    batch = train.arrays(row_of((ASKED, "true"), (NAMED, "AB"), nodes=5))
+    assert train.code_loss(base, batch).item() > 0.01
+    written = base.codes(*batch[:4])
+    monkeypatch.setattr(type(base), "through", lambda *_: written)
+    assert train.code_loss(base, batch).item() == 0
+    off = mx.zeros(written.shape).at[:, 7].add(1.0)  # a line end's
+    monkeypatch.setattr(type(base), "through", lambda *_: written + off)
+    assert train.code_loss(base, batch).item() > 0.01
