@@ -9,8 +9,10 @@ mkdir -p "$work"
 
 python "$here/train_base.py" --out "$work/base" --resume
 python "$here/pack.py" base "$work/base"
+cp "$work/base.jsonl" "$here/logs/base.jsonl"
 
 for k in 1 2 4; do
     kmerge-mlx train -c "$here/k$k.yaml" --model bundled --adapter-path "$work/k$k" --resume
     python "$here/pack.py" adapter "$work/k$k"
+    cp "$work/k$k/training/log.jsonl" "$here/logs/k$k.jsonl"
 done

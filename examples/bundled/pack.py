@@ -4,7 +4,8 @@
     python examples/bundled/pack.py adapter RUN [RUN ...]
 
 Owns what goes into ``kmerge_mlx/bundled/``: the base's weights, config and tokenizer, and each
-run's best adapter as ``k1``, ``k2`` and so on. Weights are stored as float16, which halves the
+run's last adapter as ``k1``, ``k2`` and so on: by then the learning rate has ended, and no
+validation set of a run tells it from the best. Weights are stored as float16, which halves the
 wheel, and computed in float32 (see ``model.load``). Does not train.
 """
 
@@ -41,8 +42,8 @@ def pack_base(folder: Path) -> None:
 
 
 def pack_adapter(run: Path) -> None:
-    """Packs a run's best adapter, by its K."""
-    found = load_adapter(run / "best")
+    """Packs a run's last adapter, by its K."""
+    found = load_adapter(run)
     adapter = Adapter(
         replace(found.merge, base=replace(found.merge.base, id=bundled.BUNDLED)),
         found.tuning,
