@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ pytest_plugins = ("tests.bundled_scripts",)
 
 # No test may reach the hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell that starts a run in the background has Ctrl-C ignored, by the run and by its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UPSTREAM = Path(__file__).parent / "fixtures" / "upstream_tied_k4"
 

@@ -338,10 +338,16 @@ def started(flags: tuple, path: Path) -> subprocess.Popen:
     return process
 
 
+SLOW_ROWS = 60
+SLOW_LINES = 1 + 2 * 3 * SLOW_ROWS  # of two methods, after the header
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory, folders) -> tuple[tuple, str]:
     """An evaluation that takes a while, and what it prints."""
-    data = write_data(tmp_path_factory.mktemp("slow"), labelled(["true", "false", "so so"] * 15))
+    data = write_data(
+        tmp_path_factory.mktemp("slow"), labelled(["true", "false", "so so"] * SLOW_ROWS)
+    )
     flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
     flags += ("--batch-size", 1, "--json")
     return flags, run(*flags).out
@@ -353,7 +359,7 @@ def test_killed_and_started_again_it_prints_the_same(tmp_path, slow, number):
     with started(flags, path) as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=600)
-    assert 9 <= path.read_bytes().count(b"\n") < 91, err
+    assert 9 <= path.read_bytes().count(b"\n") < SLOW_LINES, err
     assert out == ""
     if number == signal.SIGINT:
         assert process.returncode == 130
@@ -363,7 +369,7 @@ def test_killed_and_started_again_it_prints_the_same(tmp_path, slow, number):
         assert process.returncode == -signal.SIGKILL
     resumed = run(*flags, "--predictions", path)
     assert (resumed.code, resumed.out) == (0, unbroken), resumed.err
-    assert path.read_bytes().count(b"\n") == 91
+    assert path.read_bytes().count(b"\n") == SLOW_LINES
 
 
 def test_ctrl_c_without_a_file_says_nothing_of_one(monkeypatch, flags):
