@@ -31,6 +31,7 @@ QWEN_05B = {
     "vocab_size": 151_936,
     "max_position_embeddings": 32_768,
 }
+HEADS = ("num_attention_heads", "num_key_value_heads")
 ROPE_THETA = 1_000_000.0
 
 
@@ -77,10 +78,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     for name, size in QWEN_05B.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=size, help=f"default: {size}"
+        )
     given = vars(parser.parse_args())
     if given["folder"].exists():
         parser.error(f"{given['folder']} exists")
+    size, heads, shared = (given[n] for n in ("hidden_size", *HEADS))
+    if min(given[name] for name in QWEN_05B) < 1:
+        parser.error("every size must be at least 1")
+    if size % (2 * heads) or heads % shared:
+        parser.error(
+            f"--hidden-size {size} must be an even number for each of --num-attention-heads "
+            f"{heads}, and those a multiple of --num-key-value-heads {shared}"
+        )
     count = write(given["folder"], {name: given[name] for name in QWEN_05B}, given["dtype"])
     print(f"{count / 1e6:.1f}M parameters in {given['folder']}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from kmerge_mlx.cli import main
@@ -114,6 +116,16 @@ def assert_one_error(result: Result, code: int, *fragments: str) -> None:
     assert result.code == code
     for fragment in fragments:
         assert fragment in result.err
+
+
+def no_room(monkeypatch: Any) -> None:
+    """Lets every picture fail as on a full disk: what can be known before was checked before."""
+    from matplotlib.figure import Figure
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", full)
 
 
 def change_json(path: Path, **changes: object) -> None:

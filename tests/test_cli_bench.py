@@ -12,7 +12,7 @@ import pytest
 
 from kmerge_mlx import benchmark
 from kmerge_mlx.adapter import save_adapter
-from tests.cli_runner import Result, assert_one_error, environment, run, run_process
+from tests.cli_runner import Result, assert_one_error, environment, no_room, run, run_process
 from tests.conftest import UPSTREAM
 from tests.tiny import build, qwen2_config, random_adapter, write_base
 
@@ -227,8 +227,8 @@ def test_a_k_that_the_folder_does_not_hold_is_refused(base, adapters):
     assert_one_error(result, 1, "holds no adapter for --k 4: it has K = 1, 2, 3")
 
 
-def test_a_picture_that_cannot_be_written_does_not_lose_the_figures(base, tmp_path):
-    (tmp_path / "speed.png").mkdir()
+def test_a_picture_that_cannot_be_written_does_not_lose_the_figures(base, tmp_path, monkeypatch):
+    no_room(monkeypatch)
     given = ("--model", base, "--length", 8, *QUICK, "--json", "--plot", tmp_path / "speed.png")
     result = run("bench", *given)
     assert (result.code, measured(result)) == (1, [(8, 1), (8, 4)])

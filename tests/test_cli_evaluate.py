@@ -16,7 +16,7 @@ from kmerge_mlx.cli import progress
 from kmerge_mlx.evaluation import session
 from kmerge_mlx.plots import common
 from kmerge_mlx.plots.quality import QualityPanel
-from tests.cli_runner import Result, assert_one_error, environment, run
+from tests.cli_runner import Result, assert_one_error, environment, no_room, run
 from tests.conftest import UPSTREAM
 from tests.evaluations import Folders, labelled, questions_of, write_data, write_folders
 from tests.test_data_reviews_and_commits import REVIEWS
@@ -230,8 +230,10 @@ def test_the_picture_is_told_what_each_score_is(tmp_path, monkeypatch, folders, 
     assert points[0].ratio == 1 < points[1].ratio == points[2].ratio < points[3].ratio
 
 
-def test_a_picture_that_cannot_be_written_does_not_lose_the_report(tmp_path, folders, truth):
-    (tmp_path / "pareto.png").mkdir()
+def test_a_picture_that_cannot_be_written_does_not_lose_the_report(
+    tmp_path, folders, truth, monkeypatch
+):
+    no_room(monkeypatch)
     flags = ("evaluate", *folders.flags(), "--data", truth, "--k", 4, *QUICK, "--json")
     result = run(*flags, "--plot", tmp_path / "pareto.png")
     assert (result.code, len(json.loads(result.out)["rows"])) == (1, 1)
@@ -287,6 +289,8 @@ TREES = ("--task", "textualized-tree")
         ((*TREES, "--adapter-path", UPSTREAM / "base"), 1, "is a base model, not an adapter"),
         ((*TREES, "--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         ((*TREES, "--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),
+        ((*TREES, "--plot", "x.png", "--predictions", "./x.png"), 2, "the same file as --predict"),
+        (("--data", ".", "--labels", " ,"), 2, "names no label"),
         (
             (*TREES, "--num-trees", 2, "--predictions", "."),
             1,
@@ -300,6 +304,13 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(tmp_path, monkeypatch,
     monkeypatch.setattr(session, "reader", None)
     assert_one_error(run("evaluate", *BASE, *args), code, said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_in_a_folders_place_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "reader", None)
+    (tmp_path / "x.png").mkdir()
+    result = run("evaluate", *BASE, *TREES, "--plot", tmp_path / "x.png")
+    assert_one_error(result, 1, "which cannot be written: name another file")
 
 
 def test_several_mistakes_are_listed():

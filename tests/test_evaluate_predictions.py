@@ -161,6 +161,8 @@ LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TO
         ({"nll": "nan"}, "nll is 'nan'"),
         ({"answer_tokens": 0}, "answer_tokens is 0"),
         ({"text": ["a"]}, "text is ['a']"),
+        ({"nll": -5.0}, "nll is -5.0"),
+        ({"positions": 99}, "positions are 99, of 9 tokens"),
     ],
 )
 def test_a_line_that_is_no_answer_is_named(tmp_path, changes, said):
@@ -168,6 +170,15 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, changes, said):
     with path.open("a") as file:
         file.write(json.dumps(LINE | changes) + "\n" + json.dumps(LINE) + "\n")
     assert f" line 6: {said}; the file was damaged: remove it, or its lines" in refused(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 17, 100])
+def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path, size):
+    path = filled(tmp_path / "answers.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    filled(path)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7", "\x00"])

@@ -126,6 +126,12 @@ def test_the_frontier_is_what_nothing_beats():
     assert pareto_frontier([]) == []
 
 
+def test_a_frontier_of_one_point_is_drawn_up_to_it(figure):
+    points = [QualityPoint("K=1", "uncompressed", 1, 0.8), QualityPoint("K=4", "merged", 4, 0.9)]
+    axes = figure(QualityPanel("accuracy", points)).axes[0]
+    assert list(line(axes, "Pareto frontier").get_ydata()) == [0.9, 0.9]
+
+
 def test_the_frontier_of_perplexity_is_of_low_values(figure):
     good, bad = [point("a", 1, 3), point("a", 4, 5)], [point("b", 2, 6), point("b", 4, np.inf)]
     assert pareto_frontier([*bad, *good], higher_is_better=False) == good

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -218,6 +219,9 @@ def evaluate(
     """
     if task is not None or data is not None:
         opt.refuse_foreign(context, OWN_OPTIONS, DATA if task is None else task)
+    classes = tuple(part.strip() for part in (labels or "").split(",") if part.strip())
+    if labels is not None and not classes:
+        raise typer.BadParameter("names no label", param_hint="--labels")
     base, adapters = opt.chosen(model, adapter_path)
     named = [str(name) for name in baseline or ()]
     own = TREE if base == BUNDLED else TEXT
@@ -243,7 +247,7 @@ def evaluate(
         lengths=tuple(length or ()),
         depths=tuple(depth),
         num_needles=num_needles,
-        labels=tuple(part.strip() for part in (labels or "").split(",") if part.strip()),
+        labels=classes,
         positive=positive,
         max_tokens=max_tokens,
         batch_size=batch_size,
@@ -257,6 +261,8 @@ def evaluate(
 
     if plot:
         check_plot(plot)
+        if predictions is not None and Path(plot).resolve() == Path(predictions).resolve():
+            raise typer.BadParameter("the same file as --predictions", param_hint="--plot")
 
     from kmerge_mlx.cli.evaluated import draw, tables
 

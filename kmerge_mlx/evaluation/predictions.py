@@ -22,6 +22,9 @@ from kmerge_mlx.evaluation.scoring import Prediction
 
 OF = "evaluation"
 """The key of what the answers depend on."""
+_BEGUN = b'{"evaluation": {'
+ROUNDING = 1e-3
+"""A likelihood may lie this little above 1."""
 MOST_SHOWN = 20
 """Longer values are digests: that they differ says it all."""
 
@@ -129,12 +132,15 @@ class PredictionsFile:
         with self._path.open("rb") as file:
             for number, data in enumerate(file, 1):
                 line = _parsed(data)
+                whole = data.endswith(b"\n")
+                if number == 1 and not whole and (data.startswith(_BEGUN) or data in _BEGUN):
+                    break  # killed before its first line was whole
                 if number == 1 and not (line and isinstance(line.get(OF), dict)):
                     raise EvaluateError(
                         f"--predictions {self._path} is no predictions file: name another, or a "
                         "new one"
                     )
-                if not data.endswith(b"\n"):
+                if not whole:
                     break  # a killed run's last
                 if line and isinstance(line.get(OF), dict):
                     known |= line[OF]
@@ -167,6 +173,10 @@ class PredictionsFile:
                 return f"{name} is {short(value)}"
             if kind is int and value < (name != "question"):
                 return f"{name} is {value}"
+        if line["nll"] < -ROUNDING:
+            return f"nll is {line['nll']}"
+        if line["positions"] > line["prompt_tokens"]:
+            return f"positions are {line['positions']}, of {line['prompt_tokens']} tokens"
         if line["question"] >= self._size:
             return f"question is {line['question']}, and there are {self._size:,}"
         return None

@@ -39,6 +39,8 @@ def check_plot(path: str | Path) -> None:
         raise PlotError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise PlotError(f"--plot is {path}, but there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PlotError(f"--plot is {path}, which cannot be written: name another file")
 
 
 def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shift: float) -> None:

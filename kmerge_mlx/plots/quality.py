@@ -140,7 +140,7 @@ def _draw_panel(axes: Any, panel: QualityPanel, names: dict[str, str], dash: str
         style = {"color": GREY, "linestyle": dash, "linewidth": 1.2}
         axes.axhline(panel.baseline, label=panel.baseline_label, **style)
     frontier = pareto_frontier(panel.points, panel.higher_is_better)
-    if len(frontier) > 1:
+    if len(panel.points) > 1 and frontier:
         # Up to a point's ratio, its quality is to be had.
         axes.step(
             [axes.get_xlim()[0], *(point.ratio for point in frontier)],
