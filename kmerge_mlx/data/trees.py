@@ -63,7 +63,7 @@ class Stage:
         if self.max_depth < 1 or not max(1, self.min_children) <= most:
             raise DataError(f"{self}: no tree of two nodes can grow")
         if self.max_nodes > len(NAMES):
-            raise DataError(f"{self}: there are only {len(NAMES)} names")
+            raise DataError(f"max_nodes is {self.max_nodes:,}: there are only {len(NAMES)} names")
 
 
 STAGES: Mapping[str, Stage] = MappingProxyType(
