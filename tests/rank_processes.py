@@ -88,8 +88,9 @@ class Run:
             for process in self.processes:
                 process.kill()
                 process.communicate()
+        said = ("[ring]", "Socket ")  # by MLX's ring
         errors = [
-            "".join(line for line in err.splitlines(keepends=True) if not line.startswith("[ring]"))
+            "".join(line for line in err.splitlines(keepends=True) if not line.startswith(said))
             for _, err in texts
         ]
         return [process.returncode for process in left], [out for out, _ in texts], errors
