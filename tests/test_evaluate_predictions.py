@@ -181,6 +181,13 @@ def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path, size)
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("text", ["e", "tion", ": {", '{"evaluations"', "notes"])
+def test_a_file_of_something_else_is_never_begun_again(tmp_path, text):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(text)
+    assert "is no predictions file: name another, or a new one" in refused(path)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "7", "\x00"])
 def test_a_line_in_the_middle_that_is_no_object_is_named(tmp_path, text):
     path = filled(tmp_path / "answers.jsonl")

@@ -22,7 +22,6 @@ from kmerge_mlx.evaluation.scoring import Prediction
 
 OF = "evaluation"
 """The key of what the answers depend on."""
-_BEGUN = b'{"evaluation": {'
 ROUNDING = 1e-3
 """A likelihood may lie this little above 1."""
 MOST_SHOWN = 20
@@ -133,7 +132,7 @@ class PredictionsFile:
             for number, data in enumerate(file, 1):
                 line = _parsed(data)
                 whole = data.endswith(b"\n")
-                if number == 1 and not whole and (data.startswith(_BEGUN) or data in _BEGUN):
+                if number == 1 and not whole and data[: len(_BEGUN)] == _BEGUN[: len(data)]:
                     break  # killed before its first line was whole
                 if number == 1 and not (line and isinstance(line.get(OF), dict)):
                     raise EvaluateError(
@@ -207,3 +206,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
 
 def _bytes(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+_BEGUN = _bytes({OF: {}}).removesuffix(b"}}\n")
+"""How the first line of every file begins."""
