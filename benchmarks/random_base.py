@@ -31,7 +31,6 @@ QWEN_05B = {
     "vocab_size": 151_936,
     "max_position_embeddings": 32_768,
 }
-HEADS = ("num_attention_heads", "num_key_value_heads")
 ROPE_THETA = 1_000_000.0
 
 
@@ -84,9 +83,10 @@ def main() -> None:
     given = vars(parser.parse_args())
     if given["folder"].exists():
         parser.error(f"{given['folder']} exists")
-    size, heads, shared = (given[n] for n in ("hidden_size", *HEADS))
     if min(given[name] for name in QWEN_05B) < 1:
         parser.error("every size must be at least 1")
+    size, heads = given["hidden_size"], given["num_attention_heads"]
+    shared = given["num_key_value_heads"]
     if size % (2 * heads) or heads % shared:
         parser.error(
             f"--hidden-size {size} must be an even number for each of --num-attention-heads "

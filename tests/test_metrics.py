@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -334,6 +334,18 @@ def test_the_bootstrap_draws_equal_examples_as_often_as_there_are():
     ends = stats.binom(100, 0.05).ppf([0.025, 0.975])
     interval = bootstrap_interval(rare, lambda sums: sums)
     assert (interval.low, interval.high) == tuple(ends)
+
+
+def test_a_label_that_a_resample_lacks_is_no_failure():
+    answers, labels = ["a"] * 19 + ["b"], ("a", "b", "never")
+    outcomes = label_outcomes(answers, answers, labels)
+    counts, lacking = outcomes.sum(axis=0), outcomes[:19].sum(axis=0)
+    # Without "b"; what never occurs counts as it does in the score itself.
+    assert macro_f1(counts, resampled_from=counts) == macro_f1(counts) == 2 / 3
+    assert macro_f1(lacking) == 1 / 3
+    assert macro_f1(lacking, resampled_from=counts) == 1 / 2
+    whole = partial(macro_f1, resampled_from=counts[..., :2])
+    assert bootstrap_interval(outcomes[..., :2], whole) == Interval(1, 1)
 
 
 def test_equal_calls_give_equal_intervals_in_any_chunk(monkeypatch):

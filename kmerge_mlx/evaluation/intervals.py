@@ -107,7 +107,7 @@ def bootstrap_interval(
     from the seed and their number alone, not from their terms: of the same questions, answered on
     another machine or in other batches, the intervals differ by no more than the terms do.
 
-    50,000 examples take some seconds. Memory is bounded.
+    50,000 examples take about a second. Memory is bounded.
 
     Args:
         terms: (n, ...) finite numbers, n at least 1.

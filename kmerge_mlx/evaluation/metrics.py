@@ -100,16 +100,26 @@ def f1(counts: np.ndarray) -> np.ndarray:
     return 2 * counts[..., RIGHT, :] / np.maximum(seen, 1)
 
 
-def macro_f1(counts: np.ndarray) -> Scores:
+def occurring(counts: np.ndarray) -> np.ndarray:
+    """Which labels are an answer or predicted: (..., L) bool, of counts (..., 3, L)."""
+    return counts[..., ANSWERED, :] + counts[..., PREDICTED, :] > 0
+
+
+def macro_f1(counts: np.ndarray, resampled_from: np.ndarray | None = None) -> Scores:
     """The mean of ``f1`` over all labels, those included that do not occur.
 
     Args:
         counts: (..., 3, L), at least one answer each.
+        resampled_from: (3, L), what ``counts`` are resamples of: labels that occur there and that a
+            resample happens to lack are left out of it, which says nothing of them.
 
     Returns:
         (...) float64.
     """
-    return f1(counts).mean(axis=-1)
+    each = f1(counts)
+    if resampled_from is None:
+        return each.mean(axis=-1)
+    return each.sum(axis=-1) / (occurring(counts) | ~occurring(resampled_from)).sum(axis=-1)
 
 
 def majority_accuracy(counts: np.ndarray) -> Scores:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -161,13 +162,6 @@ def _label_scores(
     def positive_f1(sums: np.ndarray) -> Any:
         return metrics.f1(sums)[..., 0]
 
-    occurs = counts[metrics.ANSWERED] + counts[metrics.PREDICTED] > 0
-
-    def macro_f1(sums: np.ndarray) -> Any:
-        """Without the labels that a resample happens to lack: it says nothing of them."""
-        seen = sums[..., metrics.ANSWERED, :] + sums[..., metrics.PREDICTED, :] > 0
-        return metrics.f1(sums).sum(axis=-1) / (seen | ~occurs).sum(axis=-1)
-
     def resampled(statistic: Any) -> Score:
         return Score(float(statistic(counts)), bootstrap_interval(outcomes, statistic))
 
@@ -178,7 +172,7 @@ def _label_scores(
             float(metrics.balanced_accuracy(counts)), mean_proportion_interval(right, answered)
         ),
         "f1": resampled(positive_f1),
-        "f1_macro": resampled(macro_f1),
+        "f1_macro": resampled(partial(metrics.macro_f1, resampled_from=counts)),
         "majority_accuracy": Score(float(metrics.majority_accuracy(counts))),
         "majority_balanced_accuracy": Score(float(metrics.majority_balanced_accuracy(counts))),
     }
