@@ -27,6 +27,7 @@ from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
 from kmerge_mlx.convert.torch_file import read_state_dict
 from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
 from kmerge_mlx.files import read_json, read_safetensors
+from kmerge_mlx.layout import ALL, Layout
 
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"
@@ -183,7 +184,7 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
         pad_token_id=known.pad_token_id if known else None,
         head_lora=lora.head,
         # The authors' code merges the whole prompt, and applies no chat template.
-        layout={"merged": "prompt", "chat_template": False},
+        layout=Layout(ALL, chat_template=False),
         provenance=provenance,
     )
     return Adapter(merge, lora.config, lora.weights, encoder_weights, lora.head_weights)

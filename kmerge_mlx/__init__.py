@@ -14,8 +14,11 @@ from kmerge_mlx._version import __version__
 if TYPE_CHECKING:
     from kmerge_mlx.encoder import MergeEncoder
     from kmerge_mlx.generation import batch_generate, compress, generate, stream_generate
+    from kmerge_mlx.layout import Layout
     from kmerge_mlx.model import load
-    from kmerge_mlx.prompt import ChatTemplate, Segment, lay_out
+    from kmerge_mlx.prompt import lay_out, lay_out_chat
+    from kmerge_mlx.segments import Segment
+    from kmerge_mlx.template import ChatTemplate
 
 _HOMES = {
     "MergeEncoder": "encoder",
@@ -24,13 +27,16 @@ _HOMES = {
     "generate": "generation",
     "stream_generate": "generation",
     "load": "model",
-    "ChatTemplate": "prompt",
-    "Segment": "prompt",
+    "Layout": "layout",
+    "ChatTemplate": "template",
+    "Segment": "segments",
     "lay_out": "prompt",
+    "lay_out_chat": "prompt",
 }
 
 __all__ = [
     "ChatTemplate",
+    "Layout",
     "MergeEncoder",
     "Segment",
     "__version__",
@@ -38,6 +44,7 @@ __all__ = [
     "compress",
     "generate",
     "lay_out",
+    "lay_out_chat",
     "load",
     "stream_generate",
 ]

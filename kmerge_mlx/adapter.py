@@ -99,6 +99,29 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     raise AdapterError(f"{path} {_what_else(path)}")
 
 
+def adapter_folder(path: str | Path, k: int | None = None) -> Path:
+    """The folder of one adapter.
+
+    Args:
+        path: An adapter folder, or a folder of them.
+        k: Merge factor wanted; None takes the only one there is (of the bundled ones, 4).
+
+    Raises:
+        AdapterError: No adapter, or no such K (lists those that are there).
+    """
+    if k is not None and not is_int(k, 1):
+        raise AdapterError(f"k is {k!r}, expected a whole number")
+    if k is None and path == bundled.BUNDLED:
+        k = bundled.DEFAULT_K
+    found = find_adapters(path)
+    have = ", ".join(str(factor) for factor in found)
+    if k is None and len(found) > 1:
+        raise AdapterError(f"{path} holds adapters for K = {have}: choose one with --k")
+    if k is not None and k not in found:
+        raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
+    return found[next(iter(found)) if k is None else k]
+
+
 def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     """Reads an adapter folder.
 
@@ -113,15 +136,7 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
         AdapterError: No adapter, no such K (lists those that are there), or tensors that do not
             fit the configs (all of them listed).
     """
-    if k is not None and not is_int(k, 1):
-        raise AdapterError(f"k is {k!r}, expected a whole number")
-    found = find_adapters(path)
-    have = ", ".join(str(factor) for factor in found)
-    if k is None and len(found) > 1:
-        raise AdapterError(f"{path} holds adapters for K = {have}: choose one with --k")
-    if k is not None and k not in found:
-        raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
-    folder = found[next(iter(found)) if k is None else k]
+    folder = adapter_folder(path, k)
     merge, tuning = read_merge_config(folder), _tuning(folder)
     tuning_weights = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)

@@ -37,7 +37,7 @@ from kmerge_mlx.model import (
     widen,
     wire,
 )
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.tuning import LoRAConfig
 
 

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from kmerge_mlx.config import MAX_BLOCKS, LoRASpec
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 
 Block = tuple[int, ...]
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kmerge_mlx.errors import AdapterError, findings, short
+from kmerge_mlx.layout import Layout
 
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""
@@ -238,7 +239,7 @@ class MergeConfig:
         base: The base model.
         pad_token_id: Token that fills the last block, or None: taken from the tokenizer.
         head_lora: Rank and scale of the output head's LoRA kept beside the encoder, or None.
-        layout: How prompts were laid out in training.
+        layout: How prompts were laid out in training, or None: that is not known.
         provenance: Where the numbers come from; free-form, for people.
     """
 
@@ -246,7 +247,7 @@ class MergeConfig:
     base: BaseModelConfig = BaseModelConfig()
     pad_token_id: int | None = None
     head_lora: LoRASpec | None = None
-    layout: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -272,7 +273,7 @@ class MergeConfig:
                 "config": dict(self.base.fields),
             },
             "head_lora": None if self.head_lora is None else asdict(self.head_lora),
-            "layout": dict(self.layout),
+            "layout": None if self.layout is None else asdict(self.layout),
             "provenance": dict(self.provenance),
         }
 
@@ -308,7 +309,7 @@ class MergeConfig:
             base,
             data.get("pad_token_id"),
             None if head is None else LoRASpec.from_json(head, "merge_config.json: head_lora"),
-            data.get("layout") or {},
+            Layout.from_json(data.get("layout") or {}),
             data.get("provenance") or {},
         )
 

@@ -6,6 +6,7 @@ and base models it reads headers and configs only; a checkpoint is read whole, a
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "base_config": dict(merge.base.fields),
         "base_config_hash": merge.base.config_hash,
         "pad_token_id": merge.pad_token_id,
-        "layout": dict(merge.layout),
+        "layout": None if merge.layout is None else asdict(merge.layout),
         "provenance": dict(merge.provenance),
     }
 

@@ -45,6 +45,10 @@ class PlotError(KMergeError):
     """A picture that cannot be drawn or written."""
 
 
+class ServeError(KMergeError):
+    """A server that cannot start as it was asked for."""
+
+
 class BlockTableFullError(KMergeError):
     """More distinct blocks are in use at once than the block table has slots."""
 

@@ -1,8 +1,7 @@
 """Compress a prompt, then mlx-lm's own generation, with honest statistics.
 
 Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's options (but for
-``verbose``: nothing is printed) and response fields, plus what merging did. Sampling, KV caches and
-decoding are mlx-lm's; nothing of them is copied here.
+``verbose``: nothing is printed) and response fields, plus what merging did. The rest is mlx-lm's.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from kmerge_mlx.blocks import CompressedPrompt
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompt import Segment, encode
+from kmerge_mlx.segments import Segment, encode
 
 _EXPECTED = "expected text, token ids, or segments"
 
@@ -272,22 +271,23 @@ def over_original_ids(
 ) -> list[LogitsProcessor]:
     """Makes logits processors see the prompt's original token ids instead of virtual ones.
 
-    A virtual id would index the logits out of range, and MLX does not check that. Original ids
-    are also what a repetition penalty means. Nothing is read back from the device.
+    A virtual id would index the logits out of range, and original ids are what a penalty means.
 
     Args:
-        processors: mlx-lm's, called with (ids read so far, logits ``(1, V)``).
+        processors: mlx-lm's; the first call tells how many of the ids are the prompt's.
         prompt: The prompt that generation starts from.
 
     Returns:
         The same processors, guarded.
     """
-    positions = len(prompt.ids)
     original = mx.array(prompt.original_ids)
 
     def guard(processor: LogitsProcessor) -> LogitsProcessor:
+        read: list[int] = []
+
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            generated = tokens[positions:].astype(original.dtype)
+            read[:] = read or [len(tokens)]
+            generated = tokens[read[0] :].astype(original.dtype)
             return processor(mx.concatenate([original, generated]), logits)
 
         return guarded

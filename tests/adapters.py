@@ -10,6 +10,7 @@ import pytest
 from kmerge_mlx.adapter import Adapter, load_adapter, save_adapter
 from kmerge_mlx.config import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.layout import ALL, Layout
 from kmerge_mlx.tuning import LoRAConfig
 
 D, R, V = 8, 2, 30
@@ -34,7 +35,7 @@ def make(k: int = 4, head: bool = True, by_module: bool = False, dtype=mx.float3
         BaseModelConfig("some/base", {"hidden_size": D, "vocab_size": V}),
         pad_token_id=7,
         head_lora=LoRASpec(R, 3.5) if head else None,
-        layout={"merged": "prompt"},
+        layout=Layout(ALL),
         provenance={"metrics": {"accuracy": [0.5, None]}},
     )
     lora = (

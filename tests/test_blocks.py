@@ -16,7 +16,7 @@ from kmerge_mlx.blocks import BlockTable, CompressedPrompt, MergedEmbedding, spl
 from kmerge_mlx.config import EncoderConfig, LoRASpec
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 
 V, D = 50, 8
 

@@ -10,7 +10,7 @@ import pytest
 import kmerge_mlx.generation
 from tests.cli_runner import CHATML, assert_one_error, copy_base, run
 
-NOTE = "note: the tokenizer's chat template is applied, but this adapter was trained without one"
+NOTE = "note: this adapter was trained without a chat template\n"
 CONTEXT = "  One two three.\n\n"
 QUESTION = "Which of them?\n"
 
@@ -18,6 +18,7 @@ TEMPLATES = {
     "chatml": CHATML,
     "trims": CHATML.replace("message.content", "message.content | trim"),
     "shouts": CHATML.replace("message.content", "message.content | upper"),
+    "wraps": CHATML.replace("message.content", "message.content | wordwrap(9)"),
     "no_system": "{%- if messages[0].role == 'system' -%}"
     "{{ raise_exception('System role not supported') }}{%- endif -%}" + CHATML,
 }
@@ -90,31 +91,49 @@ def test_the_ids_are_those_mlx_lm_reads(read, mlx_lm_reads, bases, tmp_path, tem
     path = tmp_path / "context.txt"
     path.write_text(CONTEXT)
     base = bases[template]
-    segments, result = read(base, "-p", QUESTION, *options)
+    applied = "--ignore-chat-template" not in options
+    ours = [*options, "--apply-chat-template"] if applied else options
+    segments, result = read(base, "-p", QUESTION, *ours)
     assert ids_of(segments) == mlx_lm_reads(base, QUESTION, *options)
     assert not any(segment.merge for segment in segments)
-    applied = "--ignore-chat-template" not in options
     assert result.err.count("note: ") == result.err.count(NOTE) == applied
 
-    segments, _ = read(base, path, *options)
+    segments, _ = read(base, path, *ours)
     assert ids_of(segments) == mlx_lm_reads(base, CONTEXT, *options)
     assert all(segment.merge for segment in segments)  # the template too, as in the paper
 
-    segments, _ = read(base, path, "-p", QUESTION, *options)
+    segments, _ = read(base, path, "-p", QUESTION, *ours)
     assert ids_of(segments) == mlx_lm_reads(base, f"{CONTEXT}\n\n{QUESTION}", *options)
     assert [segment.merge for segment in segments] == [False, True, False][not applied :]
 
 
-@pytest.mark.parametrize("template", ["chatml", "trims"])
+@pytest.mark.parametrize("template", ["chatml", "trims", "shouts"])
 def test_the_template_and_the_question_stay_raw(read, bases, tmp_path, template):
     path = tmp_path / "context.txt"
     path.write_text(CONTEXT)
-    segments, result = read(bases[template], path, "-p", QUESTION, "--json")
+    asked = (bases[template], path, "-p", QUESTION, "--json")
+    segments, result = read(*asked, "--apply-chat-template")
     merged = next(segment for segment in segments if segment.merge)
     raw = len(ids_of(segments)) - len(merged.ids)
     assert len(merged.ids) >= 5
     answer = json.loads(result.out)
     assert answer["compressed_tokens"] == raw + -(-len(merged.ids) // 4)
+
+
+def test_prompts_are_laid_out_as_in_training_unless_another_way_is_asked_for(
+    read, bases, tmp_path, adapter_path
+):
+    path = tmp_path / "context.txt"
+    path.write_text(CONTEXT)
+    segments, result = read(bases["chatml"], path)
+    assert [segment.merge for segment in segments] == [True]
+    assert ids_of(segments) == ids_of(read(bases["chatml"], path, "--ignore-chat-template")[0])
+    assert "note: " not in result.err
+    contexts = ("--merges", "contexts", "--apply-chat-template")
+    segments, result = read(bases["chatml"], path, *contexts)
+    assert [segment.merge for segment in segments] == [False, True, False]
+    said = "note: this adapter was trained without a chat template and with --merges all\n"
+    assert said in result.err
 
 
 def test_no_adapter_no_note(bases):
@@ -123,16 +142,16 @@ def test_no_adapter_no_note(bases):
     assert "note: " not in result.err
 
 
-def test_a_template_that_rewrites_the_text_is_an_error_only_beside_a_raw_prompt(
+def test_a_template_that_breaks_the_text_is_an_error_only_beside_a_raw_prompt(
     bases, adapter_path, tmp_path
 ):
     path = tmp_path / "context.txt"
     path.write_text(CONTEXT)
-    args = ("generate", "--model", bases["shouts"], "--adapter-path", adapter_path, path, "-m", 2)
-    assert run(*args).code == 0
+    args = ("generate", "--model", bases["wraps"], "--adapter-path", adapter_path, path, "-m", 2)
+    assert run(*args, "--apply-chat-template").code == 0
     said = "the chat template rewrites the text", "use --ignore-chat-template"
-    assert_one_error(run(*args, "-p", QUESTION), 1, *said)
-    assert run(*args, "-p", QUESTION, "--ignore-chat-template").code == 0
+    assert_one_error(run(*args, "-p", QUESTION, "--apply-chat-template"), 1, *said)
+    assert run(*args, "-p", QUESTION).code == 0
 
 
 def test_what_a_template_refuses_is_one_message(bases):

@@ -265,7 +265,7 @@ OPTIONS: list[Case] = [
             *("p.txt", "--chat-template-config", '{"a": 1}', "--ignore-chat-template"),
             model=copy_base(w.base, w.root / "chat", CHATML),
         ),
-        ["need a chat template: --ignore-chat-template leaves it out"],
+        ["need a chat template: it is left out", "--apply-chat-template applies it"],
     ),
 ]
 MISUSE: list[Case] = [
@@ -296,7 +296,7 @@ MISUSE: list[Case] = [
         ["--chat-template-config: not a JSON object"],
     ),
     ("bytes that are no text", lambda w: w.generate("-p", "\udcff"), ["--prompt", "not UTF-8"]),
-    ("an unknown command", lambda w: ["chat"], ["No such command 'chat'", "kmerge-mlx --help"]),
+    ("an unknown command", lambda w: ["talk"], ["No such command 'talk'", "kmerge-mlx --help"]),
     ("too few arguments", lambda w: ["convert", "x"], ["Missing argument 'DST'", "convert --help"]),
 ]
 

@@ -101,10 +101,11 @@ def test_json_is_one_object_with_everything(folders, truth):
     assert result.err == ""
     report = json.loads(result.out)
     assert set(report) == {
-        *("kmerge_mlx", "device", "settings", "chat_template", "bad_rows", "groups", "rows"),
+        *("kmerge_mlx", "device", "settings", "layout", "bad_rows", "groups", "rows"),
     }
     assert report["groups"] == {"data": {"questions": 8, "labels": ["true", "false"]}}
-    assert (report["chat_template"], report["bad_rows"]) == (False, 0)
+    layout = {"merges": "contexts", "threshold": 32, "chat_template": False}
+    assert (report["layout"], report["bad_rows"]) == (layout, 0)
     settings = report["settings"]
     assert (settings["data"], settings["batch_size"], settings["task"]) == (str(truth), 32, None)
     assert "predictions" not in settings

@@ -75,7 +75,8 @@ def test_everything_it_says_goes_to_stderr(shown):
 def test_it_says_what_is_trained_and_on_what(shown):
     first, second = shown[1].err.splitlines()[:2]
     assert first == "Starting: qwen2, K=4, encoder 0.21M and lora 0.02M trainable"
-    assert second == "Data: small, 120 examples, 40 to validate"
+    form = r"Data: small, 120 examples, 40 to validate, prompts compressed (\d\.\d\d)x"
+    assert 3.5 < float(re.fullmatch(form, second)[1]) <= 4
 
 
 def test_reports_are_lines_in_mlx_lms_words(shown):

@@ -15,6 +15,7 @@ from kmerge_mlx.config import (
     MergeConfig,
 )
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.layout import ALL, Layout
 from kmerge_mlx.tuning import FullConfig, LoRAConfig, read_tuning
 
 MERGE = MergeConfig(
@@ -22,7 +23,7 @@ MERGE = MergeConfig(
     BaseModelConfig("Qwen/Qwen2.5-0.5B", {"hidden_size": 64, "rope_theta": 1e6}),
     223,
     LoRASpec(4, 4.0),
-    {"merged": "prompt"},
+    Layout(ALL, chat_template=False),
     {"metrics": {"accuracy": 98.38}},
 )
 LORAS = [
@@ -43,6 +44,35 @@ LORAS = [
 )
 def test_merge_config_survives_its_file(merge):
     assert MergeConfig.from_json(json.loads(json.dumps(merge.to_json()))) == merge
+
+
+@pytest.mark.parametrize(
+    ("stored", "layout"),
+    [
+        (None, None),
+        ({}, None),
+        ({"chat_template": False}, Layout(ALL, chat_template=False)),
+        ({"merged": "prompt", "chat_template": False}, Layout(ALL, chat_template=False)),
+        ({"merges": "contexts", "threshold": 9, "chat_template": True}, Layout("contexts", 9)),
+    ],
+)
+def test_earlier_releases_layouts_are_understood(stored, layout):
+    assert MergeConfig.from_json(MERGE.to_json() | {"layout": stored}).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"merges": "some"}, "merges is 'some', expected all or contexts"),
+        ({"threshold": 0}, "threshold is 0, expected a whole number >= 1"),
+        ({"threshold": True}, "threshold is True"),
+        ({"chat_template": 1}, "chat_template is 1, expected true or false"),
+        ({"colour": 1}, "layout has colour: unknown"),
+    ],
+)
+def test_a_bad_layout_is_named(stored, message):
+    with pytest.raises(AdapterError, match=message):
+        MergeConfig.from_json(MERGE.to_json() | {"layout": stored})
 
 
 def test_the_context_is_always_written_and_0_where_it_is_not():

@@ -96,7 +96,7 @@ def test_the_configs_say_what_was_known(tmp_path, tied):
     assert merge["base_model"]["id"] == str(tied)
     assert merge["base_model"]["config"]["vocab_size"] == 700
     assert merge["pad_token_id"] == PAD
-    assert merge["layout"] == {"merged": "prompt", "chat_template": False}
+    assert merge["layout"] == {"merges": "all", "threshold": 32, "chat_template": False}
     assert merge["provenance"]["metrics"] == made.metrics
     assert merge["provenance"]["source"] == str(tmp_path / "src")
     assert merge["provenance"]["peft_version"] == "0.21.2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -12,11 +13,13 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import tokenize
-from kmerge_mlx.errors import DataError, PromptError
-from kmerge_mlx.prompt import ChatTemplate, lay_out
+from kmerge_mlx.errors import DataError, KMergeError, PromptError
+from kmerge_mlx.layout import ALL, Layout
+from kmerge_mlx.prompt import lay_out
+from kmerge_mlx.template import ChatTemplate
 from tests.cli_runner import CHATML as THINKING
 from tests.conftest import UPSTREAM
-from tests.test_prompt import CHATML, SHOUTING
+from tests.test_prompt import CHATML, COUNTING
 
 END_OF_TEXT, IM_END = 0, 2
 # The generation prompt begins with what a finished conversation does not have.
@@ -102,17 +105,20 @@ def test_conversations_are_cut_where_mlx_lm_cuts_them_and_merge_whole(turns, sys
     messages = [{"role": "system", "content": "Be brief."}] * system + messages
     row = {"messages": messages}
     ids, offset = ChatDataset([row], tokenizer, mask_prompt=True).process(row)
-    found = tokenize(tokenizer, RowFormat().read(row))
+    found = tokenize(tokenizer, RowFormat().read(row), Layout(ALL))
     assert [(list(s.ids), s.merge) for s in found.segments] == [(ids[:offset], True)]
     assert found.answer_ids == [*ids[offset:], END_OF_TEXT]
+    # Where contexts merge, the ids are the same.
+    other = tokenize(tokenizer, RowFormat().read(row))
+    assert (other.prompt_ids, other.answer_ids) == (ids[:offset], found.answer_ids)
 
 
 def test_the_answer_ends_with_the_templates_own_eos_and_not_with_a_second():
     tokenizer = tokenizer_with(CHATML, "<|im_end|>")
-    found = tokenize(tokenizer, Example("Tree", None, "true"))
+    found = tokenize(tokenizer, Example("Tree", None, "true"), Layout(ALL))
     assert found.answer_ids == [*tokenizer.encode("true"), IM_END]  # and no "\n" after it
     chat = RowFormat().read({"messages": [message("user", "Tree"), message("assistant", "true")]})
-    assert tokenize(tokenizer, chat) == found
+    assert tokenize(tokenizer, chat, Layout(ALL)) == found
 
 
 def message(role, content):
@@ -144,7 +150,7 @@ def test_a_text_gets_no_template_and_nothing_does_when_it_is_left_out():
     tokenizer = tokenizer_with(CHATML)
     text = tokenize(tokenizer, RowFormat().read({"text": "Tree: true", "split": 6}))
     completion = Example("Tree: ", None, "true")
-    assert text == tokenize(tokenizer, completion, use_chat_template=False)
+    assert text == tokenize(tokenizer, completion, Layout(chat_template=False))
     assert text == tokenize(tokenizer_with(), completion)
 
 
@@ -163,10 +169,11 @@ def test_tools_reach_the_template():
     template = "{% if tools %}{{ tools[0].name }}{% endif %}" + CHATML
     tokenizer = tokenizer_with(template)
     row = {"prompt": "Tree", "completion": "true", "tools": [{"name": "search"}]}
-    found = tokenize(tokenizer, RowFormat().read(row))
+    found = tokenize(tokenizer, RowFormat().read(row), Layout(ALL))
     assert tokenizer.decode(found.prompt_ids).startswith("search<|im_start|>user")
     turns = {"messages": [message("user", "Tree"), message("assistant", "true")]}
-    assert tokenize(tokenizer, RowFormat().read(turns | {"tools": row["tools"]})) == found
+    turns |= {"tools": row["tools"]}
+    assert tokenize(tokenizer, RowFormat().read(turns), Layout(ALL)) == found
 
 
 def test_a_token_across_the_border_is_cut_there_and_no_character_lost():
@@ -195,19 +202,19 @@ def test_a_template_that_thinks_first_is_no_obstacle_if_it_does_so_in_both():
     ],
 )
 def test_a_template_that_cannot_do_it_is_refused_by_what_it_does(template, example, message):
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(KMergeError, match=message) as caught:
         tokenize(tokenizer_with(template), example)
-    assert "leave the chat template out" in str(caught.value)
+    assert re.search("leave the chat template out|--ignore-chat-template", str(caught.value))
 
 
 def test_what_generation_refuses_training_refuses():
     example = Example("tree", "child", "true")
     with pytest.raises(PromptError, match="rewrites the text"):
-        tokenize(tokenizer_with(SHOUTING), example)
-    assert tokenize(tokenizer_with(SHOUTING), example, use_chat_template=False).answer_ids
+        tokenize(tokenizer_with(COUNTING), example)
+    assert tokenize(tokenizer_with(COUNTING), example, Layout(chat_template=False)).answer_ids
     chat = Example(messages=(message("user", "a"), message("assistant", "b")))
     with pytest.raises(DataError, match="it is left out"):
-        tokenize(tokenizer_with(CHATML), chat, use_chat_template=False)
+        tokenize(tokenizer_with(CHATML), chat, Layout(chat_template=False))
 
 
 class Letters:

@@ -181,13 +181,13 @@ def test_a_row_that_cannot_be_tokenized_is_named_or_skipped(tmp_path):
         measured(**settings)
     report = measured(**settings, skip_bad=True)
     assert (report.questions.bad, report.questions.sizes()) == (1, {"data": 3})
-    assert not report.templated
+    assert not report.layout.chat_template
     write_data(tmp_path / "data", rows[3:])
     with pytest.raises(EvaluateError, match=r"no question is left: .* line 1: messages need"):
         measured(**settings, skip_bad=True)
     base = copy_base(folders.base, tmp_path / "chatty", CHATML)
     report = measured(**settings | {"model": str(base)})
-    assert report.templated
+    assert report.layout.chat_template
     assert report.rows[0].results["data"].prompt_tokens > 10
 
 

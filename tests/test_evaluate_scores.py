@@ -22,8 +22,9 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.evaluation import scoring, session
 from kmerge_mlx.evaluation.config import BASELINES, EvaluateConfig
 from kmerge_mlx.evaluation.methods import Method, reader, take_encoder_away
+from kmerge_mlx.layout import Layout
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from tests.cli_runner import CHATML, copy_base
 from tests.evaluations import (
     TEMPLATE,
@@ -90,7 +91,7 @@ def test_perplexity_uncompressed_is_mlx_lms(tmp_path, folders, adapted):
         max_tokens=1,
         batch_size=8,
     )
-    assert report.templated
+    assert report.layout.chat_template
     found = report.rows[0].results["data"].scores["perplexity"].value
     assert found == pytest.approx(
         host_perplexity(*mlx_lm.load(str(base), adapter_path=adapter), rows), rel=1e-5
@@ -300,16 +301,16 @@ def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders,
     settings = {"data": str(data), "limit": 4, "max_tokens": 1}
     base = str(copy_base(folders.base, tmp_path / "base", TEMPLATE))
     adapter = random_adapter(build(qwen2_config()), 4, seed=4)
-    plain = replace(adapter, merge=replace(adapter.merge, layout={"chat_template": False}))
+    plain = replace(adapter, merge=replace(adapter.merge, layout=Layout(chat_template=False)))
     save_adapter(plain, tmp_path / "plain")
     templated = folders.settings(model=base, ks=(4,), baselines=("uncompressed",), **settings)
     reports = [
         measured(**templated),
-        measured(**templated, ignore_chat_template=True),
+        measured(**templated, chat_template=False),
         measured(**templated | {"adapter_path": str(tmp_path / "plain")}),
     ]
     bare = measured(**templated | {"model": str(folders.base)})
-    assert [report.templated for report in reports] == [True, False, False]
+    assert [report.layout.chat_template for report in reports] == [True, False, False]
     assert [row.results for row in reports[1].rows] == [row.results for row in bare.rows]
     # There is no adapter for K = 1 beside it.
     assert reports[2].rows[1].results == bare.rows[1].results

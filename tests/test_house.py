@@ -20,7 +20,9 @@ FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
 # Imports point one way: a module imports only from the rows above its own.
 ROWS = [
     {"_version", "errors", "bundled"},
-    {"config"},
+    {"layout", "spans"},
+    {"config", "segments"},
+    {"template"},
     {"evaluation", "evaluation.metrics", "evaluation.intervals"},
     {"tuning"},
     {"files", "encoder", "prompt", "base"},
@@ -37,7 +39,7 @@ ROWS = [
     {"convert.torch_file"},
     {"convert.encoder", "convert.peft"},
     {"convert.checkpoint", "convert", "model"},
-    {"generation", "describe", "benchmark"},
+    {"generation", "describe", "benchmark", "prompt_cache"},
     {"train", "train.options", "train.watch", "train.dataset", "train.rows", "train.log"},
     {"train.config", "train.ranks", "train.order", "train.loss"},
     {"train.optimizer", "train.checkpoint", "train.step", "train.distill", "train.warmup"},
@@ -52,8 +54,9 @@ ROWS = [
     {"train.loop"},
     {"train.session", "plots", "plots.common"},
     {"plots.training", "plots.quality", "plots.recall", "plots.speed"},
-    {"cli.options", "cli.progress", "cli.tables"},
-    {"cli.evaluated"},
+    {"cli.options", "cli.progress", "cli.tables", "cli.reading"},
+    {"cli.evaluated", "cli.opening"},
+    {"cli.cache"},
     {
         "cli.bench",
         "cli.convert",
@@ -70,6 +73,7 @@ ROWS = [
 CONVERT_MAY_USE = {
     "_version",
     "errors",
+    "layout",
     "config",
     "files",
     "encoder",

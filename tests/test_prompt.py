@@ -9,7 +9,10 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompt import ChatTemplate, decode_text, encode, lay_out
+from kmerge_mlx.layout import ALL, Layout
+from kmerge_mlx.prompt import decode_text, lay_out
+from kmerge_mlx.segments import encode
+from kmerge_mlx.template import ChatTemplate
 from tests.conftest import UPSTREAM
 
 CHATML = (
@@ -17,7 +20,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
-SHOUTING = CHATML.replace("m['content']", "m['content'] | upper")
+COUNTING = CHATML.replace("{{ m['content'] }}", "{{ m['content']|length }} {{ m['content'] }}")
 
 
 def tokenizer_with(template: str | None = None):
@@ -78,11 +81,14 @@ def test_a_chat_template_stays_raw_around_the_context(template, context):
     assert len(merged) >= len(context.strip()) - 2  # a token on the border stays raw
 
 
-def test_everything_merges_with_a_template_and_a_context_alone():
+def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
     tokenizer = tokenizer_with(CHATML)
-    (segment,) = lay_out(tokenizer, "Tree: JN", None, ChatTemplate())
+    (segment,) = lay_out(tokenizer, "Tree: JN", None, ChatTemplate(), Layout(ALL))
     assert segment.merge
     assert tokenizer.decode(segment.ids).startswith("<|im_start|>user")
+    segments = lay_out(tokenizer, "Tree: JN", None, ChatTemplate())
+    assert [segment.merge for segment in segments] == [False, True, False]
+    assert merged_text(tokenizer, segments) == "Tree: JN"
 
 
 def test_a_prefilled_answer_ends_the_prompt():
@@ -92,10 +98,10 @@ def test_a_prefilled_answer_ends_the_prompt():
 
 
 def test_a_template_that_rewrites_the_text_is_refused_only_where_it_matters():
-    tokenizer = tokenizer_with(SHOUTING)
+    tokenizer = tokenizer_with(COUNTING)
     with pytest.raises(PromptError, match=r"rewrites the text.*--ignore-chat-template"):
         lay_out(tokenizer, "tree", "child", ChatTemplate())
-    assert lay_out(tokenizer, "tree", None, ChatTemplate())[0].merge
+    assert lay_out(tokenizer, "tree", None, ChatTemplate(), Layout(ALL))[0].merge
 
 
 ALPHABET = st.text(alphabet="Tre: JNWO+\n é漢🙂<|im_start>user", min_size=1, max_size=40)
@@ -135,7 +141,7 @@ def test_special_tokens_are_added_unless_the_text_has_them():
 
 def test_a_tokenizer_without_offsets_is_refused_beside_a_raw_prompt():
     assert lay_out(WithBos(), "tree", None)[0].merge
-    with pytest.raises(PromptError, match="put both in one FILE"):
+    with pytest.raises(PromptError, match="put all of it in one FILE"):
         lay_out(WithBos(), "tree", "child")
 
 

@@ -15,6 +15,7 @@ from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import TreeTask, draw
 from kmerge_mlx.data.trees import Stage
 from kmerge_mlx.errors import DataError
+from kmerge_mlx.layout import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.test_data_reviews_and_commits import REVIEWS
@@ -60,11 +61,11 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     chat = load_tokenizer(copy_base(BASE, tmp_path / "chat", template=CHATML))
     rows = load_examples(folder)["train"]
     digests = {
-        TokenizedSet(rows, tokens, Limits(4, 2048, template)).digest
+        TokenizedSet(rows, tokens, Limits(4, 2048, Layout(chat_template=template))).digest
         for tokens, template in ((load_tokenizer(BASE), True), (chat, True))
     }
     assert len(digests) == 2
-    assert TokenizedSet(rows, chat, Limits(4, 2048, False)).digest in digests
+    assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
 
 
 def test_equal_data_have_equal_digests_and_changed_data_do_not(tmp_path, tokenizer):
@@ -293,9 +294,14 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
         for row in GOOD
     ]
     data = write_data(tmp_path / "data", rows)
-    trained(tmp_path / "run", "--data", data, *OPTIONS, model=base)
+    result = trained(tmp_path / "run", "--data", data, *OPTIONS, model=base)
     layout = json.loads((tmp_path / "run" / "merge_config.json").read_text())["layout"]
-    assert layout == {"chat_template": True}
+    assert layout == {"merges": "contexts", "threshold": 32, "chat_template": True}
+    assert "prompts compressed 1.00x\nnote: next to nothing of them merges" in result.err
+    result = trained(tmp_path / "all", "--data", data, *OPTIONS, "--merges", "all", model=base)
+    assert "note: " not in result.err
+    layout = json.loads((tmp_path / "all" / "merge_config.json").read_text())["layout"]
+    assert layout["merges"] == "all"
 
 
 @pytest.mark.parametrize(

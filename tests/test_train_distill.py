@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.config import TrainConfig, from_layers
 from kmerge_mlx.train.distill import Teacher, divergence
 from kmerge_mlx.train.engine import Engine

@@ -207,7 +207,7 @@ def test_a_run_says_how_it_was_trained_whatever_it_began_with(tmp_path, adapter_
     path = tmp_path / "run"
     trained(path, *RUN, "--init-from", adapter_path, "--iters", 1, model=base)
     merge = load_adapter(path).merge
-    assert merge.layout["chat_template"] is True
+    assert merge.layout.chat_template is True
     assert merge.provenance["trained_by"].startswith("kmerge-mlx ")
 
 

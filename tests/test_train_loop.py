@@ -17,7 +17,7 @@ from kmerge_mlx import load
 from kmerge_mlx.adapter import FILES
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import unfreeze
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.config import from_layers
 from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.order import Place, shuffled
@@ -123,7 +123,7 @@ def test_the_folder_is_an_adapter_with_the_best_one_and_the_training_in_it(whole
 
 def test_the_adapter_says_how_it_was_trained(whole):
     merge = json.loads((whole / "merge_config.json").read_text())
-    assert merge["layout"] == {"chat_template": False}
+    assert merge["layout"]["chat_template"] is False
     assert merge["base_model"]["id"] == str(BASE)
     assert merge["provenance"]["trained_by"].startswith("kmerge-mlx ")
     assert (merge["provenance"]["learning_rate"], merge["provenance"]["seed"]) == (3e-3, 0)

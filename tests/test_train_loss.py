@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import attach, merged_embedding
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.rows import bucket, make_batch
 from tests.tiny import PAD, build, qwen2_config, random_adapter

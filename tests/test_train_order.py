@@ -8,7 +8,7 @@ import pytest
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import DataError
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.order import WINDOW, Place, Rows, by_length, shuffled
 
 K, B = 4, 3

@@ -24,7 +24,7 @@ from kmerge_mlx import load
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.rows import Batch, make_batch
 from tests.conftest import UPSTREAM

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 BUNDLED = "bundled"
+DEFAULT_K = 4
+"""The merge factor of the bundled adapters that is meant where nobody names one."""
 
 BASE = Path(__file__).parent / "base"
 ADAPTERS = Path(__file__).parent / "adapters"

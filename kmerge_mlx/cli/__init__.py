@@ -15,6 +15,7 @@ import typer
 
 from kmerge_mlx._version import __version__
 from kmerge_mlx.cli.bench import bench
+from kmerge_mlx.cli.cache import cache
 from kmerge_mlx.cli.convert import convert
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(bench)
+app.command()(cache)
 app.command()(convert)
 app.command()(data)
 app.command()(evaluate)

@@ -201,7 +201,9 @@ def evaluate(
         ),
     ] = None,
     skip_bad: opt.SkipBad = False,
-    ignore_chat_template: opt.IgnoreChatTemplate = False,
+    merges: opt.Merges = None,
+    merge_threshold: opt.MergeThreshold = None,
+    chat_template: opt.UseChatTemplate = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     as_json: opt.Json = False,
     plot: opt.Plot = None,
@@ -253,7 +255,9 @@ def evaluate(
         batch_size=batch_size,
         predictions=predictions,
         skip_bad=skip_bad,
-        ignore_chat_template=ignore_chat_template,
+        merges=merges and str(merges),
+        merge_threshold=merge_threshold,
+        chat_template=chat_template,
         trust_remote_code=trust_remote_code,
     )
     # The heavy imports wait until the command line is known to be good.

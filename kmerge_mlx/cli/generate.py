@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
 
+from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli import options as opt
-from kmerge_mlx.config import CONTEXT_SEPARATOR, GenerationConfig, MergeConfig
-from kmerge_mlx.errors import AdapterError, KMergeError, ModelError, PromptError, first_line
-from kmerge_mlx.prompt import ChatTemplate, decode_text, lay_out
+from kmerge_mlx.cli.cache import read_held
+from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
+from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
+from kmerge_mlx.config import GenerationConfig
+from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.prompt import lay_out
+from kmerge_mlx.template import ChatTemplate
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation import GenerationResponse
 
 DEFAULTS = GenerationConfig()
-STDIN = "-"
-Files = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="FILE", help="Text to compress; `-` is stdin. Several are joined by a blank line."
-    ),
-]
 
 
 def generate(
@@ -50,6 +46,7 @@ def generate(
     presence_context_size: opt.PresenceContextSize = DEFAULTS.penalty_context_size,
     frequency_penalty: opt.FrequencyPenalty = None,
     frequency_context_size: opt.FrequencyContextSize = DEFAULTS.penalty_context_size,
+    prompt_cache_file: opt.PromptCacheFile = None,
     max_kv_size: opt.MaxKvSize = None,
     kv_bits: opt.KvBits = None,
     kv_group_size: opt.KvGroupSize = DEFAULTS.kv_group_size,
@@ -58,7 +55,9 @@ def generate(
     system_prompt: opt.SystemPrompt = None,
     prefill_response: opt.PrefillResponse = None,
     chat_template_config: opt.ChatTemplateConfig = None,
-    ignore_chat_template: opt.IgnoreChatTemplate = False,
+    merges: opt.Merges = None,
+    merge_threshold: opt.MergeThreshold = None,
+    chat_template: opt.UseChatTemplate = None,
     extra_eos_token: opt.ExtraEosToken = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     as_json: opt.Json = False,
@@ -76,37 +75,40 @@ def generate(
     """
     if max_tokens == 0:
         raise typer.BadParameter("0 generates nothing; -1 is no limit", param_hint="--max-tokens")
-    if kv_bits is not None and max_kv_size is not None:
-        raise typer.BadParameter(
-            "mlx-lm cannot quantize a --max-kv-size cache", param_hint="--kv-bits"
-        )
-    template_options = _json_object(chat_template_config)
-    context, question = read_prompt(files or [], prompt)
-    model_given, (base, adapter_path) = model is not None, opt.chosen(model, adapter_path)
-    if adapter_path is None and context:
+    opt.check_kv(kv_bits, max_kv_size)
+    template_options = json_object(chat_template_config)
+    shape = (merges, merge_threshold, chat_template)
+    if prompt_cache_file is None:
+        context, question = read_prompt(files or [], prompt)
+        held = None
+    else:
+        belongs = [files, max_kv_size, system_prompt, chat_template_config, *shape]
+        held = read_held(prompt_cache_file, belongs, prompt)
+        model, adapter_path, k = held.model(model, adapter_path, k)
+    if adapter_path is None and model not in (None, BUNDLED) and held is None and context:
         raise AdapterError("FILEs need a merge encoder: give --adapter-path, or use --prompt")
 
     # The heavy imports wait until the command line and the files are known to be good.
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    from kmerge_mlx.adapter import load_adapter
     from kmerge_mlx.generation import stream_generate
-    from kmerge_mlx.model import load
 
-    merge = None if adapter_path is None else load_adapter(adapter_path, k).merge
-    try:
-        llm, tokenizer = load(base, adapter_path, k, trust_remote_code=trust_remote_code)
-    except ModelError as error:
-        hint = "" if model_given else f" ({adapter_path} names this base; --model gives another)"
-        raise ModelError(f"{error}{hint}") from error
-    if merge is not None:
-        _note_base(merge, base)
-    _add_eos_tokens(tokenizer, extra_eos_token or [])
-    chat = ChatTemplate(system_prompt, prefill_response, template_options)
-    chat = _chat_template(tokenizer, chat, ignore_chat_template)
-    if chat is not None and merge is not None:
-        _note_layout(merge)
+    opened = open_model(model, adapter_path, k, trust_remote_code, extra_eos_token or [])
+    llm, tokenizer = opened.model, opened.tokenizer
+    if held is None:
+        layout = opened.layout(*shape)
+        chat = ChatTemplate(system_prompt, prefill_response, template_options)
+        chat = template_of(tokenizer, chat, layout)
+        segments, cache = lay_out(tokenizer, context, question, chat, layout), None
+        if opened.base == BUNDLED and (question or context).endswith("\n"):
+            print(
+                "note: the prompt ends with a line end, and the bundled model knows none that do: "
+                "see kmerge_mlx/bundled/README.md",
+                file=sys.stderr,
+            )
+    else:
+        segments, cache = held.go_on(opened, prefill_response, kv_bits)
     if seed is not None:
         mx.random.seed(seed % 2**64)
     sampler = make_sampler(
@@ -131,10 +133,11 @@ def generate(
         responses = stream_generate(
             llm,
             tokenizer,
-            lay_out(tokenizer, context, question, chat),
+            segments,
             max_tokens,
             sampler=sampler,
             logits_processors=processors,
+            prompt_cache=cache,
             max_kv_size=max_kv_size,
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -145,128 +148,10 @@ def generate(
         print_answer(_one_line_errors(responses), as_json)
 
 
-def read_prompt(files: list[str], prompt: str | None) -> tuple[str | None, str | None]:
-    """The text to merge and the text to keep raw.
-
-    Args:
-        files: Names of files, ``-`` for stdin.
-        prompt: The ``--prompt`` text with mlx-lm's conventions: ``-`` is stdin, and a written
-            ``\\n`` or ``\\t`` means the character.
-
-    Raises:
-        PromptError: Nothing to read, or a file that is missing, empty or not UTF-8.
-    """
-    if [*files, prompt].count(STDIN) > 1:
-        raise PromptError("`-` is given more than once, but stdin can be read only once")
-    if prompt == "":
-        raise PromptError("--prompt is empty: leave it out, or give it text")
-    context = CONTEXT_SEPARATOR.join(_read_text(name) for name in files) or None
-    if prompt == STDIN:
-        return context, _read_text(STDIN)
-    if prompt is not None:
-        return context, prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if context is None:
-        raise PromptError("the prompt is empty: give a FILE to compress, or --prompt")
-    return context, None
-
-
-def _read_text(name: str) -> str:
-    if name == STDIN and sys.stdin is None:
-        raise PromptError("cannot read stdin: it is closed")
-    try:
-        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
-    except OSError as error:
-        raise PromptError(f"cannot read {name}: {error.strerror}") from None
-    return decode_text(data, "stdin" if name == STDIN else name)
-
-
-def _json_object(text: str | None) -> dict[str, Any]:
-    hint = "--chat-template-config"
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint=hint) from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter("not a JSON object", param_hint=hint)
-    return value
-
-
-def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Adds tokens, or numbers of tokens, to those that end an answer."""
-    known = tokenizer.get_vocab() if tokens else {}
-    for token in tokens:
-        # mlx-lm would take the unknown token, or a number that no token has, for any other word.
-        if token not in known and not (token.isdecimal() and int(token) < len(tokenizer)):
-            raise PromptError(f"--extra-eos-token {token}: the tokenizer has no such token")
-        tokenizer.add_eos_token(token)
-
-
-def _chat_template(tokenizer: Any, chat: ChatTemplate, ignore: bool) -> ChatTemplate | None:
-    """The chat template if it applies; options that would be lost without one are refused."""
-    if tokenizer.has_chat_template and not ignore:
-        return chat
-    if chat.system_prompt or chat.prefill_response or chat.options:
-        raise PromptError(
-            "--system-prompt, --prefill-response and --chat-template-config need a chat template: "
-            + ("--ignore-chat-template leaves it out" if ignore else "this tokenizer has none")
-        )
-    return None
-
-
-def _note_base(merge: MergeConfig, base: str) -> None:
-    """Says when nothing but sizes could tell that the base is the adapter's own."""
-    if not merge.base.fields and merge.base.id not in (None, base):
-        print(
-            f"note: this adapter names {merge.base.id} as its base and was converted without "
-            f"--model, so only sizes say that it fits {base}",
-            file=sys.stderr,
-        )
-
-
-def _note_layout(merge: MergeConfig) -> None:
-    """Says when the prompt is laid out in another way than in training."""
-    if merge.layout.get("chat_template") is False:
-        print(
-            "note: the tokenizer's chat template is applied, but this adapter was trained "
-            "without one: --ignore-chat-template leaves it out",
-            file=sys.stderr,
-        )
-
-
-@contextlib.contextmanager
-def prefill_bar(step_size: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while a prompt of several prefill steps is read, if anyone looks.
-
-    Args:
-        step_size: Positions prefilled at once.
-
-    Yields:
-        mlx-lm's ``prompt_progress_callback``: called with (positions read, positions in all).
-    """
-    bar: Any = None
-    # Whatever ends the block, Ctrl-C included, gives the terminal its cursor back.
-    with contextlib.ExitStack() as shown:
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if done == 0 and total > step_size and sys.stderr.isatty():
-                bar = typer.progressbar(length=total, label="Reading", file=sys.stderr)
-                shown.enter_context(bar)
-            if bar is not None:
-                bar.update(done - bar.pos)
-            if done == total:
-                shown.close()
-
-        yield progress
-
-
 def _one_line_errors(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResponse]:
     """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into this project's errors."""
-    try:
+    with one_line_refusals():
         yield from responses
-    except (ValueError, NotImplementedError) as error:
-        reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
-        raise KMergeError(f"mlx-lm refused these options: {reason}") from error
 
 
 def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None:

@@ -12,6 +12,7 @@ import typer
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.trees import STAGES
 from kmerge_mlx.errors import ModelError
+from kmerge_mlx.layout import MERGES
 
 
 def _one_of(*values: int) -> Callable[[int | None], int | None]:
@@ -43,6 +44,18 @@ def chosen(model: str | None, adapter_path: str | None) -> tuple[str, str | None
     if base is None:
         raise ModelError(f"{adapter_path} does not name its base model: give --model")
     return base, adapter_path
+
+
+def check_kv(kv_bits: int | None, max_kv_size: int | None) -> None:
+    """Refuses what mlx-lm cannot do: a quantized cache of limited size.
+
+    Raises:
+        typer.BadParameter: Both are given.
+    """
+    if kv_bits is not None and max_kv_size is not None:
+        raise typer.BadParameter(
+            "mlx-lm cannot quantize a --max-kv-size cache", param_hint="--kv-bits"
+        )
 
 
 def refuse_foreign(context: typer.Context, own: Mapping[str, Sequence[str]], task: str) -> None:
@@ -96,7 +109,7 @@ MergeFactor = Annotated[
         "--merge-factor",
         min=1,
         help="Merge factor K: how many tokens one position stands for. Default: the only one "
-        "there is.",
+        "there is; of the bundled model's, 4.",
         show_default=False,
     ),
 ]
@@ -185,6 +198,14 @@ FrequencyContextSize = Annotated[
     int,
     typer.Option("--frequency-context-size", min=1, help="How many original tokens it looks back."),
 ]
+PromptCacheFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache-file",
+        help="KV cache made by `kmerge-mlx cache`: the --prompt goes on where it ends.",
+        show_default=False,
+    ),
+]
 MaxKvSize = Annotated[
     int | None,
     typer.Option(
@@ -243,10 +264,32 @@ ChatTemplateConfig = Annotated[
         show_default=False,
     ),
 ]
-IgnoreChatTemplate = Annotated[
-    bool,
+Layouts = enum.StrEnum("Layouts", list(MERGES))
+Merges = Annotated[
+    Layouts | None,
     typer.Option(
-        "--ignore-chat-template", help="Use the bare text, without the tokenizer's chat template."
+        "--merges",
+        help="What merges where nothing is said: long contexts, or all, chat template and question "
+        "too. Default: as the adapter was trained.",
+        show_default=False,
+    ),
+]
+MergeThreshold = Annotated[
+    int | None,
+    typer.Option(
+        "--merge-threshold",
+        min=1,
+        help="Fewest tokens of a context that merges. Default: as the adapter was trained.",
+        show_default=False,
+    ),
+]
+UseChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--apply-chat-template/--ignore-chat-template",
+        help="Wrap the text in the tokenizer's chat template, or use it bare. Default: as the "
+        "adapter was trained.",
+        show_default=False,
     ),
 ]
 ExtraEosToken = Annotated[

@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.config import TrainConfig
+from kmerge_mlx.train.dataset import prompt_compression
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.session import Outcome
 from kmerge_mlx.train.setup import Run
 
 SECONDS_BETWEEN_LINES = 30
 """In a log file, work before training says how far it is."""
+LITTLE = 1.05
+"""A compression ratio below it is worth a word."""
 
 
 def bars(quiet: bool) -> Callable[[str], Callable[[int, int], None]]:
@@ -166,11 +169,18 @@ def _header(run: Run) -> str:
     base = run.model.model_type if hasattr(run.model, "model_type") else "base"
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
+    ratio = prompt_compression(stage.train, run.merge.merge_factor)
+    prompts = f"prompts compressed {ratio:.2f}x"
+    if run.merge.merge_factor > 1 and ratio < LITTLE:
+        prompts += (
+            "\nnote: next to nothing of them merges: mark what should with <merge>, lower "
+            "--merge-threshold, or give --merges all"
+        )
     start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
     if run.config.resume and not state.rng:
         start = f"{run.path} holds no run to resume: starting one"
     return (
         f"{start}: {base}, K={run.merge.merge_factor}, encoder {encoder / 1e6:.2f}M and "
         f"{run.config.fine_tune_type} {sum(a.size for a in tuned) / 1e6:.2f}M trainable\n"
-        f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}"
+        f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}, {prompts}"
     )

@@ -17,7 +17,10 @@ from typing import Any
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import DataError, first_line
-from kmerge_mlx.prompt import ChatTemplate, Segment, lay_out
+from kmerge_mlx.layout import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompt import lay_out, lay_out_chat, plain_messages, without_tags
+from kmerge_mlx.segments import Segment
+from kmerge_mlx.template import ChatTemplate
 
 _BARE = "use prompt and completion rows and leave the chat template out"
 
@@ -45,7 +48,7 @@ class TokenizedExample:
         return [i for segment in self.segments for i in segment.ids]
 
 
-def tokenize(tokenizer: Any, example: Example, use_chat_template: bool = True) -> TokenizedExample:
+def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) -> TokenizedExample:
     """Turns an example into ids.
 
     With a chat template, prompt and answer are cut apart where the template's generation prompt
@@ -56,29 +59,30 @@ def tokenize(tokenizer: Any, example: Example, use_chat_template: bool = True) -
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
         example: What to turn into ids.
-        use_chat_template: Whether a chat template applies, where the tokenizer has one and the
-            example is not ``bare``.
+        layout: What merges where nothing is said, and whether a chat template applies, where the
+            tokenizer has one and the example is not ``bare``.
 
     Raises:
         DataError: A conversation and no template, a template that refuses, or one that writes the
             prompt otherwise when an answer follows it; a tokenizer without an eos token.
         PromptError: As for ``prompt.lay_out``.
     """
-    templated = use_chat_template and tokenizer.has_chat_template
+    templated = layout.chat_template and tokenizer.has_chat_template
     if example.messages:
         if not templated:
             why = "it is left out" if tokenizer.has_chat_template else "this tokenizer has none"
             raise DataError(f"messages need a chat template, and {why}: {_BARE}")
-        return _conversation(tokenizer, example)
+        return _conversation(tokenizer, example, layout)
     options = {} if example.tools is None else {"tools": list(example.tools)}
     chat = ChatTemplate(options=options) if templated and not example.bare else None
-    segments = lay_out(tokenizer, example.context, example.prompt, chat)
+    segments = lay_out(tokenizer, example.context, example.prompt, chat, layout)
     if example.answer is None:
         return TokenizedExample(segments, [])
     if chat is None:
         ids = list(tokenizer.encode(example.answer, add_special_tokens=False))
         return TokenizedExample(segments, _ended(tokenizer, ids))
-    text = CONTEXT_SEPARATOR.join(part for part in (example.context, example.prompt) if part)
+    parts = (part and without_tags(part) for part in (example.context, example.prompt))
+    text = CONTEXT_SEPARATOR.join(part for part in parts if part)
     answer = {"role": "assistant", "content": example.answer}
     whole = _render(tokenizer, [{"role": "user", "content": text}, answer], example.tools)
     prompt = TokenizedExample(segments, []).prompt_ids
@@ -86,17 +90,24 @@ def tokenize(tokenizer: Any, example: Example, use_chat_template: bool = True) -
     return TokenizedExample(segments, _ended(tokenizer, ids))
 
 
-def _conversation(tokenizer: Any, example: Example) -> TokenizedExample:
-    """Messages to ids: all before the last answer merges, the generation prompt included."""
+def _conversation(tokenizer: Any, example: Example, layout: Layout) -> TokenizedExample:
+    """Messages to ids; the answer's message is not part of the prompt, and its tags are text."""
     messages = example.messages
     answered = messages[-1]["role"] == "assistant"
-    before = _render(tokenizer, messages[: len(messages) - answered], example.tools, prompt=True)
-    prompt = list(tokenizer.encode(before, add_special_tokens=False))
+    options = {} if example.tools is None else {"tools": list(example.tools)}
+    asked = messages[: len(messages) - answered]
+    segments = lay_out_chat(tokenizer, asked, layout, options)
+    row = TokenizedExample(segments, [])
     if not answered:
-        return TokenizedExample([Segment(prompt)], [])
-    whole = _render(tokenizer, messages, example.tools)
-    ids = _after_prompt(tokenizer, prompt, lambda: before, whole)
-    return TokenizedExample([Segment(prompt)], _ended(tokenizer, ids))
+        return row
+    plain = plain_messages(asked)
+    whole = _render(
+        tokenizer, [*plain, *plain_messages(messages[-1:], literal=True)], example.tools
+    )
+    ids = _after_prompt(
+        tokenizer, row.prompt_ids, lambda: _render(tokenizer, plain, example.tools, True), whole
+    )
+    return TokenizedExample(segments, _ended(tokenizer, ids))
 
 
 def _render(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kmerge_mlx.config import DATA_SEED, TASKS, is_int, is_number
 from kmerge_mlx.data.trees import STAGES
 from kmerge_mlx.errors import EvaluateError, findings
+from kmerge_mlx.layout import MERGES
 
 RECALL = "recall"
 EVALUATED = (*TASKS, RECALL)
@@ -64,7 +65,9 @@ class EvaluateConfig:
         batch_size: Questions answered at once.
         predictions: JSONL file of answers, which a run that was killed goes on with; or None.
         skip_bad: Count bad rows of data and go on.
-        ignore_chat_template: Use the bare text.
+        merges: What merges where nothing is said; None is as the adapter was trained.
+        merge_threshold: Fewest tokens of a context that merges; None likewise.
+        chat_template: Whether the tokenizer's template is applied; None likewise.
         trust_remote_code: Let the base model's own Python files run.
 
     Raises:
@@ -98,7 +101,9 @@ class EvaluateConfig:
     batch_size: int = 32
     predictions: str | None = None
     skip_bad: bool = False
-    ignore_chat_template: bool = False
+    merges: str | None = None
+    merge_threshold: int | None = None
+    chat_template: bool | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -108,7 +113,9 @@ class EvaluateConfig:
     def _out_of_range(self) -> Iterator[str]:
         """Values that are none of those there are."""
         least = {"num_trees": 1, "find_parent": 0, "num_needles": 1, "batch_size": 1}
-        least |= {n: 1 for n in ("limit", "max_tokens") if getattr(self, n) is not None}
+        least |= {
+            n: 1 for n in ("limit", "max_tokens", "merge_threshold") if getattr(self, n) is not None
+        }
         least |= {"max_nodes": 2} if self.max_nodes is not None else {}
         for name, low in least.items():
             if not is_int(value := getattr(self, name), low):
@@ -126,6 +133,7 @@ class EvaluateConfig:
             "--split": ([self.split], SPLITS),
             "--stage": ([self.stage], STAGES),
             "--haystack": ([self.haystack], HAYSTACKS),
+            "--merges": ([self.merges] if self.merges else [], MERGES),
         }
         for flag, (values, known) in choices.items():
             for value in values:

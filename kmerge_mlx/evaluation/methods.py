@@ -30,8 +30,9 @@ from kmerge_mlx.evaluation.config import (
     UNCOMPRESSED,
     EvaluateConfig,
 )
+from kmerge_mlx.layout import Layout, chosen
 from kmerge_mlx.model import load, merged_embedding, wire
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.tuning import LoRAConfig
 
 
@@ -115,16 +116,24 @@ def wanted(config: EvaluateConfig) -> list[Method]:
     return methods
 
 
-def is_templated(config: EvaluateConfig, methods: Sequence[Method]) -> bool:
-    """Whether a chat template applies, where the tokenizer has one: alike for all that is compared.
+def layout_of(config: EvaluateConfig, methods: Sequence[Method]) -> Layout:
+    """How prompts are laid out: alike for all that is compared, as the adapters were trained.
 
-    An adapter that was trained without one is read without one.
+    Raises:
+        EvaluateError: They were trained differently, and the config does not say what to do.
     """
     folders = adapters(config)
     ks = {method.adapter_k for method in methods} & set(folders)
-    layouts = [read_merge_config(folders[k]).layout for k in ks]
-    plain = any(layout.get("chat_template") is False for layout in layouts)
-    return not (config.ignore_chat_template or plain)
+    stored = {read_merge_config(folders[k]).layout for k in sorted(ks)} or {None}
+    asked = (config.merges, config.merge_threshold, config.chat_template)
+    found = {chosen(layout, *asked) for layout in stored}
+    if len(found) > 1:
+        raise EvaluateError(
+            f"the adapters for K = {', '.join(map(str, sorted(ks)))} were trained on prompts laid "
+            "out differently: measure one --k at a time, or give --merges, --merge-threshold and "
+            "--apply-chat-template or --ignore-chat-template"
+        )
+    return found.pop()
 
 
 def reader(config: EvaluateConfig, k: int) -> tuple[nn.Module, Any]:

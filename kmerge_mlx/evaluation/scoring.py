@@ -20,7 +20,7 @@ from kmerge_mlx.errors import PromptError
 from kmerge_mlx.evaluation.methods import Method
 from kmerge_mlx.generation import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import AnswerHead, cross_entropy
 from kmerge_mlx.train.rows import make_batch

@@ -26,7 +26,7 @@ from kmerge_mlx.evaluation.config import MEAN, RECALL, EvaluateConfig
 from kmerge_mlx.evaluation.methods import (
     Method,
     adapters,
-    is_templated,
+    layout_of,
     reader,
     take_encoder_away,
     wanted,
@@ -36,7 +36,8 @@ from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions
 from kmerge_mlx.evaluation.recall import recall_questions
 from kmerge_mlx.evaluation.report import Row, row_of
 from kmerge_mlx.evaluation.scoring import Scorer, in_batches
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.layout import Layout
+from kmerge_mlx.segments import Segment
 
 MORE_TOKENS = 8
 """How many tokens longer than a right one an answer may be in which the right one is looked for."""
@@ -50,13 +51,13 @@ class Report:
         config: What it was to measure.
         questions: What was asked.
         rows: What each method made of it.
-        templated: Whether the tokenizer's chat template was used.
+        layout: How prompts were laid out.
     """
 
     config: EvaluateConfig
     questions: Questions
     rows: Sequence[Row]
-    templated: bool
+    layout: Layout
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers, by name; where these are kept makes no difference."""
@@ -66,7 +67,7 @@ class Report:
             "kmerge_mlx": __version__,
             "device": str(mx.default_device()),
             "settings": settings,
-            "chat_template": self.templated,
+            "layout": asdict(self.layout),
             "bad_rows": self.questions.bad,
             "groups": {
                 group.name: {"questions": sizes[group.name], **group.to_json()}
@@ -107,9 +108,10 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> Report:
     tokenizer = base.read_tokenizer(
         folder, base.read_config(folder), config.model, config.trust_remote_code
     )
-    templated = is_templated(config, methods) and tokenizer.has_chat_template
-    asked = _ask(config, tokenizer, templated, bar)
-    identity = _identity(config, methods, folder, asked, templated)
+    layout = layout_of(config, methods)
+    layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
+    asked = _ask(config, tokenizer, layout, bar)
+    identity = _identity(config, methods, folder, asked, layout)
     file = PredictionsFile(config.predictions, identity, len(asked.rows))
     progress, total = bar("Evaluating"), len(methods) * len(asked.rows)
     found: dict[Method, Row] = {}
@@ -118,7 +120,7 @@ def evaluate(config: EvaluateConfig, bar: Bar) -> Report:
         before = len(found) * len(asked.rows)
         found |= _measured(config, mine, asked, file, lambda n, b=before: progress(b + n, total))
     progress(total, total)
-    return Report(config, asked.questions, [found[method] for method in methods], templated)
+    return Report(config, asked.questions, [found[method] for method in methods], layout)
 
 
 def _measured(
@@ -153,11 +155,11 @@ def _measured(
     return found
 
 
-def _ask(config: EvaluateConfig, tokenizer: Any, templated: bool, bar: Bar) -> _Asked:
+def _ask(config: EvaluateConfig, tokenizer: Any, layout: Layout, bar: Bar) -> _Asked:
     """The questions, and what is made of them before any model is loaded."""
 
     def count(example: Example) -> int:
-        return len(tokenize(tokenizer, replace(example, answer=None), templated).prompt_ids)
+        return len(tokenize(tokenizer, replace(example, answer=None), layout).prompt_ids)
 
     if config.task == RECALL:
         questions = recall_questions(config, count, bar)
@@ -167,7 +169,7 @@ def _ask(config: EvaluateConfig, tokenizer: Any, templated: bool, bar: Bar) -> _
     progress = bar("Tokenizing")
     for i, question in enumerate(questions.items):
         try:
-            rows.append(_compact(tokenize(tokenizer, question.example, templated)))
+            rows.append(_compact(tokenize(tokenizer, question.example, layout)))
         except KMergeError as error:
             problem = f"{questions.where(i)}: {error}"
             if not config.skip_bad:
@@ -208,7 +210,7 @@ def _identity(
     methods: Sequence[Method],
     folder: Path,
     asked: _Asked,
-    templated: bool,
+    layout: Layout,
 ) -> dict[str, str]:
     """What answers depend on, by name: files by their digest, and the settings."""
     digest = hashlib.sha256()
@@ -221,7 +223,7 @@ def _identity(
         "the questions": digest.hexdigest(),
         "--batch-size": str(config.batch_size),
         "--max-tokens": str(config.max_tokens),
-        "the chat template": "used" if templated else "unused",
+        "the chat template": "used" if layout.chat_template else "unused",
     }
     have = adapters(config)
     for k in sorted({method.adapter_k for method in methods}):

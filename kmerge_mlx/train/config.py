@@ -17,6 +17,7 @@ from typing import Any
 
 from kmerge_mlx.config import DATA_SEED, TASKS, is_number
 from kmerge_mlx.errors import TrainError, findings, short
+from kmerge_mlx.layout import DEFAULT_LAYOUT, MERGES, Layout
 from kmerge_mlx.train.options import SIZE, option, option_of, parse_size, problem, shown
 from kmerge_mlx.tuning import FULL, LORA
 
@@ -83,6 +84,16 @@ class TrainConfig:
     )
     ignore_chat_template: bool = option(
         False, bool, "Train on the bare text, without the tokenizer's chat template.", **_MODEL
+    )
+    merges: str = option(
+        DEFAULT_LAYOUT.merges,
+        str,
+        "What of a conversation merges where nothing is said: long contexts, or all of it.",
+        choices=MERGES,
+        **_MODEL,
+    )
+    merge_threshold: int = option(
+        DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a context that merges.", low=1, **_MODEL
     )
     trust_remote_code: bool = option(
         False, bool, "Let the base model's own Python files run.", **_PLACE
@@ -321,6 +332,10 @@ class TrainConfig:
         """Bytes of allocator cache from which it is cleared."""
         size = self.clear_cache_threshold
         return size if isinstance(size, int) else parse_size(size)
+
+    def layout(self) -> Layout:
+        """What merges where nothing is said, and whether a chat template applies."""
+        return Layout(self.merges, self.merge_threshold, not self.ignore_chat_template)
 
     def lora(self) -> dict[str, Any]:
         """LoRA's rank, scale, dropout and keys, those that were not given being the paper's."""

@@ -19,12 +19,16 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList
 from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
 from kmerge_mlx.errors import DataError, KMergeError
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.layout import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.segments import Segment
 
 Progress = Callable[[int, int], None]
 
 REFERENCE_QUESTIONS = 8
 """Pairs that each tree is asked about when all of them might be."""
+
+PROMPTS_SEEN = 200
+"""Prompts that say how far those of a set are compressed."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,12 @@ class Limits:
     Args:
         merge_factor: K.
         max_seq_length: Most positions, merged prompt and answer together.
-        chat_template: Whether the tokenizer's chat template applies.
+        layout: What merges where nothing is said, and whether a chat template applies.
     """
 
     merge_factor: int
     max_seq_length: int
-    chat_template: bool = True
+    layout: Layout = DEFAULT_LAYOUT
 
     def tokenize(self, tokenizer: Any, example: Example) -> TokenizedExample:
         """Turns an example into ids that keep to the limits.
@@ -48,7 +52,7 @@ class Limits:
             DataError: A row that is too long, or a prompt shorter than a block.
             PromptError: As for ``data.layout.tokenize``.
         """
-        row = tokenize(tokenizer, example, self.chat_template)
+        row = tokenize(tokenizer, example, self.layout)
         merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
         if 0 < merged < self.merge_factor:
             raise DataError(
@@ -68,6 +72,16 @@ def num_positions(row: TokenizedExample, merge_factor: int) -> int:
     """How many positions a row takes: its merged prompt and its answer."""
     blocks = [-(-len(s.ids) // merge_factor) if s.merge else len(s.ids) for s in row.segments]
     return sum(blocks) + len(row.answer_ids)
+
+
+def prompt_compression(rows: Sequence[TokenizedExample], merge_factor: int) -> float:
+    """Compression ratio of the prompts of a set, of up to 200 evenly spread ones."""
+    tokens = positions = 0
+    for i in range(0, len(rows), -(-len(rows) // PROMPTS_SEEN)):
+        prompt = replace(rows[i], answer_ids=[])
+        tokens += prompt.num_tokens
+        positions += num_positions(prompt, merge_factor)
+    return tokens / positions
 
 
 class TokenizedSet(Sequence[TokenizedExample]):

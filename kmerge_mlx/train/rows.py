@@ -17,7 +17,7 @@ import numpy as np
 
 from kmerge_mlx.blocks import Block, split
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.prompt import Segment
+from kmerge_mlx.segments import Segment
 
 ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))
 """Rows of up to so many positions are padded to a multiple of so many: 32 as in mlx-lm, and less

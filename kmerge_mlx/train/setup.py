@@ -202,6 +202,7 @@ def _adopt(config: TrainConfig, adapter: Adapter, tokenizer: Any) -> tuple[Merge
 
 def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
     templated = bool(tokenizer.has_chat_template) and not config.ignore_chat_template
+    layout = replace(config.layout(), chat_template=templated)
     provenance = {
         "trained_by": f"kmerge-mlx {__version__}",
         "data": config.task or config.data or "hf_dataset",
@@ -210,7 +211,7 @@ def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeCon
         "batch_size": config.batch_size,
         "seed": config.seed,
     }
-    return replace(merge, layout={"chat_template": templated}, provenance=provenance)
+    return replace(merge, layout=layout, provenance=provenance)
 
 
 def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | None]:

@@ -77,7 +77,7 @@ def load_stages(config: TrainConfig, tokenizer: Any, bar: Bar) -> list[Stage]:
 
 def limits_of(config: TrainConfig) -> Limits:
     """What the rows of a run must keep to."""
-    return Limits(config.k, config.max_seq_length, not config.ignore_chat_template)
+    return Limits(config.k, config.max_seq_length, config.layout())
 
 
 def _only_stage(config: TrainConfig, tokenizer: Any, bar: Bar) -> Stage:
