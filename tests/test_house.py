@@ -40,6 +40,7 @@ ROWS = [
     {"convert.encoder", "convert.peft"},
     {"convert.checkpoint", "convert", "model"},
     {"generation", "describe", "benchmark", "prompt_cache"},
+    {"conversation"},
     {"train", "train.options", "train.watch", "train.dataset", "train.rows", "train.log"},
     {"train.config", "train.ranks", "train.order", "train.loss"},
     {"train.optimizer", "train.checkpoint", "train.step", "train.distill", "train.warmup"},
@@ -59,6 +60,7 @@ ROWS = [
     {"cli.cache"},
     {
         "cli.bench",
+        "cli.chat",
         "cli.convert",
         "cli.data",
         "cli.evaluate",

@@ -16,6 +16,7 @@ import typer
 from kmerge_mlx._version import __version__
 from kmerge_mlx.cli.bench import bench
 from kmerge_mlx.cli.cache import cache
+from kmerge_mlx.cli.chat import chat
 from kmerge_mlx.cli.convert import convert
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(cache)
+app.command()(chat)
 app.command()(convert)
 app.command()(data)
 app.command()(evaluate)

@@ -1,0 +1,115 @@
+"""``kmerge-mlx chat``, as a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import subprocess
+import termios
+import time
+
+import pytest
+
+from tests.cli_runner import CHATML, assert_one_error, command, copy_base, environment, run
+from tests.tiny import qwen2_config, write_base
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory, base_path, adapter_path):
+    base = copy_base(base_path, tmp_path_factory.mktemp("talk") / "base", CHATML)
+    return ("--model", base, "--adapter-path", adapter_path, "-m", 4)
+
+
+def test_lines_are_questions_and_answers_go_to_stdout(named):
+    done = run("chat", *named, stdin=b"One two three?\n/stats\nr\n/stats\nh\nFour?\nq\nnever\n")
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) >= 2
+    assert "questions: 1; last prompt: " in done.err
+    assert "forgotten\nnothing was asked yet\nq exits" in done.err
+    assert done.err.count("tokens-per-sec") == 2
+
+
+def test_a_fault_of_one_line_ends_nothing(named):
+    done = run("chat", *named, stdin=b"<raw>x\nOne?\n")
+    assert done.code == 0
+    assert "error: message 1: <raw> at line 1, column 1 is never closed" in done.err
+    assert done.err.count("tokens-per-sec") == 1
+
+
+def test_files_are_the_context_of_the_first_question(named, tmp_path):
+    path = tmp_path / "context.txt"
+    path.write_text("One two three four five six seven eight. " * 20)
+    done = run("chat", path, *named, stdin=b"What?\n/stats\nAnd?\n/stats\n")
+    first, second = (line for line in done.err.splitlines() if line.startswith("questions"))
+    assert "(3." in first
+    assert int(second.split(" of them")[0].split()[-1]) > 30
+
+
+def test_what_cannot_work_is_one_message(named, tmp_path):
+    assert_one_error(run("chat", tmp_path / "no.txt", *named, stdin=b""), 1, "cannot read")
+    said = run("chat", *named, "--system-prompt", "x", stdin=b"")
+    assert_one_error(said, 1, "--system-prompt", "need a chat template")
+
+
+class Terminal:
+    """``kmerge-mlx chat`` on a terminal of its own."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command("chat", *args),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment(TERM="dumb"),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, text):
+        """Reads on until a text was seen."""
+        end = time.monotonic() + 60
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            self.read()
+
+    def read(self):
+        """Reads what is there within a second."""
+        if select.select([self.master], [], [], 1)[0]:
+            try:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other end is closed
+                raise AssertionError((self.process.wait(30), self.seen)) from None
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
+    base = write_base(tmp_path / "base", qwen2_config())  # random, and does not end its text soon
+    terminal = Terminal("--model", base, "-m", 1_000_000, "--max-kv-size", 64)
+    try:
+        terminal.until("> ")
+        terminal.type("One two three?\r")
+        terminal.until("three?\r\n")
+        terminal.seen = ""
+        while len(terminal.seen) < 20:  # it answers
+            terminal.read()
+        terminal.type("\x03")
+        terminal.until("(stopped)")
+        terminal.until("tokens-per-sec; read ")
+        terminal.until("> ")
+        time.sleep(0.5)  # until it waits: what comes just before is seen with the next line alone
+        terminal.type("\x03")
+        terminal.until("q or Ctrl-D exits")
+        terminal.type("q\r")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.send_signal(signal.SIGKILL)
+        terminal.process.wait()
+        os.close(terminal.master)
