@@ -34,6 +34,26 @@ def test_the_first_command_answers_from_any_folder_and_says_what_it_saved(tmp_pa
     assert "36 tokens in 9 positions (4.00x)" in done.err
 
 
+def test_its_merge_factor_is_4_where_nobody_names_one():
+    result = run("generate", EXAMPLES / "tree.txt", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["compressed_tokens"] == 9
+
+
+def test_it_says_that_it_cannot_talk():
+    result = run_process("chat")
+    assert result.code == 0, result.err
+    assert "the bundled model answers questions about one tree each" in result.err
+
+
+def test_a_line_end_after_the_question_is_remarked_on(tmp_path):
+    text = (EXAMPLES / "tree.txt").read_text()
+    (tmp_path / "tree.txt").write_text(f"{text}\n")
+    note = "note: the prompt ends with a line end"
+    assert note in run("generate", "--k", 4, tmp_path / "tree.txt").err
+    assert note not in run("generate", "--k", 4, EXAMPLES / "tree.txt").err
+
+
 def test_it_answers_the_trees_written_by_hand():
     done = run("evaluate", "--data", EXAMPLES / "handwritten", "--json")
     rows = json.loads(done.out)["rows"]

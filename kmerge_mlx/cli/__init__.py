@@ -22,6 +22,7 @@ from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
+from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.errors import KMergeError
 
@@ -41,6 +42,7 @@ app.command()(data)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(info)
+app.command()(serve)
 app.command()(train)
 
 
@@ -68,6 +70,7 @@ def _root(
       kmerge-mlx convert ./checkpoint ./adapter --model Qwen/Qwen2.5-0.5B
       kmerge-mlx generate --adapter-path ./adapter --k 4 prompt.txt
       kmerge-mlx info ./adapter
+      kmerge-mlx serve --adapter-path ./adapter --port 8000
       kmerge-mlx train --model Qwen/Qwen2.5-0.5B --data ./data --k 4 --adapter-path ./out
     """
     if context.invoked_subcommand is None:

@@ -1,0 +1,1 @@
+"""``kmerge-mlx serve``: mlx-lm's OpenAI-compatible server over merged prompts."""

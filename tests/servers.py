@@ -1,0 +1,212 @@
+"""Servers for tests: in this process, which is quick, or in one of their own, which is real."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+from kmerge_mlx.serving.config import ServeConfig
+from kmerge_mlx.serving.run import Server
+from tests.cli_runner import command, environment
+
+FIXTURE_EOS = 0
+PATIENCE = 60
+"""Seconds to wait for what comes in a moment on an idle machine."""
+
+
+@dataclass
+class Answer:
+    """An HTTP answer.
+
+    Args:
+        status: Its status.
+        headers: Its headers, names in lower case.
+        body: Its bytes.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, whose form is checked."""
+        error = self.json["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert "\n" not in error["message"]
+        assert "Traceback" not in error["message"]
+        return error
+
+
+@dataclass
+class Address:
+    """Where a server is, and what a test asks of it."""
+
+    port: int
+    host: str = "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}/v1"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=PATIENCE)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        """Sends one request; a body that is not bytes is sent as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
+        try:
+            connection.request(method, path, body, headers or {})
+            got = connection.getresponse()
+            known = {name.lower(): value for name, value in got.getheaders()}
+            return Answer(got.status, known, got.read())
+        finally:
+            connection.close()
+
+    def complete(self, **body: Any) -> Answer:
+        return self.request("POST", "/v1/completions", body)
+
+    def chat(self, content: Any, **body: Any) -> Answer:
+        messages = [{"role": "user", "content": content}]
+        return self.request("POST", "/v1/chat/completions", {"messages": messages} | body)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        text = self.request("GET", "/metrics").body.decode()
+        found = re.findall(rf"^kmerge_mlx_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, found))
+
+    def client(self, **options: Any) -> OpenAI:
+        return OpenAI(
+            base_url=self.url,
+            **{"api_key": "none", "max_retries": 0, "timeout": PATIENCE} | options,
+        )
+
+    def open_stream(self, until: bytes = b"data: {", **body: Any) -> socket.socket:
+        """Begins a streamed completion, and returns once its first token is here."""
+        connection = self.connect()
+        raw = json.dumps({"stream": True} | body).encode()
+        head = f"POST /v1/completions HTTP/1.0\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+        connection.sendall(head + raw)
+        got = b""
+        while until not in got:
+            piece = connection.recv(4096)
+            assert piece, got
+            got += piece
+        return connection
+
+    def assert_alive(self) -> None:
+        """The server still answers."""
+        assert self.request("GET", "/health").status == 200
+        answer = self.complete(prompt="Is it alive?", max_tokens=2)
+        assert answer.status == 200, answer.body
+        assert answer.json["usage"]["completion_tokens"] in (1, 2)
+
+
+@contextmanager
+def serving(
+    base: Path | str, adapter: Path | str | None, k: int | None = None, **settings: Any
+) -> Iterator[Address]:
+    """A server in this process."""
+    config = ServeConfig(**{"port": 0, "log_level": "ERROR"} | settings)
+    with Server(config, str(base), adapter and str(adapter), k) as server:
+        address = Address(server.port)
+        address.server = server
+        yield address
+
+
+@dataclass
+class Process:
+    """A server in a process of its own.
+
+    Args:
+        process: The process.
+        address: Where it listens.
+        said: Its lines on stderr so far.
+    """
+
+    process: subprocess.Popen
+    address: Address
+    said: list[str] = field(default_factory=list)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal and waits for the end; returns the exit code."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        self.said += self.process.communicate(timeout=PATIENCE)[1].splitlines()
+        return self.process.returncode
+
+
+@contextmanager
+def serving_process(*args: object, **changes: str) -> Iterator[Process]:
+    """``kmerge-mlx serve`` in a process of its own, once it listens."""
+    line = command("serve", "--port", 0, "--log-level", "ERROR", *args)
+    process = subprocess.Popen(
+        line, env=environment(**changes), stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        said: list[str] = []
+        while not (said and said[-1].startswith("Serving ")):
+            text = process.stderr.readline()
+            assert text, (process.wait(), said)
+            said.append(text.rstrip())
+        port = int(re.search(r":(\d+)/v1$", said[-1])[1])
+        yield Process(process, Address(port), said)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stderr.close()
+
+
+def long_answer(**more: Any) -> dict[str, Any]:
+    """A request whose answer takes long: the fixture's model may not end it."""
+    no_end = {"logit_bias": {str(FIXTURE_EOS): -100}}
+    return {"prompt": [7, 8, 9], "merge": False, "max_tokens": 2000} | no_end | more
+
+
+def head(path: str = "/v1/completions", **headers: object) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def exchange(server: Address, raw: bytes) -> tuple[int, dict[str, Any]]:
+    """Sends bytes as they are; returns the status and the error of the answer."""
+    with server.connect() as connection:
+        connection.sendall(raw)
+        got = b""
+        while piece := connection.recv(65_536):
+            got += piece
+    begin, _, body = got.partition(b"\r\n\r\n")
+    return int(begin.split()[1]), json.loads(body)["error"]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Waits until something is so."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never was"
+        time.sleep(0.02)

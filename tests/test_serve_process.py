@@ -1,0 +1,141 @@
+"""``kmerge-mlx serve`` as a process: how it starts, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.cli_runner import assert_one_error, change_json, run, run_process
+from tests.servers import PATIENCE, eventually, long_answer, serving_process
+
+
+@pytest.fixture
+def model(base_path, adapter_path):
+    return ("--model", base_path, "--adapter-path", adapter_path)
+
+
+def test_it_says_what_it_serves_and_where_and_ends_with_sigterm(model):
+    with serving_process(*model) as server:
+        (line,) = server.said
+        assert line == (
+            f"Serving base (K=4, merges all) at http://127.0.0.1:{server.address.port}/v1"
+        )
+        server.address.assert_alive()
+        assert server.stop() == 0
+    assert server.said[1:] == ["Ending: requests in flight end first (again: at once)"]
+
+
+def test_sigterm_lets_requests_in_flight_end_and_refuses_new_ones(model):
+    with serving_process(*model) as server, ThreadPoolExecutor(4) as pool:
+        address = server.address
+        asked = [pool.submit(address.complete, **long_answer(max_tokens=1500)) for _ in range(3)]
+        eventually(lambda: address.metric("requests_in_flight") == 3)
+        with address.open_stream(**long_answer(prompt=[1, 2], max_tokens=600)):
+            server.process.send_signal(signal.SIGTERM)
+            eventually(lambda: address.request("GET", "/health").status == 503)
+            assert address.request("GET", "/health").json == {"status": "draining"}
+            refused = address.complete(prompt="x")
+            assert (refused.status, refused.error["code"]) == (503, "shutting_down")
+            assert "retry-after" in refused.headers
+        answers = [future.result(PATIENCE) for future in asked]
+        assert [answer.status for answer in answers] == [200] * 3
+        assert server.wait() == 0
+
+
+def test_what_does_not_end_in_time_is_given_up(model):
+    with serving_process(*model, "--drain-timeout", 0.2) as server:
+        with server.address.open_stream(**long_answer()) as stream:
+            assert server.stop() == 0
+            rest = b""
+            while piece := stream.recv(65_536):
+                rest += piece
+        assert b'"shutting_down"' in rest
+
+
+def test_a_second_signal_ends_it_at_once(model):
+    with (
+        serving_process(*model, "--drain-timeout", 500) as server,
+        server.address.open_stream(**long_answer()),
+    ):
+        server.process.send_signal(signal.SIGINT)
+        eventually(lambda: server.address.request("GET", "/health").status == 503)
+        assert server.stop(signal.SIGINT) == 0
+
+
+def test_it_ends_cleanly_right_after_many_requests(model):
+    with serving_process(*model) as server, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: server.address.complete(prompt=f"AB {i}"), range(24)))
+        assert server.stop() == 0
+        assert len(server.said) == 2
+
+
+def test_a_port_in_use_is_one_message(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_process("serve", *model, "--port", port)  # as a shell sees it
+    assert_one_error(result, 1, f"cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "/no/such"), "/no/such is neither a folder"),
+        (("--adapter-path", "/no/such"), "/no/such"),
+        (("--host", "203.0.113.7"), "cannot listen on 203.0.113.7:0"),
+        (("--api-key", "/no/such"), "cannot read --api-key /no/such"),
+        (("--read-timeout", 0), "read_timeout is 0.0, expected a number above 0"),
+        (("--log-level", "LOUD"), "log_level is 'LOUD'"),
+        (("--chat-template-args", '{"x": 1}'), "--chat-template-args: needs a chat template"),
+        (("--top-k", 99_999), "--top-k 99999: the vocabulary has "),
+        (("--kv-bits", 4, "--kv-group-size", 128), "--kv-bits and --kv-group-size: "),
+    ],
+)
+def test_a_server_that_cannot_start_is_one_message(arguments, said):
+    assert_one_error(run("serve", "--port", 0, *arguments), 1, said)
+
+
+def test_options_that_cannot_be_are_exit_code_2():
+    for arguments in (("--port", 70_000), ("--chat-template-args", "{"), ("--kv-bits", 7)):
+        assert_one_error(run("serve", *arguments), 2, arguments[0])
+    assert_one_error(run("serve", "--prompt-cache-bytes", "much"), 2, "much is no size")
+
+
+def test_it_warns_when_anybody_may_ask(model, tmp_path):
+    with serving_process(*model, "--host", "0.0.0.0") as server:
+        assert [line for line in server.said if line.startswith("warning: 0.0.0.0 can be reached")]
+    key = tmp_path / "key"
+    key.write_text("sesame\n")
+    for arguments, changes in (
+        (("--api-key", key), {}),
+        ((), {"KMERGE_MLX_API_KEY": "sesame"}),
+    ):
+        with serving_process(*model, "--host", "0.0.0.0", *arguments, **changes) as server:
+            assert not [line for line in server.said if line.startswith("warning")]
+            assert server.address.complete(prompt="x").status == 401
+            headers = {"Authorization": "Bearer sesame"}
+            assert server.address.request("GET", "/v1/models", headers=headers).status == 200
+
+
+def test_it_says_when_prompts_are_laid_out_in_another_way_than_in_training(
+    base_path, adapter_path, tmp_path
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(adapter_path, adapter)
+    layout = {"merges": "contexts", "threshold": 32, "chat_template": False}
+    change_json(adapter / "merge_config.json", layout=layout)
+    arguments = ("--model", base_path, "--adapter-path", adapter, "--merges", "all")
+    with serving_process(*arguments) as server:
+        assert server.said[0] == "note: this adapter was trained with --merges contexts"
+        assert "merges all" in server.said[-1]
+
+
+def test_the_bundled_model_is_served_without_an_argument():
+    with serving_process() as server:
+        assert server.said[-1].startswith("Serving bundled (K=4, merges ")
+        server.address.assert_alive()
+        assert server.address.request("GET", "/v1/models").json["data"][0]["id"] == "bundled"
+        assert server.stop() == 0
