@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
 from kmerge_mlx.bundled import BUNDLED
@@ -142,9 +143,12 @@ def read_tokenizer(
     """
     settings = {"trust_remote_code": trust_remote_code, **(options or {})}
     try:
-        return load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
     except LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
+    # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
+    tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
+    return tokenizer
 
 
 def default_pad_token_id(tokenizer: Any) -> int:

@@ -141,7 +141,7 @@ class Conversation:
             return question
         parts = [
             {"type": "text", "text": span.text, "merge": span.merge is not False}
-            for span in parse(self._context, "the FILEs")
+            for span in parse(self._context, "the context")
         ]
         return [*parts, {"type": "text", "text": CONTEXT_SEPARATOR + question}]
 

@@ -26,7 +26,16 @@ class ModelError(KMergeError):
 
 
 class PromptError(KMergeError):
-    """A prompt that cannot be read, is empty, or does not fit."""
+    """A prompt that cannot be read, is empty, or does not fit.
+
+    Args:
+        found: What is wrong.
+        advice: What helps on the command line, where a server's client could not do it.
+    """
+
+    def __init__(self, found: str, advice: str = ""):
+        super().__init__(f"{found}: {advice}" if advice else found)
+        self.found = found
 
 
 class DataError(KMergeError):

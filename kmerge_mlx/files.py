@@ -283,6 +283,34 @@ def clear_leftovers(path: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` when the block ends without an error.
+
+    Killed at any moment, ``path`` is what it was, or absent, or whole. What killed runs left beside
+    it is cleared.
+
+    Args:
+        path: The file to create, or to replace.
+
+    Yields:
+        The file to write; its name ends as ``path``'s does.
+    """
+    start = f".{path.name}.new-"
+    for leftover in [child for child in path.parent.iterdir() if child.name.startswith(start)]:
+        pid = leftover.name.removeprefix(start).split(".")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            leftover.unlink(missing_ok=True)
+    new = path.with_name(f"{start}{os.getpid()}{path.suffix}")
+    try:
+        yield new
+        flush(new)
+        new.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _swap(new: Path, path: Path) -> None:
     """Puts a folder in another's place; an error leaves the other where it was."""
     old = Path(tempfile.mkdtemp(prefix=_prefix(path, "old"), dir=path.parent))

@@ -10,19 +10,19 @@ Source: mlx_lm.generate for templates and special tokens; arXiv 2604.15153 for "
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import PromptError, short
 from kmerge_mlx.layout import ALL, DEFAULT_LAYOUT, Layout
 from kmerge_mlx.segments import Run, Segment, segments_of, wants_special_tokens
 from kmerge_mlx.spans import Span, parse
 from kmerge_mlx.template import ChatTemplate, rendered
 
-_BLANK_LINE = re.compile(r"\n[ \t]*\n\s*(?=\S)")
 _RAW_ROLES = ("system", "developer")
+_WRITERS = ("system", "developer", "user")
+"""Who may say what merges by tags: what a model or a tool wrote is text."""
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -53,13 +53,12 @@ def without_tags(text: str) -> str:
 
 
 def plain_messages(
-    messages: Sequence[Mapping[str, Any]], literal: bool = False
+    messages: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Messages as a chat template is given them: texts without tags, and no ``merge``.
 
     Args:
         messages: As for :func:`lay_out_chat`.
-        literal: Whether tags are text.
 
     Raises:
         PromptError: A message that is none, or tags that do not pair.
@@ -68,7 +67,7 @@ def plain_messages(
     for i, message in enumerate(messages):
         kept = {name: value for name, value in message.items() if name != "merge"}
         if message.get("content") is not None:
-            spans = _spans(message | {"merge": False} if literal else message, f"message {i + 1}")
+            spans = _spans(message, f"messages[{i}]")
             kept["content"] = "".join(span.text for span in spans)
         plain.append(kept)
     return plain
@@ -100,10 +99,10 @@ def lay_out(
         PromptError: Neither context nor prompt, tags that do not pair, or a chat template that
             rewrites the text.
     """
-    before = parse(context, "the FILEs") if context else []
+    before = parse(context, "the context" if prompt else "the prompt") if context else []
     after = parse(prompt, "the prompt") if prompt else []
     if not before and not after:
-        raise PromptError("the prompt is empty: give a FILE to compress, or --prompt")
+        raise PromptError("the prompt is empty: there is nothing to read")
     outside = bool(before) and not after and (chat is None or layout.merges == ALL)
     spans = before if outside else _said(before, True)
     if before and after:
@@ -161,9 +160,10 @@ def lay_out_chat(
     """Splits a conversation into merged and raw segments.
 
     A message's ``merge`` (true or false), or that of a part of its content, decides for all of it,
-    tags and all; else tags do. Where neither says anything and the layout merges contexts: the
-    template, system messages and the question (the last paragraph of the last user message) stay
-    raw, and every other text of at least ``layout.threshold`` tokens merges.
+    tags and all; else tags do, in what a person writes (system, developer and user messages; in
+    those of a model or a tool they are text). Where neither says anything and the layout merges
+    contexts: the template, system messages and the question (the last paragraph of the last user
+    message) stay raw, and every other text of at least ``layout.threshold`` tokens merges.
 
     Without a chat template, because there is none or the layout leaves it out, the contents stand
     one after the other as paragraphs: what ``generate`` makes of a file and a prompt.
@@ -185,7 +185,7 @@ def lay_out_chat(
     users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
     spoken, spans_of = False, []
     for i, message in enumerate(messages):
-        said = _spans(message, f"message {i + 1}")
+        said = _spans(message, f"messages[{i}]")
         spoken |= any(span.merge is not None for span in said)
         if layout.merges != ALL and all(span.merge is None for span in said):
             text = "".join(span.text for span in said)
@@ -239,15 +239,17 @@ def _spans(message: Mapping[str, Any], name: str) -> list[Span]:
     parts = [{"text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise PromptError(f"{name}: content is no text and no list of parts")
+    tagged = message.get("role") in _WRITERS
     spans: list[Span] = []
-    for part in parts:
+    for part in [{"text": "", "merge": whole}, *parts]:
         text = part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type", "text") != "text":
             raise PromptError(f"{name}: expected text parts, {{type: text, text: ...}}")
         merge = part.get("merge", whole)
         if merge is not None and not isinstance(merge, bool):
-            raise PromptError(f"{name}: merge is {merge!r}, expected true or false")
-        spans += parse(text, name) if merge is None else [Span(text, merge)] * bool(text)
+            raise PromptError(f"{name}: merge is {short(merge)}, expected true or false")
+        plain = [Span(text, merge)] * bool(text)
+        spans += parse(text, name) if merge is None and tagged else plain
     return spans
 
 
@@ -259,11 +261,21 @@ def _by_default(
     if message.get("role") in _RAW_ROLES:
         context, question = "", text
     elif last_user:
-        cut = max((m.end() for m in _BLANK_LINE.finditer(text)), default=0)
+        cut = _last_paragraph(text)
         context, question = text[:cut], text[cut:]
     if len(tokenizer.encode(context, add_special_tokens=False)) < layout.threshold:
         context, question = "", text
     return [span for span in (Span(context, True), Span(question)) if span.text]
+
+
+def _last_paragraph(text: str) -> int:
+    """Where the last paragraph of a text begins: after its last blank line, or at 0."""
+    end = len(text.rstrip())
+    while (line := text.rfind("\n", 0, end)) >= 0:
+        if not text[line:end].strip():
+            return len(text) - len(text[end:].lstrip())
+        end = line
+    return 0
 
 
 def _runs(spans: Iterable[Span]) -> Iterator[Run]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from kmerge_mlx import adapter, base
 from kmerge_mlx.blocks import CompressedPrompt
 from kmerge_mlx.errors import PromptError, findings, first_line
-from kmerge_mlx.files import ALL_DTYPES, MAX_HEADER_BYTES, flush, safetensors_shapes
+from kmerge_mlx.files import ALL_DTYPES, MAX_HEADER_BYTES, replacing_file, safetensors_shapes
 from kmerge_mlx.segments import Segment
 
 ENTRY = "kmerge_mlx"
@@ -130,16 +129,12 @@ def save(
             f"the prompt is too long for a prompt cache file: its tokens take {len(text):,} bytes "
             f"of its header, which holds {MAX_HEADER_BYTES // 2:,}"
         )
-    new = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
-        host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
-        flush(new)
-        new.replace(path)
+        with replacing_file(path) as new:
+            host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise PromptError(f"cannot write --prompt-cache-file {path}: {reason}") from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def read_about(path: Path) -> dict[str, Any]:

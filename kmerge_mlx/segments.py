@@ -16,6 +16,9 @@ Run = tuple[int, int, bool]
 """First and last character of a text, past the end, and whether what lies between merges."""
 
 
+_ADVICE = "put all of it in one FILE, without tags"
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of token ids that is either merged in blocks or read one by one.
@@ -45,7 +48,7 @@ def segments_of(
     """A text's ids, cut where what merges begins or ends.
 
     A token that lies wholly in a run goes with it, one that touches none with the outside. One that
-    lies across a border merges, with the outside, only if everything that it touches does.
+    lies across a border stays raw.
     """
     ids = list(tokenizer.encode(text, add_special_tokens=special))
     if not runs:
@@ -64,7 +67,10 @@ def segments_of(
 def _regions(
     offsets: Iterable[tuple[int, int]], runs: Sequence[Run], outside: bool
 ) -> Iterator[tuple[int, bool]]:
-    """For each token the number of its region (-1 is the outside) and whether it merges."""
+    """For each token the number of its region, and whether it merges.
+
+    -1 is the outside, -2 what lies across a border.
+    """
     first = 0
     for start, end in offsets:
         while first < len(runs) and runs[first][1] <= start:
@@ -79,7 +85,7 @@ def _regions(
         elif runs[touched[0]][0] <= start and end <= runs[touched[0]][1]:
             yield touched[0], runs[touched[0]][2]
         else:
-            yield -1, outside and all(runs[number][2] for number in touched)
+            yield -2, False
 
 
 def _offsets(
@@ -90,12 +96,14 @@ def _offsets(
     if backend is None or not hasattr(backend, "encode"):
         raise PromptError(
             "this tokenizer does not say where its tokens lie in the text, so a part of it cannot "
-            "be merged beside a raw one: put all of it in one FILE, without tags"
+            "be merged beside a raw one",
+            _ADVICE,
         )
     encoding = backend.encode(text, add_special_tokens=special)
     if encoding.ids != ids:
         raise PromptError(
             "this tokenizer changes its tokens after the fact, so a part of a text cannot be "
-            "merged beside a raw one: put all of it in one FILE, without tags"
+            "merged beside a raw one",
+            _ADVICE,
         )
     return encoding.offsets

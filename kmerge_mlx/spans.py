@@ -11,11 +11,12 @@ a backslash and a tag; every other backslash is an ordinary character.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kmerge_mlx.errors import PromptError
 
-_TAG = re.compile(r"(\\*)(<(/?)(merge|raw)>)")
+_TAG = re.compile(r"<(/?)(merge|raw)>")
 
 
 @dataclass(frozen=True)
@@ -47,40 +48,58 @@ def parse(text: str, name: str = "the prompt") -> list[Span]:
     """
     spans: list[Span] = []
     opened: list[tuple[str, int]] = []
-    pending, start = "", 0
-
-    def close_span() -> None:
-        nonlocal pending
-        if pending:
-            spans.append(Span(pending, opened[-1][0] == "merge" if opened else None))
-        pending = ""
-
-    for found in _TAG.finditer(text):
-        backslashes, tag, closing, kind = found.groups()
-        pending += text[start : found.start()] + "\\" * (len(backslashes) // 2)
-        start = found.end()
-        if len(backslashes) % 2:
-            pending += tag
+    pieces: list[str] = []
+    end = 0
+    for found, before, backslashes in _tags(text):
+        tag, (closing, kind) = found[0], found.groups()
+        end = found.end()
+        pieces += [before, "\\" * (backslashes // 2)]
+        if backslashes % 2:
+            pieces.append(tag)
             continue
-        close_span()
+        spans += _span(pieces, opened)
+        pieces = []
         if not closing:
-            opened.append((kind, found.start(2)))
+            opened.append((kind, found.start()))
         elif opened and opened[-1][0] == kind:
             opened.pop()
         else:
             what = f"closes <{opened[-1][0]}>" if opened else "closes nothing"
-            raise _malformed(text, found.start(2), tag, what, name)
-    pending += text[start:]
+            raise _malformed(text, found.start(), tag, what, name)
     if opened:
         kind, place = opened[-1]
         raise _malformed(text, place, f"<{kind}>", "is never closed", name)
-    close_span()
-    return spans
+    return spans + _span([*pieces, text[end:]], opened)
 
 
 def escape(text: str) -> str:
     """A text that :func:`parse` gives back as it is, in one span."""
-    return _TAG.sub(lambda found: f"{found[1] * 2}\\{found[2]}", text)
+    pieces, end = [], 0
+    for found, before, backslashes in _tags(text):
+        end = found.end()
+        pieces += [before, "\\" * (2 * backslashes + 1), found[0]]
+    return "".join([*pieces, text[end:]])
+
+
+def cuts_tag(text: str, place: int) -> bool:
+    """Whether a tag stands on both sides of a place in a text."""
+    return any(f.start() < place < f.end() for f in _TAG.finditer(text, max(0, place - 16)))
+
+
+def _tags(text: str) -> Iterator[tuple[re.Match[str], str, int]]:
+    """Each tag, the text between the one before and its backslashes, and how many those are."""
+    end = 0
+    for found in _TAG.finditer(text):
+        between = text[end : found.start()]
+        before = between.rstrip("\\")
+        yield found, before, len(between) - len(before)
+        end = found.end()
+
+
+def _span(pieces: Sequence[str], opened: Sequence[tuple[str, int]]) -> list[Span]:
+    """The span that ends here, if it has any characters."""
+    text = "".join(pieces)
+    return [Span(text, opened[-1][0] == "merge" if opened else None)] if text else []
 
 
 def _malformed(text: str, place: int, tag: str, what: str, name: str) -> PromptError:

@@ -86,8 +86,8 @@ def render_messages(
         )
     except Exception as error:  # a template is a program: it raises what it likes
         raise PromptError(
-            f"the chat template refused ({first_line(error)}): change what it is given, or "
-            "use --ignore-chat-template"
+            f"the chat template refused ({first_line(error)})",
+            "change what it is given, or use --ignore-chat-template",
         ) from error
 
 

@@ -209,12 +209,20 @@ def test_faults_of_the_cache_command_are_one_message(world, tmp_path):
     root, named = world
     file = tmp_path / "a.safetensors"
     args = ("cache", root / "context.txt", *named, "--prompt-cache-file")
-    assert_one_error(run(*args, tmp_path / "no" / "a"), 1, "there is no such folder")
+    assert_one_error(run(*args, tmp_path / "no" / "a.safetensors"), 1, "no such folder")
+    assert_one_error(run(*args, tmp_path / "a"), 1, "its name must end in .safetensors")
     assert_one_error(run("cache", *named, "--prompt-cache-file", file), 1, "the prompt is empty")
     both = ("--kv-bits", 8, "--max-kv-size", 9)
     assert_one_error(run(*args, file, *both), 2, "mlx-lm cannot quantize")
     assert list(tmp_path.iterdir()) == []
-    assert_one_error(run("generate", "--prompt-cache-file", file), 1, "the prompt is empty")
+    assert_one_error(run("generate", "--prompt-cache-file", file), 1, "needs a --prompt")
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "two.txt").write_text("<raw>")
+    names = (tmp_path / "one.txt", tmp_path / "two.txt")
+    said = run("cache", *names, *named, "--prompt-cache-file", file)
+    assert_one_error(said, 1, "the FILEs, one after the other: <raw> at line 3, column 1")
+    said = run("cache", names[1], *named, "--prompt-cache-file", file)
+    assert_one_error(said, 1, f"{names[1]}: <raw> at line 1, column 1 is never closed")
 
 
 def test_a_quantized_cache_stays_what_it_is(tmp_path):
@@ -224,6 +232,7 @@ def test_a_quantized_cache_stays_what_it_is(tmp_path):
     bits = ("--kv-bits", 8, "--quantized-kv-start", 0, "--kv-group-size", 32)
     done = run("cache", tree, "--k", 4, *bits, "--prompt-cache-file", file)
     assert done.code == 0, done.err
+    assert "not quantized" not in done.err
     asked = ask(file)
     assert asked.code == 0, asked.err
     assert_one_error(ask(file, "--kv-bits", 4), 1, "--kv-bits is 4", "was made with 8")
@@ -237,3 +246,20 @@ def test_what_mlx_lm_cannot_quantize_is_one_message(world, tmp_path):
     done = run("cache", root / "context.txt", *named, *bits, "--prompt-cache-file", file)
     assert_one_error(done, 1, "mlx-lm refused these options: --kv-bits and --kv-group-size")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_when_the_context_is_too_short_to_be_quantized(tmp_path):
+    tree, file = tmp_path / "tree.txt", tmp_path / "a.safetensors"
+    tree.write_text("Tree: AB\n+CD\n++EF\n+GH")
+    done = run("cache", tree, "--kv-bits", 8, "--prompt-cache-file", file)
+    assert done.code == 0, done.err
+    assert "note: not quantized: the 6 positions are no more than --quantized-kv-start" in done.err
+
+
+def test_what_a_killed_run_left_is_cleared(world, tmp_path):
+    root, named = world
+    file, left = tmp_path / "a.safetensors", tmp_path / ".a.safetensors.new-4194999.safetensors"
+    left.write_bytes(b"half of it")
+    done = run("cache", root / "context.txt", *named, "--prompt-cache-file", file)
+    assert done.code == 0, done.err
+    assert list(tmp_path.iterdir()) == [file]

@@ -35,8 +35,23 @@ def test_lines_are_questions_and_answers_go_to_stdout(named):
 def test_a_fault_of_one_line_ends_nothing(named):
     done = run("chat", *named, stdin=b"<raw>x\nOne?\n")
     assert done.code == 0
-    assert "error: message 1: <raw> at line 1, column 1 is never closed" in done.err
+    assert "error: messages[0]: <raw> at line 1, column 1 is never closed" in done.err
     assert done.err.count("tokens-per-sec") == 1
+
+
+def test_a_line_that_is_no_text_ends_nothing(named):
+    done = run_process_with(b"a\xff\nOne?\n", "chat", *named, "-m", "2")
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"not UTF-8") == 1
+    assert done.stderr.count(b"tokens-per-sec") == 1
+
+
+def run_process_with(stdin, *args):
+    """A command in a process of its own, whose stdin is a pipe."""
+    return subprocess.run(
+        command(*args), input=stdin, env=environment(), capture_output=True, timeout=120
+    )
 
 
 def test_files_are_the_context_of_the_first_question(named, tmp_path):

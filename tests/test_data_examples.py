@@ -137,9 +137,10 @@ BAD = {
     "a null answer": ({"prompt": "a", "completion": None}, r"completion is empty, expected an"),
     "an empty prompt": ({"prompt": "", "completion": "a"}, r"prompt is empty, expected a prompt"),
     "a wrong tool": (GOOD | {"tools": "x"}, r"tools is 'x', expected a list"),
+    "a cut tag": ({"text": "<merge>a b", "split": 3}, r"split is 3, in the middle of a tag"),
     "no messages": ({"messages": []}, r"messages is \[\], expected a list of messages"),
-    "a wrong message": ({"messages": ["hi"]}, r"messages\[1\] is 'hi', expected an object"),
-    "no content": ({"messages": [{"role": "user"}]}, r"messages\[1\].content is None"),
+    "a wrong message": ({"messages": ["hi"]}, r"messages\[0\] is 'hi', expected an object"),
+    "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\].content is None"),
     "a question last": ({"messages": [*CHAT, CHAT[0]]}, r"ends with 'user', expected the assist"),
     "an answer alone": ({"messages": CHAT[1:]}, r"holds no prompt"),
     "an empty last": (

@@ -105,17 +105,70 @@ def test_of_a_text_the_last_paragraph_stays_raw_unless_tags_say_otherwise(tokeni
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        (user("<raw>x"), "message 1: <raw> at line 1, column 1 is never closed"),
-        (user("x", merge="yes"), "message 1: merge is 'yes', expected true or false"),
-        (user(5), "message 1: content is no text and no list of parts"),
-        (user([{"type": "image_url", "image_url": "x"}]), "message 1: expected text parts"),
-        (user([{"type": "text"}]), "message 1: expected text parts"),
+        (user("<raw>x"), "messages[0]: <raw> at line 1, column 1 is never closed"),
+        (user("x", merge="yes"), "messages[0]: merge is 'yes', expected true or false"),
+        (user(5), "messages[0]: content is no text and no list of parts"),
+        (user([{"type": "image_url", "image_url": "x"}]), "messages[0]: expected text parts"),
+        (user([{"type": "text"}]), "messages[0]: expected text parts"),
     ],
 )
 def test_a_message_that_is_none_is_named(tokenizer, message, said):
     with pytest.raises(PromptError) as error:
         lay_out_chat(tokenizer, [message])
     assert str(error.value).startswith(said)
+
+
+def test_what_a_model_or_a_tool_wrote_holds_no_tags(tokenizer):
+    said = "use <raw> and </merge> for that"
+    messages = [
+        user("How?"),
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": [{"type": "text", "text": said}]},
+        user("And <raw>then</raw>?"),
+    ]
+    segments = lay_out_chat(tokenizer, messages, CONTEXTS)
+    assert tokenizer.decode(ids_of(segments)).count(said) == 2
+    assert [m["content"] for m in plain_messages(messages)][1:] == [said, said, "And then?"]
+
+
+def test_a_message_with_its_own_merge_is_checked_even_without_parts(tokenizer):
+    with pytest.raises(PromptError, match=r"messages\[0\]: merge is 'yes'"):
+        lay_out_chat(tokenizer, [user([], merge="yes")])
+
+
+@pytest.mark.parametrize("text", ["\\" * 300_000, "a" + "\n" * 300_000, "\n " * 200_000])
+def test_long_runs_of_what_markup_is_made_of_take_no_longer_than_other_text(tokenizer, text):
+    """Once they took the square of their length: this would not end."""
+    segments = lay_out_text(tokenizer, f"{text}<raw>x</raw>", Layout(threshold=1))
+    assert ids_of(segments)
+    lay_out_chat(tokenizer, [user(text)], BARE)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_no_character_of_a_raw_span_is_ever_merged(tokenizer, seed):
+    """Tokens may lie across a border: the fixture's tokenizer has one for two plus signs."""
+    random = Random(seed)
+    pieces = ("+", "++", " ", " word", "AB\n", "total", "é")
+    source = ""
+    for _ in range(random.randint(2, 6)):
+        run = "".join(random.choices(pieces, k=random.randint(1, 4)))
+        kind = random.choice(("raw", "merge", None))
+        source += run if kind is None else f"<{kind}>{run}</{kind}>"
+    spans = parse(source)
+    text = "".join(span.text for span in spans)
+    owners = [n for n, span in enumerate(spans) for _ in span.text]
+    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).offsets
+    for segments in (
+        lay_out(tokenizer, source, None),
+        lay_out_text(tokenizer, source, Layout(ALL)),
+        lay_out_chat(tokenizer, [user(source)], Layout(ALL, chat_template=False)),
+    ):
+        tokens = iter(offsets)
+        for segment in segments:
+            touched = {n for _ in segment.ids for n in owners[slice(*next(tokens))]}
+            if segment.merge:
+                assert all(spans[n].merge is not False for n in touched), (source, segments)
+                assert len(touched) == 1 or all(spans[n].merge is None for n in touched), source
 
 
 def random_markup(random: Random, depth: int = 0) -> str:

@@ -87,7 +87,6 @@ def test_a_port_in_use_is_one_message(model):
         (("--adapter-path", "/no/such"), "/no/such"),
         (("--host", "203.0.113.7"), "cannot listen on 203.0.113.7:0"),
         (("--api-key", "/no/such"), "cannot read --api-key /no/such"),
-        (("--read-timeout", 0), "read_timeout is 0.0, expected a number above 0"),
         (("--log-level", "LOUD"), "log_level is 'LOUD'"),
         (("--chat-template-args", '{"x": 1}'), "--chat-template-args: needs a chat template"),
         (("--top-k", 99_999), "--top-k 99999: the vocabulary has "),

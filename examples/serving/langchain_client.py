@@ -12,6 +12,8 @@ from pathlib import Path
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 
+from kmerge_mlx.spans import escape
+
 TREE = (Path(__file__).parents[1] / "tree.txt").read_text()
 
 
@@ -23,13 +25,13 @@ def main() -> None:
         max_tokens=4,
         temperature=0,
     )
-    # Tags say what merges, so any prompt template can.
+    # Tags say what merges, so any prompt template can; what the text itself holds is no tag.
     prompt = ChatPromptTemplate.from_messages([("user", "<merge>{context}</merge>")])
-    answer = (prompt | model).invoke({"context": TREE})
+    answer = (prompt | model).invoke({"context": escape(TREE)})
     print(answer.content)
     usage = answer.response_metadata["token_usage"]
     print(f"{usage['prompt_tokens']} tokens in {usage['compressed_tokens']} positions")
-    print("".join(piece.content for piece in (prompt | model).stream({"context": TREE})))
+    print("".join(piece.content for piece in (prompt | model).stream({"context": escape(TREE)})))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.segments import Segment
 
 DEFAULTS = GenerationConfig()
+SUFFIX = ".safetensors"
 QUESTIONS = ("0", "\n0", " z", "Z")
 """Whatever is asked, a cache holds what the prompts of all of these begin with."""
 
@@ -51,7 +52,6 @@ def cache(
     system_prompt: opt.SystemPrompt = None,
     chat_template_config: opt.ChatTemplateConfig = None,
     merges: opt.Merges = None,
-    merge_threshold: opt.MergeThreshold = None,
     chat_template: opt.UseChatTemplate = None,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
@@ -70,6 +70,8 @@ def cache(
     context, begun = read_prompt(files or [], prompt)
     if adapter_path is None and model not in (None, BUNDLED) and context:
         raise AdapterError("FILEs need a merge encoder: give --adapter-path, or use --prompt")
+    if prompt_cache_file.suffix != SUFFIX:
+        raise PromptError(f"--prompt-cache-file {prompt_cache_file}: its name must end in {SUFFIX}")
     if not prompt_cache_file.resolve().parent.is_dir():
         raise PromptError(f"--prompt-cache-file {prompt_cache_file}: there is no such folder")
 
@@ -77,7 +79,7 @@ def cache(
     from kmerge_mlx.generation import check_context, compress
 
     opened = open_model(model, adapter_path, k, trust_remote_code)
-    layout = opened.layout(merges, merge_threshold, chat_template)
+    layout = opened.layout(merges, None, chat_template)
     chat = template_of(
         opened.tokenizer, ChatTemplate(system_prompt, None, template_options), layout
     )
@@ -113,6 +115,12 @@ def cache(
     made_with = prompt_cache.identity(opened.base, opened.adapter_path, about["k"])
     prompt_cache.save(prompt_cache_file, read, held, made_with, about)
     size = sum(each.nbytes for each in read)
+    if kv_bits is not None and not any(hasattr(each, "bits") for each in read):
+        print(
+            f"note: not quantized: the {len(compressed.ids):,} positions are no more than "
+            f"--quantized-kv-start {quantized_kv_start:,}",
+            file=sys.stderr,
+        )
     print(
         f"{prompt_cache_file}: {len(compressed.original_ids):,} tokens in "
         f"{len(compressed.ids):,} positions ({compressed.compression_ratio:.2f}x), "
@@ -191,9 +199,11 @@ def read_held(path: Path, belongs: Sequence[Any], question: str | None) -> Held:
     if any(value not in (None, []) for value in belongs):
         raise PromptError(
             "--prompt-cache-file holds the context, the layout, the system prompt and the cache's "
-            "size: leave FILEs, --merges, --merge-threshold, --apply-chat-template, "
-            "--system-prompt, --chat-template-config and --max-kv-size out"
+            "size: leave FILEs, --merges, --apply-chat-template, --system-prompt, "
+            "--chat-template-config and --max-kv-size out"
         )
+    if question is None:
+        raise PromptError("--prompt-cache-file needs a --prompt: what is asked of what it holds")
     _, asked = read_prompt([], question)
     from kmerge_mlx import prompt_cache
 

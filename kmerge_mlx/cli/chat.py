@@ -173,9 +173,14 @@ def _read_line() -> str | None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     try:
-        return input(MARK if shown else "").strip()
+        line = input(MARK if shown else "").strip()
+        line.encode()
     except EOFError:
         return None
+    except UnicodeError:  # bytes that are no text, from a pipe
+        _say("error: a line that is not UTF-8 was left out")
+        return ""
+    return line
 
 
 def _say(text: str) -> None:

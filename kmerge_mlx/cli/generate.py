@@ -56,7 +56,6 @@ def generate(
     prefill_response: opt.PrefillResponse = None,
     chat_template_config: opt.ChatTemplateConfig = None,
     merges: opt.Merges = None,
-    merge_threshold: opt.MergeThreshold = None,
     chat_template: opt.UseChatTemplate = None,
     extra_eos_token: opt.ExtraEosToken = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -77,7 +76,7 @@ def generate(
         raise typer.BadParameter("0 generates nothing; -1 is no limit", param_hint="--max-tokens")
     opt.check_kv(kv_bits, max_kv_size)
     template_options = json_object(chat_template_config)
-    shape = (merges, merge_threshold, chat_template)
+    shape = (merges, None, chat_template)
     if prompt_cache_file is None:
         context, question = read_prompt(files or [], prompt)
         held = None

@@ -270,7 +270,8 @@ Merges = Annotated[
     typer.Option(
         "--merges",
         help="What merges where nothing is said: long contexts, or all, chat template and question "
-        "too. Default: as the adapter was trained.",
+        "too. (A FILE beside a --prompt always merges, and that prompt never.) Default: as the "
+        "adapter was trained.",
         show_default=False,
     ),
 ]
@@ -279,7 +280,8 @@ MergeThreshold = Annotated[
     typer.Option(
         "--merge-threshold",
         min=1,
-        help="Fewest tokens of a context that merges. Default: as the adapter was trained.",
+        help="Fewest tokens of a conversation's text that merges as a context. Default: as the "
+        "adapter was trained.",
         show_default=False,
     ),
 ]

@@ -17,6 +17,7 @@ import typer
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompt import decode_text
+from kmerge_mlx.spans import parse
 
 STDIN = "-"
 Files = Annotated[
@@ -36,13 +37,16 @@ def read_prompt(files: list[str], prompt: str | None) -> tuple[str | None, str |
             ``\\n`` or ``\\t`` means the character.
 
     Raises:
-        PromptError: Nothing to read, or a file that is missing, empty or not UTF-8.
+        PromptError: Nothing to read, a file that is missing, empty or not UTF-8, or tags that do
+            not pair.
     """
     if [*files, prompt].count(STDIN) > 1:
         raise PromptError("`-` is given more than once, but stdin can be read only once")
     if prompt == "":
         raise PromptError("--prompt is empty: leave it out, or give it text")
     context = CONTEXT_SEPARATOR.join(_read_text(name) for name in files) or None
+    if context is not None:  # here it can still be told what it is called
+        parse(context, files[0] if len(files) == 1 else "the FILEs, one after the other")
     if prompt == STDIN:
         return context, _read_text(STDIN)
     if prompt is not None:

@@ -11,7 +11,13 @@ import typer
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.opening import note_layout
 from kmerge_mlx.cli.reading import json_object
-from kmerge_mlx.serving.config import API_KEY_VARIABLE, LOG_LEVELS, ServeConfig, read_api_key
+from kmerge_mlx.serving.config import (
+    API_KEY_VARIABLE,
+    LOG_LEVELS,
+    SHORTEST,
+    ServeConfig,
+    read_api_key,
+)
 
 if TYPE_CHECKING:
     from kmerge_mlx.serving.run import Server
@@ -107,10 +113,11 @@ def serve(
         int, _limit("--max-queue", "Requests that may wait; more get 429.", min=0)
     ] = DEFAULTS.max_queue,
     request_timeout: Annotated[
-        float, _limit("--request-timeout", "Seconds for an answer, its wait included.", min=0)
+        float,
+        _limit("--request-timeout", "Seconds for an answer, waiting included.", min=SHORTEST),
     ] = DEFAULTS.request_timeout,
     read_timeout: Annotated[
-        float, _limit("--read-timeout", "Seconds for a request to arrive.", min=0)
+        float, _limit("--read-timeout", "Seconds for a request to arrive.", min=SHORTEST)
     ] = DEFAULTS.read_timeout,
     max_connections: Annotated[
         int, _limit("--max-connections", "Connections open at once.", min=1)

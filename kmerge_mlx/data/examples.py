@@ -22,6 +22,7 @@ from typing import IO, Any
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data.lines import JsonLines, Row, check_file, is_gzip, parse_row
 from kmerge_mlx.errors import DataError, short
+from kmerge_mlx.spans import cuts_tag
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ class RowFormat:
                 f"{self.split_feature} is {at} in {len(text)} characters: "
                 f"{'no prompt' if at < 1 else 'no answer'}, expected 1 to {last}"
             )
+        if cuts_tag(text, at):
+            raise DataError(f"{self.split_feature} is {at}, in the middle of a tag: move it")
         return at
 
     def _chat(self, row: Row) -> Example:
@@ -162,7 +165,7 @@ class RowFormat:
         messages = row[name]
         if not isinstance(messages, list) or not messages:
             raise DataError(f"{name} is {short(messages)}, expected a list of messages")
-        for number, message in enumerate(messages, 1):
+        for number, message in enumerate(messages):
             _check_message(message, f"{name}[{number}]")
         if row.get(self.context_feature) is not None:
             raise DataError(

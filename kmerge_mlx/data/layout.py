@@ -101,9 +101,7 @@ def _conversation(tokenizer: Any, example: Example, layout: Layout) -> Tokenized
     if not answered:
         return row
     plain = plain_messages(asked)
-    whole = _render(
-        tokenizer, [*plain, *plain_messages(messages[-1:], literal=True)], example.tools
-    )
+    whole = _render(tokenizer, plain_messages(messages), example.tools)
     ids = _after_prompt(
         tokenizer, row.prompt_ids, lambda: _render(tokenizer, plain, example.tools, True), whole
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from kmerge_mlx.errors import PlotError, first_line
 from kmerge_mlx.evaluation.intervals import Interval
+from kmerge_mlx.files import replacing_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Told apart by everyone (Okabe, Ito).
@@ -98,12 +99,10 @@ def write(figure: Any, path: str | Path) -> None:
         PlotError: It cannot be written.
     """
     path = Path(path)
-    new = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        figure.savefig(new, dpi=120)
-        new.replace(path)
+        with replacing_file(path) as new:
+            figure.savefig(new, dpi=120)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise PlotError(
             f"cannot write --plot {path}: {error.strerror or first_line(error)}"
         ) from error

@@ -69,7 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BlockTableFullError):
-        return busy(503, str(error), "blocks_exhausted")
+        message = "the prompts have more blocks at once than the server has slots: try again"
+        return busy(503, message, "blocks_exhausted")
     if isinstance(error, KMergeError):
         return refused(str(error))
     return ApiError(500, "the server failed to answer: its log says why", code="internal_error")

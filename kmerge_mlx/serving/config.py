@@ -20,14 +20,15 @@ from kmerge_mlx.layout import MERGES
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 API_KEY_VARIABLE = "KMERGE_MLX_API_KEY"
+SHORTEST = 1e-3
+"""Seconds that a timeout has at least."""
+
 _KV_BITS = (2, 3, 4, 5, 6, 8)
 _KV_GROUPS = (32, 64, 128)
 
 
-def _number(
-    default: float, low: float = 0.0, high: float | None = None, above: bool = False
-) -> Any:
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+def _number(default: float, low: float = 0.0, high: float | None = None) -> Any:
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 def _whole(default: int | None, low: int = 1, high: int | None = None) -> Any:
@@ -90,8 +91,8 @@ class ServeConfig:
     max_body_bytes: int = _whole(8 * 2**20)
     max_prompt_tokens: int | None = _whole(None)
     max_queue: int = _whole(64, 0)
-    request_timeout: float = _number(600.0, above=True)
-    read_timeout: float = _number(30.0, above=True)
+    request_timeout: float = _number(600.0, SHORTEST)
+    read_timeout: float = _number(30.0, SHORTEST)
     max_connections: int = _whole(256)
     drain_timeout: float = _number(30.0)
     max_blocks: int = _whole(MAX_BLOCKS)
@@ -120,13 +121,11 @@ class ServeConfig:
             return []
         low, high = rule["low"], rule["high"]
         good = is_int(value, low) if rule.get("whole") else is_number(value) and value >= low
-        good = good and not (rule.get("above") and value <= low)
         if good and (high is None or value <= high):
             return []
         kind = "a whole number" if rule.get("whole") else "a number"
-        least = f"above {low}" if rule.get("above") else f"of at least {low}"
         most = "" if high is None else f" and at most {high}"
-        return [f"{setting.name} is {short(value)}, expected {kind} {least}{most}"]
+        return [f"{setting.name} is {short(value)}, expected {kind} of at least {low}{most}"]
 
     @property
     def is_loopback(self) -> bool:

@@ -32,11 +32,11 @@ from mlx_lm.server import (
 )
 
 from kmerge_mlx.blocks import CompressedPrompt, split
-from kmerge_mlx.errors import BlockTableFullError, PromptError
+from kmerge_mlx.errors import BlockTableFullError
 from kmerge_mlx.generation import compress, over_original_ids
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.segments import Segment
-from kmerge_mlx.serving.answers import ClientGone, busy
+from kmerge_mlx.serving.answers import ClientGone, busy, refused
 from kmerge_mlx.serving.caches import PromptCache
 from kmerge_mlx.serving.metrics import Metrics
 from kmerge_mlx.serving.model import PinnedModel
@@ -279,9 +279,10 @@ class CompressingGenerator(ResponseGenerator):
             cut = (embedding.merge_factor, embedding.pad_token_id, embedding.context)
             blocks = {block for s in segments if s.merge for block in split(s.ids, *cut)}
             if len(blocks) > embedding.table.capacity:
-                raise PromptError(
+                raise refused(
                     f"the prompt has {len(blocks):,} distinct blocks, more than the server's "
-                    f"{embedding.table.capacity:,} slots: shorten it"
+                    f"{embedding.table.capacity:,} slots: shorten it",
+                    code="context_length_exceeded",
                 ) from None
             self.prompt_cache.clear()
             return compress(model, tokenizer, segments)

@@ -25,7 +25,7 @@ from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, refus
 from kmerge_mlx.serving.generator import Job
 from kmerge_mlx.serving.http import DeadlineReader, is_gone
 from kmerge_mlx.serving.logprobs import chat_logprobs, text_logprobs
-from kmerge_mlx.serving.requests import read_body, read_completion
+from kmerge_mlx.serving.requests import DEFAULT_MODEL, read_body, read_completion
 from kmerge_mlx.serving.service import Service
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class Handler(APIHandler):
         """Models, health or metrics."""
         self._answer(self._look_up)
 
+    def do_HEAD(self) -> None:
+        """The same without its body."""
+        self._answer(self._look_up)
+
     def do_OPTIONS(self) -> None:
         """What a browser asks before it lets a page call."""
         self._answer(super().do_OPTIONS)
@@ -85,7 +89,8 @@ class Handler(APIHandler):
         """What the standard library refuses by itself: a bad request line, say."""
         if code == 501:
             self._check_route()
-        self._refuse(ApiError(code, message or "the request is malformed"))
+        malformed = code == 400 or message is None  # its own words hold what was sent
+        self._refuse(ApiError(code, "the request is malformed" if malformed else message))
 
     def _answer(self, action: Callable[[], Any]) -> None:
         self._started = time.monotonic()
@@ -116,7 +121,10 @@ class Handler(APIHandler):
 
     @property
     def _route(self) -> str:
-        return urlsplit(self.path).path
+        try:
+            return urlsplit(self.path).path
+        except ValueError:  # no URL at all
+            return self.path
 
     # What clients are told ---------------------------------------------------------------------
 
@@ -142,7 +150,8 @@ class Handler(APIHandler):
         for name, value in {"Content-Type": kind, "Content-Length": len(said), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(said)
+        if self.command != "HEAD":
+            self.wfile.write(said)
 
     def _discard(self) -> None:
         """Reads on for a while: a client that still sends would not see the answer."""
@@ -173,7 +182,7 @@ class Handler(APIHandler):
         name = self.service.model_name
         known = {"id": name, "object": "model", "created": self.created, "owned_by": "kmerge-mlx"}
         wanted = unquote(self._route.removeprefix(_MODELS).removeprefix("/"))
-        if wanted not in ("", name):
+        if wanted not in ("", name, DEFAULT_MODEL):
             message = f"the model {wanted[:60]!a} is not served here, only {name} is"
             raise ApiError(404, message, param="model", code="model_not_found")
         return known if wanted else {"object": "list", "data": [known]}
@@ -227,7 +236,7 @@ class Handler(APIHandler):
         path = _MODELS if self._route.startswith(f"{_MODELS}/") else self._route
         if path not in _ROUTES:
             raise ApiError(404, f"there is no {self._route[:60]!a} here", code="not_found")
-        if self.command != _ROUTES[path]:
+        if ("GET" if self.command == "HEAD" else self.command) != _ROUTES[path]:
             headers = {"Allow": _ROUTES[path]}
             raise ApiError(405, f"{path} takes {_ROUTES[path]} alone", headers=headers)
 
@@ -248,9 +257,15 @@ class Handler(APIHandler):
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     def _body_length(self) -> int:
-        length = self.headers.get("Content-Length")
-        if length is None:
-            raise ApiError(411, "the Content-Length header is missing", code="length_required")
+        lengths = self.headers.get_all("Content-Length", [])
+        if not lengths or "Transfer-Encoding" in self.headers:
+            message = "the body must have a Content-Length, and no Transfer-Encoding"
+            raise ApiError(411, message, code="length_required")
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body must not be compressed")
+        length = lengths[0]
+        if len({*lengths}) > 1:
+            raise refused("there are several Content-Length headers")
         if not (length.isascii() and length.isdigit() and len(length) < 16):
             raise refused("the Content-Length header is no number of bytes")
         return int(length)
@@ -325,6 +340,9 @@ class Handler(APIHandler):
             choice["logprobs"] = form(tokens, self.service.tokenizer, max(self.top_logprobs, 0))
         if "usage" in answer:
             answer["usage"] = self._usage()
+        message = choice.get("message")
+        if message is not None and not message.get("tool_calls"):
+            message["content"] = message.get("content") or ""  # OpenAI's null is for tool calls
         return answer
 
     def completion_usage_response(self, *args: Any, **options: Any) -> dict:

@@ -61,13 +61,17 @@ class DeadlineReader(io.RawIOBase):
 
 
 def is_gone(connection: socket.socket) -> bool:
-    """Whether a client has closed its end. What it still sends is left alone."""
+    """Whether a client has closed its end. What it still sends is thrown away."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     try:
-        return bool(poll.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
+        # The end of what was sent shows once all before it is read.
+        while poll.poll(0):
+            if not connection.recv(1 << 16):
+                return True
     except OSError:
         return True
+    return False
 
 
 class BoundedServer(ThreadingHTTPServer):

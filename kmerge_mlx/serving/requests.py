@@ -51,7 +51,7 @@ _ONLY = {"n": 1, "best_of": 1, "echo": False}
 _TEMPLATE_OWN = (
     *("conversation", "chat_template", "tools", "tokenize", "add_generation_prompt", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "messages", "self"),
 )
 
 
@@ -81,19 +81,32 @@ def read_body(raw: bytes) -> dict[str, Any]:
         ApiError: 400: not UTF-8, not JSON, no object, NaN, or text that is no Unicode.
     """
 
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=no_number)
-        json.dumps(body, ensure_ascii=False).encode("utf-8")  # lone surrogates are no text
-    except UnicodeEncodeError:
-        raise refused("the body holds half of a surrogate pair, which is no text") from None
+        body = _loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise refused(f"the body is not JSON: {first_line(error)}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise refused(f"the body is a JSON {type(body).__name__}, expected an object")
     return body
+
+
+def _loads(text: str) -> Any:
+    """JSON as its standard has it.
+
+    Raises:
+        ValueError: It is none, or holds NaN, or half of a surrogate pair, which is no text.
+        RecursionError: It is nested too deeply.
+    """
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    value = json.loads(text, parse_constant=no_number)
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no text") from None
+    return value
 
 
 def read_completion(
@@ -267,9 +280,11 @@ def _tool_call(call: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = _loads(function["arguments"] or "{}")
     except (ValueError, RecursionError) as error:
-        raise refused(f"{name}: a tool call's arguments are not JSON: {error}", name) from None
+        raise refused(
+            f"{name}: a tool call's arguments are not JSON: {first_line(error)}", name
+        ) from None
     return call | {"function": function | {"arguments": arguments}}
 
 

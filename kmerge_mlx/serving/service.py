@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Condition, Lock
 
 from mlx_lm.server import get_system_fingerprint
@@ -52,7 +52,9 @@ class Service:
         self._in_flight = 0
         self._jobs: weakref.WeakValueDictionary[int, Job] = weakref.WeakValueDictionary()
         self._changed = Condition()
-        self._tokenizer_lock = Lock()
+        # Nothing about a fast tokenizer changes after its first text; others are plain Python.
+        self.tokenizer.encode(" ")
+        self._tokenizer_lock = nullcontext() if _is_fast(self.tokenizer) else Lock()
         running = config.decode_concurrency if provider.is_batchable else 1
         self._limit = running + config.max_queue
 
@@ -115,18 +117,22 @@ class Service:
         """
         if self.health == "unavailable":
             raise busy(503, "the model has stopped: the server must be restarted", "unavailable")
-        with self._tokenizer_lock:
-            segments = self._lay_out(completion)
+        field = "prompt" if completion.messages is None else "messages"
+        try:
+            with self._tokenizer_lock:
+                segments = self._lay_out(completion)
+        except PromptError as error:
+            raise refused(error.found, field) from None
         if not any(segment.ids for segment in segments):
-            raise refused("the prompt is empty: there is nothing to read", "prompt")
+            raise refused("the prompt is empty: there is nothing to read", field)
         most, tokens = self.config.max_prompt_tokens, sum(len(s.ids) for s in segments)
         if most is not None and tokens > most:
             message = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-            raise refused(message, "prompt", "context_length_exceeded")
+            raise refused(message, field, "context_length_exceeded")
         try:
             check_context(self.provider.model, segments)
         except PromptError as error:
-            raise refused(str(error), "prompt", "context_length_exceeded") from None
+            raise refused(error.found, field, "context_length_exceeded") from None
         job = Job(
             request_type="text" if completion.messages is None else "chat",
             prompt="",
@@ -168,3 +174,8 @@ class Service:
             self.draining = self._given_up = True
             self._changed.wait_for(lambda: not self._in_flight, timeout=5)
         self.generator.stop_and_join()
+
+
+def _is_fast(tokenizer: object) -> bool:
+    """Whether texts become tokens outside of Python, where several threads can at once."""
+    return getattr(tokenizer, "is_fast", False)

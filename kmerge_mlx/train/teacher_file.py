@@ -6,7 +6,6 @@ answer token, in the order of the examples. Does not know where they come from (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import TrainError, first_line
+from kmerge_mlx.files import replacing_file
 from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.distill import Teacher
 from kmerge_mlx.train.order import by_length
@@ -100,12 +100,10 @@ def store(
             done += len(indices)
             progress(done, total)
         tensors |= {f"{split}.ids": ids, f"{split}.logprobs": logprobs}
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, str(new), {"digest": digest})
-        new.replace(path)
+        with replacing_file(path) as new:
+            save_file(tensors, str(new), {"digest": digest})
     except Exception as error:  # safetensors has an error of its own for a full disk
-        new.unlink(missing_ok=True)
         raise TrainError(f"cannot write --teacher-file {path}: {first_line(error)}") from error
 
 
