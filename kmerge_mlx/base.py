@@ -246,6 +246,11 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return length
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A dtype as people and configs write it: ``float32``."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """The one table that turns token ids into embeddings.
 

@@ -44,6 +44,14 @@ ENCODER_FACTOR = 1.5
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
 """What ``merge_config.json`` says of the encoder."""
 
+USABLE_SHARE = 2 / 3
+"""Share of a Mac's unified memory that `kmerge-mlx info` counts on. Metal recommends a working set
+for its GPU: owners report from two thirds (8 GB) to five sixths (128 GB) of the memory."""
+
+MULTIPLICATIONS_PER_BYTE = 64
+"""How often a machine is taken to multiply, at most, while it reads a byte of memory: by their
+makers' figures about 20 for the GPUs of M1 to M4 and 60 for M5's; 5 for docs/performance.md's CPU."""
+
 
 def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:
     """The inner width H of the encoder for a merge factor.

@@ -6,6 +6,7 @@ and base models it reads headers and configs only; a checkpoint is read whole, a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import mlx.core as mx
 from kmerge_mlx import base
 from kmerge_mlx.adapter import MERGE_CONFIG, Adapter, find_adapters, load_adapter
 from kmerge_mlx.convert.checkpoint import ENCODER, find_checkpoint, read_checkpoint
-from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.errors import AdapterError, DataError
+from kmerge_mlx.train.checkpoint import STATE, TRAINING, read_progress
+from kmerge_mlx.train.log import read_log
 from kmerge_mlx.tuning import LoRAConfig
 
 
@@ -44,11 +47,13 @@ def _describe(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is not a folder")
     if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
         if _holds(path, ENCODER):
-            adapter = read_checkpoint(find_checkpoint(str(path)), None, None, str(path))
-            return {"kind": "checkpoint", "path": str(path), "adapters": [_adapter(adapter)]}
+            folder = find_checkpoint(str(path))
+            adapter = read_checkpoint(folder, None, None, str(path))
+            found = [_adapter(adapter, folder)]
+            return {"kind": "checkpoint", "path": str(path), "adapters": found}
         if (path / "config.json").is_file():
             return {"kind": "base model", "path": str(path)} | _base(path)
-    adapters = [_adapter(load_adapter(path, k)) for k in find_adapters(path)]
+    adapters = [_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()]
     return {"kind": "adapter", "path": str(path), "adapters": adapters}
 
 
@@ -57,13 +62,13 @@ def _holds(path: Path, name: str) -> bool:
     return (path / name).is_file() or any(path.glob(f"*/{name}"))
 
 
-def _adapter(adapter: Adapter) -> dict[str, Any]:
-    merge, tuning = adapter.merge, adapter.tuning
+def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    merge, tuning, encoder = adapter.merge, adapter.tuning, adapter.encoder_weights
     return {
         **merge.encoder_entries(),
         "encoder_parameters": 0 if merge.encoder is None else merge.encoder.num_parameters,
-        "encoder_bytes": _bytes(adapter.encoder_weights),
-        "dtype": ", ".join(sorted({_dtype(a) for a in adapter.encoder_weights.values()})),
+        "encoder_bytes": _bytes(encoder),
+        "dtype": ", ".join(sorted({base.dtype_name(a.dtype) for a in encoder.values()})),
         "fine_tune_type": tuning.to_json()["fine_tune_type"],
         "num_layers": tuning.num_layers,
         **_lora(adapter),
@@ -74,7 +79,20 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "pad_token_id": merge.pad_token_id,
         "layout": None if merge.layout is None else asdict(merge.layout),
         "provenance": dict(merge.provenance),
+        "training": _training(folder) if (folder / TRAINING / STATE).is_file() else None,
     }
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """How far the run in a folder came, and the figures of its best validation."""
+    state = read_progress(folder)
+    best: dict[str, Any] = {}
+    # A run that was killed may have left a torn last line, which a resumed one drops.
+    with suppress(DataError):
+        for record in read_log(folder / TRAINING):
+            if record.get("iteration") == state.best_iteration and "val_loss" in record:
+                best = record
+    return {"iteration": state.iteration, "finished": state.finished, "best": best or None}
 
 
 def _lora(adapter: Adapter) -> dict[str, Any]:
@@ -115,7 +133,3 @@ def _base(path: Path) -> dict[str, Any]:
 
 def _bytes(tensors: dict[str, mx.array]) -> int:
     return sum(array.nbytes for array in tensors.values())
-
-
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")

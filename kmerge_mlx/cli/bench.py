@@ -14,7 +14,7 @@ import typer
 
 from kmerge_mlx._version import __version__
 from kmerge_mlx.cli import options as opt
-from kmerge_mlx.cli.tables import aligned
+from kmerge_mlx.cli.tables import aligned, size
 from kmerge_mlx.config import GenerationConfig
 from kmerge_mlx.errors import AdapterError
 
@@ -129,11 +129,13 @@ def _adapters(path: str | None, ks: Sequence[int] | None) -> dict[int, Adapter |
 
 def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """The sizes of the encoders."""
+    from kmerge_mlx.base import dtype_name
+
     return [
         {
             **side.embedding.encoder.config.to_json(),
             "parameters": side.embedding.encoder.config.num_parameters,
-            "dtype": _dtype(side.embedding.encoder.w1.weight),
+            "dtype": dtype_name(side.embedding.encoder.w1.weight.dtype),
         }
         for side in sides
         if side.embedding is not None
@@ -156,7 +158,7 @@ def _machine(reference: Side) -> dict[str, str]:
     import mlx.core as mx
     import mlx_lm
 
-    from kmerge_mlx.base import find_embedding
+    from kmerge_mlx.base import dtype_name, find_embedding
 
     device = mx.default_device()
     gpu = "Metal" if mx.metal.is_available() else "CUDA"
@@ -166,15 +168,11 @@ def _machine(reference: Side) -> dict[str, str]:
         "device": str(device),
         "machine": platform.machine(),
         "processor": str(mx.device_info(device).get("device_name", "unknown")),
-        "dtype": _dtype(table(mx.array([0]))),
+        "dtype": dtype_name(table(mx.array([0])).dtype),
         "mlx": mx.__version__,
         "mlx_lm": mlx_lm.__version__,
         "kmerge_mlx": __version__,
     }
-
-
-def _dtype(array: Any) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _backend(machine: Mapping[str, str]) -> str:
@@ -226,8 +224,8 @@ def _table(rows: Sequence[Row], spread: bool) -> str:
                 _figure(row.overhead, "{:.3f}", spread),
                 _figure(figures.prompt_tps, "{:,.1f}", False),
                 _figure(figures.generation_tps, "{:,.1f}", spread),
-                _bytes(figures.peak_bytes.median),
-                _bytes(figures.kv_bytes),
+                size(figures.peak_bytes.median),
+                size(figures.kv_bytes),
             )
         )
     return aligned(cells)
@@ -246,11 +244,3 @@ def _seconds(value: Spread, spread: bool) -> str:
         return _figure(value, "{:.2f}", spread, " s")
     trials = tuple(1e3 * trial for trial in value.trials)
     return _figure(type(value).of(trials), "{:.1f}", spread, " ms")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 999.5:  # more would be rounded to 1e+03
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

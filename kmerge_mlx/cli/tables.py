@@ -1,6 +1,6 @@
 """Tables for people: text in columns.
 
-Owns how they are aligned. Does not know what is in them.
+Owns how they are aligned, and how sizes are written. Does not know what is in them.
 """
 
 from __future__ import annotations
@@ -21,3 +21,12 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         rows.append("  ".join(cells).rstrip())
     return "\n".join(rows)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:  # more would be rounded to 1e+03
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB" if count < 999.5 else f"{count:,.0f} GB"

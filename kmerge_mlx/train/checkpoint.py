@@ -220,16 +220,29 @@ def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
     Raises:
         TrainError: Files that are torn, edited or of a newer release.
     """
-    folder = path / TRAINING
-    about = read_json(folder / STATE, TrainError)
+    about = _about(path)
+    tensors = read_safetensors(path / TRAINING / TENSORS, TrainError, ALL_DTYPES)
+    return about, State.from_json(about.get("state")), tensors
+
+
+def read_progress(path: Path) -> State:
+    """Where the run in a folder stands, without its tensors.
+
+    Raises:
+        TrainError: Files that are torn, edited or of a newer release.
+    """
+    return State.from_json(_about(path).get("state"))
+
+
+def _about(path: Path) -> dict[str, Any]:
+    file = path / TRAINING / STATE
+    about = read_json(file, TrainError)
     version = about.get("format_version") if isinstance(about, dict) else None
     if version != FORMAT_VERSION:
         raise TrainError(
-            f"{folder / STATE} has format_version {short(version)}, this release reads "
-            f"{FORMAT_VERSION}"
+            f"{file} has format_version {short(version)}, this release reads {FORMAT_VERSION}"
         )
-    state = State.from_json(about.get("state"))
-    return about, state, read_safetensors(folder / TENSORS, TrainError, ALL_DTYPES)
+    return about
 
 
 def _link(source: str, target: str) -> None:
