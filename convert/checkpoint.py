@@ -39,8 +39,6 @@ MAX_PROVENANCE_BYTES = 64 << 10
 # Sub-folders that a run leaves, the one to take first.
 SUBFOLDERS = ("best", "step_best", "last", "step_last")
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 
 @dataclass(frozen=True)
 class Base:
@@ -79,8 +77,8 @@ def convert_checkpoint(
         AdapterError: The destination exists, or cannot be written.
         ModelError: The base model cannot be read.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in base.DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(base.DTYPES)}")
     check_adapter_destination(destination, force)
     folder = find_checkpoint(source)
     known = None if model is None else read_base(model)
@@ -286,7 +284,9 @@ def _provenance(folder: Path, source: str, config: Any) -> dict[str, Any]:
 
 def _cast(adapter: Adapter, dtype: str) -> Adapter:
     parts = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
-    cast = [{name: a.astype(DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts]
+    cast = [
+        {name: a.astype(base.DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts
+    ]
     lora, encoder, head = cast
     if large := _not_finite(lora | encoder | _named_head(head)):
         names = ", ".join(problem.split()[0] for problem in large)

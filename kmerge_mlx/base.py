@@ -37,7 +37,11 @@ FINGERPRINT = (
 )
 
 # What mlx-lm and transformers raise over a folder that is no model.
-LOAD_ERRORS = (ValueError, KeyError, TypeError, RuntimeError, OSError)
+LOAD_ERRORS = (ValueError, LookupError, TypeError, RuntimeError, OSError)
+LOAD_ERRORS += (ArithmeticError, AssertionError, AttributeError)  # over impossible sizes
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+"""What weights may be cast to, as configs and ``--dtype`` name it."""
 
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of each weights file, for its digest
 
@@ -234,7 +238,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """How many positions the model was made for, or None where its config does not say."""
     text = text_config(config)
     length = text.get("max_position_embeddings")
-    if not isinstance(length, int):
+    if not isinstance(length, int) or length < 1:
         return None
     scaling = text.get("rope_scaling")
     if isinstance(scaling, Mapping):

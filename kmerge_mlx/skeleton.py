@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 # mlx-lm has no public name for its table of architectures.
@@ -22,7 +21,6 @@ from kmerge_mlx import base
 from kmerge_mlx.errors import ModelError, first_line, short
 from kmerge_mlx.model import widen
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,7 +49,7 @@ def build(path: Path, config: Mapping[str, Any], name: str, dtype: str | None = 
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot build {name} from its config: {first_line(error)}") from error
     if dtype is not None:
-        model.set_dtype(DTYPES[dtype])
+        model.set_dtype(base.DTYPES[dtype])
     return model
 
 
@@ -71,7 +69,7 @@ def _stated_dtype(config: Mapping[str, Any], name: str) -> str:
     for part in (base.text_config(config), config):
         stated = part.get("dtype") or part.get("torch_dtype")
         if stated is not None:
-            if stated in DTYPES:
+            if stated in base.DTYPES:
                 return stated
             raise ModelError(f"config.json of {name} says dtype {short(stated)}: give --dtype")
     raise ModelError(f"config.json of {name} does not say its dtype: give --dtype")

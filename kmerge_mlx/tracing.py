@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from kmerge_mlx import base
 from kmerge_mlx.errors import ModelError, first_line
 
 TOKENS = 37
@@ -126,7 +127,7 @@ def _run(model: nn.Module, name: str, logits: bool) -> tuple[Pass, Sequence[Any]
         with mx.stream(mx.cpu):
             ids = mx.zeros((1, TOKENS), mx.int32)
             mx.export_function(records.append, forward, ids, **parameters)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+    except base.LOAD_ERRORS as error:
         raise ModelError(f"{name} cannot be traced: {first_line(error)}") from error
     finally:
         model.update(tree_unflatten(list(parameters.items())))

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from typing import Annotated
 
 import typer
 
 from kmerge_mlx.cli import options as opt
-
-
-class Dtype(enum.StrEnum):
-    """What ``--dtype`` takes."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def convert(
@@ -34,7 +25,7 @@ def convert(
     ] = None,
     k: opt.MergeFactor = None,
     dtype: Annotated[
-        Dtype | None,
+        opt.Dtype | None,
         typer.Option("--dtype", help="Cast the weights. Default: keep.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter at DST.")] = False,

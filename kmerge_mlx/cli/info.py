@@ -11,7 +11,6 @@ import typer
 
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.calculated import parse_memory, report_of, text_of
-from kmerge_mlx.cli.convert import Dtype
 from kmerge_mlx.config import USABLE_SHARE, GenerationConfig
 from kmerge_mlx.layout import CONTEXTS
 
@@ -84,7 +83,7 @@ def info(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None,
+        opt.Dtype | None,
         typer.Option(
             "--dtype",
             help="Of weights and KV cache. Default: the model's own.",

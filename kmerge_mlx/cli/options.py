@@ -349,6 +349,7 @@ SkipBad = Annotated[
     bool,
     typer.Option("--skip-bad", help="Count bad lines and go on, instead of stopping."),
 ]
+Dtype = enum.StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Plot = Annotated[
     str | None,
     typer.Option(
