@@ -17,7 +17,7 @@ from kmerge_mlx import base
 from kmerge_mlx.adapter import MERGE_CONFIG, Adapter, find_adapters, load_adapter
 from kmerge_mlx.convert.checkpoint import ENCODER, find_checkpoint, read_checkpoint
 from kmerge_mlx.errors import AdapterError, DataError
-from kmerge_mlx.train.checkpoint import STATE, TRAINING, read_progress
+from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress
 from kmerge_mlx.train.log import read_log
 from kmerge_mlx.tuning import LoRAConfig
 
@@ -79,12 +79,14 @@ def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         "pad_token_id": merge.pad_token_id,
         "layout": None if merge.layout is None else asdict(merge.layout),
         "provenance": dict(merge.provenance),
-        "training": _training(folder) if (folder / TRAINING / STATE).is_file() else None,
+        "training": _training(folder.parent if folder.name == BEST else folder),
     }
 
 
-def _training(folder: Path) -> dict[str, Any]:
-    """How far the run in a folder came, and the figures of its best validation."""
+def _training(folder: Path) -> dict[str, Any] | None:
+    """How far the run in a folder came, and the figures of its best validation; None without."""
+    if not (folder / TRAINING / STATE).is_file():
+        return None
     state = read_progress(folder)
     best: dict[str, Any] = {}
     # A run that was killed may have left a torn last line, which a resumed one drops.

@@ -34,7 +34,9 @@ def parse_memory(text: str | None) -> int | None:
     found = _MEMORY.fullmatch(text.strip())
     amount = int(float(found[1]) * (1 << _SHIFT[found[2].upper()])) if found else 0
     if not amount:
-        raise typer.BadParameter("expected an amount as in 16GB")
+        raise typer.BadParameter(
+            f"expected an amount as in 16GB, found {text!a}", param_hint="--memory"
+        )
     return amount
 
 

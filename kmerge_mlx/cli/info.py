@@ -115,7 +115,7 @@ def info(
         _folder(path, as_json)
         return
     if not length:
-        raise typer.BadParameter("how long is the prompt?", param_hint="--length")
+        raise typer.BadParameter("give it with --model", param_hint="--length")
     opt.check_kv(kv_bits, max_kv_size)
     total = parse_memory(memory)
 
@@ -190,15 +190,12 @@ def _layout(layout: Mapping[str, Any]) -> str:
 
 
 def _training(training: Mapping[str, Any]) -> Rows:
-    """The run that the folder holds."""
-    yield (
-        "training",
-        f"{training['iteration']:,} iterations, {training['finished'] or 'unfinished'}",
-    )
+    """The run that the folder belongs to."""
+    end = f"; {training['finished']}" if training["finished"] else ""
+    yield "training", f"{training['iteration']:,} iterations{end}"
     if training["best"]:
-        figures = {name: value for name, value in training["best"].items() if name != "iteration"}
-        yield "best validation", f"iteration {training['best']['iteration']:,}"
-        yield from _under(figures)
+        yield "best validation", ""
+        yield from _under(training["best"])
 
 
 def _under(values: Mapping[str, Any]) -> Rows:
