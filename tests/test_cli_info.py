@@ -49,6 +49,27 @@ def test_the_calculator_prints_what_every_k_takes(tmp_path):
     )
 
 
+GUIDE = (Path(__file__).parents[1] / "docs/choosing-k.md").read_text()
+
+
+def test_the_guide_shows_what_its_command_prints(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    (command,) = [line for line in GUIDE.splitlines() if line.startswith("kmerge-mlx info")]
+    name, args = "Qwen/Qwen2.5-0.5B", command.split()[1:]
+    result = run(*[str(base) if arg == name else arg for arg in args])
+    printed = result.out.split("\n\nK = 1")[0].replace(str(base), name)
+    assert f"```\n{printed}\n```" in GUIDE
+
+
+def test_the_guide_compares_with_what_is_calculated(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    asked = SizingConfig((512, 2048), (2, 4, 8), dtype="float32")
+    for row in calculate(str(base), asked).rows:
+        if row.k > 1:
+            cells = f"| {row.k} | {row.speedup_floor:.2f}x | {row.work_ratio:.2f}x |"
+            assert cells in GUIDE
+
+
 def test_the_default_ks_begin_with_plain_mlx_lm(tmp_path):
     base = folder_of(tmp_path, "qwen2.5-0.5b")
     found = json.loads(run("info", "--model", base, "--length", 10, "--json").out)
