@@ -49,8 +49,8 @@ USABLE_SHARE = 2 / 3
 for its GPU: owners report from two thirds (8 GB) to five sixths (128 GB) of the memory."""
 
 MULTIPLICATIONS_PER_BYTE = 64
-"""How often a machine is taken to multiply, at most, while it reads a byte of memory: by their
-makers' figures about 20 for the GPUs of M1 to M4 and 60 for M5's; docs/performance.md's CPU: 5."""
+"""How often a machine is taken to multiply, at most, while it reads a byte of memory: by
+published figures roughly 20 for the GPUs of M1 to M4, 60 for M5's; docs/performance.md's CPU: 5."""
 
 
 def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:

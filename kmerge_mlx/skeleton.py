@@ -47,7 +47,7 @@ def build(path: Path, config: Mapping[str, Any], name: str, dtype: str | None = 
             dtype = dtype or _stated_dtype(config, name)
             model = _from_config(config, name)
     except base.LOAD_ERRORS as error:
-        raise ModelError(f"cannot build {name} from its config: {first_line(error)}") from error
+        raise ModelError(f"cannot build {name}: {first_line(error)}") from error
     if dtype is not None:
         model.set_dtype(base.DTYPES[dtype])
     return model

@@ -37,7 +37,7 @@ def info(
     path: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PATH]",
+            metavar="PATH",
             help="Adapter, checkpoint or base model folder.",
             show_default=False,
         ),
