@@ -1,0 +1,155 @@
+"""Writes docs/cli.md and docs/api.md from the command line and the docstrings.
+
+    python docs/reference.py
+
+A test fails where a page is not what this writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import kmerge_mlx
+
+HERE = Path(__file__).parent
+WIDTH = 100
+
+# What is public beside the names of the package itself, by module.
+FURTHER = {
+    "generation": ("GenerationResponse", "BatchResponse"),
+    "blocks": ("CompressedPrompt",),
+    "conversation": ("Conversation", "History"),
+    "spans": ("parse", "escape", "Span"),
+    "adapter": ("Adapter", "load_adapter", "save_adapter", "find_adapters"),
+    "config": ("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
+    "tuning": ("LoRAConfig", "FullConfig"),
+    "convert.checkpoint": ("convert_checkpoint",),
+    "serving.config": ("ServeConfig",),
+    "serving.run": ("Server",),
+    "errors": (
+        *("KMergeError", "CheckpointError", "AdapterError", "ModelError", "PromptError"),
+        *("DataError", "TrainError", "EvaluateError", "PlotError", "ServeError"),
+        "BlockTableFullError",
+    ),
+}
+_SECTIONS = ("Args", "Returns", "Yields", "Raises", "Source")
+_WRITTEN = "<!-- written by docs/reference.py -->\n"
+
+
+def cli_page() -> str:
+    """Every command's help, as the terminal shows it."""
+    from typer.main import get_command
+
+    from kmerge_mlx.cli import app
+
+    group = get_command(app)
+    pages = {"kmerge-mlx": group}
+    pages |= {f"kmerge-mlx {name}": command for name, command in sorted(group.commands.items())}
+    parts = [_WRITTEN + "# The command line"]
+    for name, command in pages.items():
+        sizes = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+        context = command.make_context(name, [], resilient_parsing=True, **sizes)
+        text = "\n".join(line.rstrip() for line in context.get_help().splitlines())
+        parts.append(f"## {name}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def api_page() -> str:
+    """The docstrings of the public names."""
+    parts = [
+        _WRITTEN + "# The Python API",
+        "Shapes: B batch, T tokens, K merge factor, N blocks, D hidden size, V vocabulary size.",
+    ]
+    own = [name for name in kmerge_mlx.__all__ if not name.startswith("_")]
+    for title, module, names in [
+        ("kmerge_mlx", kmerge_mlx, own),
+        *(
+            (f"kmerge_mlx.{place}", import_module(f"kmerge_mlx.{place}"), names)
+            for place, names in FURTHER.items()
+        ),
+    ]:
+        parts.append(f"## {title}")
+        for name in names:
+            parts += _entry(name, getattr(module, name))
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(name: str, thing: Any) -> Iterator[str]:
+    """A function, or a class and its public methods."""
+    yield f"### {name}\n\n{_signature(name, thing)}{_body(thing)}"
+    if not inspect.isclass(thing):
+        return
+    for part, value in vars(thing).items():
+        value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        documented = inspect.isfunction(value) or isinstance(value, property)
+        if documented and value.__doc__ and not part.startswith("_"):
+            called = "" if isinstance(value, property) else _signature(f"{name}.{part}", value)
+            yield f"#### {name}.{part}\n\n{called}{_body(value)}"
+
+
+def _signature(name: str, thing: Any) -> str:
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return ""
+    parameters = [
+        p.replace(annotation=p.empty)
+        for p in inspect.signature(thing).parameters.values()
+        if p.name not in ("self", "cls")
+    ]
+    arguments = str(inspect.Signature(parameters))
+    arguments = re.sub(r"=<factory>", "=...", arguments)
+    arguments = re.sub(r"=(\w+\(.*?\))(?=[,)])", "=...", arguments)
+    lines = f"{name}{arguments}"
+    if len(lines) > WIDTH:
+        inside = ",\n    ".join(str(p) for p in _marked(parameters))
+        lines = f"{name}(\n    {inside},\n)"
+    return f"```text\n{lines}\n```\n\n"
+
+
+def _marked(parameters: list[inspect.Parameter]) -> Iterator[str]:
+    """Parameters as they are written, with the star before those by name alone."""
+    starred = False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            yield "*"
+        starred = starred or parameter.kind is parameter.VAR_POSITIONAL
+        text = re.sub(r"=<factory>", "=...", str(parameter))
+        yield re.sub(r"=(\w+\(.*\))$", "=...", text)
+
+
+def _body(thing: Any) -> str:
+    """A docstring in Google style as Markdown."""
+    lines = inspect.getdoc(thing).splitlines()
+    found: list[str] = []
+    section = ""
+    for line in lines:
+        title = line.removesuffix(":")
+        if line.endswith(":") and title in _SECTIONS:
+            section = title
+            found += [f"*{title}*", ""]
+        elif section and line.startswith("    ") and not line.startswith("     "):
+            entry = re.match(r"    (\**\w+)(?: \(.*?\))?: (.*)", line)
+            text = f"`{entry[1]}`: {entry[2]}" if entry else line.strip()
+            listed = entry and section in ("Args", "Raises")
+            found.append(f"- {text}" if listed else text)
+        else:
+            found.append(f"  {line.strip()}" if section and line.strip() else line)
+    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", "\n".join(found)))
+
+
+PAGES = {"cli.md": cli_page, "api.md": api_page}
+
+
+def main() -> None:
+    """Writes the pages."""
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
