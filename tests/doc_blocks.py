@@ -19,7 +19,12 @@ from tests.cli_runner import environment
 from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "kmerge_mlx/bundled/README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted(
+    [
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kmerge_mlx/bundled/README.md"),
+        *ROOT.glob("docs/*.md"),
+    ]
+)
 RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 BASE_REPO = "Qwen/Qwen2.5-0.5B"
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,23 +79,6 @@ def test_a_folder_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch, bas
     monkeypatch.chdir(tmp_path)
     assert load("./bundled")[0].args.hidden_size == 64
     assert load("bundled")[0].args.hidden_size == 128
-
-
-def test_the_wheel_holds_all_of_it(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
-    for name in ("kmerge_mlx", "convert"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.startswith("kmerge_mlx/bundled/")}
-    root = bundled.BASE.parent
-    files = [f for f in root.rglob("*") if f.is_file() and f.suffix != ".pyc"]
-    assert held == {f"kmerge_mlx/bundled/{file.relative_to(root)}" for file in files}
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
