@@ -36,6 +36,7 @@ def sandbox(tmp_path, base_path, checkpoint_path, request):
             sandbox.write(f"data/{split}.jsonl", row * 8)
         if request.param.name not in PAGES_WITHOUT_AN_ADAPTER:
             convert_checkpoint(str(checkpoint_path), folder / "adapter", model=str(base))
+            sandbox.copy(folder / "adapter", "adapters/k4")
         yield sandbox
 
 
