@@ -5,7 +5,8 @@ without executing anything, the checks that need more than one part, and the rep
 wrong at once.
 
 Layout, as the authors' code writes it: one folder with ``encoder.pth``, ``adapter_config.json`` and
-``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json`` beside them.
+``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json`` beside them. ``export`` writes the
+same, and ``kmerge.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kmerge_mlx import base
 from kmerge_mlx._version import __version__
 from kmerge_mlx.adapter import HEAD, MERGE_CONFIG, Adapter, check_adapter_destination, save_adapter
 from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig, is_int
+from kmerge_mlx.convert.companion import COMPANION, Companion, read_companion
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
 from kmerge_mlx.convert.torch_file import read_state_dict
@@ -33,7 +35,7 @@ ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROVENANCE = ("metrics.json", "eval_accuracy.json")
-PATTERNS = [*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, *PROVENANCE]
+PATTERNS = [*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, COMPANION, *PROVENANCE]
 MAX_PROVENANCE_BYTES = 64 << 10
 
 # Sub-folders that a run leaves, the one to take first.
@@ -42,11 +44,12 @@ SUBFOLDERS = ("best", "step_best", "last", "step_last")
 
 @dataclass(frozen=True)
 class Base:
-    """What converting needs to know of the base model."""
+    """What converting needs to know of the base model, and who says it (for errors)."""
 
-    id: str
+    id: str | None
     config: dict[str, Any]
-    pad_token_id: int
+    pad_token_id: int | None
+    by: str
 
 
 def convert_checkpoint(
@@ -140,7 +143,7 @@ def read_base(model: str) -> Base:
         raise ModelError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from error
     # A folder is recorded so that it can be found from anywhere.
     name = str(path.resolve()) if Path(model).is_dir() else model
-    return Base(name, config, base.default_pad_token_id(tokenizer))
+    return Base(name, config, base.default_pad_token_id(tokenizer), f"--model {name}")
 
 
 def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str) -> Adapter:
@@ -156,41 +159,89 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
         CheckpointError: Everything wrong with it, listed.
     """
     problems: list[str] = []
-    encoder, encoder_weights = _read_encoder(folder, k, problems)
+    companion = _collect(problems, read_companion, folder)
+    facts = known or _companions_base(companion)
+    encoder, encoder_weights = _read_encoder(folder, k, companion, problems)
     tensors = _collect(problems, _read_peft_tensors, folder)
     before = len(problems)
     config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
-    fields = base.fingerprint(known.config) if known else {}
     lora = None
     if tensors is not None and len(problems) == before:
-        untied = known is not None and base.is_tied(known.config) is False
-        layers = fields.get("num_hidden_layers")
-        lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
+        lora = _lora(config, tensors, facts, companion, problems)
     provenance = _provenance(folder, source, config)
-    problems += _not_finite(encoder_weights)
+    problems += not_finite(encoder_weights)
     if lora is not None:
-        problems += _not_finite(lora.weights | _named_head(lora.head_weights))
-        problems += _cross_check(encoder, lora, known)
-    if problems or lora is None or encoder is None:
+        problems += not_finite(lora.weights | named_head(lora.head_weights))
+        problems += _cross_check(encoder, lora, facts)
+    if companion is not None:
+        problems += _companion_problems(companion, encoder, known)
+    if problems or lora is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
     recorded = config.get("base_model_name_or_path")
     if not isinstance(recorded, str) or not recorded.isprintable():
         recorded = None
+    # The authors' code merges the whole prompt, and applies no chat template.
+    layout, pad = Layout(ALL, chat_template=False), facts and facts.pad_token_id
+    if companion is not None:
+        layout, provenance = companion.merge.layout, provenance | companion.merge.provenance
+        # What the encoder was trained with, even where that is not the tokenizer's default.
+        pad = pad if companion.merge.pad_token_id is None else companion.merge.pad_token_id
+    name, fields = (facts.id, base.fingerprint(facts.config)) if facts else (None, {})
     merge = MergeConfig(
         encoder=encoder,
-        base=BaseModelConfig(known.id if known else recorded, fields),
-        pad_token_id=known.pad_token_id if known else None,
+        base=BaseModelConfig(name or recorded, fields),
+        pad_token_id=pad,
         head_lora=lora.head,
-        # The authors' code merges the whole prompt, and applies no chat template.
-        layout=Layout(ALL, chat_template=False),
+        layout=layout,
         provenance=provenance,
     )
     return Adapter(merge, lora.config, lora.weights, encoder_weights, lora.head_weights)
 
 
+def _lora(
+    config: Any,
+    tensors: Mapping[str, mx.array],
+    facts: Base | None,
+    companion: Companion | None,
+    problems: list[str],
+) -> PeftLoRA | None:
+    beside = companion is not None and companion.merge.head_lora is not None
+    untied = not beside and facts is not None and base.is_tied(facts.config) is False
+    layers = base.fingerprint(facts.config).get("num_hidden_layers") if facts else None
+    scales = companion.scales if companion else ()
+    return lora_from_peft(
+        config, tensors, problems, untied, layers if is_int(layers) else None, scales
+    )
+
+
+def _companions_base(companion: Companion | None) -> Base | None:
+    if companion is None:
+        return None
+    stated, pad = companion.merge.base, companion.merge.pad_token_id
+    return Base(stated.id, dict(stated.fields), pad, f"the base in {COMPANION}")
+
+
+def _companion_problems(
+    companion: Companion, encoder: EncoderConfig | None, known: Base | None
+) -> list[str]:
+    """Where it contradicts the encoder or the base that are there."""
+    differences = []
+    if encoder is not None and (difference := companion.disagreement(encoder)):
+        differences.append(difference)
+    if known is not None:
+        fields = base.fingerprint(known.config)
+        differences += [f"{known.by}: {d}" for d in companion.merge.base.differences(fields)]
+    return [f"{d} (says {COMPANION}; remove it to convert without it)" for d in differences]
+
+
 def _read_encoder(
-    folder: Path, k: int | None, problems: list[str]
+    folder: Path, k: int | None, companion: Companion | None, problems: list[str]
 ) -> tuple[EncoderConfig | None, dict[str, mx.array]]:
+    merges = companion is None or companion.merge.encoder is not None
+    if not merges and not (folder / ENCODER).exists():
+        if k not in (None, 1):
+            problems.append(f"{COMPANION} says K = 1, but --k is {k}: give --k 1 or leave it out")
+        return None, {}
     state = _collect(problems, read_state_dict, folder / ENCODER)
     found = None if state is None else encoder_from_torch(state, k, problems)
     return found or (None, {})
@@ -214,42 +265,44 @@ def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:
         return None
 
 
-def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, known: Base | None) -> list[str]:
+def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, facts: Base | None) -> list[str]:
     """What encoder, LoRA and base must agree on."""
-    head = _named_head(lora.head_weights) or lora.weights
+    head = named_head(lora.head_weights) or lora.weights
     a, b = (head.get(f"{HEAD}.{name}") for name in ("lora_a", "lora_b"))
     problems = []
     if encoder is not None and a is not None and a.shape[0] != encoder.hidden_size:
         d = encoder.hidden_size
         problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {d}")
-    if known is None:
+    if facts is None:
         return problems
-    if base.scales_embeddings(known.config):
+    if encoder is not None and base.scales_embeddings(facts.config):
         problems.append(
-            f"--model {known.id} scales embeddings inside the model, and the paper's code fed it "
+            f"{facts.by} scales embeddings inside the model, and the paper's code fed it "
             "unscaled ones: such a checkpoint has no equal here (docs/method.md, Gemma)"
         )
-    fields = base.fingerprint(known.config)
+    fields = base.fingerprint(facts.config)
     checks = (
         ("hidden_size", encoder and encoder.hidden_size, "the encoder has"),
         ("vocab_size", None if b is None else b.shape[1], "lm_head's LoRA has"),
     )
     problems += [
-        f"--model {known.id} has {name} {fields[name]}, {whose} {ours}"
+        f"{facts.by} has {name} {fields[name]}, {whose} {ours}"
         for name, ours, whose in checks
         if ours is not None and name in fields and fields[name] != ours
     ]
     layers, covered = fields.get("num_hidden_layers"), lora.config.num_layers
     if is_int(layers) and covered > layers:
-        problems.append(f"--model {known.id} has {layers} layers, the LoRA covers {covered}")
+        problems.append(f"{facts.by} has {layers} layers, the LoRA covers {covered}")
     return problems
 
 
-def _named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The head's LoRA tensors by their names in files."""
     return {f"{HEAD}.{name}": array for name, array in weights.items()}
 
 
-def _not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
+def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
+    """Which tensors are no numbers to compute with, one line each."""
     problems = []
     for name, array in tensors.items():
         if not mx.issubdtype(array.dtype, mx.floating):
@@ -288,7 +341,7 @@ def _cast(adapter: Adapter, dtype: str) -> Adapter:
         {name: a.astype(base.DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts
     ]
     lora, encoder, head = cast
-    if large := _not_finite(lora | encoder | _named_head(head)):
+    if large := not_finite(lora | encoder | named_head(head)):
         names = ", ".join(problem.split()[0] for problem in large)
         raise CheckpointError(f"--dtype {dtype} cannot hold {names}: give float32 or bfloat16")
     return Adapter(adapter.merge, adapter.tuning, *cast)

@@ -1,4 +1,4 @@
-"""``encoder.pth`` to merge encoder weights.
+"""``encoder.pth`` to merge encoder weights, and back.
 
 Owns the table of names and the reading of K, D and H from the shapes. Source: the authors' state
 dict, ``net.{0,2,4}`` of an ``nn.Sequential`` (arXiv 2604.15153, released code); under
@@ -56,6 +56,11 @@ def encoder_from_torch(
     found = {name: tuple(array.shape) for name, array in state.items()}
     problems += [f"encoder.pth: {p}" for p in tensor_problems(expected, found)]
     return sizes, {ours: state[theirs] for theirs, ours in NAMES if theirs in state}
+
+
+def encoder_to_torch(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The state dict of ``encoder.pth``: PyTorch names to an encoder's weights."""
+    return {theirs: weights[ours] for theirs, ours in NAMES}
 
 
 def _sizes(state: Mapping[str, mx.array], problems: list[str]) -> EncoderConfig | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ def lora_from_peft(
     problems: list[str],
     head_is_a_layer: bool = False,
     num_layers: int | None = None,
+    scales: Sequence[float] = (),
 ) -> PeftLoRA | None:
     """Converts a PEFT adapter.
 
@@ -106,6 +107,7 @@ def lora_from_peft(
         head_is_a_layer: The base is known to have an ``lm_head`` of its own, so that the head's
             LoRA goes with the others and mlx-lm loads it too.
         num_layers: L, how many layers the base has, or None where it is not known.
+        scales: Exact scales; one that the config gives to within the last bit is meant.
 
     Returns:
         The LoRA, or None if anything is wrong.
@@ -120,7 +122,9 @@ def lora_from_peft(
     except PatternError as error:
         problems.append(f"adapter_config.json: {error}")
         return None
-    specs = {name: _spec(name, pair, config, rules, problems) for name, pair in pairs.items()}
+    specs = {
+        name: _spec(name, pair, config, rules, scales, problems) for name, pair in pairs.items()
+    }
     problems += _target_problems(config, pairs, rules)
     if len(problems) > before:
         return None
@@ -250,6 +254,7 @@ def _spec(
     pair: Mapping[str, mx.array],
     config: Mapping[str, Any],
     rules: NameRules,
+    scales: Sequence[float],
     problems: list[str],
 ) -> LoRASpec | None:
     """Rank and scale of one module, after checking its two tensors against the config."""
@@ -268,7 +273,9 @@ def _spec(
     if rank != a.shape[1]:
         problems.append(f"{name}: the tensors have rank {a.shape[1]}, the config says {rank}")
         return None
-    return LoRASpec(rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    beside = (scale, math.nextafter(scale, math.inf), math.nextafter(scale, -math.inf))
+    return LoRASpec(rank, next((exact for exact in beside if exact in scales), scale))
 
 
 def _target_problems(
@@ -289,7 +296,7 @@ def _target_problems(
     return problems
 
 
-def _place(name: str) -> tuple[str, int | None, str]:
+def place(name: str) -> tuple[str, int | None, str]:
     """The stack of layers that a module is in, the layer's index, and the path inside the layer."""
     parts = name.split(".")
     for i, part in enumerate(parts[1:-1], 1):
@@ -306,24 +313,26 @@ def _lora_config(
 ) -> LoRAConfig:
     """mlx-lm's uniform form where it says the same, else module by module."""
     dropout = float(config.get("lora_dropout", 0.0))
-    places = [_place(name) for name in specs]
-    covered = max((layer for _, layer, _ in places if layer is not None), default=-1) + 1
+    places = [place(name) for name in specs]
+    layers = {layer for _, layer, _ in places if layer is not None}
+    covered = max(layers, default=-1) + 1
+    # mlx-lm counts layers from the last: the uniform form is right only for the last of them.
+    last = covered in (0, num_layers) or (num_layers is None and not rules.picks_layers)
+    count = covered - min(layers, default=0) if num_layers is not None else covered
     keys: dict[str, set[int | None]] = {}
     for _, layer, inside in places:
         keys.setdefault(inside, set()).add(layer)
     stacks = {stack for stack, layer, _ in places if layer is not None}
     everywhere = len(stacks) <= 1 and all(
-        where == {None} or (None not in where and len(where) == covered) for where in keys.values()
+        where == {None} or (None not in where and len(where) == count) for where in keys.values()
     )
-    # mlx-lm counts layers from the last: the uniform form is right only where all are covered.
-    whole = covered in (0, num_layers) or (num_layers is None and not rules.picks_layers)
     uniform = set(specs.values())
-    if everywhere and whole and len(uniform) <= 1:
+    if everywhere and last and len(uniform) <= 1:
         spec = (
             uniform.pop() if uniform else LoRASpec(config["r"], config["lora_alpha"] / config["r"])
         )
         # mlx-lm reads 0 layers as all of them; a module outside the layers needs none.
-        return LoRAConfig(max(covered, min(len(keys), 1)), dropout, spec, tuple(keys))
+        return LoRAConfig(max(count, min(len(keys), 1)), dropout, spec, tuple(keys))
     return LoRAConfig(covered, dropout, modules=dict(specs))
 
 

@@ -40,7 +40,7 @@ _DTYPES = {
         *(mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64),
     )
 }
-_STORAGES = {
+STORAGES = {
     "torch.FloatStorage": mx.float32,
     "torch.HalfStorage": mx.float16,
     "torch.BFloat16Storage": mx.bfloat16,
@@ -57,7 +57,7 @@ _GLOBALS = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
     "torch._utils._rebuild_parameter",
-    *_STORAGES,
+    *STORAGES,
     *_DTYPES,
 }
 _UNREADABLE = (  # (how a global's name starts, what was found, what to do)
@@ -312,8 +312,8 @@ def _is_size(value: Any) -> bool:
 def _storage(pid: Any) -> Storage:
     match pid:
         case ("storage", Global(path), str(key), str(), count):
-            if path in _STORAGES and _is_size(count) and key.isdecimal() and len(key) <= 20:
-                return Storage(key, _STORAGES[path], count * _STORAGES[path].size)
+            if path in STORAGES and _is_size(count) and key.isdecimal() and len(key) <= 20:
+                return Storage(key, STORAGES[path], count * STORAGES[path].size)
     raise CheckpointError("found a persistent id that is not a storage of numbers")
 
 

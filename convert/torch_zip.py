@@ -1,8 +1,9 @@
 """The zip archive around a PyTorch checkpoint, read strictly.
 
-Owns the zip records and their checks; knows nothing of pickles or tensors. Not ``zipfile``, which
-looks for a directory behind any prefix and before any comment, and takes overlapping entries and
-any number of them: ``torch.save`` writes none of that, so here it is damage.
+Owns the layouts of the zip records (``torch_write`` fills them in) and their checks; knows nothing
+of pickles or tensors. Not ``zipfile``, which looks for a directory behind any prefix and before any
+comment, and takes overlapping entries and any number of them: ``torch.save`` writes none of that,
+so here it is damage.
 
 Source: PKWARE's APPNOTE 6.3.10, sections 4.3.7 to 4.3.16 and 4.5.3.
 """
@@ -18,14 +19,14 @@ from kmerge_mlx.errors import CheckpointError
 
 _MAX_DIRECTORY = 1 << 20  # bytes; some 12,000 entries
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR = struct.Struct("<4sLQL")
-_END = struct.Struct("<4s4H2LH")
-_SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11  # flag bits
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+END = struct.Struct("<4s4H2LH")
+_SIZES_FOLLOW, UTF8 = 1 << 3, 1 << 11  # flag bits
 _FOLDER = 1 << 4  # attribute bit; torch.load returns uninitialized memory for such an entry
-_WIDE = 0xFFFFFFFF  # in a 32-bit field: the value is in the zip64 record
+WIDE = 0xFFFFFFFF  # in a 32-bit field: the value is in the zip64 record
 
 _STORE = "re-save it in PyTorch, which stores without compression or a password"
 
@@ -110,23 +111,23 @@ class Archive:
 
     def _find_directory(self) -> tuple[int, int, int]:
         """Returns the directory's offset and size in bytes, and its number of entries."""
-        end = self._length - _END.size
-        magic, *disks, count, size, offset, comment = _END.unpack(self._slice(end, _END.size))
+        end = self._length - END.size
+        magic, *disks, count, size, offset, comment = END.unpack(self._slice(end, END.size))
         if magic != b"PK\5\6" or comment:
             raise CheckpointError(
                 "found no zip directory at its very end: cut short or appended to"
             )
-        locator = self._slice(max(0, end - _LOCATOR.size), _LOCATOR.size)
+        locator = self._slice(max(0, end - LOCATOR.size), LOCATOR.size)
         if locator.startswith(b"PK\6\7"):
-            end -= _LOCATOR.size + _END64.size
-            record = _END64.unpack(self._slice(end, _END64.size))
+            end -= LOCATOR.size + END64.size
+            record = END64.unpack(self._slice(end, END64.size))
             *wide_disks, wide_count, wide_size, wide_offset = record[4:]
             if (
-                _LOCATOR.unpack(locator)[1:] != (0, end, 1)
+                LOCATOR.unpack(locator)[1:] != (0, end, 1)
                 or record[0] != b"PK\6\6"
                 or count not in (wide_count, 0xFFFF)
-                or size not in (wide_size, _WIDE)
-                or offset not in (wide_offset, _WIDE)
+                or size not in (wide_size, WIDE)
+                or offset not in (wide_offset, WIDE)
             ):
                 raise CheckpointError("found a zip64 record that contradicts the zip directory")
             disks, count, size, offset = wide_disks, wide_count, wide_size, wide_offset
@@ -138,31 +139,31 @@ class Archive:
 
     def _entry(self, directory: bytes, at: int) -> tuple[str, Entry, int]:
         """Parses the directory record at ``at``; returns name, entry and the next position."""
-        stop = at + _CENTRAL.size
+        stop = at + CENTRAL.size
         if stop > len(directory) or not directory.startswith(b"PK\1\2", at):
             raise CheckpointError("found fewer entries in the zip directory than it states")
-        _, _, _, flags, method, _, _, crc, *rest = _CENTRAL.unpack(directory[at:stop])
+        _, _, _, flags, method, _, _, crc, *rest = CENTRAL.unpack(directory[at:stop])
         packed, size, n_name, n_extra, n_comment, disk, _, attributes, header = rest
         raw = directory[stop : stop + n_name]
         stop += n_name + n_extra
         name = _checked_name(raw)
         size, packed, header = _widened(directory[stop - n_extra : stop], size, packed, header)
-        local = _LOCAL.unpack(self._slice(header, _LOCAL.size))
+        local = LOCAL.unpack(self._slice(header, LOCAL.size))
         magic, _, *same, _, _, local_crc, local_packed, local_size, n_name_here, n_pad = local
         unset = {0} if flags & _SIZES_FOLLOW else set()
-        start = header + _LOCAL.size + n_name_here
+        start = header + LOCAL.size + n_name_here
         if (
             magic != b"PK\3\4"
             or same != [flags, method]
-            or self._slice(header + _LOCAL.size, n_name_here) != raw
-            or local_packed not in {packed, _WIDE} | unset
-            or local_size not in {size, _WIDE} | unset
+            or self._slice(header + LOCAL.size, n_name_here) != raw
+            or local_packed not in {packed, WIDE} | unset
+            or local_size not in {size, WIDE} | unset
             or local_crc not in {crc} | unset
             or disk
             or attributes & _FOLDER
         ):
             raise CheckpointError(f"found two different headers for {name!a:.60}, expected one")
-        plain = not method and packed == size and not flags & ~(_SIZES_FOLLOW | _UTF8)
+        plain = not method and packed == size and not flags & ~(_SIZES_FOLLOW | UTF8)
         entry = Entry(header, start + n_pad, packed, crc, plain)
         return name, entry, stop + n_comment
 
@@ -187,7 +188,7 @@ def _widened(extra: bytes, *fields: int) -> list[int]:
             wide = extra[at + 4 : at + 4 + size]
         at += 4 + size
     values = iter(struct.unpack(f"<{len(wide) // 8}Q", wide[: len(wide) // 8 * 8]))
-    widened = [next(values, -1) if field == _WIDE else field for field in fields]
+    widened = [next(values, -1) if field == WIDE else field for field in fields]
     if -1 in widened:
         raise CheckpointError("found a zip entry without the zip64 sizes that it points to")
     return widened

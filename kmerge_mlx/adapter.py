@@ -270,7 +270,7 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
 
 def _what_else(path: Path) -> str:
     """What a folder that is no adapter folder is, and what to do about it."""
-    if (path / "encoder.pth").is_file():
+    if (path / "encoder.pth").is_file() or (path / "kmerge.json").is_file():
         return f"is a PyTorch checkpoint: run `kmerge-mlx convert {path} DST` first"
     if (path / TUNING_CONFIG).is_file():
         config = read_json(path / TUNING_CONFIG, AdapterError)

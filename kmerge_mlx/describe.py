@@ -16,6 +16,7 @@ import mlx.core as mx
 from kmerge_mlx import base
 from kmerge_mlx.adapter import MERGE_CONFIG, Adapter, find_adapters, load_adapter
 from kmerge_mlx.convert.checkpoint import ENCODER, find_checkpoint, read_checkpoint
+from kmerge_mlx.convert.companion import COMPANION
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress
 from kmerge_mlx.train.log import read_log
@@ -46,7 +47,7 @@ def _describe(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise AdapterError(f"{path} is not a folder")
     if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
-        if _holds(path, ENCODER):
+        if _holds(path, ENCODER) or (path / COMPANION).is_file():
             folder = find_checkpoint(str(path))
             adapter = read_checkpoint(folder, None, None, str(path))
             found = [_adapter(adapter, folder)]

@@ -166,10 +166,19 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         _sync(file.fileno())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Writes tensors, the same bytes for the same tensors, and flushes them to the disk."""
+def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: str = "mlx") -> None:
+    """Writes tensors, the same bytes for the same tensors, and flushes them to the disk.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        framework: Whose file it says it is: ``mlx``, or ``pt`` for PyTorch.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     try:
-        mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())), {"format": framework})
     except RuntimeError as e:  # MLX's word for whatever it is
         if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in tensors.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e

@@ -20,6 +20,7 @@ from kmerge_mlx.cli.chat import chat
 from kmerge_mlx.cli.convert import convert
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
+from kmerge_mlx.cli.export import export
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.serve import serve
@@ -40,6 +41,7 @@ app.command()(chat)
 app.command()(convert)
 app.command()(data)
 app.command()(evaluate)
+app.command()(export)
 app.command()(generate)
 app.command()(info)
 app.command()(serve)

@@ -45,15 +45,16 @@ def convert(
 
     adapter = convert_checkpoint(source, destination, model, k, dtype, force)
     merge = adapter.merge
+    encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
     tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
     size = sum(array.nbytes for array in tensors.values())
     print(
-        f"{destination}: K = {merge.encoder.merge_factor}, D = {merge.encoder.hidden_size}, "
+        f"{destination}: K = {merge.merge_factor}, {encoder}"
         f"{len(tensors)} tensors, {size / 1e6:.1f} MB, "
         f"base {merge.base.id or 'not named'}",
         file=sys.stderr,
     )
-    if model is None:
+    if model is None and not merge.base.fields:
         print(
             "note: without --model, only sizes tell a wrong base when the adapter is loaded",
             file=sys.stderr,

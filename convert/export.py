@@ -1,0 +1,153 @@
+"""An adapter folder to a checkpoint folder for PyTorch: the reverse of ``checkpoint.py``.
+
+Owns which adapters have an equal in PEFT's format and the paper's code, and what the folder holds:
+``encoder.pth``, PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, ``kmerge.json``
+for what those cannot say, and the ``metrics.json`` of a checkpoint that was converted.
+
+Not written: the copies of base weights (``base_layer``) that PEFT saves for an adapted output head.
+They are the base's, and PEFT loads an adapter without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kmerge_mlx import base, bundled
+from kmerge_mlx.adapter import Adapter, load_adapter
+from kmerge_mlx.convert.checkpoint import (
+    ENCODER,
+    MAX_PROVENANCE_BYTES,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PROVENANCE,
+    named_head,
+    not_finite,
+)
+from kmerge_mlx.convert.companion import COMPANION, Companion
+from kmerge_mlx.convert.encoder import encoder_to_torch
+from kmerge_mlx.convert.peft import lora_from_peft, place
+from kmerge_mlx.convert.peft_write import PeftAdapter, lora_to_peft
+from kmerge_mlx.convert.torch_write import write_state_dict
+from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
+from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
+from kmerge_mlx.tuning import LoRAConfig
+
+FILES = (ENCODER, PEFT_CONFIG, PEFT_WEIGHTS[0], COMPANION, *PROVENANCE)
+
+
+def export_adapter(
+    source: str | Path, destination: str | Path, k: int | None = None, force: bool = False
+) -> Adapter:
+    """Writes an adapter as the paper's code and PEFT read it; ``convert`` brings it back.
+
+    Tensors keep their dtypes and bits, and the same adapter gives the same bytes. An adapter with
+    K = 1 has no encoder, and gets no ``encoder.pth``.
+
+    Args:
+        source: An adapter folder, a folder of them, or ``bundled``.
+        destination: The folder to write, whole or not at all.
+        k: Merge factor wanted; None takes the only one there is.
+        force: Replace an exported adapter at ``destination``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: The adapter cannot be read, or has no equal in PyTorch (all reasons listed).
+        CheckpointError: The destination exists, or cannot be written. Nothing is left there then.
+    """
+    check_destination(
+        destination, force, "exported adapter", FILES, CheckpointError, marker=COMPANION
+    )
+    adapter = load_adapter(source, k)
+    problems = _objections(adapter)
+    if isinstance(tuning := adapter.tuning, LoRAConfig) and not problems:
+        peft = lora_to_peft(adapter, tuning, _base_model(adapter))
+        problems = _differences(peft)
+    if problems:
+        raise AdapterError(findings(f"{source} cannot be exported", problems))
+    try:
+        with replacing_folder(Path(destination)) as folder:
+            _write(adapter, peft, folder)
+    except OSError as e:
+        reason = e.strerror or first_line(e)
+        raise CheckpointError(f"cannot write {destination}: {reason}") from e
+    return adapter
+
+
+def _objections(adapter: Adapter) -> list[str]:
+    """Why an adapter means nothing to PEFT or to the paper's code, one line each."""
+    merge, weights = adapter.merge, adapter.tuning_weights
+    problems = not_finite(adapter.encoder_weights | weights | named_head(adapter.head_weights))
+    if not isinstance(adapter.tuning, LoRAConfig):
+        return [*problems, "full fine-tuning is no LoRA: `kmerge-mlx fuse` writes a whole model"]
+    if merge.encoder is not None and (context := merge.encoder.context):
+        problems.append(
+            f"its encoder also reads the {context} tokens before a block, which the paper's "
+            "code does not: train it without --encoder-context"
+        )
+    if merge.encoder is not None and base.scales_embeddings(merge.base.fields):
+        problems.append(
+            "its base scales embeddings inside the model, and the paper's code feeds it unscaled "
+            "ones (docs/method.md, Gemma): there is no equal"
+        )
+    modules = {name.rpartition(".")[0]: array for name, array in weights.items()}
+    if merge.head_lora is not None and named_head(adapter.head_weights).keys() & weights.keys():
+        problems.append("lm_head has two LoRAs, one beside the encoder")
+    for reason, found in (
+        ("experts", {place(name)[2] for name, array in modules.items() if array.ndim == 3}),
+        ("the embedding table", {name for name in modules if _is_embedding(name)}),
+    ):
+        problems += [
+            f"{name} is LoRA on {reason}, for which PEFT's files have no place: train it with "
+            "other lora_parameters.keys"
+            for name in sorted(found)
+        ]
+    return problems
+
+
+def _is_embedding(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return "embed" in last or last in ("wte", "wpe")
+
+
+def _differences(peft: PeftAdapter) -> list[str]:
+    """What ``convert`` would not read back as it is meant, one line each."""
+    problems: list[str] = []
+    back = lora_from_peft(peft.config, peft.tensors, problems, True, scales=peft.scales)
+    if back is None:
+        return problems
+    specs = {name.rpartition(".")[0]: back.config.uniform for name in back.weights}
+    specs |= back.config.modules
+    return [
+        f"{name}: PEFT's rules would give it {specs.get(name)}, not {spec}"
+        for name, spec in peft.specs.items()
+        if specs.get(name) != spec
+    ]
+
+
+def _base_model(adapter: Adapter) -> str | None:
+    """The base as PEFT is to call it: a folder that can be found from anywhere, or a repo id."""
+    name = adapter.merge.base.id
+    if name == bundled.BUNDLED:
+        return str(bundled.BASE)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _write(adapter: Adapter, peft: PeftAdapter, folder: Path) -> None:
+    write_json(folder / PEFT_CONFIG, peft.config)
+    write_safetensors(folder / PEFT_WEIGHTS[0], peft.tensors, "pt")
+    if adapter.encoder_weights:
+        write_state_dict(folder / ENCODER, encoder_to_torch(adapter.encoder_weights))
+    provenance = dict(adapter.merge.provenance)
+    for name in PROVENANCE:
+        content: Any = provenance.get(name.removesuffix(".json"))
+        if isinstance(content, dict):
+            write_json(folder / name, content)
+            # Past this, `convert` would not take it from there.
+            if (folder / name).stat().st_size <= MAX_PROVENANCE_BYTES:
+                del provenance[name.removesuffix(".json")]
+    merge = replace(adapter.merge, provenance=provenance)
+    write_json(folder / COMPANION, Companion(merge, peft.scales).to_json())
