@@ -110,10 +110,10 @@ def _pattern(values: Mapping[str, Hashable], default: Hashable) -> dict[str, Any
     keys = {}
     for name, value in values.items():
         inside = place(name)[2]
+        short = next((end for end in (inside, name) if len(ending[end]) == 1), None)
         if value != default:
-            keys[inside if len(ending[inside]) == 1 else name] = value
-    # PEFT takes the first that fits: a path before one that it ends with.
-    return {re.escape(key): keys[key] for key in sorted(keys, key=lambda key: (-len(key), key))}
+            keys[f"^{re.escape(name)}" if short is None else re.escape(short)] = value
+    return dict(sorted(keys.items()))
 
 
 def _targets(

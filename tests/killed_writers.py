@@ -1,6 +1,6 @@
 """Functions that write a folder, run in processes of their own and killed while they do.
 
-A writer is named as ``module:function`` and called as ``function(source, destination, force=True)``.
+A writer is named as ``module:function``, and called with source, destination and ``force=True``.
 Killed at a random moment, spread over the measured duration and dense where files are written; or
 at the n-th step on the disk, by an audit hook that kills the process there.
 """
