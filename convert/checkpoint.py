@@ -167,7 +167,7 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
     config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
     if tensors is not None and len(problems) == before:
-        lora = _lora(config, tensors, facts, companion, problems)
+        lora = _lora(config, tensors, known, companion, problems)
     provenance = _provenance(folder, source, config)
     problems += not_finite(encoder_weights)
     if lora is not None:
@@ -201,12 +201,14 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
 def _lora(
     config: Any,
     tensors: Mapping[str, mx.array],
-    facts: Base | None,
+    known: Base | None,
     companion: Companion | None,
     problems: list[str],
 ) -> PeftLoRA | None:
-    beside = companion is not None and companion.merge.head_lora is not None
-    untied = not beside and facts is not None and base.is_tied(facts.config) is False
+    facts = known or _companions_base(companion)
+    untied = facts is not None and base.is_tied(facts.config) is False
+    if known is None and companion is not None and companion.merge.head_lora is not None:
+        untied = False  # it may lie beside the encoder for all that
     layers = base.fingerprint(facts.config).get("num_hidden_layers") if facts else None
     scales = companion.scales if companion else ()
     return lora_from_peft(

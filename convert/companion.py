@@ -49,7 +49,12 @@ class Companion:
         scales = data[SCALES]
         if not isinstance(scales, list) or not all(is_number(scale) for scale in scales):
             raise AdapterError(f"{SCALES} is {short(scales)}, expected a list of numbers")
-        return cls(MergeConfig.from_json(data[MERGE]), scales)
+        merge = MergeConfig.from_json(data[MERGE])
+        if not (merge.base.id or "").isprintable():
+            raise AdapterError(
+                f"base_model.id is {short(merge.base.id)}, expected a printable name"
+            )
+        return cls(merge, scales)
 
     def disagreement(self, encoder: EncoderConfig) -> str | None:
         """How its encoder differs from the one that is there, if it does."""

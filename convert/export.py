@@ -133,7 +133,10 @@ def _base_model(adapter: Adapter) -> str | None:
     name = adapter.merge.base.id
     if name == bundled.BUNDLED:
         return str(bundled.BASE)
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    try:
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    except OSError:  # no disk has such a name
+        return name
 
 
 def _write(adapter: Adapter, peft: PeftAdapter, folder: Path) -> None:

@@ -124,13 +124,15 @@ def _targets(
     for name in specs:
         _, layer, inside = place(name)
         layers[inside].add(layer)
+    named = set(tuning.keys) & layers.keys()  # keys may be full paths too
+    covered = set().union(*(layers[inside] for inside in named))
     count = fields.get("num_hidden_layers")
-    covered = set().union(*layers.values())
     # The last of the layers, as mlx-lm counts them: with the first among them, they are all.
-    all_covered = tuning.uniform is not None and (tuning.num_layers in (0, count) or 0 in covered)
+    all_covered = tuning.num_layers in (0, count) or 0 in covered
     short = {
         inside
         for inside, found in layers.items()
-        if all_covered or (len(found) == count and found == set(range(len(found))))
+        if (all_covered and inside in named)
+        or (len(found) == count and found == set(range(len(found))))
     }
     return sorted({inside if (inside := place(name)[2]) in short else name for name in specs})

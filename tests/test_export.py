@@ -84,6 +84,20 @@ def test_lora_on_the_last_layers_stays_uniform_where_the_base_says_how_many_ther
     assert back(tmp_path).tuning == replace(made.tuning, keys=(UP, Q))
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_lora_on_one_layer_by_its_full_path_is_on_that_layer_alone(tmp_path, layer):
+    made, name = make(), f"model.layers.{layer}.{Q}"
+    made = replace(
+        made,
+        tuning=replace(made.tuning, num_layers=1, keys=(name,)),
+        tuning_weights={n: a for n, a in made.tuning_weights.items() if n.startswith(name)},
+    )
+    assert config_of(exported(made, tmp_path))["target_modules"] == ["lm_head", name]
+    found = back(tmp_path)
+    assert_same_tensors(found, made)
+    assert specs(found) == specs(made)
+
+
 def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
     made = make()
     made = replace(made, merge=MergeConfig(made.merge.encoder, head_lora=made.merge.head_lora))
@@ -203,6 +217,12 @@ def test_a_plain_adapter_has_a_plain_config(tmp_path):
         "alpha_pattern": {"lm_head": 7},
         "modules_to_save": None,
     }
+
+
+def test_a_name_that_no_disk_takes_stays_a_name(tmp_path):
+    made, name = make(), "a/" + "b" * 300
+    made = replace(made, merge=replace(made.merge, base=BaseModelConfig(name)))
+    assert config_of(exported(made, tmp_path))["base_model_name_or_path"] == name
 
 
 def test_a_base_in_a_folder_is_named_so_that_it_can_be_found(tmp_path, monkeypatch):

@@ -250,6 +250,7 @@ def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said)
             "found an encoder for K = 4, the adapter was made for none (says kmerge.json",
         ),
         ({"base_model": {"id": "x", "config": {"a": 1}}}, "config_hash does not belong to"),
+        ({"base_model": {"id": "a\x1b[2J"}}, "base_model.id is 'a\\x1b[2J', expected a printable"),
         ({"base_model": {"id": 5}}, "base_model.id is 5, expected a name or null"),
     ],
 )
