@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to MLX adapter folders (installed as ``kmerge_mlx.convert``)."""
+"""PyTorch checkpoints to MLX adapter folders, and back (installed as ``kmerge_mlx.convert``)."""
