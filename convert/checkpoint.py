@@ -29,13 +29,16 @@ from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
 from kmerge_mlx.convert.torch_file import read_state_dict
 from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
 from kmerge_mlx.files import read_json, read_safetensors
+from kmerge_mlx.hub.fetch import fetch
 from kmerge_mlx.layout import ALL, Layout
 
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROVENANCE = ("metrics.json", "eval_accuracy.json")
-PATTERNS = [*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, COMPANION, *PROVENANCE]
+FETCHED = (*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, COMPANION, MERGE_CONFIG, *PROVENANCE)
+PATTERNS = (*FETCHED, *(f"*/{name}" for name in FETCHED))
+"""What of a hub repo is fetched; ``merge_config.json`` tells one that is converted already."""
 MAX_PROVENANCE_BYTES = 64 << 10
 
 # Sub-folders that a run leaves, the one to take first.
@@ -63,7 +66,7 @@ def convert_checkpoint(
     """Converts a PyTorch checkpoint into an adapter folder.
 
     Args:
-        source: Checkpoint folder, or hub repo id.
+        source: Checkpoint folder, or hub repo id (``user/name@revision``).
         destination: Adapter folder to write.
         model: Base model, folder or repo id; None leaves what only it can tell (padding token,
             tied head, fit) to be settled when the adapter is loaded.
@@ -106,8 +109,7 @@ def find_checkpoint(source: str) -> Path:
         if root.is_file():
             raise CheckpointError(f"{source} is a file: give the folder that holds {ENCODER}")
         if not root.is_dir():
-            patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS)]
-            root = base.download(source, None, patterns, CheckpointError)
+            root = fetch(source, PATTERNS, CheckpointError)
         if (root / MERGE_CONFIG).is_file():
             raise CheckpointError(f"{source} is an adapter folder already: nothing to convert")
         if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():

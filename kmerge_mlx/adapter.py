@@ -11,6 +11,7 @@ ours. A head LoRA that mlx-lm has no place for (tied models) is kept in the latt
 
 from __future__ import annotations
 
+import glob
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from kmerge_mlx.files import (
     write_json,
     write_safetensors,
 )
+from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub.names import is_namespaced
 from kmerge_mlx.lora import LORA_PARTS, tensor_problems
 from kmerge_mlx.tuning import LoRAConfig, Tuning, read_tuning
 
@@ -63,25 +66,30 @@ class Adapter:
 
 
 def find_adapters(path: str | Path) -> dict[int, Path]:
-    """The adapters in a folder, by merge factor.
+    """The adapters in a folder or a hub repo, by merge factor.
 
     Args:
-        path: An adapter folder, a folder of them (``k2/``, ``k4/``), or ``bundled``.
+        path: An adapter folder, a folder of them (``k2/``, ``k4/``), a hub repo of either
+            (``user/name@revision``), or ``bundled``.
 
     Returns:
-        Merge factor to adapter folder, ascending.
+        Merge factor to adapter folder, ascending. Of a hub repo the configs alone are there:
+        :func:`adapter_folder` fetches the rest.
 
     Raises:
         AdapterError: Not there, no adapter (says what it is instead), or two of one K.
     """
-    path = bundled.ADAPTERS if path == bundled.BUNDLED else Path(path)
+    return _find(path)[1]
+
+
+def _find(path: str | Path) -> tuple[Path, dict[int, Path]]:
+    """The local folder that a path stands for, and the adapters in it."""
     try:
-        if not path.is_dir():
-            raise AdapterError(f"{path} is not a folder: --adapter-path takes a converted adapter")
-        if (path / MERGE_CONFIG).is_file():
-            return {read_merge_config(path).merge_factor: path}
+        root = _local(path)
+        if (root / MERGE_CONFIG).is_file():
+            return root, {read_merge_config(root).merge_factor: root}
         # A hidden folder is one that a killed run was still writing.
-        inside = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+        inside = sorted(child for child in root.glob("*") if not child.name.startswith("."))
         folders = [child for child in inside if (child / MERGE_CONFIG).is_file()]
     except OSError as e:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
@@ -95,15 +103,33 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
                 f"{path} holds several adapters for K = {factor}: name one of {names}"
             )
     if found:
-        return {factor: found[factor][0] for factor in sorted(found)}
-    raise AdapterError(f"{path} {_what_else(path)}")
+        return root, {factor: found[factor][0] for factor in sorted(found)}
+    raise AdapterError(f"{path} {_what_else(root)}")
+
+
+def _local(path: str | Path) -> Path:
+    """The folder that a path is, or that stands for a hub repo, with its configs in it."""
+    if path == bundled.BUNDLED:
+        return bundled.ADAPTERS
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not is_namespaced(str(path)):
+        raise AdapterError(
+            f"{path} is not a folder: --adapter-path takes a converted adapter, or the name of a "
+            "hub repo (user/name)"
+        )
+    patterns = [
+        f"{folder}{name}" for folder in ("", "*/") for name in (MERGE_CONFIG, TUNING_CONFIG)
+    ]
+    return fetch(str(path), patterns, AdapterError)
 
 
 def adapter_folder(path: str | Path, k: int | None = None) -> Path:
     """The folder of one adapter.
 
     Args:
-        path: An adapter folder, or a folder of them.
+        path: As for :func:`find_adapters`.
         k: Merge factor wanted; None takes the only one there is (of the bundled ones, 4).
 
     Raises:
@@ -113,20 +139,26 @@ def adapter_folder(path: str | Path, k: int | None = None) -> Path:
         raise AdapterError(f"k is {k!r}, expected a whole number")
     if k is None and path == bundled.BUNDLED:
         k = bundled.DEFAULT_K
-    found = find_adapters(path)
+    root, found = _find(path)
     have = ", ".join(str(factor) for factor in found)
     if k is None and len(found) > 1:
         raise AdapterError(f"{path} holds adapters for K = {have}: choose one with --k")
     if k is not None and k not in found:
         raise AdapterError(f"{path} holds no adapter for --k {k}: it has K = {have}")
-    return found[next(iter(found)) if k is None else k]
+    folder = found[next(iter(found)) if k is None else k]
+    if path != bundled.BUNDLED and not Path(path).is_dir():
+        # Of the same commit, which is the name of the folder that the hub's cache keeps it in.
+        name = f"{str(path).partition('@')[0]}@{root.name}"
+        inside = "" if folder == root else f"{glob.escape(folder.name)}/"
+        fetch(name, [f"{inside}{file}" for file in FILES], AdapterError)
+    return folder
 
 
 def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     """Reads an adapter folder.
 
     Args:
-        path: An adapter folder, or a folder of them.
+        path: As for :func:`find_adapters`.
         k: Merge factor wanted; None takes the only one there is.
 
     Returns:

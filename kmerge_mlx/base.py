@@ -20,7 +20,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.errors import KMergeError, ModelError, first_line
+from kmerge_mlx.errors import ModelError, first_line
+from kmerge_mlx.hub.fetch import fetch
 
 # What must agree between the base an adapter was made for and the one it is loaded on.
 FINGERPRINT = (
@@ -53,8 +54,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
     """A local folder for a base model, downloaded from the hub if it is not one already.
 
     Args:
-        path_or_hf_repo: A folder, a hub repo id, or ``bundled``.
-        revision: Hub revision.
+        path_or_hf_repo: A folder, a hub repo id (``user/name@revision``), or ``bundled``.
+        revision: Hub revision, where the id names none.
         weights: Whether the weights are wanted, or the config and tokenizer alone.
 
     Raises:
@@ -71,42 +72,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
     except OSError as e:
         raise ModelError(f"cannot read --model {path}: {e.strerror}") from None
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
-    return download(str(path_or_hf_repo), revision, patterns, ModelError)
-
-
-def download(
-    repo_id: str, revision: str | None, patterns: list[str], error: type[KMergeError]
-) -> Path:
-    """Fetches a hub repo, or finds it in the cache.
-
-    Args:
-        repo_id: ``user/name``.
-        revision: Branch, tag or commit, or None for the default branch.
-        patterns: Which files.
-        error: Kind of error to raise.
-
-    Raises:
-        KMergeError: With one line, whatever the hub said.
-    """
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except errors.HFValidationError:
-        raise error(f"{repo_id} is neither a folder nor the name of a hub repo") from None
-    except errors.GatedRepoError as e:
-        raise error(
-            f"{repo_id} is gated: accept its terms on its hub page, then `hf auth login`"
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise error(
-            f"{repo_id} is no folder here, and the hub has no such repo, or a private one: "
-            "check the name, or `hf auth login`"
-        ) from e
-    except Exception as e:  # the hub client's errors share no base with the network's
-        raise error(
-            f"{repo_id} is no folder here, and the hub did not give it: {first_line(e)}"
-        ) from e
+    return fetch(str(path_or_hf_repo), patterns, ModelError, revision=revision)
 
 
 def read_config(path: Path) -> dict[str, Any]:

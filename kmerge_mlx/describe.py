@@ -14,20 +14,24 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx import base
-from kmerge_mlx.adapter import MERGE_CONFIG, Adapter, find_adapters, load_adapter
-from kmerge_mlx.convert.checkpoint import ENCODER, find_checkpoint, read_checkpoint
+from kmerge_mlx.adapter import FILES, MERGE_CONFIG, Adapter, find_adapters, load_adapter
+from kmerge_mlx.convert.checkpoint import ENCODER, FETCHED, find_checkpoint, read_checkpoint
 from kmerge_mlx.convert.companion import COMPANION
 from kmerge_mlx.errors import AdapterError, DataError
+from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub.names import is_namespaced
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress
 from kmerge_mlx.train.log import read_log
 from kmerge_mlx.tuning import LoRAConfig
 
+PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))
+
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Says what a folder is and holds.
+    """Says what a folder or a hub repo is and holds.
 
     Args:
-        path: A folder.
+        path: A folder, or ``user/name@revision``; a base model's weights are left there.
 
     Returns:
         ``kind`` (``adapter``, ``checkpoint`` or ``base model``) and its facts, all JSON-ready;
@@ -36,26 +40,31 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         KMergeError: Nothing this project knows, or a torn one.
     """
-    path = Path(path)
     try:
-        return _describe(path)
+        return _describe(_local(path)) | {"path": str(path)}
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}") from None
 
 
+def _local(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not is_namespaced(str(path)):
+        raise AdapterError(f"{path} is not a folder, nor the name of a hub repo (user/name)")
+    return fetch(str(path), PATTERNS, AdapterError)
+
+
 def _describe(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise AdapterError(f"{path} is not a folder")
     if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
         if _holds(path, ENCODER) or (path / COMPANION).is_file():
             folder = find_checkpoint(str(path))
             adapter = read_checkpoint(folder, None, None, str(path))
-            found = [_adapter(adapter, folder)]
-            return {"kind": "checkpoint", "path": str(path), "adapters": found}
+            return {"kind": "checkpoint", "adapters": [_adapter(adapter, folder)]}
         if (path / "config.json").is_file():
-            return {"kind": "base model", "path": str(path)} | _base(path)
+            return {"kind": "base model"} | _base(path)
     adapters = [_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()]
-    return {"kind": "adapter", "path": str(path), "adapters": adapters}
+    return {"kind": "adapter", "adapters": adapters}
 
 
 def _holds(path: Path, name: str) -> bool:

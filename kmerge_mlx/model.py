@@ -40,12 +40,13 @@ def load(
     """Loads a base model and an adapter, as ``mlx_lm.load`` does (the adapter comes second here).
 
     Args:
-        path_or_hf_repo: Base model, a folder, a hub repo id, or ``bundled``.
-        adapter_path: Adapter folder (see ``adapter.py``), or ``bundled``; None loads the base
-            alone, and prompts are then read unmerged.
+        path_or_hf_repo: Base model, a folder, a hub repo id (``user/name@revision``), or
+            ``bundled``.
+        adapter_path: Adapter folder (see ``adapter.py``), a hub repo id, or ``bundled``; None loads
+            the base alone, and prompts are then read unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
-        revision: Hub revision of the base.
+        revision: Hub revision of the base, where its id names none.
         lazy: Leave the base's weights unevaluated.
         trust_remote_code: Let the base's own Python files run.
         max_blocks: Slots of the block table.

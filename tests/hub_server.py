@@ -1,24 +1,76 @@
-"""Enough of the Hugging Face hub, on the loopback, for ``huggingface_hub`` to fetch a repo from it.
+"""Enough of the Hugging Face hub, on the loopback, for ``huggingface_hub`` to use it.
 
-Owns: the three routes that ``snapshot_download`` asks for (a revision, its file tree, a file whole
-or from a byte on), and the ways in which a hub fails. Knows nothing of this project.
+Owns: the routes that downloads and uploads ask for (repos and their revisions, file trees, files
+whole or from a byte on, large files by a redirect to another host, new repos and branches, uploads
+and commits), tokens, and the ways in which a hub fails. Knows nothing of this project.
 
-Source: the requests of huggingface_hub 2.4, and https://huggingface.co/docs/hub/api.
+Source: the requests of huggingface_hub 2.4; https://huggingface.co/docs/hub/api; the LFS batch API,
+https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-COMMIT = "c0ffee" + "0" * 34
+import yaml
+
+CHUNK = 1 << 14
+READ, WRITE = "read", "write"
+
+
+def git_oid(data: bytes) -> str:
+    """What ``git hash-object`` says of a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def is_large(path: str) -> bool:
+    """Whether the hub keeps a file apart from git, as its default .gitattributes say."""
+    return path.endswith((".safetensors", ".pth", ".bin"))
+
+
+@dataclass
+class Repo:
+    """A repo: files by commit, and commits by branch or tag.
+
+    Args:
+        commits: Files by path, by commit.
+        refs: Commit by name.
+        private: Whether only tokens see it.
+    """
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, private: bool = False) -> Repo:
+        """A repo with one commit: the files of a folder."""
+        repo = cls(private=private)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        repo.commit({p.relative_to(folder).as_posix(): p.read_bytes() for p in files})
+        return repo
+
+    def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
+        """Makes a commit that holds exactly these files; returns its name."""
+        text = f"{self.refs.get(ref)} {sorted((n, git_oid(d)) for n, d in files.items())}"
+        name = hashlib.sha1(text.encode()).hexdigest()
+        self.commits[name] = dict(files)
+        self.refs[ref] = name
+        return name
+
+    def files(self, ref: str = "main") -> dict[str, bytes]:
+        """The files of a branch."""
+        return self.commits[self.refs[ref]]
 
 
 @dataclass
@@ -26,23 +78,33 @@ class Hub:
     """A running hub.
 
     Args:
-        repos: Repo id to the folder that holds its files; one that is not named answers 404.
-        locked: Repo ids that answer 401.
-        cut: Names of files whose connection is cut half-way, and again at every resumption.
+        repos: By ``user/name``; one that is not there answers 404.
+        tokens: What each token allows, ``read`` or ``write``.
+        locked: Gated repos, open to nobody.
+        refuse: Status that a route (``info``, ``tree``, ``resolve``, ``create``, ``commit``, ...)
+            answers with.
+        cut: Files whose connection is cut half-way, and again at every resumption.
+        corrupt: Files that come with other bytes, as many.
+        pause: Seconds between the 16 KiB pieces of a file.
         requests: What was asked for, as ``METHOD path``.
     """
 
-    repos: dict[str, Path]
+    repos: dict[str, Repo]
+    tokens: dict[str, str] = field(default_factory=dict)
     locked: set[str] = field(default_factory=set)
+    refuse: dict[str, int] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    corrupt: set[str] = field(default_factory=set)
+    pause: float = 0.0
     requests: list[str] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
 
 @contextmanager
 def running_hub(**repos: Path) -> Iterator[Hub]:
     """Serves folders as repos ``user/NAME`` until the block ends."""
-    hub = Hub({f"user/{name}": folder for name, folder in repos.items()})
+    hub = Hub({f"user/{name}": Repo.of(folder) for name, folder in repos.items()})
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -57,16 +119,17 @@ def running_hub(**repos: Path) -> Iterator[Hub]:
         thread.join()
 
 
+class _Refused(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, code: str, message: str):
+        self.status, self.code, self.message = status, code, message
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
     timeout = 20
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
 
     def log_message(self, *_: object) -> None:
         """Says nothing: a test's output is its own."""
@@ -74,49 +137,190 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path.strip("/")
         self.hub.requests.append(f"{self.command} {path}")
-        for prefix in ("api/models/", "api/datasets/", "datasets/"):
-            path = path.removeprefix(prefix)
-        parts = path.split("/")
-        repo, route = "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
-        folder = self.hub.repos.get(repo)
-        if repo in self.hub.locked:
-            return self._refuse(401, "GatedRepo", "Invalid credentials in Authorization header")
-        if folder is None:
-            return self._refuse(404, "RepoNotFound", "Repository not found")
+        size = int(self.headers.get("Content-Length", 0))
+        self.body = self.rfile.read(size)
+        try:
+            self._route([unquote(part) for part in path.split("/")])
+        except _Refused as refused:
+            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+            if refused.status == 429:
+                headers["Retry-After"] = "0"
+            text = json.dumps({"error": refused.message}).encode()
+            self._send(refused.status, text, headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
+
+    def _route(self, parts: list[str]) -> None:
+        if parts[0] == "stored":
+            return self._stored(parts[1])
+        if parts[:2] == ["api", "validate-yaml"]:
+            return self._validate()
+        if parts[:3] == ["api", "repos", "create"]:
+            return self._create()
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._batch("/".join(parts[:2]).removesuffix(".git"))
+        while parts[0] in ("api", "models", "datasets"):
+            parts = parts[1:]
+        name, route, rest = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "info", parts[3:]
+        self._fail("info" if route == "revision" else route)
+        repo = self._repo(name)
+        if self.command == "POST":
+            self._need(WRITE)
+            ref = rest[0]
+            if route == "branch":
+                repo.refs[ref] = repo.refs["main"]
+                return self._json({})
+            files = self._commit_of(repo, ref)[1]
+            act = {"preupload": self._preupload, "commit": self._commit}[route]
+            return act(name, repo, ref, files)
+        commit, files = self._commit_of(repo, rest[0] if rest else "main")
         if route == "resolve":
-            return self._file(folder / "/".join(parts[4:]))
+            return self._file(commit, files, "/".join(rest[1:]))
         if route == "tree":
-            return self._json([_entry(file, folder) for file in _files(folder)])
-        siblings = [{"rfilename": _name(file, folder)} for file in _files(folder)]
-        return self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
+            return self._json([_entry(path, data) for path, data in files.items()])
+        siblings = [{"rfilename": path} for path in files]
+        about = {"id": name, "modelId": name, "sha": commit, "private": repo.private}
+        return self._json(about | {"siblings": siblings})
 
-    def _file(self, file: Path) -> None:
-        if not file.is_file():
-            return self._refuse(404, "EntryNotFound", "Entry not found")
-        data = file.read_bytes()
-        wanted = self.headers.get("Range", "bytes=0-").removeprefix("bytes=")
-        start = int(wanted.split("-")[0])
+    # ---- who may do what ----
+
+    def _token(self) -> str | None:
+        """What the request's token allows."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.tokens:
+            raise _Refused(401, "", "Invalid credentials in Authorization header")
+        return self.hub.tokens.get(token)
+
+    def _need(self, wanted: str) -> None:
+        allowed = self._token()
+        if allowed is None:
+            raise _Refused(401, "", "Invalid username or password.")
+        if allowed != wanted:
+            raise _Refused(403, "", "You don't have the rights to do that")
+
+    def _repo(self, name: str) -> Repo:
+        repo, token = self.hub.repos.get(name), self._token()
+        if name in self.hub.locked:
+            raise _Refused(401 if token is None else 403, "GatedRepo", "Access is restricted")
+        if repo is None or (repo.private and token is None):
+            status = 401 if token is None else 404
+            raise _Refused(status, "RepoNotFound", "Repository not found")
+        return repo
+
+    def _commit_of(self, repo: Repo, ref: str) -> tuple[str, dict[str, bytes]]:
+        commit = repo.refs.get(ref, ref)
+        if commit not in repo.commits:
+            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {ref}")
+        return commit, repo.commits[commit]
+
+    def _fail(self, route: str) -> None:
+        if status := self.hub.refuse.get(route):
+            raise _Refused(status, "", f"refused with {status}")
+
+    # ---- downloads ----
+
+    def _file(self, commit: str, files: dict[str, bytes], path: str) -> None:
+        if path not in files:
+            raise _Refused(404, "EntryNotFound", "Entry not found")
+        data, headers = files[path], {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if not is_large(path):
+            return self._bytes(path, data, headers | {"ETag": f'"{git_oid(data)}"'})
+        oid = hashlib.sha256(data).hexdigest()
+        self.hub.stored[oid] = data
+        # Another host than the hub's, as a CDN is: no token may reach it.
+        port = urlsplit(self.hub.url).port
+        headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
+        location = f"http://localhost:{port}/stored/{oid}?name={path}"
+        return self._send(302, b"", headers | {"Location": location})
+
+    def _stored(self, oid: str) -> None:
+        assert "Authorization" not in self.headers
+        if self.command == "PUT":
+            self._fail("put")
+            if hashlib.sha256(self.body).hexdigest() == oid:
+                self.hub.stored[oid] = self.body
+            return self._send(200, b"", {})
+        path = urlsplit(self.path).query.removeprefix("name=")
+        return self._bytes(unquote(path), self.hub.stored[oid], {"ETag": f'"{oid[:32]}"'})
+
+    def _bytes(self, path: str, data: bytes, headers: dict[str, str]) -> None:
+        name = path.rsplit("/", 1)[-1]
+        if name in self.hub.corrupt:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         body = data[start:]
-        headers = {
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
-            "X-Repo-Commit": COMMIT,
-            "Accept-Ranges": "bytes",
-        }
         if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if file.name in self.hub.cut:
+            headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        sent = body
+        if name in self.hub.cut and self.command == "GET":
             sent = b"" if start else data[: len(data) // 2]
-            self._send(206 if start else 200, sent, headers, length=len(body))
             self.close_connection = True
-            return None
-        return self._send(206 if start else 200, body, headers)
+        self._send(206 if start else 200, sent, headers, length=len(body))
 
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    # ---- uploads ----
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self._send(status, json.dumps({"error": message}).encode(), headers)
+    def _validate(self) -> None:
+        _, head, _ = json.loads(self.body)["content"].split("---\n", 2)
+        errors = [] if isinstance(yaml.safe_load(head), dict) else [{"message": "no metadata"}]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def _create(self) -> None:
+        self._fail("create")
+        self._need(WRITE)
+        asked = json.loads(self.body)
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.hub.repos:
+            raise _Refused(409, "", "You already created this model repo")
+        self.hub.repos[name] = repo = Repo(private=asked.get("visibility") == "private")
+        repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+        self._json({"url": f"{self.hub.url}/{name}", "name": name})
+
+    def _preupload(self, name: str, repo: Repo, ref: str, files: dict[str, bytes]) -> None:
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            mode = "lfs" if is_large(path) else "regular"
+            known = {}
+            if path in files:
+                data = files[path]
+                oid = hashlib.sha256(data).hexdigest() if mode == "lfs" else git_oid(data)
+                known = {"oid": oid}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+        self._json({"files": answers})
+
+    def _batch(self, name: str) -> None:
+        self._fail("batch")
+        self._need(WRITE)
+        self._repo(name)
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            link = f"http://localhost:{urlsplit(self.hub.url).port}/stored/{wanted['oid']}"
+            there = wanted["oid"] in self.hub.stored
+            objects.append(wanted | ({} if there else {"actions": {"upload": {"href": link}}}))
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, name: str, repo: Repo, ref: str, files: dict[str, bytes]) -> None:
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        new = dict(files)
+        for value, kind in ((line["value"], line["key"]) for line in lines):
+            if kind == "header" and value.get("parentCommit", repo.refs[ref]) != repo.refs[ref]:
+                raise _Refused(412, "", "A commit has happened since. Please refresh and try again")
+            if kind == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            if kind == "lfsFile":
+                if value["oid"] not in self.hub.stored:
+                    raise _Refused(400, "", "LFS pointer pointed to a file that does not exist")
+                new[value["path"]] = self.hub.stored[value["oid"]]
+        oid = repo.commit(new, ref)
+        self._json(
+            {"success": True, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"}
+            | {"commitOid": oid}
+        )
+
+    # ---- answers ----
+
+    def _json(self, value: object, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(
         self, status: int, body: bytes, headers: dict[str, str], length: int | None = None
@@ -126,23 +330,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        with suppress(ConnectionError):  # a killed client
+            for start in range(0, len(body), CHUNK):
+                self.wfile.write(body[start : start + CHUNK])
+                if self.hub.pause:
+                    time.sleep(self.hub.pause)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _name(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
-
-
-def _entry(file: Path, folder: Path) -> dict[str, object]:
-    data = file.read_bytes()
-    return {
-        "type": "file",
-        "path": _name(file, folder),
-        "size": len(data),
-        "oid": hashlib.sha1(data).hexdigest(),
-    }
+def _entry(path: str, data: bytes) -> dict[str, object]:
+    entry = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
+    if is_large(path):
+        oid = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
+    return entry

@@ -110,7 +110,7 @@ def test_a_tokenizer_with_nothing_to_fill_blocks_with_is_refused():
 def test_a_name_that_is_neither_folder_nor_repo_is_refused(tmp_path):
     with pytest.raises(ModelError, match="neither a folder nor the name of a hub repo"):
         base.resolve("no/such/folder/here")
-    with pytest.raises(ModelError, match="is no folder here, and the hub did not give it"):
+    with pytest.raises(ModelError, match="is no folder here and not in the cache"):
         base.resolve("nobody/nothing")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ModelError, match=r"is a file: give the folder that holds config\.json"):

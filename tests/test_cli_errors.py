@@ -210,7 +210,7 @@ BASES: list[Case] = [
     (
         "a hub name without the hub",
         lambda w: w.generate("p.txt", model="some/base"),
-        ["some/base is no folder here, and the hub did not give it", "HF_HUB_OFFLINE"],
+        ["some/base is no folder here and not in the cache", "HF_HUB_OFFLINE"],
     ),
     (
         "a file as a base",

@@ -33,7 +33,7 @@ def datasets(tmp_path, monkeypatch):
         write(tmp_path / name / "train.jsonl", *numbered(name[0], count))
     write(tmp_path / "one" / "dev.jsonl.gz", *numbered("d", 3))
     monkeypatch.setattr(
-        sources, "fetch_matching", lambda repo, patterns: tmp_path / repo.removeprefix("user/")
+        sources, "fetch", lambda repo, *_, **__: tmp_path / repo.removeprefix("user/")
     )
 
 

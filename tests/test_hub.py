@@ -69,8 +69,8 @@ def test_a_connection_cut_in_mid_file_is_one_error_and_a_second_try_goes_on(
     hub.cut.clear()
     hub.requests.clear()
     assert_converted(from_hub("convert", "user/ckpt", "adapter"), tmp_path)
-    fetched = [r.rsplit("/", 1)[-1] for r in hub.requests if r.startswith("GET user/ckpt")]
-    assert fetched == ["encoder.pth"]  # the files that came whole are kept
+    asked = [r.rsplit("/", 1)[-1] for r in hub.requests if r.startswith("HEAD user/ckpt")]
+    assert asked == ["encoder.pth"]  # the files that came whole are kept
 
 
 def assert_refused(result, tmp_path):

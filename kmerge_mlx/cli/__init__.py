@@ -26,6 +26,7 @@ from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.errors import KMergeError
+from kmerge_mlx.hub.fetch import one_version
 
 app = typer.Typer(
     name="kmerge-mlx",
@@ -88,7 +89,8 @@ def main() -> None:
         # A model may write what the terminal's encoding lacks: a `?` beats half an answer.
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)
+        with one_version():
+            code = app(standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)

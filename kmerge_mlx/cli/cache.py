@@ -222,7 +222,7 @@ def _lay_out(
 
 
 def _lasting(adapter_path: str | None) -> str | None:
-    """An adapter's path that holds in other folders, too."""
-    if adapter_path in (None, BUNDLED):
+    """An adapter's path that holds in other folders, too; the name of a hub repo does."""
+    if adapter_path in (None, BUNDLED) or not Path(adapter_path).is_dir():
         return adapter_path
     return str(Path(adapter_path).resolve())

@@ -12,7 +12,10 @@ from kmerge_mlx.cli import options as opt
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hub repo id.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="Checkpoint folder, or hub repo id (user/name@revision)."
+        ),
     ],
     destination: Annotated[str, typer.Argument(metavar="DST", help="Adapter folder to write.")],
     model: Annotated[

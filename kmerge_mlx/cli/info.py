@@ -38,7 +38,8 @@ def info(
         str | None,
         typer.Argument(
             metavar="PATH",
-            help="Adapter, checkpoint or base model folder.",
+            help="Adapter, checkpoint or base model: a folder, or a hub repo id "
+            "(user/name@revision).",
             show_default=False,
         ),
     ] = None,
@@ -96,7 +97,7 @@ def info(
     quantized_kv_start: opt.QuantizedKvStart = GenerationConfig.quantized_kv_start,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what a folder holds, or which K saves what.
+    """Say what a folder or hub repo holds, or which K saves what.
 
     With a PATH: K, sizes, base, layout, provenance, metrics. With --model and --length: positions,
     KV cache, encoder, memory and the least speed-up of every K, from the config alone.

@@ -89,8 +89,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Base model: a folder or a Hugging Face repo id. Default: the one the "
-        "adapter names; without an adapter, the bundled model.",
+        help="Base model: a folder or a Hugging Face repo id (user/name@revision). Default: the "
+        "one the adapter names; without an adapter, the bundled model.",
         show_default=False,
     ),
 ]
@@ -98,7 +98,8 @@ AdapterPath = Annotated[
     str | None,
     typer.Option(
         "--adapter-path",
-        help="Adapter folder, as `kmerge-mlx convert` writes it.",
+        help="Adapter folder, as `kmerge-mlx convert` writes it, or a hub repo of one "
+        "(user/name@revision).",
         show_default=False,
     ),
 ]

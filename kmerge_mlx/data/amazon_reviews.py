@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 
 from kmerge_mlx.config import is_number
-from kmerge_mlx.data.hub import fetch_file
 from kmerge_mlx.data.lines import Row
 from kmerge_mlx.data.sampling import Pair, SplitSizes
 from kmerge_mlx.errors import DataError, short
+from kmerge_mlx.hub.fetch import DATASET, fetch_file
 
 REPO = "McAuley-Lab/Amazon-Reviews-2023"
 CATEGORY = "Amazon_Fashion"
@@ -51,4 +51,4 @@ def fetch(category: str = CATEGORY) -> Path:
     """
     if not re.fullmatch(r"\w+", category, re.ASCII):
         raise DataError(f"category is {short(category)}, expected a name such as {CATEGORY}")
-    return fetch_file(REPO, f"raw/review_categories/{category}.jsonl")
+    return fetch_file(REPO, f"raw/review_categories/{category}.jsonl", DataError, repo_type=DATASET)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kmerge_mlx.data.hub import fetch_file
 from kmerge_mlx.data.lines import Row
 from kmerge_mlx.data.sampling import Pair, SplitSizes
 from kmerge_mlx.errors import DataError, short
+from kmerge_mlx.hub.fetch import DATASET, fetch_file
 
 REPO = "bigcode/commitpackft"
 LANGUAGE = "python"
@@ -55,4 +55,4 @@ def fetch(language: str = LANGUAGE) -> Path:
     """
     if not re.fullmatch(r"[\w+#.-]*\w[\w+#.-]*", language, re.ASCII):
         raise DataError(f"language is {short(language)}, expected a name such as {LANGUAGE}")
-    return fetch_file(REPO, f"data/{language}/data.jsonl")
+    return fetch_file(REPO, f"data/{language}/data.jsonl", DataError, repo_type=DATASET)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.data.examples import Example, ExampleFile, RowFormat
-from kmerge_mlx.data.hub import fetch_matching
 from kmerge_mlx.errors import DataError, short
+from kmerge_mlx.hub.fetch import DATASET, fetch
 
 SPLITS = ("train", "valid", "test")
 
@@ -85,7 +85,7 @@ def load_examples(
 
     Args:
         data: A folder with ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` (or ``.jsonl.gz``), or
-            a hub repo id of one.
+            a hub repo id of one (``user/name@revision``).
         row_format: What the rows mean.
         skip_bad: Count bad lines and go on, instead of stopping at the first.
         splits: Which splits are wanted; one that is not there is left out, as in mlx-lm.
@@ -185,9 +185,8 @@ def _folder(data: str | Path, splits: Sequence[str]) -> Path:
         return path
     if path.exists():
         raise DataError(f"{data} is a file: give the folder that holds train.jsonl")
-    return fetch_matching(
-        str(data), [f"{split}{suffix}" for split in splits for suffix in _SUFFIXES]
-    )
+    patterns = [f"{split}{suffix}" for split in splits for suffix in _SUFFIXES]
+    return fetch(str(data), patterns, DataError, repo_type=DATASET)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from kmerge_mlx import base
 from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import FILES
+from kmerge_mlx.adapter import FILES, adapter_folder
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError, KMergeError
@@ -227,7 +227,8 @@ def _identity(
     }
     have = adapters(config)
     for k in sorted({method.adapter_k for method in methods}):
-        identity[f"the adapter for K={k}"] = _digest(have[k]) if k in have else "none"
+        digest = _digest(adapter_folder(config.adapter_path, k)) if k in have else "none"
+        identity[f"the adapter for K={k}"] = digest
     return identity
 
 
