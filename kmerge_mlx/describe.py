@@ -60,10 +60,10 @@ def _describe(path: Path) -> dict[str, Any]:
         if _holds(path, ENCODER) or (path / COMPANION).is_file():
             folder = find_checkpoint(str(path))
             adapter = read_checkpoint(folder, None, None, str(path))
-            return {"kind": "checkpoint", "adapters": [_adapter(adapter, folder)]}
+            return {"kind": "checkpoint", "adapters": [describe_adapter(adapter, folder)]}
         if (path / "config.json").is_file():
             return {"kind": "base model"} | _base(path)
-    adapters = [_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()]
+    adapters = [describe_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()]
     return {"kind": "adapter", "adapters": adapters}
 
 
@@ -72,7 +72,8 @@ def _holds(path: Path, name: str) -> bool:
     return (path / name).is_file() or any(path.glob(f"*/{name}"))
 
 
-def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """The facts of one adapter and its folder, all JSON-ready; sizes in bytes."""
     merge, tuning, encoder = adapter.merge, adapter.tuning, adapter.encoder_weights
     return {
         **merge.encoder_entries(),

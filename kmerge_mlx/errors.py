@@ -58,6 +58,10 @@ class ServeError(KMergeError):
     """A server that cannot start as it was asked for."""
 
 
+class UploadError(KMergeError):
+    """An upload that cannot start as it was asked for, or that the hub refused."""
+
+
 class BlockTableFullError(KMergeError):
     """More distinct blocks are in use at once than the block table has slots."""
 

@@ -25,6 +25,7 @@ from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
+from kmerge_mlx.cli.upload import upload
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.hub.fetch import one_version
 
@@ -47,6 +48,7 @@ app.command()(generate)
 app.command()(info)
 app.command()(serve)
 app.command()(train)
+app.command()(upload)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,6 +77,7 @@ def _root(
       kmerge-mlx info ./adapter
       kmerge-mlx serve --adapter-path ./adapter --port 8000
       kmerge-mlx train --model Qwen/Qwen2.5-0.5B --data ./data --k 4 --adapter-path ./out
+      kmerge-mlx upload ./out me/my-adapter --license mit
     """
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)

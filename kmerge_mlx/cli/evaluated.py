@@ -77,7 +77,7 @@ def _table(group: Group, size: int, rows: Sequence[Row]) -> str:
     names = [name for name in COLUMNS if name in scores[0]]
     lines = [["", "ratio", *(_head(name, group) for name in names)]]
     for row, found in zip(rows, scores, strict=True):
-        cells = [_cell(name, found[name]) for name in names]
+        cells = [cell(name, found[name]) for name in names]
         lines.append([row.method.label, _ratio(row, [group]), *cells])
     title = f"{group.name.replace('_', ' ')}: {_questions(size)}"
     if group.labels:
@@ -93,7 +93,7 @@ def _recall_table(
     mine = [group for group in groups if group.place and group.place[0] == length]
     lines = [["", "ratio", *(f"depth {100 * group.place[1]:.12g}%" for group in mine)]]
     for row in rows:
-        cells = [_cell("recall", row.results[group.name].scores["recall"]) for group in mine]
+        cells = [cell("recall", row.results[group.name].scores["recall"]) for group in mine]
         lines.append([row.method.label, _ratio(row, mine), *cells])
     title = f"recall at {length:,} tokens: {_questions(sizes[mine[0].name])} at each depth"
     return f"{title}\n{aligned(lines)}"
@@ -112,7 +112,8 @@ def _questions(size: int) -> str:
     return f"{size:,} question{'' if size == 1 else 's'}"
 
 
-def _cell(name: str, score: Score) -> str:
+def cell(name: str, score: Score) -> str:
+    """A score and its interval as a table shows it."""
     value, ends = score.value, score.interval
     if COLUMNS[name]:
         return f"{value:.2%} ({100 * ends.low:.1f}-{100 * ends.high:.1f})"

@@ -162,8 +162,8 @@ def _print_adapter(adapter: dict[str, Any]) -> None:
         base += " (its config was not recorded: converted without --model)"
     pad = adapter["pad_token_id"]
     rows = [
-        ("encoder", _encoder(adapter)),
-        *_tuning(adapter).items(),
+        ("encoder", encoder_line(adapter)),
+        *tuning_lines(adapter).items(),
         ("base", base),
         *_under(adapter["base_config"]),
         ("padding", "from the tokenizer" if pad is None else f"token {pad}"),
@@ -212,7 +212,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _encoder(adapter: dict[str, Any]) -> str:
+def encoder_line(adapter: dict[str, Any]) -> str:
+    """What an adapter's encoder is, of the facts that ``describe`` gives."""
     if adapter["merge_factor"] == 1:
         return "none: nothing is merged"
     context = adapter["encoder_context"]
@@ -224,8 +225,8 @@ def _encoder(adapter: dict[str, Any]) -> str:
     )
 
 
-def _tuning(adapter: dict[str, Any]) -> dict[str, str]:
-    """The rows on how the base is changed: by LoRA, or in whole layers, or both (the head)."""
+def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
+    """The lines on how the base is changed: by LoRA, or in whole layers, or both (the head)."""
     rows, layers = {}, adapter["num_layers"]
     if adapter["full_bytes"]:
         rows["full"] = (

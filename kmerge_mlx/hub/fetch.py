@@ -15,7 +15,8 @@ from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.hub import names
 from kmerge_mlx.hub.checksums import checking
 from kmerge_mlx.hub.names import RepoName
-from kmerge_mlx.hub.refusals import came_wrong, quiet_retries, refusal
+from kmerge_mlx.hub.quiet import late_bar, quietly
+from kmerge_mlx.hub.refusals import came_wrong, refusal
 
 MODEL, DATASET = "model", "dataset"
 KINDS = {MODEL: "repo", DATASET: "dataset"}
@@ -69,6 +70,7 @@ def fetch(
             repo_type=repo_type,
             revision=commit or repo.revision,
             allow_patterns=list(patterns),
+            tqdm_class=late_bar(),
         )
 
     folder = _download(repo, repo_type, error, None, download)
@@ -115,7 +117,7 @@ def _download(
     try:
         with (
             checking(Path(constants.HF_HUB_CACHE), folder) as wrong,
-            quiet_retries(),
+            quietly(),
         ):
             path = Path(download())
     except Exception as e:  # the hub client's errors share no base with the network's

@@ -2,8 +2,8 @@
 
 Owns their one parser. Does not ask the hub whether there is such a repo.
 
-Source: https://huggingface.co/docs/hub (no repo id holds an ``@``, and git forbids ``..`` and
-white space in the name of a branch or tag).
+Source: huggingface_hub's ``validate_repo_id`` (no repo id holds an ``@``); git-check-ref-format (no
+name of a branch or tag holds ``..`` or white space).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kmerge_mlx.errors import KMergeError, short
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
-_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][^\s\\~^:?*\[]*")
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./+#=,-]*")
 
 
 @dataclass(frozen=True)

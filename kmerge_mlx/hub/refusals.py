@@ -1,56 +1,21 @@
 """What the hub, the network or the disk refused, each in one line that says what to do.
 
-Owns these lines, for downloads and uploads, and keeps the hub client's word on its own retries off
-the screen. Does not know what was asked for beyond its name.
+Owns these lines, for downloads and uploads. Does not know what was asked for beyond its name.
 
-Source: https://huggingface.co/docs/huggingface_hub (errors, ``HF_HUB_VERBOSITY``), and
+Source: https://huggingface.co/docs/huggingface_hub (errors), and
 https://huggingface.co/docs/hub/rate-limits.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from kmerge_mlx.errors import KMergeError, first_line
 from kmerge_mlx.hub.names import RepoName
 
-# What the client says of a failure it tries to mend, and of one that this project's line is about.
-_CHATTER = re.compile(
-    "thrown while requesting|^Retrying in |^Error while downloading|^Ignored error while writing"
-    "|^No files matched"
-)
 _RESET = re.compile(r";\s*t=(\d+)")
-
-
-@contextmanager
-def quiet_retries() -> Iterator[None]:
-    """Keeps the hub client's word on its retries off the screen; the rest of what it says stays.
-
-    ``HF_HUB_VERBOSITY``, the client's own setting, shows everything.
-    """
-    if os.environ.get("HF_HUB_VERBOSITY"):
-        yield
-        return
-    handlers = logging.getLogger("huggingface_hub").handlers
-
-    def hears(record: logging.LogRecord) -> bool:
-        return _CHATTER.search(record.getMessage()) is None
-
-    for handler in handlers:
-        handler.addFilter(hears)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Not enough free disk space")
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(hears)
 
 
 def came_wrong(repo: RepoName, files: Sequence[str], error: type[KMergeError]) -> KMergeError:
@@ -122,7 +87,8 @@ def why(failure: BaseException, do: str) -> str:
         if isinstance(cause, OSError) and cause.errno is not None:
             where = f" {cause.filename}" if cause.filename else " the hub's cache"
             return f"{'cannot write' if do == 'read' else 'cannot read'}{where}: {cause.strerror}"
-    return f"the hub did not give it: {first_line(failure)}"
+    # Over a card's metadata the client's first line alone does not say what is wrong.
+    return f"the hub's client says: {' '.join(str(failure).split())[:300] or first_line(failure)}"
 
 
 def _status(failure: Any, do: str) -> str:
