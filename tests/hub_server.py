@@ -270,10 +270,11 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repos:
-            raise _Refused(409, "", "You already created this model repo")
+            there = {"error": "You already created this model repo"}
+            return self._json(there | {"url": f"{self.hub.url}/{name}"}, 409)
         self.hub.repos[name] = repo = Repo(private=asked.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
-        self._json({"url": f"{self.hub.url}/{name}", "name": name})
+        return self._json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def _preupload(self, name: str, repo: Repo, ref: str, files: dict[str, bytes]) -> None:
         answers = []

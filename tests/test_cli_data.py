@@ -18,9 +18,9 @@ from mlx_lm.tuner.datasets import load_local_dataset
 
 from kmerge_mlx.data.sources import load_examples
 from tests.cli_runner import assert_one_error, command, environment, run, run_process
+from tests.hub_runs import QUIET
 from tests.hub_server import Repo, running_hub
 from tests.test_data_reviews_and_commits import COMMITS, REVIEWS
-from tests.test_hub import QUIET
 
 TREES = ("textualized-tree", "--num-trees", 30)
 SIZES = ("--train", 12, "--valid", 5, "--test", 8)

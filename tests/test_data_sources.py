@@ -14,9 +14,9 @@ from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.sources import load_examples, load_hub_datasets
 from kmerge_mlx.errors import DataError
 from tests.cli_runner import environment
+from tests.hub_runs import QUIET
 from tests.hub_server import running_hub
 from tests.test_data_examples import GOOD, write
-from tests.test_hub import QUIET
 
 KEYS = {"prompt_feature": "q", "completion_feature": "a"}
 

@@ -54,7 +54,9 @@ def late_bar() -> type[Any]:
 
 @contextmanager
 def _without_retries() -> Iterator[None]:
-    handlers = logging.getLogger("huggingface_hub").handlers
+    from huggingface_hub.utils import logging as of_the_hub
+
+    handlers = of_the_hub.get_logger().handlers
 
     def hears(record: logging.LogRecord) -> bool:
         return _CHATTER.search(record.getMessage()) is None
