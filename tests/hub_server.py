@@ -82,7 +82,8 @@ class Hub:
         tokens: What each token allows, ``read`` or ``write``.
         locked: Gated repos, open to nobody.
         refuse: Status that a route (``info``, ``tree``, ``resolve``, ``create``, ``commit``, ...)
-            answers with.
+            answers with, and ``word``.
+        word: What is said with it.
         cut: Files whose connection is cut half-way, and again at every resumption.
         corrupt: Files that come with other bytes, as many.
         pause: Seconds between the 16 KiB pieces of a file.
@@ -93,6 +94,7 @@ class Hub:
     tokens: dict[str, str] = field(default_factory=dict)
     locked: set[str] = field(default_factory=set)
     refuse: dict[str, int] = field(default_factory=dict)
+    word: str = "refused"
     cut: set[str] = field(default_factory=set)
     corrupt: set[str] = field(default_factory=set)
     pause: float = 0.0
@@ -142,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._route([unquote(part) for part in path.split("/")])
         except _Refused as refused:
-            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+            headers = {"X-Error-Code": refused.code}
+            if refused.message.isprintable():
+                headers["X-Error-Message"] = refused.message
             if refused.status == 429:
                 headers["Retry-After"] = "0"
             text = json.dumps({"error": refused.message}).encode()
@@ -215,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, route: str) -> None:
         if status := self.hub.refuse.get(route):
-            raise _Refused(status, "", f"refused with {status}")
+            raise _Refused(status, "", self.hub.word)
 
     # ---- downloads ----
 
@@ -261,8 +265,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self) -> None:
         _, head, _ = json.loads(self.body)["content"].split("---\n", 2)
-        errors = [] if isinstance(yaml.safe_load(head), dict) else [{"message": "no metadata"}]
-        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+        data = yaml.safe_load(head)
+        errors, odd = [], []
+        if data["license"] != data["license"].lower():
+            errors = [{"message": '"license" must be one of [apache-2.0, mit]'}]
+        if data["license"] == "other":
+            odd = [{"message": "no license_name\n in the metadata"}]
+        self._json({"errors": errors, "warnings": odd}, 400 if errors else 200)
 
     def _create(self) -> None:
         self._fail("create")

@@ -285,6 +285,22 @@ def test_a_refused_upload_leaves_the_repo_as_it_was(hub, work, online, route, st
     assert "merge_config.json" in hub.repos["me/one"].files()
 
 
+def test_what_the_hub_finds_odd_in_the_card_is_a_note(hub, work, online):
+    result = run("upload", "adapter", "me/one", "--license", "Other")
+    assert result.code == 0
+    assert "note: Warnings while validating metadata in README.md: - no license_name in the" in (
+        result.err
+    )
+    assert hub.repos["me/one"].files()["README.md"].startswith(b"---\nlicense: other\n")
+
+
+def test_what_a_server_writes_into_a_refusal_is_one_printable_line(hub, work, online):
+    hub.refuse["commit"] = 418
+    hub.word = "I am\x1b[31m\r\n a teapot"
+    result = run(*ONE)
+    assert_one_error(result, 1, "me/one: the hub refused it: I am?[31m a teapot")
+
+
 def test_offline_nothing_is_asked(hub, work, tmp_path):
     name_base(work / "adapter", "bundled")
     with using(hub, tmp_path / "home", token="hf_write", HF_HUB_OFFLINE=True):

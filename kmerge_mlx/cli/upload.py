@@ -23,7 +23,7 @@ _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 def _license(text: str) -> str:
     if not _LICENSE.fullmatch(text):
         raise typer.BadParameter("expected a hub identifier such as mit, apache-2.0 or other")
-    return text
+    return text.lower()
 
 
 def upload(
@@ -136,7 +136,9 @@ def upload(
         print(text, end="")
         return
     check_base(planned)
-    address = send(planned, commit_message, private)
+    address, odd = send(planned, commit_message, private)
+    for warning in odd:
+        print(f"note: {warning}", file=sys.stderr)
     total = sum(planned.sizes().values())
     print(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB", file=sys.stderr)
 

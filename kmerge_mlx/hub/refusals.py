@@ -16,13 +16,15 @@ from kmerge_mlx.errors import KMergeError, first_line
 from kmerge_mlx.hub.names import RepoName
 
 _RESET = re.compile(r";\s*t=(\d+)")
+_LONGEST = 300  # characters of what a server wrote
 
 
 def came_wrong(repo: RepoName, files: Sequence[str], error: type[KMergeError]) -> KMergeError:
     """The refusal of files whose content is not what the hub announced."""
+    named = _one_line(", ".join(sorted(files)))
     return error(
-        f"{repo}: {', '.join(sorted(files))} did not come as the hub has it (its checksum differs) "
-        "and was thrown away: try again"
+        f"{repo}: {named} did not come as the hub has it (its checksum differs) and was thrown "
+        "away: try again"
     )
 
 
@@ -87,8 +89,7 @@ def why(failure: BaseException, do: str) -> str:
         if isinstance(cause, OSError) and cause.errno is not None:
             where = f" {cause.filename}" if cause.filename else " the hub's cache"
             return f"{'cannot write' if do == 'read' else 'cannot read'}{where}: {cause.strerror}"
-    # Over a card's metadata the client's first line alone does not say what is wrong.
-    return f"the hub's client says: {' '.join(str(failure).split())[:300] or first_line(failure)}"
+    return f"the hub's client says: {_one_line(str(failure)) or first_line(failure)}"
 
 
 def _status(failure: Any, do: str) -> str:
@@ -109,7 +110,13 @@ def _status(failure: Any, do: str) -> str:
         return f"the hub has too many requests (429): try again in {_waiting(wait)}"
     if status >= 500:
         return f"the hub cannot answer now ({status}): try again in a while"
-    return f"the hub refused it: {failure.server_message or first_line(failure)}"
+    return f"the hub refused it: {_one_line(failure.server_message or first_line(failure))}"
+
+
+def _one_line(text: str) -> str:
+    """What a server wrote, as it may stand in an error: a name, or a list over several lines."""
+    printable = (c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return "".join(printable)[:_LONGEST]
 
 
 def _waiting(seconds: str) -> str:

@@ -129,7 +129,7 @@ def check_base(upload: Upload) -> None:
         raise UploadError(findings(f"{name} is not the base of this adapter", problems))
 
 
-def send(upload: Upload, message: str, private: bool) -> str:
+def send(upload: Upload, message: str, private: bool) -> tuple[str, list[str]]:
     """Uploads in one commit, into a repo that is made if it is not there.
 
     Args:
@@ -138,20 +138,21 @@ def send(upload: Upload, message: str, private: bool) -> str:
         private: Only into a private repo.
 
     Returns:
-        The address of the commit.
+        The address of the commit, and what the hub finds odd in the card.
 
     Raises:
         UploadError: With one line, whatever the hub said; nothing is in the repo then.
     """
     try:
-        # The hub's word on a card's metadata comes as a warning: it is no reason to stop.
-        with quietly(), warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as odd, quietly():
             warnings.simplefilter("ignore")
-            return _send(upload, message, private)
+            warnings.simplefilter("always", UserWarning)  # the others are for programmers
+            address = _send(upload, message, private)
     except UploadError:
         raise
     except Exception as error:  # the hub client's errors share no base with the network's
         raise UploadError(f"{upload.repo}: {why(error, 'write')}") from error
+    return address, [" ".join(str(warning.message).split()) for warning in odd]
 
 
 def _send(upload: Upload, message: str, private: bool) -> str:
@@ -237,7 +238,7 @@ def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
     else:
         cut = _PATH.sub(lambda match: _last_part(match[0]), value)
     if cut != value:
-        changes.append(f"{where} is {value}, goes up as {cut}")
+        changes.append(f"{where} is {' '.join(value.split())}, goes up as {cut}")
     return cut
 
 

@@ -175,7 +175,7 @@ class TrainConfig:
     init_from: str | None = option(
         None,
         str,
-        "Adapter folder to start from (a converted checkpoint, say).",
+        "Adapter folder or hub repo to start from (a converted checkpoint, say).",
         fixed=False,
         **_MERGE,
     )
