@@ -89,7 +89,8 @@ def _find(path: str | Path) -> tuple[Path, dict[int, Path]]:
         if (root / MERGE_CONFIG).is_file():
             return root, {read_merge_config(root).merge_factor: root}
         # A hidden folder is one that a killed run was still writing.
-        inside = sorted(child for child in root.glob("*") if not child.name.startswith("."))
+        children = root.iterdir() if root.is_dir() else ()  # a repo without any of our files
+        inside = sorted(child for child in children if not child.name.startswith("."))
         folders = [child for child in inside if (child / MERGE_CONFIG).is_file()]
     except OSError as e:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
@@ -119,9 +120,7 @@ def _local(path: str | Path) -> Path:
             f"{path} is not a folder: --adapter-path takes a converted adapter, or the name of a "
             "hub repo (user/name)"
         )
-    patterns = [
-        f"{folder}{name}" for folder in ("", "*/") for name in (MERGE_CONFIG, TUNING_CONFIG)
-    ]
+    patterns = [f"{at}{name}" for at in ("", "*/") for name in (MERGE_CONFIG, TUNING_CONFIG)]
     return fetch(str(path), patterns, AdapterError)
 
 

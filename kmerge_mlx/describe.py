@@ -52,7 +52,10 @@ def _local(path: str | Path) -> Path:
         return folder
     if folder.exists() or not is_namespaced(str(path)):
         raise AdapterError(f"{path} is not a folder, nor the name of a hub repo (user/name)")
-    return fetch(str(path), PATTERNS, AdapterError)
+    folder = fetch(str(path), PATTERNS, AdapterError)
+    if not folder.is_dir():
+        raise AdapterError(f"{path} holds no adapter, no checkpoint and no base model")
+    return folder
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_a_picture_and_json_can_be_had_at_once(base, tmp_path):
         (("--length", 9000), 1, "--length 9000 is more than the model's context of 2,048"),
         (("--k", 9, "--length", 8), 1, "--k 9 is more than --length 8: a block would hold more"),
         (("--model", "no/base"), 1, "no/base is no folder here"),
-        (("--adapter-path", "no/adapter"), 1, "no/adapter is not a folder"),
+        (("--adapter-path", "no/adapter"), 1, "no/adapter is no folder here and not in the cache"),
         (("--adapter-path", UPSTREAM / "base"), 1, "is a base model, not an adapter"),
         (("--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         (("--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),

@@ -338,4 +338,4 @@ def test_a_name_the_data_set_lacks_is_one_error(from_hub, args, message):
 
 def test_without_a_network_and_a_cache_it_says_so(from_hub):
     result = from_hub("data", "commitpackft", "--out", "data", HF_HUB_OFFLINE="1")
-    assert_one_error(result, 1, "is not in the cache, or not all of it, and HF_HUB_OFFLINE is set")
+    assert_one_error(result, 1, "is not in the cache, and HF_HUB_OFFLINE is set")

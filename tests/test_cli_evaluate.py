@@ -286,7 +286,7 @@ TREES = ("--task", "textualized-tree")
             *(1, "--category and --language name data of the hub, and there is a --file"),
         ),
         ((*TREES, "--model", "no/base"), 1, "no/base is no folder here"),
-        ((*TREES, "--adapter-path", "no/adapter"), 1, "no/adapter is not a folder"),
+        ((*TREES, "--adapter-path", "no/adapter"), 1, "no/adapter is no folder here"),
         ((*TREES, "--adapter-path", UPSTREAM / "base"), 1, "is a base model, not an adapter"),
         ((*TREES, "--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         ((*TREES, "--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),

@@ -78,6 +78,19 @@ def test_an_adapter_by_repo_id_gives_the_text_of_the_local_one(
     assert len(cached) == 1
 
 
+def test_a_repo_of_something_else_is_one_line(hub, work, online):
+    hub.repos["user/other"] = Repo()
+    hub.repos["user/other"].commit({"notes.txt": b"hello"})
+    assert_said(
+        run("info", "user/other"), "user/other holds no adapter, no checkpoint and no base model"
+    )
+    (work / "prompt.txt").write_text(TREE)
+    assert_said(
+        run("generate", "--adapter-path", "user/other", "prompt.txt"),
+        "user/other is no adapter folder: merge_config.json is missing",
+    )
+
+
 def test_a_folder_of_that_name_comes_before_the_hub(hub, work, online, adapter_path):
     (work / "user").mkdir()
     (work / "user" / "adapter@main").symlink_to(adapter_path)

@@ -61,9 +61,11 @@ def refusal(
     if isinstance(failure, errors.LocalEntryNotFoundError):
         if isinstance(failure.__cause__, errors.HfHubHTTPError | errors.FileMetadataError):
             return refusal(repo, kind, filename, failure.__cause__, error)
-        missing = f"{repo} is no folder here and" if filename is None else f"{repo}/{filename} is"
+        missing = f"{repo}/{filename} is not in the cache"
+        if filename is None:
+            missing = f"{repo} is no folder here and not in the cache, or not all of it"
         reason = _unreachable(failure) or "the hub cannot be reached: check the connection"
-        return error(f"{missing} not in the cache, or not all of it, and {reason}")
+        return error(f"{missing}, and {reason}")
     if isinstance(failure, errors.EntryNotFoundError):
         return error(f"{repo} has no file {filename}: check the name on its hub page")
     return error(f"{what} {why(failure, 'read')}")
