@@ -66,7 +66,9 @@ def _describe(path: Path) -> dict[str, Any]:
             return {"kind": "checkpoint", "adapters": [describe_adapter(adapter, folder)]}
         if (path / "config.json").is_file():
             return {"kind": "base model"} | _base(path)
-    adapters = [describe_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()]
+    adapters = [
+        describe_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()
+    ]
     return {"kind": "adapter", "adapters": adapters}
 
 

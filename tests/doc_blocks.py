@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cli_runner import environment
+from tests.hub_runs import settings
 from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
@@ -88,17 +89,7 @@ class Sandbox:
             script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {line} "$@"\n')
             script.chmod(0o755)
         path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._environment = environment(
-            HF_ENDPOINT=hub.url,
-            HF_HOME=str(home),
-            HF_HUB_OFFLINE="0",
-            HF_HUB_DISABLE_XET="1",
-            HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HUB_DISABLE_UPDATE_CHECK="1",
-            NO_PROXY="*",
-            PATH=path,
-            PYTHONPATH=str(ROOT),
-        )
+        self._environment = environment(**settings(hub, home), PATH=path, PYTHONPATH=str(ROOT))
 
     def copy(self, source: Path, name: str) -> None:
         """Puts a folder or a file there."""

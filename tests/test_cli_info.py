@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx.base import download
 from kmerge_mlx.sizing import SizingConfig, calculate
 from tests.cli_runner import assert_one_error, change_json, run
 from tests.tiny import qwen2_config
@@ -138,11 +137,11 @@ def test_the_bundled_model_is_calculated_in_the_dtype_that_it_runs_in():
 def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
     base, seen = folder_of(tmp_path, "qwen2.5-0.5b"), []
 
-    def fetch(repo, revision, patterns, error):
+    def fetch(repo, patterns, error, revision=None):
         seen.append((repo, patterns))
         return base
 
-    monkeypatch.setattr(f"{download.__module__}.download", fetch)
+    monkeypatch.setattr("kmerge_mlx.base.fetch", fetch)
     assert run("info", "--model", "Qwen/Qwen2.5-0.5B", "--length", 10).code == 0
     ((repo, patterns),) = seen
     assert repo == "Qwen/Qwen2.5-0.5B"

@@ -11,7 +11,7 @@ import pytest
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from tests.cli_runner import CHATML, copy_base
 from tests.doc_blocks import BASE_REPO, PAGES, ROOT, RUN, Sandbox, blocks
-from tests.hub_server import running_hub
+from tests.hub_server import Repo, running_hub
 
 TEXT = "The bridge was closed in May. It will be open again in June, says the council.\n"
 PAGES_WITHOUT_AN_ADAPTER = ("README.md",)
@@ -23,7 +23,8 @@ def sandbox(tmp_path, base_path, checkpoint_path, request):
     folder = tmp_path / "work"
     folder.mkdir()
     with running_hub() as hub:
-        base = hub.repos[BASE_REPO] = copy_base(base_path, tmp_path / "base", CHATML)
+        base = copy_base(base_path, tmp_path / "base", CHATML)
+        hub.repos[BASE_REPO] = Repo.of(base)
         sandbox = Sandbox(folder, hub, tmp_path / "home")
         for name in ("examples", "benchmarks"):
             sandbox.copy(ROOT / name, name)
