@@ -20,9 +20,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from kmerge_mlx import bundled
-from kmerge_mlx.config import MergeConfig, is_int
+from kmerge_mlx.config import CARRIED, MergeConfig, is_int
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
+    FLOAT_DTYPES,
     check_destination,
     read_json,
     read_safetensors,
@@ -32,7 +33,7 @@ from kmerge_mlx.files import (
 )
 from kmerge_mlx.hub.fetch import fetch
 from kmerge_mlx.hub.names import is_namespaced
-from kmerge_mlx.lora import LORA_PARTS, tensor_problems
+from kmerge_mlx.lora import LORA_PARTS, dtype_problems, tensor_problems
 from kmerge_mlx.tuning import LoRAConfig, Tuning, read_tuning
 
 TUNING_CONFIG = "adapter_config.json"
@@ -69,8 +70,8 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     """The adapters in a folder or a hub repo, by merge factor.
 
     Args:
-        path: An adapter folder, a folder of them (``k2/``, ``k4/``), a hub repo of either
-            (``user/name@revision``), or ``bundled``.
+        path: An adapter folder, a folder of them (``k2/``, ``k4/``), a model folder that carries
+            one, a hub repo of any of these (``user/name@revision``), or ``bundled``.
 
     Returns:
         Merge factor to adapter folder, ascending. Of a hub repo the configs alone are there:
@@ -153,6 +154,55 @@ def adapter_folder(path: str | Path, k: int | None = None) -> Path:
     return folder
 
 
+def carried_by(model_folder: Path) -> Path | None:
+    """The adapter that a model folder carries, as ``fuse`` and ``quantize`` write it, or None.
+
+    Raises:
+        AdapterError: It cannot be looked for.
+    """
+    carried = model_folder / CARRIED
+    try:
+        return carried if (carried / MERGE_CONFIG).is_file() else None
+    except OSError as e:
+        raise AdapterError(f"cannot read {carried}: {e.strerror}") from None
+
+
+def base_of(path: str | Path) -> str | None:
+    """The base model of an adapter, or of the first of several: the one that carries it, if any.
+
+    Args:
+        path: An adapter folder, a folder of them, or a model folder that carries one.
+
+    Returns:
+        A folder or a repo id, or None where the adapter does not name its base.
+
+    Raises:
+        AdapterError: No adapter.
+    """
+    folder = next(iter(find_adapters(path).values()))
+    around = folder.resolve().parent
+    if folder.resolve().name == CARRIED and (around / "config.json").is_file():
+        return str(folder.parent if folder.name == CARRIED else around)
+    return read_merge_config(folder).base.id
+
+
+def check_not_quantized(merge: MergeConfig, what: str) -> None:
+    """Refuses a quantized merge encoder, which can be read with and nothing else.
+
+    Args:
+        merge: Of the adapter.
+        what: What is to be done with it: ``trained``, ``exported``.
+
+    Raises:
+        AdapterError: It is quantized.
+    """
+    if merge.encoder is not None and (packing := merge.encoder.quantization) is not None:
+        raise AdapterError(
+            f"the merge encoder is quantized to {packing.bits} bits, and cannot be {what}: take "
+            "the adapter that it was made from"
+        )
+
+
 def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     """Reads an adapter folder.
 
@@ -170,7 +220,9 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
     folder = adapter_folder(path, k)
     merge, tuning = read_merge_config(folder), _tuning(folder)
     tuning_weights = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
-    stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError)
+    quantized = merge.encoder is not None and merge.encoder.quantization is not None
+    dtypes = (*FLOAT_DTYPES, "U32") if quantized else FLOAT_DTYPES
+    stored = read_safetensors(folder / MERGE_WEIGHTS, AdapterError, dtypes)
     problems = [f"{TUNING_WEIGHTS}: {p}" for p in _tuning_problems(tuning, tuning_weights)]
     problems += [f"{MERGE_WEIGHTS}: {p}" for p in _merge_problems(merge, stored)]
     if problems:
@@ -296,7 +348,9 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
         width = (merge.encoder.hidden_size,) if merge.encoder else found.get(a, ())[:1]
         expected[a] = (*(width or ("D",)), rank)
         expected[b] = (rank, *(found.get(b, ())[1:2] or ("V",)))
-    return tensor_problems(expected, found)
+    packed = () if merge.encoder is None else merge.encoder.packed
+    packed = {f"{ENCODER}.{name}" for name in packed}
+    return tensor_problems(expected, found) + dtype_problems(stored, packed)
 
 
 def _what_else(path: Path) -> str:

@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
 from kmerge_mlx.bundled import BUNDLED
+from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub.fetch import fetch
 
@@ -56,7 +57,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
     Args:
         path_or_hf_repo: A folder, a hub repo id (``user/name@revision``), or ``bundled``.
         revision: Hub revision, where the id names none.
-        weights: Whether the weights are wanted, or the config and tokenizer alone.
+        weights: Whether the weights are wanted, or the config, the tokenizer and what adapter it
+            carries.
 
     Raises:
         ModelError: Neither a folder nor a repo that can be had.
@@ -72,6 +74,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
     except OSError as e:
         raise ModelError(f"cannot read --model {path}: {e.strerror}") from None
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
+    patterns.append(f"{CARRIED}/*")
     return fetch(str(path_or_hf_repo), patterns, ModelError, revision=revision)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from kmerge_mlx.errors import AdapterError, findings, short
 from kmerge_mlx.layout import Layout
+from kmerge_mlx.quantization import ENTRY as QUANTIZATION
+from kmerge_mlx.quantization import EncoderQuantization
 
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""
@@ -42,7 +44,17 @@ ENCODER_FACTOR = 1.5
 """H = int(factor * K) * D; past K = 4 the factor of K = 4 is kept."""
 
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
-"""What ``merge_config.json`` says of the encoder."""
+"""What ``merge_config.json`` says of the encoder's sizes."""
+
+CARRIED = "kmerge"
+"""The sub-folder of a model folder that holds the adapter it carries."""
+
+DRIFT_POSITIONS = 1024
+DRIFT_BYTES = 256 << 20
+"""Most positions whose log-probabilities are compared, and most memory to keep them in."""
+
+DRIFT_CHUNK = 64
+"""Positions whose logits are made at once: 39 MB at V = 151,936."""
 
 USABLE_SHARE = 2 / 3
 """Share of a Mac's unified memory that `kmerge-mlx info` counts on. Metal recommends a working set
@@ -112,45 +124,67 @@ class EncoderConfig:
         hidden_size: D, the base model's embedding width.
         inner_size: H, the width of the first hidden layer.
         context: c, how many tokens before its block the encoder also reads; 0 is the paper's.
+        quantization: How its weights are packed, or None: they are floating-point numbers.
 
     Raises:
-        AdapterError: A size that no encoder can have.
+        AdapterError: A size that no encoder can have, or that cannot be packed so.
     """
 
     merge_factor: int
     hidden_size: int
     inner_size: int
     context: int = 0
+    quantization: EncoderQuantization | None = None
 
     def __post_init__(self) -> None:
-        sizes = zip(self.to_json().items(), (2, 1, 1, 0), strict=True)
+        sizes = zip(self._sizes().items(), (2, 1, 1, 0), strict=True)
         problems = [
             f"{name} is {short(value)}, expected a whole number of at least {low}"
             for (name, value), low in sizes
             if not is_int(value, low)
         ]
+        if not problems and (packing := self.quantization) is not None:
+            problems = [
+                f"{layer} reads {inner} numbers, expected whole groups of {packing.group_size}"
+                for layer, (_, inner) in self.layers().items()
+                if not packing.divides(inner)
+            ]
         if problems:
             raise AdapterError(findings("merge encoder", problems))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter names and shapes, as stored: weights are ``(out, in)``."""
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """How many numbers each layer writes and reads: ``(out, in)``."""
         wide, d, h = self.merge_factor * self.hidden_size, self.hidden_size, self.inner_size
-        return {
-            "w1.weight": (h, self.context * d + wide),
-            "w1.bias": (h,),
-            "w2.weight": (wide, h),
-            "w2.bias": (wide,),
-            "w3.weight": (d, wide),
-            "w3.bias": (d,),
-        }
+        return {"w1": (h, self.context * d + wide), "w2": (wide, h), "w3": (d, wide)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, size in self.layers().items():
+            weight = {f"{layer}.weight": size}
+            if self.quantization is not None:
+                weight = self.quantization.shapes(layer, *size)
+            shapes |= weight | {f"{layer}.bias": size[:1]}
+        return shapes
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """Names of the parameters that hold unsigned 32-bit integers: none, or every weight."""
+        names = () if self.quantization is None else self.layers()
+        return frozenset(f"{layer}.weight" for layer in names)
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the encoder holds."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
+        """How many numbers the encoder holds, packed or not."""
+        return sum(out * inner + out for out, inner in self.layers().values())
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``."""
+        if self.quantization is None:  # what earlier releases wrote, to the byte
+            return self._sizes()
+        return self._sizes() | {QUANTIZATION: asdict(self.quantization)}
+
+    def _sizes(self) -> dict[str, int]:
         sizes = (self.merge_factor, self.hidden_size, self.inner_size, self.context)
         return dict(zip(ENCODER_ENTRIES, sizes, strict=True))
 
@@ -164,11 +198,13 @@ class EncoderConfig:
         Raises:
             AdapterError: A size that no encoder can have, or one without an encoder.
         """
-        factor, hidden, inner, context = (data.get(name) for name in ENCODER_ENTRIES)
+        factor, *others = (data.get(name) for name in (*ENCODER_ENTRIES, QUANTIZATION))
         if not is_int(factor) or factor != 1:
+            hidden, inner, context, packing = others
             # The first adapters do not name the context: theirs is 0.
-            return cls(factor, hidden, inner, 0 if context is None else context)
-        sizes = zip(ENCODER_ENTRIES[1:], (hidden, inner, context), strict=True)
+            context = 0 if context is None else context
+            return cls(factor, hidden, inner, context, EncoderQuantization.from_json(packing))
+        sizes = zip((*ENCODER_ENTRIES[1:], QUANTIZATION), others, strict=True)
         if extra := [f"{name} is {short(value)}" for name, value in sizes if value is not None]:
             raise AdapterError(
                 f"merge_config.json: {', '.join(extra)}, expected null: merge_factor 1 has no "
@@ -263,7 +299,7 @@ class MergeConfig:
         """K, how many tokens one merged position stands for."""
         return 1 if self.encoder is None else self.encoder.merge_factor
 
-    def encoder_entries(self) -> dict[str, int | None]:
+    def encoder_entries(self) -> dict[str, Any]:
         """What ``merge_config.json`` says of the encoder; without one, all but K is null."""
         if self.encoder is None:
             return dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}

@@ -14,7 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx import base
-from kmerge_mlx.adapter import FILES, MERGE_CONFIG, Adapter, find_adapters, load_adapter
+from kmerge_mlx.adapter import (
+    FILES,
+    MERGE_CONFIG,
+    Adapter,
+    carried_by,
+    find_adapters,
+    load_adapter,
+)
 from kmerge_mlx.convert.checkpoint import ENCODER, FETCHED, find_checkpoint, read_checkpoint
 from kmerge_mlx.convert.companion import COMPANION
 from kmerge_mlx.errors import AdapterError, DataError
@@ -34,8 +41,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: A folder, or ``user/name@revision``; a base model's weights are left there.
 
     Returns:
-        ``kind`` (``adapter``, ``checkpoint`` or ``base model``) and its facts, all JSON-ready;
-        sizes in bytes.
+        ``kind`` (``adapter``, ``checkpoint``, ``base model`` or ``model with its adapter``) and its
+        facts, all JSON-ready; sizes in bytes.
 
     Raises:
         KMergeError: Nothing this project knows, or a torn one.
@@ -59,6 +66,9 @@ def _local(path: str | Path) -> Path:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    if (carried := carried_by(path)) is not None and (path / "config.json").is_file():
+        found = {"kind": "model with its adapter"} | _base(path)
+        return found | {"adapters": [describe_adapter(load_adapter(carried), carried)]}
     if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
         if _holds(path, ENCODER) or (path / COMPANION).is_file():
             folder = find_checkpoint(str(path))
@@ -84,7 +94,7 @@ def describe_adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         **merge.encoder_entries(),
         "encoder_parameters": 0 if merge.encoder is None else merge.encoder.num_parameters,
         "encoder_bytes": _bytes(encoder),
-        "dtype": ", ".join(sorted({base.dtype_name(a.dtype) for a in encoder.values()})),
+        "dtype": ", ".join(sorted(_dtypes(adapter))),
         "fine_tune_type": tuning.to_json()["fine_tune_type"],
         "num_layers": tuning.num_layers,
         **_lora(adapter),
@@ -151,3 +161,11 @@ def _base(path: Path) -> dict[str, Any]:
 
 def _bytes(tensors: dict[str, mx.array]) -> int:
     return sum(array.nbytes for array in tensors.values())
+
+
+def _dtypes(adapter: Adapter) -> set[str]:
+    """Of the encoder's numbers; of packed ones, what they are unpacked to."""
+    encoder = adapter.merge.encoder
+    packed = () if encoder is None else encoder.packed
+    numbers = [a for name, a in adapter.encoder_weights.items() if name not in packed]
+    return {base.dtype_name(array.dtype) for array in numbers}

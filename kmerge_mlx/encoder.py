@@ -23,7 +23,7 @@ class MergeEncoder(nn.Module):
     With a context of c, W1 reads ``[e_1-c;..;e_0;e_1;..;e_K]``; the mean is over the block alone.
 
     Args:
-        config: K, D, H and c.
+        config: K, D, H and c, and how the weights are packed, if they are.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -35,6 +35,8 @@ class MergeEncoder(nn.Module):
         self.w3 = nn.Linear(wide, config.hidden_size)
         self.w3.weight = mx.zeros_like(self.w3.weight)
         self.w3.bias = mx.zeros_like(self.w3.bias)
+        if config.quantization is not None:
+            nn.quantize(self, config.quantization.group_size, config.quantization.bits)
 
     def __call__(self, embeddings: mx.array) -> mx.array:
         """Merges blocks.

@@ -179,11 +179,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: st
     """
     try:
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), {"format": framework})
-    except RuntimeError as e:  # MLX's word for whatever it is
-        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in tensors.values()):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-        raise OSError(errno.EIO, f"MLX could not write it ({first_line(e)})") from e
+    except RuntimeError as e:
+        size = sum(array.nbytes for array in tensors.values())
+        raise write_error(e, path.parent, size) from e
     flush(path)
+
+
+def write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
+    """What went wrong when MLX could not write: it has one word for whatever it is.
+
+    Args:
+        error: MLX's.
+        folder: Where it was writing.
+        size: How many bytes.
+    """
+    if shutil.disk_usage(folder).free < size:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(errno.EIO, f"MLX could not write it ({first_line(error)})")
 
 
 def flush(path: Path) -> None:

@@ -11,7 +11,7 @@ is ``(in, r)``, ``lora_b`` is ``(r, out)``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -124,7 +124,11 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def load_strictly(
-    module: nn.Module, expected: Mapping[str, Any], weights: Mapping[str, mx.array], where: str
+    module: nn.Module,
+    expected: Mapping[str, Any],
+    weights: Mapping[str, mx.array],
+    where: str,
+    packed: Collection[str] = (),
 ) -> None:
     """Loads tensors into a module after checking every name and shape.
 
@@ -133,20 +137,30 @@ def load_strictly(
         expected: Parameter names to arrays or shapes; exactly these must be given.
         weights: Tensors by parameter name.
         where: The file they come from, for the error.
+        packed: Names of those that hold unsigned 32-bit integers; the others are floating-point.
 
     Raises:
         AdapterError: Missing, extra or misshapen tensors, all of them listed with both shapes.
     """
     shapes = {n: tuple(getattr(e, "shape", e)) for n, e in expected.items()}
     problems = tensor_problems(shapes, {n: tuple(w.shape) for n, w in weights.items()})
-    problems += [
-        f"{name} has dtype {w.dtype}, expected a floating-point dtype"
-        for name, w in weights.items()
-        if not mx.issubdtype(w.dtype, mx.floating)
-    ]
+    problems += dtype_problems(weights, packed)
     if problems:
         raise AdapterError(findings(where, problems))
     module.load_weights(list(weights.items()), strict=False)
+
+
+def dtype_problems(weights: Mapping[str, mx.array], packed: Collection[str] = ()) -> list[str]:
+    """Tensors of a dtype that they cannot have, one line each."""
+    problems = []
+    for name, array in weights.items():
+        if name in packed:
+            good, expected = array.dtype == mx.uint32, mx.uint32
+        else:
+            good, expected = mx.issubdtype(array.dtype, mx.floating), "a floating-point dtype"
+        if not good:
+            problems.append(f"{name} has dtype {array.dtype}, expected {expected}")
+    return problems
 
 
 def tensor_problems(

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from kmerge_mlx import base, bundled, full, lora
-from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
+from kmerge_mlx.adapter import HEAD, Adapter, check_not_quantized, load_adapter
 from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.config import MAX_BLOCKS, LoRASpec, MergeConfig, is_int
 from kmerge_mlx.encoder import MergeEncoder
@@ -34,25 +34,28 @@ def load(
     tokenizer_config: Mapping[str, Any] | None = None,
     revision: str | None = None,
     lazy: bool = False,
+    return_config: bool = False,
     trust_remote_code: bool = False,
     max_blocks: int = MAX_BLOCKS,
-) -> tuple[nn.Module, TokenizerWrapper]:
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Loads a base model and an adapter, as ``mlx_lm.load`` does (the adapter comes second here).
 
     Args:
         path_or_hf_repo: Base model, a folder, a hub repo id (``user/name@revision``), or
             ``bundled``.
-        adapter_path: Adapter folder (see ``adapter.py``), a hub repo id, or ``bundled``; None loads
-            the base alone, and prompts are then read unmerged.
+        adapter_path: Adapter folder (see ``adapter.py``), a hub repo id, or ``bundled``; for the
+            one that the base's folder carries, that folder again. None loads the base alone, and
+            prompts are then read unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
         revision: Hub revision of the base, where its id names none.
         lazy: Leave the base's weights unevaluated.
+        return_config: Give the base's config as well, spelled as mlx-lm reads it.
         trust_remote_code: Let the base's own Python files run.
         max_blocks: Slots of the block table.
 
     Returns:
-        The model and its tokenizer.
+        The model and its tokenizer; with ``return_config`` its config as the third.
 
     Raises:
         ModelError: The base cannot be found, loaded or given virtual ids.
@@ -66,7 +69,7 @@ def load(
     if adapter is not None:
         check_fit(adapter, config, str(path_or_hf_repo))
     try:
-        model, _ = load_model(
+        model, config = load_model(
             path, lazy=lazy, model_config=config, trust_remote_code=trust_remote_code
         )
     except base.LOAD_ERRORS as error:
@@ -78,7 +81,7 @@ def load(
     if adapter is not None:
         attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
     widen(model, path)
-    return model, tokenizer
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
 def padding_of(adapter: Adapter, tokenizer: Any) -> int:
@@ -98,6 +101,8 @@ def widen(model: nn.Module, path: Path) -> None:
     """
     if path == bundled.BASE:
         model.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
+        if (merged := merged_embedding(model)) is not None:
+            merged.forget_blocks()  # the rows are no parameters, and still as the table was
 
 
 def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
@@ -155,7 +160,8 @@ def attach(
     lora.load_strictly(model, tuned, adapter.tuning_weights, where)
     if merge.encoder is not None:
         shapes = merge.encoder.shapes()
-        lora.load_strictly(merged.encoder, shapes, adapter.encoder_weights, "the merge encoder")
+        weights, packed = adapter.encoder_weights, merge.encoder.packed
+        lora.load_strictly(merged.encoder, shapes, weights, "the merge encoder", packed)
         mx.eval(merged.encoder.parameters())
     if merge.head_lora is not None:
         head = _head(model, merged)
@@ -238,11 +244,12 @@ def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) ->
         encoder_only: Leave all but the encoder frozen, for its warm-up.
 
     Raises:
-        AdapterError: The encoder alone is asked for, and there is none.
+        AdapterError: The encoder alone is asked for, and there is none; or it is quantized.
     """
     merged = merged_embedding(model)
     model.freeze()
     if merged.encoder is not None:
+        check_not_quantized(MergeConfig(merged.encoder.config), "trained")
         merged.encoder.unfreeze()
     elif encoder_only:
         raise AdapterError("merge factor 1 has no encoder to train alone: leave its warm-up out")

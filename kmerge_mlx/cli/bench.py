@@ -135,7 +135,7 @@ def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
         {
             **side.embedding.encoder.config.to_json(),
             "parameters": side.embedding.encoder.config.num_parameters,
-            "dtype": dtype_name(side.embedding.encoder.w1.weight.dtype),
+            "dtype": dtype_name(side.embedding.encoder.w3.bias.dtype),
         }
         for side in sides
         if side.embedding is not None

@@ -15,7 +15,7 @@ from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.opening import Opened, one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
-from kmerge_mlx.errors import AdapterError, PromptError
+from kmerge_mlx.errors import PromptError
 from kmerge_mlx.layout import Layout
 from kmerge_mlx.prompt import lay_out
 from kmerge_mlx.template import ChatTemplate
@@ -68,8 +68,7 @@ def cache(
     opt.check_kv(kv_bits, max_kv_size)
     template_options = json_object(chat_template_config)
     context, begun = read_prompt(files or [], prompt)
-    if adapter_path is None and model not in (None, BUNDLED) and context:
-        raise AdapterError("FILEs need a merge encoder: give --adapter-path, or use --prompt")
+    opt.check_merges(model, adapter_path, context)
     if prompt_cache_file.suffix != SUFFIX:
         raise PromptError(f"--prompt-cache-file {prompt_cache_file}: its name must end in {SUFFIX}")
     if not prompt_cache_file.resolve().parent.is_dir():

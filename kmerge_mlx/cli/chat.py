@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
-from kmerge_mlx.errors import AdapterError, KMergeError
+from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -63,8 +62,7 @@ def chat(
     opt.check_kv(kv_bits, max_kv_size)
     template_options = json_object(chat_template_config)
     context = read_prompt(files, None)[0] if files else None
-    if adapter_path is None and model not in (None, BUNDLED) and context:
-        raise AdapterError("FILEs need a merge encoder: give --adapter-path")
+    opt.check_merges(model, adapter_path, context)
 
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler

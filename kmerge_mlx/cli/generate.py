@@ -15,7 +15,6 @@ from kmerge_mlx.cli.cache import read_held
 from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
-from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.prompt import lay_out
 from kmerge_mlx.template import ChatTemplate
 
@@ -84,8 +83,8 @@ def generate(
         belongs = [files, max_kv_size, system_prompt, chat_template_config, *shape]
         held = read_held(prompt_cache_file, belongs, prompt)
         model, adapter_path, k = held.model(model, adapter_path, k)
-    if adapter_path is None and model not in (None, BUNDLED) and held is None and context:
-        raise AdapterError("FILEs need a merge encoder: give --adapter-path, or use --prompt")
+    if held is None:
+        opt.check_merges(model, adapter_path, context)
 
     # The heavy imports wait until the command line and the files are known to be good.
     import mlx.core as mx

@@ -13,6 +13,7 @@ from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.calculated import parse_memory, report_of, text_of
 from kmerge_mlx.config import USABLE_SHARE, GenerationConfig
 from kmerge_mlx.layout import CONTEXTS
+from kmerge_mlx.quantization import ENTRY as QUANTIZATION
 
 KS = (1, 2, 3, 4, 8)
 MAX_LENGTH = 10_000_000  # the KV cache grows in mlx-lm's own steps, which takes time
@@ -150,14 +151,16 @@ def _folder(path: str, as_json: bool) -> None:
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['path']}: {found['kind']}")
-    if found["kind"] == "base model":
+    if "context_length" in found:
         _print_base(found)
     for adapter in found.get("adapters", ()):
-        _print_adapter(adapter)
+        _print_adapter(adapter, carried="context_length" in found)
 
 
-def _print_adapter(adapter: dict[str, Any]) -> None:
+def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
     base = adapter["base_model"] or "not named"
+    if carried:
+        base = "the model around it"
     if not adapter["base_config"]:
         base += " (its config was not recorded: converted without --model)"
     pad = adapter["pad_token_id"]
@@ -216,12 +219,13 @@ def encoder_line(adapter: dict[str, Any]) -> str:
     """What an adapter's encoder is, of the facts that ``describe`` gives."""
     if adapter["merge_factor"] == 1:
         return "none: nothing is merged"
-    context = adapter["encoder_context"]
+    context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
     return (
         f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
         + (f"{context} tokens of context, " if context else "")
         + f"{adapter['encoder_parameters']:,} parameters, "
         f"{adapter['encoder_bytes'] / 1e6:.1f} MB {adapter['dtype']}"
+        + (f", packed to {packing['bits']} bits" if packing else "")
     )
 
 

@@ -11,11 +11,13 @@ import typer
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.trees import STAGES
-from kmerge_mlx.errors import ModelError
+from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.layout import MERGES
 
 
-def _one_of(*values: int) -> Callable[[int | None], int | None]:
+def one_of(*values: int) -> Callable[[int | None], int | None]:
+    """A check of an option that takes one of a few numbers."""
+
     def check(value: int | None) -> int | None:
         if value is None or value in values:
             return value
@@ -29,21 +31,40 @@ def chosen(model: str | None, adapter_path: str | None) -> tuple[str, str | None
 
     Args:
         model: The ``--model`` that was given, or None: the adapter's base, or the bundled model.
-        adapter_path: The ``--adapter-path`` that was given, or None.
+        adapter_path: The ``--adapter-path`` that was given, or None: the adapter that the model
+            carries, if it carries one.
 
     Raises:
-        ModelError: The adapter does not name its base.
+        ModelError: The adapter does not name its base, or the model cannot be found.
+        AdapterError: The adapter cannot be read.
     """
-    if adapter_path is None:
-        return (BUNDLED, BUNDLED) if model in (None, BUNDLED) else (model, None)
-    if model is not None:
-        return model, adapter_path
-    from kmerge_mlx.adapter import find_adapters, read_merge_config
+    if adapter_path is None and model in (None, BUNDLED):
+        return BUNDLED, BUNDLED
+    from kmerge_mlx import adapter, base
 
-    base = read_merge_config(next(iter(find_adapters(adapter_path).values()))).base.id
-    if base is None:
+    if adapter_path is None:
+        carried = adapter.carried_by(base.resolve(model, weights=False))
+        return model, carried and str(carried)
+    if model is None and (model := adapter.base_of(adapter_path)) is None:
         raise ModelError(f"{adapter_path} does not name its base model: give --model")
-    return base, adapter_path
+    return model, adapter_path
+
+
+def check_merges(model: str | None, adapter_path: str | None, context: str | None) -> None:
+    """Refuses FILEs without a merge encoder to read them.
+
+    Args:
+        model: The ``--model`` that was given, or None.
+        adapter_path: The ``--adapter-path`` that was given, or None.
+        context: What the FILEs hold, or None without any.
+
+    Raises:
+        AdapterError: There are some, and nothing to merge them with.
+    """
+    if context and chosen(model, adapter_path)[1] is None:
+        raise AdapterError(
+            f"FILEs need a merge encoder, and {model} carries none: give --adapter-path"
+        )
 
 
 def check_kv(kv_bits: int | None, max_kv_size: int | None) -> None:
@@ -99,7 +120,7 @@ AdapterPath = Annotated[
     typer.Option(
         "--adapter-path",
         help="Adapter folder, as `kmerge-mlx convert` writes it, or a hub repo of one "
-        "(user/name@revision).",
+        "(user/name@revision). Default: the one that the model's folder carries, if any.",
         show_default=False,
     ),
 ]
@@ -114,6 +135,14 @@ MergeFactor = Annotated[
         show_default=False,
     ),
 ]
+DriftFiles = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILE",
+        help="Text to measure the drift on; `-` is stdin. Default: random tokens.",
+    ),
+]
+ForceModel = Annotated[bool, typer.Option("--force", help="Replace a model folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TrustRemoteCode = Annotated[
     bool,
@@ -220,7 +249,7 @@ KvBits = Annotated[
     int | None,
     typer.Option(
         "--kv-bits",
-        callback=_one_of(2, 3, 4, 5, 6, 8),
+        callback=one_of(2, 3, 4, 5, 6, 8),
         help="Bits to quantize the KV cache to: 2, 3, 4, 5, 6 or 8.",
         show_default=False,
     ),
@@ -229,7 +258,7 @@ KvGroupSize = Annotated[
     int,
     typer.Option(
         "--kv-group-size",
-        callback=_one_of(32, 64, 128),
+        callback=one_of(32, 64, 128),
         help="Group size of --kv-bits: 32, 64 or 128.",
     ),
 ]

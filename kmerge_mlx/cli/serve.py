@@ -144,7 +144,7 @@ def serve(
       kmerge-mlx serve --model M --adapter-path A --host 0.0.0.0 --api-key key.txt
     """
     given = dict(locals())
-    base, adapter = opt.chosen(given.pop("model"), given.pop("adapter_path"))
+    named = given.pop("model"), given.pop("adapter_path")
     trusted, factor = given.pop("trust_remote_code"), given.pop("k")
     given |= {
         "api_key": read_api_key(api_key),
@@ -155,6 +155,8 @@ def serve(
         "log_level": log_level.upper(),
     }
     config = ServeConfig(**given)
+    base, adapter = opt.chosen(*named)
+    factor = SERVED_K if factor is None and adapter == BUNDLED else factor
 
     # The heavy imports wait until the settings are known to be good.
     from kmerge_mlx.serving.run import serve as run

@@ -162,6 +162,6 @@ def reader(config: EvaluateConfig, k: int) -> tuple[nn.Module, Any]:
 def take_encoder_away(model: nn.Module) -> None:
     """Makes a model's encoder give the mean of a block, from now on."""
     merged = merged_embedding(model)
-    last = merged.encoder.w3
-    last.update({"weight": mx.zeros_like(last.weight), "bias": mx.zeros_like(last.bias)})
+    last = merged.encoder.w3  # a quantized one is zero where its scales and biases are
+    last.update({name: mx.zeros_like(array) for name, array in last.parameters().items()})
     merged.forget_blocks()

@@ -19,7 +19,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from kmerge_mlx import base, lora
 from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import HEAD, Adapter, load_adapter
+from kmerge_mlx.adapter import HEAD, Adapter, check_not_quantized, load_adapter
 from kmerge_mlx.config import (
     BaseModelConfig,
     EncoderConfig,
@@ -135,7 +135,10 @@ def _given(config: TrainConfig, resumed: bool) -> Adapter | None:
     """The adapter that a run goes on with, or begins from, or None."""
     source = config.adapter_path if resumed else config.init_from
     try:
-        return None if source is None else load_adapter(source, None if resumed else config.k)
+        adapter = None if source is None else load_adapter(source, None if resumed else config.k)
+        if adapter is not None:
+            check_not_quantized(adapter.merge, "trained")
+        return adapter
     except AdapterError as error:
         flag = "--resume" if resumed else "--init-from"
         raise TrainError(f"{flag}: {error}") from error
