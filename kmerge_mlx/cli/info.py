@@ -160,8 +160,8 @@ def _folder(path: str, as_json: bool) -> None:
 def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
     base = adapter["base_model"] or "not named"
     if carried:
-        base = "the model around it"
-    if not adapter["base_config"]:
+        base, adapter = "the model around it", adapter | {"base_config": {}}
+    elif not adapter["base_config"]:
         base += " (its config was not recorded: converted without --model)"
     pad = adapter["pad_token_id"]
     rows = [
