@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import dequantize_model
 
 from kmerge_mlx import base, drift, lora
@@ -141,7 +141,8 @@ def fused(
     path, _ = next((p, m) for p, m in model.named_modules() if m is merged)
     model.update_modules(tree_unflatten([(path, merged.embedding)]))
     layers = lora.layers(model)
-    if any(layer.linear.get("global_scale") is not None for _, layer in layers):
+    experts = [layer.linear for _, layer in layers if isinstance(layer, LoRASwitchLinear)]
+    if any(linear.get("global_scale") is not None for linear in experts):
         raise ModelError(
             f"{name} has experts quantized with a scale for each, which mlx-lm does not fuse: "
             "take a base that is not quantized so"

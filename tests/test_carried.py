@@ -106,7 +106,7 @@ def test_cache_chat_evaluate_and_bench_find_it(home, tmp_path):
     few = ("--task", "textualized-tree", "--stage", "small", "--num-trees", 4)
     done = run("evaluate", "--model", home / "q", *few, "--baseline", "mean", "--json")
     assert done.code == 0, done.err
-    assert {row["method"]["name"] for row in json.loads(done.out)["rows"]} == {"merged", "mean"}
+    assert {row["method"] for row in json.loads(done.out)["rows"]} == {"merged", "mean"}
     done = run("bench", "--model", home / "q", "--length", 16, "-n", 1, "-g", 2, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
