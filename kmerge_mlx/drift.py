@@ -22,9 +22,11 @@ from kmerge_mlx.base import find_embedding
 from kmerge_mlx.config import DRIFT_BYTES, DRIFT_CHUNK, DRIFT_POSITIONS
 from kmerge_mlx.errors import ModelError, PromptError
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.segments import Segment, encode
+from kmerge_mlx.segments import Segment, wants_special_tokens
 
 Progress = Callable[[int, int], None]
+
+_CHARACTERS = 32  # of a token, at most: so much of a text is read for each one that is wanted
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,12 @@ def sample(model: nn.Module, tokenizer: Any, text: str | None = None) -> Sample:
     if text is None:
         draw, known = random.Random(0), min(vocab_size, len(tokenizer))
         ids = [draw.randrange(known) for _ in range(each * k)]
-    elif not (ids := encode(tokenizer, text)[: each * k]):
+    else:
+        start = text[: each * k * _CHARACTERS]
+        special = wants_special_tokens(tokenizer, text)
+        # Not verbose: a text past the model's context is cut, and no reason for a warning.
+        ids = tokenizer.encode(start, add_special_tokens=special, verbose=False)[: each * k]
+    if not ids:
         raise PromptError("the FILEs hold no token: give a text to measure the drift on")
     return Sample(ids[:each], ids if k > 1 else [])
 
