@@ -97,8 +97,7 @@ def quantize(
     where = None if adapter_path is None else adapter_folder(adapter_path, k)
     source, name = base.resolve(path_or_hf_repo), str(path_or_hf_repo)
     check_model_destination(mlx_path, force, MLX_PATH, [source, where])
-    if base.read_config(source).get("quantization"):  # before anything is loaded
-        raise _quantized_already(name)
+    _check(base.read_config(source), config, name)
     adapter = None if where is None else load_adapter(where)
     packing = _packing(config, adapter)
     bar = progress or (lambda _: lambda *_: None)
@@ -163,13 +162,27 @@ def quantized(
                 quant_predicate=wanted,
             )
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"MLX cannot quantize {name} so: {first_line(error)}") from error
+        raise _refused(name, error) from error
     if not _has_quantized_layers(model):
         raise ModelError(
             f"no layer of {name} has rows that groups of {settings['quantization']['group_size']} "
             "divide: give another --q-group-size"
         )
     return model, settings
+
+
+def _check(settings: dict[str, Any], config: QuantizeConfig, name: str) -> None:
+    """Refuses what can be known to fail before anything is loaded."""
+    if settings.get("quantization"):
+        raise _quantized_already(name)
+    try:
+        mx.quantize(mx.zeros((1, 128)), config.group_size, config.bits, mode=config.mode)
+    except (ValueError, RuntimeError) as error:
+        raise _refused(name, error) from error
+
+
+def _refused(name: str, error: Exception) -> ModelError:
+    return ModelError(f"MLX cannot quantize {name} so: {first_line(error)}")
 
 
 def _has_quantized_layers(model: nn.Module) -> bool:

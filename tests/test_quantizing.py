@@ -249,6 +249,7 @@ def test_unpacked_adapters_are_written_as_before(tmp_path):
 def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path):
     base, adapter = made(tmp_path)
     quantize(str(base), tmp_path / "q", QuantizeConfig(encoder_bits=8), adapter)
+    narrow = write_base(tmp_path / "narrow", qwen2_config(intermediate_size=96))
     save_adapter(full_adapter(1), tmp_path / "full")
     save_adapter(random_adapter(build(qwen2_config()), 1), tmp_path / "one")
     shutil.copytree(tmp_path / "q" / "kmerge", tmp_path / "packed")
@@ -266,7 +267,8 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path):
         (base, None, eight, AdapterError, "--encoder-bits needs a merge encoder, found no adapter"),
         (base, tmp_path / "one", eight, AdapterError, "found an adapter for K = 1, which has none"),
         (base, None, QuantizeConfig(7), ModelError, "MLX cannot quantize .* so: "),
-        (base, None, QuantizeConfig(4, 48), ModelError, "divide: give another --q-group-size"),
+        (base, None, QuantizeConfig(4, 48), ModelError, "MLX cannot quantize .* so: "),
+        (narrow, None, QuantizeConfig(4, 128), ModelError, "divide: give another --q-group-size"),
         (base, None, QuantizeConfig(8, mode="mxfp4"), ModelError, "MLX cannot quantize .* so: "),
         (base, None, QuantizeConfig(mode="gptq"), ModelError, "MLX cannot quantize .* so: "),
     ]
