@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx import base, bundled
-from kmerge_mlx.adapter import Adapter, load_adapter
+from kmerge_mlx.adapter import Adapter, check_not_quantized, load_adapter
 from kmerge_mlx.convert.checkpoint import (
     ENCODER,
     MAX_PROVENANCE_BYTES,
@@ -80,6 +80,7 @@ def export_adapter(
 def _objections(adapter: Adapter) -> list[str]:
     """Why an adapter means nothing to PEFT or to the paper's code, one line each."""
     merge, weights = adapter.merge, adapter.tuning_weights
+    check_not_quantized(merge, "exported")
     problems = not_finite(adapter.encoder_weights | weights | named_head(adapter.head_weights))
     if not isinstance(adapter.tuning, LoRAConfig):
         return [*problems, "full fine-tuning is no LoRA: `kmerge-mlx fuse` writes a whole model"]

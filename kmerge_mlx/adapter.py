@@ -171,7 +171,7 @@ def base_of(path: str | Path) -> str | None:
     """The base model of an adapter, or of the first of several: the one that carries it, if any.
 
     Args:
-        path: An adapter folder, a folder of them, or a model folder that carries one.
+        path: As for :func:`find_adapters`.
 
     Returns:
         A folder or a repo id, or None where the adapter does not name its base.
@@ -180,6 +180,8 @@ def base_of(path: str | Path) -> str | None:
         AdapterError: No adapter.
     """
     folder = next(iter(find_adapters(path).values()))
+    if folder.name == CARRIED and path != bundled.BUNDLED and not Path(path).is_dir():
+        return str(path)  # a hub repo, of which only the configs are here
     around = folder.resolve().parent
     if folder.resolve().name == CARRIED and (around / "config.json").is_file():
         return str(folder.parent if folder.name == CARRIED else around)

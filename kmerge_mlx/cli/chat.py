@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt

@@ -156,7 +156,6 @@ def serve(
     }
     config = ServeConfig(**given)
     base, adapter = opt.chosen(*named)
-    factor = SERVED_K if factor is None and adapter == BUNDLED else factor
 
     # The heavy imports wait until the settings are known to be good.
     from kmerge_mlx.serving.run import serve as run
