@@ -15,9 +15,9 @@ from kmerge_mlx.evaluation.methods import take_encoder_away
 from kmerge_mlx.generation import compress
 from kmerge_mlx.model import merged_embedding, unfreeze
 from tests.cli_runner import assert_one_error, run, run_process
+from tests.hub_runs import settings
 from tests.hub_server import running_hub
 from tests.servers import serving_process
-from tests.test_hub import QUIET
 from tests.train_runs import SMALL_TREES, train
 
 TEXT = "Tree: JN\n+WO\n++UP\n++JG\n" * 6
@@ -135,9 +135,9 @@ def test_info_says_what_the_model_and_the_adapter_are(home):
 
 def test_a_hub_repo_carries_it_too(home, tmp_path):
     with running_hub(fused=home / "fused") as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), **QUIET}
+        quiet = settings(hub, tmp_path / "hf")
         command = ("generate", "--model", "user/fused", home / "text.txt", "--json", "-m", 8)
-        done = run_process(*command, cwd=tmp_path, **settings)
+        done = run_process(*command, cwd=tmp_path, **quiet)
     assert (done.code, done.err) == (0, ""), done.err
     assert (
         json.loads(done.out)["tokens"]
@@ -182,7 +182,6 @@ def test_a_packed_encoder_taken_away_leaves_the_mean(home):
         (("fuse", "--adapter-path", "ADAPTER", "--k", 3), "holds no adapter for --k 3"),
         (("fuse", "--adapter-path", "ADAPTER", "--save-path", "BASE"), "which is read"),
         (("fuse", "--adapter-path", "ADAPTER", "--save-path", "text.txt/x"), "cannot write text."),
-        (("fuse",), "bundled holds adapters for K = 1, 2, 4: choose one with --k"),
         (("quantize", "--model", "none"), "none is no folder here"),
         (("quantize", "--model", "BASE", "--q-bits", 7), "MLX cannot quantize"),
         (("quantize", "--model", "BASE", "--encoder-bits", 8), "--encoder-bits needs a merge"),
