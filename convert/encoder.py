@@ -41,7 +41,9 @@ def encoder_from_torch(
     """
     plain = {name.removeprefix("module."): array for name, array in state.items()}
     if len(plain) < len(state):
-        problems.append("encoder.pth: some tensors are there with and without the prefix module.")
+        problems.append(
+            "encoder.pth: some tensors are there with and without the prefix module. (keep one)"
+        )
     state = plain
     sizes = _sizes(state, problems)
     if sizes is None:

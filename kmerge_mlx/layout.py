@@ -64,7 +64,10 @@ class Layout:
         names = {f.name for f in fields(cls)}
         known = {name: value for name, value in data.items() if name in names}
         if extra := sorted(set(data) - set(known) - {"merged"}):
-            raise AdapterError(f"merge_config.json: layout has {', '.join(extra)}: unknown")
+            raise AdapterError(
+                f"merge_config.json: layout has {', '.join(extra)}, which this release "
+                "does not know: update kmerge-mlx"
+            )
         return cls(**({"merges": ALL} | known))
 
 

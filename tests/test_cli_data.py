@@ -205,6 +205,11 @@ def test_options_that_do_not_belong_are_usage_errors_and_not_ignored(tmp_path, a
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_on_the_hub_beside_a_local_file_says_what_to_leave_out():
+    result = run("data", "commitpackft", "--file", "x.jsonl", "--language", "go", "--out", "data")
+    assert_one_error(result, 2, "there is a --file: leave them out, or it")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

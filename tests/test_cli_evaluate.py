@@ -283,7 +283,10 @@ TREES = ("--task", "textualized-tree")
         (("--task", "amazon-reviews", "--file", REVIEWS), 1, "is too small for the paper's splits"),
         (
             ("--task", "amazon-reviews", "--file", REVIEWS, "--category", "Books"),
-            *(1, "--category and --language name data of the hub, and there is a --file"),
+            *(
+                1,
+                "--category and --language name data of the hub, and there is a --file: leave them",
+            ),
         ),
         ((*TREES, "--model", "no/base"), 1, "no/base is no folder here"),
         ((*TREES, "--adapter-path", "no/adapter"), 1, "no/adapter is no folder here"),
@@ -291,7 +294,11 @@ TREES = ("--task", "textualized-tree")
         ((*TREES, "--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         ((*TREES, "--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),
         ((*TREES, "--plot", "x.png", "--predictions", "./x.png"), 2, "the same file as --predict"),
-        (("--data", ".", "--labels", " ,"), 2, "names no label"),
+        (
+            ("--data", ".", "--labels", " ,"),
+            2,
+            "found no label in ' ,', expected them with commas between",
+        ),
         (
             (*TREES, "--num-trees", 2, "--predictions", "."),
             1,

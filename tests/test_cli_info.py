@@ -151,9 +151,9 @@ def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ((), "PATH, --model: give one of them"),
-        (("a", "--model", "b"), "PATH, --model: give one of them"),
-        (("--model", "b"), "--length"),
+        ((), "PATH, --model: found neither, expected one of them"),
+        (("a", "--model", "b"), "PATH, --model: found both, expected one of them"),
+        (("--model", "b"), "--length: --model needs it, in positions"),
         (("a", "--length", 5), "--length: a PATH has no such option"),
         (("a", "--k", 5), "--k: a PATH has no such option"),
         (("a", "--kv-group-size", 64), "--kv-group-size: a PATH has no such option"),

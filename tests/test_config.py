@@ -67,7 +67,7 @@ def test_earlier_releases_layouts_are_understood(stored, layout):
         ({"threshold": 0}, "threshold is 0, expected a whole number >= 1"),
         ({"threshold": True}, "threshold is True"),
         ({"chat_template": 1}, "chat_template is 1, expected true or false"),
-        ({"colour": 1}, "layout has colour: unknown"),
+        ({"colour": 1}, "layout has colour, which this release does not know: update kmerge-mlx"),
     ],
 )
 def test_a_bad_layout_is_named(stored, message):

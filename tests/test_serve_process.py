@@ -89,7 +89,7 @@ def test_a_port_in_use_is_one_message(model):
         (("--api-key", "/no/such"), "cannot read --api-key /no/such"),
         (("--log-level", "LOUD"), "log_level is 'LOUD'"),
         (("--chat-template-args", '{"x": 1}'), "--chat-template-args: needs a chat template"),
-        (("--top-k", 99_999), "--top-k 99999: the vocabulary has "),
+        (("--top-k", 99_999), " tokens, give fewer"),
         (("--kv-bits", 4, "--kv-group-size", 128), "--kv-bits and --kv-group-size: "),
     ],
 )

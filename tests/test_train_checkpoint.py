@@ -176,7 +176,7 @@ def test_the_same_base_and_data_may_be_somewhere_else(tmp_path):
     assert result.code == 0, result.err
     write_data(two, rows_of(16, 1))
     result = resume(path, "--iters", 6, "--data", two, "--model", base)
-    assert_one_error(result, 1, "the data are not those that the run was started with")
+    assert_one_error(result, 1, "the run was started with: give those, or start anew")
 
 
 def test_another_number_of_machines_is_named(half):

@@ -99,7 +99,10 @@ def data(
     """
     opt.refuse_foreign(context, OWN_OPTIONS, task)
     if file is not None and (category is not None or language is not None):
-        raise typer.BadParameter("a local file has neither", param_hint="--category, --language")
+        raise typer.BadParameter(
+            "they name data of the hub, and there is a --file: leave them out, or it",
+            param_hint="--category, --language",
+        )
 
     # The heavy imports wait until the command line is known to be good.
     from kmerge_mlx.data.writing import check_data_destination, data_folder, write_summary

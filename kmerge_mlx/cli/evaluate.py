@@ -13,6 +13,7 @@ import typer
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli import options as opt
+from kmerge_mlx.errors import short
 from kmerge_mlx.evaluation.config import (
     ALL,
     BASELINES,
@@ -223,7 +224,10 @@ def evaluate(
         opt.refuse_foreign(context, OWN_OPTIONS, DATA if task is None else task)
     classes = tuple(part.strip() for part in (labels or "").split(",") if part.strip())
     if labels is not None and not classes:
-        raise typer.BadParameter("names no label", param_hint="--labels")
+        raise typer.BadParameter(
+            f"found no label in {short(labels)}, expected them with commas between",
+            param_hint="--labels",
+        )
     base, adapters = opt.chosen(model, adapter_path)
     named = [str(name) for name in baseline or ()]
     own = TREE if base == BUNDLED else TEXT

@@ -111,13 +111,14 @@ def info(
       kmerge-mlx info --model ./base --length 100000 --k 4 --k 8 --kv-bits 4
     """
     if (path is None) == (model is None):
-        raise typer.BadParameter("give one of them", param_hint="PATH, --model")
+        found = "neither" if path is None else "both"
+        raise typer.BadParameter(f"found {found}, expected one of them", param_hint="PATH, --model")
     if model is None:
         opt.refuse_foreign(context, OWN_OPTIONS, _FOLDER)
         _folder(path, as_json)
         return
     if not length:
-        raise typer.BadParameter("give it with --model", param_hint="--length")
+        raise typer.BadParameter("--model needs it, in positions", param_hint="--length")
     opt.check_kv(kv_bits, max_kv_size)
     total = parse_memory(memory)
 

@@ -151,7 +151,10 @@ class EvaluateConfig:
         if self.adapter_path is None and any(k != 1 for k in self.ks):
             yield "--k above 1 needs --adapter-path"
         if self.file is not None and not (self.category is self.language is None):
-            yield "--category and --language name data of the hub, and there is a --file"
+            yield (
+                "--category and --language name data of the hub, and there is a --file: "
+                "leave them out, or it"
+            )
         if len(set(self.labels)) < len(self.labels):
             yield f"--labels are {', '.join(self.labels)}, expected each of them once"
         if self.labels and self.positive not in (None, *self.labels):

@@ -98,7 +98,9 @@ class PinnedModel(ModelProvider):
         ):
             raise ServeError("--chat-template-args: needs a chat template, and none is applied")
         if config.top_k >= (vocab_size := _table_size(model)):
-            raise ServeError(f"--top-k {config.top_k}: the vocabulary has {vocab_size:,} tokens")
+            raise ServeError(
+                f"--top-k {config.top_k}: the vocabulary has {vocab_size:,} tokens, give fewer"
+            )
         _check_kv_bits(config, model)
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size
         self.model_key = (self.name, None, None)

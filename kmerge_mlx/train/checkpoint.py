@@ -115,7 +115,10 @@ class Identity:
             model, old = self.settings["model"], (saved.get("settings") or {}).get("model")
             problems.append(f"--model {model} holds other weights than the run's base ({old})")
         if saved.get("data") != self.data and not problems:
-            problems.append("the data are not those that the run was started with")
+            problems.append(
+                "the data are not those that the run was started with: give those, or start anew "
+                "in another --adapter-path"
+            )
         if saved.get("ranks") != self.ranks:
             problems.append(f"found {self.ranks} machines, the run has {saved.get('ranks')}")
         if problems:
