@@ -94,6 +94,11 @@ def _objections(adapter: Adapter) -> list[str]:
             "its base scales embeddings inside the model, and the paper's code feeds it unscaled "
             "ones (docs/method.md, Gemma): there is no equal"
         )
+    if not weights and not adapter.head_weights and merge.encoder is not None:
+        problems.append(
+            "it has no LoRA: `kmerge-mlx fuse` put it into the model's weights; export the adapter "
+            "that it was made from"
+        )
     modules = {name.rpartition(".")[0]: array for name, array in weights.items()}
     if merge.head_lora is not None and named_head(adapter.head_weights).keys() & weights.keys():
         problems.append("lm_head has two LoRAs, one beside the encoder")

@@ -118,8 +118,8 @@ def _local(path: str | Path) -> Path:
         return folder
     if folder.exists() or not is_namespaced(str(path)):
         raise AdapterError(
-            f"{path} is not a folder: --adapter-path takes a converted adapter, or the name of a "
-            "hub repo (user/name)"
+            f"{path} is not a folder: expected an adapter, or the name of a hub repo of one "
+            "(user/name)"
         )
     patterns = [f"{at}{name}" for at in ("", "*/") for name in (MERGE_CONFIG, TUNING_CONFIG)]
     return fetch(str(path), patterns, AdapterError)
@@ -182,10 +182,15 @@ def base_of(path: str | Path) -> str | None:
     folder = next(iter(find_adapters(path).values()))
     if folder.name == CARRIED and path != bundled.BUNDLED and not Path(path).is_dir():
         return str(path)  # a hub repo, of which only the configs are here
-    around = folder.resolve().parent
-    if folder.resolve().name == CARRIED and (around / "config.json").is_file():
-        return str(folder.parent if folder.name == CARRIED else around)
+    if is_carried(folder):
+        return str(folder.parent if folder.name == CARRIED else folder.resolve().parent)
     return read_merge_config(folder).base.id
+
+
+def is_carried(folder: Path) -> bool:
+    """Whether an adapter is one that the model folder around it carries."""
+    folder = folder.resolve()
+    return folder.name == CARRIED and (folder.parent / "config.json").is_file()
 
 
 def check_not_quantized(merge: MergeConfig, what: str) -> None:

@@ -87,8 +87,8 @@ def _holds(path: Path, name: str) -> bool:
     return (path / name).is_file() or any(path.glob(f"*/{name}"))
 
 
-def describe_adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """The facts of one adapter and its folder, all JSON-ready; sizes in bytes."""
+def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
+    """The facts of one adapter, and of the run in its folder, all JSON-ready; sizes in bytes."""
     merge, tuning, encoder = adapter.merge, adapter.tuning, adapter.encoder_weights
     return {
         **merge.encoder_entries(),
@@ -105,12 +105,13 @@ def describe_adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         "pad_token_id": merge.pad_token_id,
         "layout": None if merge.layout is None else asdict(merge.layout),
         "provenance": dict(merge.provenance),
-        "training": _training(folder.parent if folder.name == BEST else folder),
+        "training": None if folder is None else _training(folder),
     }
 
 
 def _training(folder: Path) -> dict[str, Any] | None:
     """How far the run in a folder came, and the figures of its best validation; None without."""
+    folder = folder.parent if folder.name == BEST else folder
     if not (folder / TRAINING / STATE).is_file():
         return None
     state = read_progress(folder)

@@ -77,8 +77,8 @@ def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
         (mlx, "is an mlx-lm adapter without a merge encoder (merge_config.json is missing)"),
         (base_path, "is a base model, not an adapter: give it as --model"),
         (nothing, "is no adapter folder: merge_config.json is missing"),
-        (tmp_path / "absent", "is not a folder: --adapter-path takes a converted adapter"),
-        (base_path / "config.json", "is not a folder: --adapter-path takes a converted adapter"),
+        (tmp_path / "absent", "is not a folder: expected an adapter"),
+        (base_path / "config.json", "is not a folder: expected an adapter"),
         (tmp_path / ("x" * 300), "is not a folder"),
     ):
         text = refused(path)

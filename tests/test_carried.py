@@ -130,7 +130,7 @@ def test_info_says_what_the_model_and_the_adapter_are(home):
     assert lines[0] == f"{home}/q: model with its adapter"
     assert {"quantization 8 bits", "K = 4", "base the model around it"} <= set(lines)
     (encoder,) = [line for line in lines if line.startswith("encoder ")]
-    assert encoder.endswith("213,696 parameters, 0.2 MB float32, packed to 8 bits")
+    assert encoder.endswith("213,696 parameters, 0.2 MB at 8 bits")
 
 
 def test_a_hub_repo_carries_it_too(home, tmp_path):

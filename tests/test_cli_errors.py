@@ -143,7 +143,7 @@ ADAPTERS: list[Case] = [
     (
         "an adapter that is not there",
         lambda w: w.generate("p.txt", adapter_path="no"),
-        ["no is not a folder: --adapter-path takes"],
+        ["no is not a folder: expected an adapter"],
     ),
     (
         "a folder that is no adapter",

@@ -103,7 +103,7 @@ def without_lora() -> Adapter:
         (of_gemma, "its base scales embeddings inside the model"),
         (diverged, "w3.bias holds NaN or infinite values"),
         (with_two_heads, "lm_head has two LoRAs"),
-        (without_lora, "the adapter holds no LoRA tensors"),
+        (without_lora, "it has no LoRA: `kmerge-mlx fuse` put it into the model"),
     ],
 )
 def test_an_adapter_without_an_equal_is_refused_in_one_line(tmp_path, kind, why):

@@ -219,7 +219,7 @@ def test_a_line_of_a_gigabyte_is_one_line_in_little_memory(tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("nowhere", "nowhere is no folder here and not in the cache, and the hub cannot"),
+        ("nowhere", "nowhere is no folder here and not in the cache"),
         ("file", "file is a file: give the folder"),
     ],
 )

@@ -225,8 +225,8 @@ def encoder_line(adapter: dict[str, Any]) -> str:
         f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
         + (f"{context} tokens of context, " if context else "")
         + f"{adapter['encoder_parameters']:,} parameters, "
-        f"{adapter['encoder_bytes'] / 1e6:.1f} MB {adapter['dtype']}"
-        + (f", packed to {packing['bits']} bits" if packing else "")
+        f"{adapter['encoder_bytes'] / 1e6:.1f} MB "
+        + (f"at {packing['bits']} bits" if packing else adapter["dtype"])
     )
 
 
@@ -238,7 +238,9 @@ def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
             f"{f'last {layers}' if layers > 0 else 'all'} layers, "
             f"{adapter['full_parameters']:,} parameters, {adapter['full_bytes'] / 1e6:.1f} MB"
         )
-    if adapter["lora_modules"] or not rows:
+    if not adapter["lora_modules"] and not rows:
+        rows["LoRA"] = "none"
+    elif adapter["lora_modules"]:
         rows["LoRA"] = (
             f"{adapter['lora_modules']} modules, rank {_list(adapter['lora_ranks'])}, "
             f"scale {_list(adapter['lora_scales'])}, {adapter['lora_bytes'] / 1e6:.1f} MB"
@@ -249,7 +251,7 @@ def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
 def _print_base(found: dict[str, Any]) -> None:
     bits = found["quantization_bits"]
     rows = {
-        **found["config"],
+        **{name: _shown(value) for name, value in found["config"].items()},
         "context": f"{found['context_length']} positions" if found["context_length"] else "unknown",
         "quantization": f"{bits} bits" if bits else "none",
         "merging": "proven by this project's tests"

@@ -122,7 +122,9 @@ def _one_line(text: str) -> str:
 
 
 def _waiting(seconds: str) -> str:
-    return f"{seconds} seconds" if seconds.isdecimal() else "a few minutes"
+    if not seconds.isdecimal():
+        return "a few minutes"
+    return "a second" if int(seconds) < 2 else f"{seconds} seconds"
 
 
 def _unreachable(failure: BaseException) -> str | None:

@@ -25,6 +25,7 @@ from kmerge_mlx.adapter import (
     TUNING_CONFIG,
     adapter_folder,
     find_adapters,
+    is_carried,
     load_adapter,
 )
 from kmerge_mlx.bundled import BUNDLED
@@ -90,6 +91,11 @@ def collect(
     found = find_adapters(adapter)
     ks = [k] if k is not None else list(found)
     folders = {factor: adapter_folder(adapter, factor) for factor in ks}
+    if any(is_carried(folder) for folder in folders.values()):
+        raise UploadError(
+            f"{adapter} carries its adapter, which is none without the model: upload the whole "
+            f"folder (`hf upload {repo.id} {adapter}`), or the adapter that it was made from"
+        )
     loaded = {factor: load_adapter(adapter, factor) for factor in ks}
     on_hub = _base_on_hub(adapter, [one.merge for one in loaded.values()], base_model)
     files: dict[str, bytes | Path] = {}
@@ -102,7 +108,7 @@ def collect(
         for name in FILES:
             content = configs.get(name)
             files[inside + name] = folder / name if content is None else _to_bytes(content)
-        facts = describe_adapter(loaded[factor], folder)
+        facts = describe_adapter(loaded[factor])
         provenance = merge.get("provenance") or {}
         adapters.append(facts | {"base_model": on_hub, "provenance": provenance})
     fields = loaded[ks[0]].merge.base.fields
