@@ -1,7 +1,8 @@
 """Peak memory of training, by base, length of the prompts, batch and gradient checkpointing.
 
     python benchmarks/random_base.py qwen05b
-    python benchmarks/train_table.py --model qwen05b --length 512 --length 2048 --both
+    python benchmarks/train_table.py --model qwen05b --length 512 --length 2048 \\
+        --batch-size 1 --batch-size 4 --both
 
 Each cell is two iterations of ``kmerge-mlx train`` in a process of its own, whose own peak is read
 (MLX's figure: base, encoder, LoRA, optimizer and activations).
@@ -42,7 +43,8 @@ def write_rows(model: str, length: int, folder: Path) -> None:
     rows = []
     for _ in range(16):
         text = " ".join("".join(rng.choices("ABCDEFGHIJ", k=2)) for _ in range(length))
-        ids = tokenizer.encode(text, add_special_tokens=False)[:length]
+        # Cut at once: its length is no reason to warn.
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:length]
         rows.append(json.dumps({"prompt": tokenizer.decode(ids), "completion": ANSWER}))
     folder.mkdir()
     for split in ("train", "valid"):
