@@ -18,6 +18,8 @@ SHORTER = {
 }
 OF_TASK = {"--num-trees": "textualized-tree", "--num-needles": "recall"}
 """Options that no other task has; ``--limit`` belongs to all but these two."""
+SHARE_OF_ITERS = 50
+"""How much less a page's own ``--iters`` become: still more where a run goes on."""
 SAID = "What changed in May?\n/stats\nq\n"
 
 
@@ -26,6 +28,9 @@ def main() -> int:
     name, given = sys.argv[1], sys.argv[1:]
     if name == "serve":
         return _serve(given)
+    if "--iters" in given:
+        at = given.index("--iters") + 1
+        given[at] = str(int(given[at]) // SHARE_OF_ITERS)
     for flag, value in SHORTER.get(name, {}).items():
         given += [flag, str(value)] if _fits(flag, given) else []
     if name == "chat":

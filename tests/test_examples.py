@@ -45,7 +45,8 @@ def run(tmp_path):
 
 def test_quickstart_converts_and_answers(run, tmp_path):
     out = run(EXAMPLES / "quickstart.sh")
-    assert "K=4" in out
+    assert re.search(r"merge_factor +4$", out, re.MULTILINE)
+    assert out.splitlines()[-1] == "false"
     assert [path.name for path in tmp_path.iterdir()] == ["tools"]
 
 

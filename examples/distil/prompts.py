@@ -8,7 +8,7 @@ TASK = ", Task: Find Parent"
 
 
 def main(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
+    target.mkdir()
     for split in ("train", "valid"):
         lines = []
         for row in (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():

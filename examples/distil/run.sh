@@ -3,22 +3,22 @@
 #
 #     examples/distil/run.sh [FOLDER]
 #
-# Everything is written into FOLDER (default: ./distil-run), and nothing is downloaded. The bundled
+# FOLDER (default: ./distil-run) is made and keeps everything; nothing is downloaded. The bundled
 # adapter was trained on trees merged together with their question. Here it learns to read a merged
 # tree and a raw question, from such prompts alone: the base writes their answers and its
 # distributions are the target. Printed last: KL(base || compressed), before and after.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-mkdir -p "${1:-distil-run}"
+mkdir "${1:-distil-run}"
 cd "${1:-distil-run}"
 
 kmerge-mlx data textualized-tree --stage large --max-nodes 15 --find-parent 4 --questions-per-tree 2 \
-    --train 60 --valid 8 --test 0 --out trees --force
+    --train 60 --valid 8 --test 0 --out trees
 python3 "$here/prompts.py" trees prompts
 
 kmerge-mlx train --model bundled --init-from bundled --data prompts --k 4 --adapter-path out \
     --teacher base --teacher-answers --teacher-max-tokens 4 \
-    --batch-size 8 --iters 40 --steps-per-eval 20 --steps-per-report 20 --val-batches -1 --force
+    --batch-size 8 --iters 40 --steps-per-eval 20 --steps-per-report 20 --val-batches -1
 
 python3 - <<'PYTHON'
 import json
