@@ -145,6 +145,24 @@ def test_a_hub_repo_carries_it_too(home, tmp_path):
     )
 
 
+def test_training_says_that_it_starts_without_it(home, tmp_path):
+    rows = json.dumps({"prompt": "One two three four five six.", "completion": "seven"}) + "\n"
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(rows * 4)
+    named = ("--model", home / "fused", "--data", tmp_path / "data", "--k", 4)
+    done = run("train", *named, "--adapter-path", tmp_path / "run", "--iters", 1)
+    assert done.code == 0, done.err
+    assert f"note: the adapter that {home / 'fused'} carries is not trained on" in done.err
+
+
+def test_it_is_not_uploaded_without_its_model(home):
+    named = ("--license", "mit", "--base-model", "user/base", "--dry-run")
+    for adapter in (home / "fused", home / "fused" / "kmerge"):
+        done = run("upload", adapter, "me/mine", *named)
+        assert_one_error(done, 1, "carries its adapter", "hf upload me/mine")
+
+
 # A packed encoder is read with, and nothing else
 
 

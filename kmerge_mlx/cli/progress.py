@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from kmerge_mlx.adapter import carried_by
 from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.dataset import prompt_compression
@@ -176,6 +178,8 @@ def _header(run: Run) -> str:
             "\nnote: next to nothing of them merges: mark what should with <merge>, lower "
             "--merge-threshold, or give --merges all"
         )
+    if carried_by(Path(run.config.model)) is not None:
+        prompts += f"\nnote: the adapter that {run.config.model} carries is not trained on"
     start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
     if run.config.resume and not state.rng:
         start = f"{run.path} holds no run to resume: starting one"

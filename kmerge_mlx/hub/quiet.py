@@ -58,13 +58,13 @@ def _without_retries() -> Iterator[None]:
 
     handlers = of_the_hub.get_logger().handlers
 
-    said: set[str] = set()
+    said: dict[str, logging.LogRecord] = {}
 
     def hears(record: logging.LogRecord) -> bool:
         # Files that wait for a rate limit do so side by side, and say the same.
-        if (text := record.getMessage()) in said:
+        text = record.getMessage()
+        if said.setdefault(text, record) is not record:
             return False
-        said.add(text)
         return _CHATTER.search(text) is None
 
     for handler in handlers:
