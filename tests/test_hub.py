@@ -144,8 +144,8 @@ FAULTS = {
     ),
     "429": (
         lambda hub: hub.refuse.update(info=429),
-        "user/ckpt is no folder here, and the hub has too many requests (429): try again in 0 "
-        "seconds",
+        "user/ckpt is no folder here, and the hub has too many requests (429): try again in a "
+        "second",
     ),
     "500": (
         lambda hub: hub.refuse.update(info=500),
