@@ -87,6 +87,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def of_mlx_lm(error: BaseException) -> str:
+    """What mlx-lm says of options that it refuses, with this project's names for them."""
+    reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
+    return f"mlx-lm refused these options: {reason}"
+
+
 def short(value: object) -> str:
     """A value as it may stand in an error: printable, and no longer than 60 characters."""
     text = ascii(value)

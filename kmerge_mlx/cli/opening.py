@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.config import MergeConfig
-from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
+from kmerge_mlx.errors import KMergeError, ModelError, PromptError, of_mlx_lm
 from kmerge_mlx.layout import Layout, chosen, differences
 from kmerge_mlx.template import ChatTemplate
 
@@ -113,8 +113,7 @@ def one_line_refusals() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError) as error:
-        reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
-        raise KMergeError(f"mlx-lm refused these options: {reason}") from error
+        raise KMergeError(of_mlx_lm(error)) from error
 
 
 def template_of(tokenizer: Any, chat: ChatTemplate, layout: Layout) -> ChatTemplate | None:

@@ -19,7 +19,7 @@ from mlx_lm.server import ModelProvider
 from kmerge_mlx.adapter import adapter_folder, read_merge_config
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.errors import ServeError, first_line
+from kmerge_mlx.errors import ServeError, of_mlx_lm
 from kmerge_mlx.layout import Layout, chosen
 from kmerge_mlx.model import load, merged_embedding
 from kmerge_mlx.serving.config import ServeConfig
@@ -123,8 +123,7 @@ def _check_kv_bits(config: ServeConfig, model: nn.Module) -> None:
     try:
         maybe_quantize_kv_cache(cache, 0, config.kv_group_size, config.kv_bits)
     except (ValueError, NotImplementedError) as error:
-        reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
-        raise ServeError(f"mlx-lm refused these options: {reason}") from error
+        raise ServeError(of_mlx_lm(error)) from error
 
 
 def _host_arguments(config: ServeConfig, base: str, trust_remote_code: bool) -> Namespace:
