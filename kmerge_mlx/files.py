@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -293,11 +294,7 @@ def clear_leftovers(path: Path) -> None:
     if not path.parent.is_dir():
         return
     for kind in ("old", "new"):
-        start = f".{path.name}.{kind}-"
-        for leftover in [child for child in path.parent.iterdir() if child.name.startswith(start)]:
-            pid = leftover.name.removeprefix(start).split("-")[0]
-            if not pid.isdecimal() or _is_running(int(pid)) or not _is_folder(leftover):
-                continue
+        for leftover in filter(_is_folder, _leftovers(path, kind)):
             if kind == "old" and not path.exists() and any(leftover.iterdir()):
                 leftover.rename(path)
             else:
@@ -317,12 +314,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Yields:
         The file to write; its name ends as ``path``'s does.
     """
-    start = f".{path.name}.new-"
-    for leftover in [child for child in path.parent.iterdir() if child.name.startswith(start)]:
-        pid = leftover.name.removeprefix(start).split(".")[0]
-        if pid.isdecimal() and not _is_running(int(pid)):
+    for leftover in _leftovers(path, "new"):
+        if not _is_folder(leftover):
             leftover.unlink(missing_ok=True)
-    new = path.with_name(f"{start}{os.getpid()}{path.suffix}")
+    new = path.with_name(f".{path.name}.new-{os.getpid()}{path.suffix}")
     try:
         yield new
         flush(new)
@@ -345,6 +340,14 @@ def _swap(new: Path, path: Path) -> None:
     finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _leftovers(path: Path, kind: str) -> Iterator[Path]:
+    """What runs that are over left beside a file or a folder: its name says whose it is."""
+    own = re.compile(re.escape(f".{path.name}.{kind}-") + r"(\d+)(?:[-.].*)?", re.DOTALL)
+    for child in list(path.parent.iterdir()):
+        if (found := own.fullmatch(child.name)) and not _is_running(int(found[1])):
+            yield child
 
 
 def _prefix(path: Path, kind: str) -> str:
