@@ -58,12 +58,12 @@ def write_adapter(model: str, k: int, folder: Path) -> None:
     """A fresh adapter: the paper's encoder, and LoRA of rank 4 on every layer."""
     from mlx_lm.utils import load
 
-    from kmerge_mlx.adapter import save_adapter
+    from kmerge_mlx.adapters.folder import save_adapter
+    from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig, inner_size
+    from kmerge_mlx.adapters.tuning import LoRAConfig
     from kmerge_mlx.base import default_pad_token_id
-    from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig, inner_size
-    from kmerge_mlx.layout import ALL, Layout
     from kmerge_mlx.model import adapter_of, wire
-    from kmerge_mlx.tuning import LoRAConfig
+    from kmerge_mlx.prompts.policy import ALL, Layout
 
     llm, tokenizer = load(model)
     d = llm.args.hidden_size

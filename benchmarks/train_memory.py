@@ -20,9 +20,9 @@ import mlx.core as mx
 
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train import session
-from kmerge_mlx.train.config import from_layers
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.settings import from_layers
 from kmerge_mlx.train.setup import Run
 
 BASE = Path(__file__).parents[1] / "tests" / "fixtures" / "upstream_tied_k4" / "base"

@@ -141,7 +141,7 @@ def mlx_side(shape: argparse.Namespace) -> Side:
     from kmerge_mlx import load
     from kmerge_mlx.data.layout import TokenizedExample
     from kmerge_mlx.model import merged_embedding
-    from kmerge_mlx.prompt import Segment
+    from kmerge_mlx.prompts.lay_out import Segment
     from kmerge_mlx.train.rows import make_batch
 
     mx.set_default_device(mx.cpu)

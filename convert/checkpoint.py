@@ -19,10 +19,16 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
-from kmerge_mlx import base
-from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import HEAD, MERGE_CONFIG, Adapter, check_adapter_destination, save_adapter
-from kmerge_mlx.config import BaseModelConfig, EncoderConfig, MergeConfig, is_int
+from kmerge_mlx import __version__, base
+from kmerge_mlx.adapters.folder import (
+    HEAD,
+    MERGE_CONFIG,
+    Adapter,
+    check_adapter_destination,
+    save_adapter,
+)
+from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
+from kmerge_mlx.config import is_int
 from kmerge_mlx.convert.companion import COMPANION, Companion, read_companion
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
@@ -30,7 +36,7 @@ from kmerge_mlx.convert.torch_file import read_state_dict
 from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch
-from kmerge_mlx.layout import ALL, Layout
+from kmerge_mlx.prompts.policy import ALL, Layout
 
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.config import EncoderConfig, MergeConfig, is_number
+from kmerge_mlx.adapters.schema import EncoderConfig, MergeConfig
+from kmerge_mlx.config import is_number
 from kmerge_mlx.errors import AdapterError, CheckpointError, short
 from kmerge_mlx.files import read_json
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from kmerge_mlx.config import EncoderConfig
+from kmerge_mlx.adapters.lora import tensor_problems
+from kmerge_mlx.adapters.schema import EncoderConfig
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.lora import tensor_problems
 
 # (PyTorch name, our name); both libraries keep a linear layer's weight as (out, in).
 NAMES = (

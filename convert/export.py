@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx import base, bundled
-from kmerge_mlx.adapter import Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
     ENCODER,
     MAX_PROVENANCE_BYTES,
@@ -32,7 +33,6 @@ from kmerge_mlx.convert.peft_write import PeftAdapter, lora_to_peft
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
-from kmerge_mlx.tuning import LoRAConfig
 
 FILES = (ENCODER, PEFT_CONFIG, PEFT_WEIGHTS[0], COMPANION, *PROVENANCE)
 

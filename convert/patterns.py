@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kmerge_mlx.adapter import HEAD, name_ends
+from kmerge_mlx.adapters.folder import HEAD, name_ends
 
 CPU_SECONDS = 2
 MEMORY_BYTES = 512 << 20

@@ -19,12 +19,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx.adapter import HEAD
-from kmerge_mlx.config import LoRASpec, is_int, is_number
+from kmerge_mlx.adapters.folder import HEAD
+from kmerge_mlx.adapters.lora import LORA_PARTS
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.patterns import NameRules, PatternError
 from kmerge_mlx.errors import short
-from kmerge_mlx.lora import LORA_PARTS
-from kmerge_mlx.tuning import LoRAConfig
 
 PREFIX = "base_model.model."
 

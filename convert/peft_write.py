@@ -18,10 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx.adapter import HEAD, Adapter, name_ends
-from kmerge_mlx.config import LoRASpec
+from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, place
-from kmerge_mlx.tuning import LoRAConfig
 
 _MOST_EXACT = 2**53  # integers up to this are float64s as well
 

@@ -21,15 +21,15 @@ WIDTH = 100
 
 # What is public beside the names of the package itself, by module.
 FURTHER = {
-    "generation": ("GenerationResponse", "BatchResponse"),
-    "blocks": ("CompressedPrompt",),
-    "conversation": ("Conversation", "History"),
-    "spans": ("parse", "escape", "Span"),
-    "adapter": ("Adapter", "load_adapter", "save_adapter", "find_adapters"),
-    "config": ("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
-    "tuning": ("LoRAConfig", "FullConfig"),
+    "generation.stream": ("GenerationResponse", "BatchResponse"),
+    "virtual_tokens": ("CompressedPrompt",),
+    "generation.conversation": ("Conversation", "History"),
+    "prompts.tags": ("parse", "escape", "Span"),
+    "adapters.folder": ("Adapter", "load_adapter", "save_adapter", "find_adapters"),
+    "adapters.schema": ("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
+    "adapters.tuning": ("LoRAConfig", "FullConfig"),
     "convert.checkpoint": ("convert_checkpoint",),
-    "serving.config": ("ServeConfig",),
+    "serving.settings": ("ServeConfig",),
     "serving.run": ("Server",),
     "errors": (
         *("KMergeError", "CheckpointError", "AdapterError", "ModelError", "PromptError"),

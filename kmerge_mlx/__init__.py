@@ -1,7 +1,6 @@
 """K-Token Merging on MLX: read a prompt in N/K positions, answer in ordinary tokens.
 
-The public names, loaded on first use so that importing the package stays cheap. (That is why the
-module is ``generation``: a submodule named ``generate`` would take the function's place.)
+The public names, loaded on first use so that importing the package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,29 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx._version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kmerge_mlx.encoder import MergeEncoder
-    from kmerge_mlx.generation import batch_generate, compress, generate, stream_generate
-    from kmerge_mlx.layout import Layout
+    from kmerge_mlx.generation.stream import batch_generate, compress, generate, stream_generate
     from kmerge_mlx.model import load
-    from kmerge_mlx.prompt import lay_out, lay_out_chat
-    from kmerge_mlx.segments import Segment
-    from kmerge_mlx.template import ChatTemplate
+    from kmerge_mlx.prompts.chat_template import ChatTemplate
+    from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat
+    from kmerge_mlx.prompts.policy import Layout
+    from kmerge_mlx.prompts.segments import Segment
 
 _HOMES = {
     "MergeEncoder": "encoder",
-    "batch_generate": "generation",
-    "compress": "generation",
-    "generate": "generation",
-    "stream_generate": "generation",
+    "batch_generate": "generation.stream",
+    "compress": "generation.stream",
+    "generate": "generation.stream",
+    "stream_generate": "generation.stream",
     "load": "model",
-    "Layout": "layout",
-    "ChatTemplate": "template",
-    "Segment": "segments",
-    "lay_out": "prompt",
-    "lay_out_chat": "prompt",
+    "Layout": "prompts.policy",
+    "ChatTemplate": "prompts.chat_template",
+    "Segment": "prompts.segments",
+    "lay_out": "prompts.lay_out",
+    "lay_out_chat": "prompts.lay_out",
 }
 
 __all__ = [

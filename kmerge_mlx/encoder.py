@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.config import BLOCKS_PER_CHUNK, EncoderConfig
+from kmerge_mlx.adapters.schema import EncoderConfig
+from kmerge_mlx.config import BLOCKS_PER_CHUNK
 
 
 class MergeEncoder(nn.Module):

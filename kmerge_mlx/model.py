@@ -17,13 +17,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
-from kmerge_mlx import base, bundled, full, lora
-from kmerge_mlx.adapter import HEAD, Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.blocks import MergedEmbedding
-from kmerge_mlx.config import MAX_BLOCKS, LoRASpec, MergeConfig, is_int
+from kmerge_mlx import base, bundled
+from kmerge_mlx.adapters import full, lora
+from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.schema import LoRASpec, MergeConfig
+from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig, Tuning
+from kmerge_mlx.config import MAX_BLOCKS, is_int
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
-from kmerge_mlx.tuning import FullConfig, LoRAConfig, Tuning
+from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 
 def load(

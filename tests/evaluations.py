@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.adapter import save_adapter
-from kmerge_mlx.evaluation.config import EvaluateConfig
-from kmerge_mlx.evaluation.session import Report, evaluate
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.evaluation.run import Report, evaluate
+from kmerge_mlx.evaluation.settings import EvaluateConfig
 from tests.tiny import build, qwen2_config, random_adapter, write_base
 
 Row = dict[str, Any]

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kmerge_mlx.adapter import Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.errors import KMergeError
-from kmerge_mlx.tuning import LoRAConfig
 
 
 def bits(tensors: dict[str, mx.array]) -> dict[str, tuple]:

@@ -201,7 +201,7 @@ def main(folder: Path) -> dict[str, Any]:
     import mlx_lm
 
     imported = peak()
-    from kmerge_mlx.adapter import find_adapters, load_adapter
+    from kmerge_mlx.adapters.folder import find_adapters, load_adapter
     from kmerge_mlx.convert.checkpoint import convert_checkpoint, read_checkpoint
     from kmerge_mlx.errors import KMergeError
     from tests.checkpoints import make

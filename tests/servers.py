@@ -17,8 +17,8 @@ from typing import Any
 
 from openai import OpenAI
 
-from kmerge_mlx.serving.config import ServeConfig
 from kmerge_mlx.serving.run import Server
+from kmerge_mlx.serving.settings import ServeConfig
 from tests.cli_runner import command, environment
 
 FIXTURE_EOS = 0

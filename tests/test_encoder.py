@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from kmerge_mlx.config import EncoderConfig, inner_size
+from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError
 

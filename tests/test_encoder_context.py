@@ -14,7 +14,7 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import Segment, batch_generate, compress, load
-from kmerge_mlx.adapter import load_adapter, save_adapter
+from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
 from tests.cli_runner import run

@@ -12,12 +12,12 @@ import mlx_lm.utils
 import pytest
 
 from kmerge_mlx import compress, load
-from kmerge_mlx.adapter import Adapter, save_adapter
+from kmerge_mlx.adapters.folder import Adapter, save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.base import fingerprint
-from kmerge_mlx.config import BaseModelConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding
-from kmerge_mlx.tuning import LoRAConfig
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 

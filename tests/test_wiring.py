@@ -10,16 +10,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from kmerge_mlx import Segment
-from kmerge_mlx.adapter import load_adapter, save_adapter
-from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.folder import load_adapter, save_adapter
+from kmerge_mlx.adapters.lora import default_keys
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError, ModelError
-from kmerge_mlx.lora import default_keys
 from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
 from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.tuning import FullConfig, LoRAConfig
-from tests.test_train_loss import examples
 from tests.tiny import PAD, PROJECTIONS, build, qwen2_config
+from tests.train.test_loss import examples
 
 D, V, LAYERS = 64, 700, 2
 SPEC = LoRASpec(4, 2.0)

@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
-from kmerge_mlx.adapter import Adapter
+from kmerge_mlx.adapters.folder import Adapter
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.base import find_embedding
-from kmerge_mlx.config import EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.tuning import LoRAConfig
 from tests.conftest import UPSTREAM
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

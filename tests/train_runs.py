@@ -10,7 +10,7 @@ from unittest import mock
 
 import mlx.core as mx
 
-from kmerge_mlx.adapter import load_adapter
+from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.train import stages
 from kmerge_mlx.train.log import read_log
 from tests.cli_runner import Result, run

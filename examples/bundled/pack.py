@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from kmerge_mlx import bundled
-from kmerge_mlx.adapter import Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.files import replacing_folder, write_json, write_safetensors
 
 LARGEST = 8 * 10**6  # bytes

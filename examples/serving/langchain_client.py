@@ -12,7 +12,7 @@ from pathlib import Path
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 
-from kmerge_mlx.spans import escape
+from kmerge_mlx.prompts.tags import escape
 
 TREE = (Path(__file__).parents[1] / "tree.txt").read_text()
 

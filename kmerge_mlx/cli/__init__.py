@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from kmerge_mlx._version import __version__
+from kmerge_mlx import __version__
 from kmerge_mlx.cli.bench import bench
 from kmerge_mlx.cli.cache import cache
 from kmerge_mlx.cli.chat import chat

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmerge_mlx._version import __version__
+from kmerge_mlx import __version__
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.tables import aligned, size
 from kmerge_mlx.config import GenerationConfig
 from kmerge_mlx.errors import AdapterError
 
 if TYPE_CHECKING:
-    from kmerge_mlx.adapter import Adapter
-    from kmerge_mlx.benchmark import BenchmarkConfig, Row, Side, Spread
+    from kmerge_mlx.adapters.folder import Adapter
+    from kmerge_mlx.tools.bench import BenchmarkConfig, Row, Side, Spread
 
 K = 4
 LENGTHS = (512, 2048)
@@ -84,8 +84,8 @@ def bench(
         check_plot(plot)
     model, adapter_path = opt.chosen(model, adapter_path)
 
-    from kmerge_mlx import benchmark
     from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.tools import bench as benchmark
 
     lengths = tuple(sorted(set(length or LENGTHS)))
     config = benchmark.BenchmarkConfig(
@@ -116,7 +116,7 @@ def _adapters(path: str | None, ks: Sequence[int] | None) -> dict[int, Adapter |
     """What is measured beside plain mlx-lm, by merge factor."""
     if path is None:
         return {k: None for k in ks or (K,) if k > 1}
-    from kmerge_mlx.adapter import find_adapters, load_adapter
+    from kmerge_mlx.adapters.folder import find_adapters, load_adapter
 
     found = {k: load_adapter(path, k) for k in ks or find_adapters(path) if k > 1}
     if not found:

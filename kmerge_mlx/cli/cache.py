@@ -16,13 +16,13 @@ from kmerge_mlx.cli.opening import Opened, one_line_refusals, open_model, templa
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.layout import Layout
-from kmerge_mlx.prompt import lay_out
-from kmerge_mlx.template import ChatTemplate
+from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import lay_out
+from kmerge_mlx.prompts.policy import Layout
 
 if TYPE_CHECKING:
-    from kmerge_mlx.blocks import CompressedPrompt
-    from kmerge_mlx.segments import Segment
+    from kmerge_mlx.prompts.segments import Segment
+    from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 DEFAULTS = GenerationConfig()
 SUFFIX = ".safetensors"
@@ -74,8 +74,8 @@ def cache(
     if not prompt_cache_file.resolve().parent.is_dir():
         raise PromptError(f"--prompt-cache-file {prompt_cache_file}: there is no such folder")
 
-    from kmerge_mlx import prompt_cache
-    from kmerge_mlx.generation import check_context, compress
+    from kmerge_mlx.generation import prompt_cache
+    from kmerge_mlx.generation.stream import check_context, compress
 
     opened = open_model(model, adapter_path, k, trust_remote_code)
     layout = opened.layout(merges, None, chat_template)
@@ -161,8 +161,8 @@ class Held:
             PromptError: The file is torn, or of another model, or the question changes what is
                 before it.
         """
-        from kmerge_mlx import prompt_cache
-        from kmerge_mlx.generation import compress
+        from kmerge_mlx.generation import prompt_cache
+        from kmerge_mlx.generation.stream import compress
 
         k = opened.merge and opened.merge.merge_factor
         used_with = prompt_cache.identity(opened.base, opened.adapter_path, k)
@@ -204,7 +204,7 @@ def read_held(path: Path, belongs: Sequence[Any], question: str | None) -> Held:
     if question is None:
         raise PromptError("--prompt-cache-file needs a --prompt: what is asked of what it holds")
     _, asked = read_prompt([], question)
-    from kmerge_mlx import prompt_cache
+    from kmerge_mlx.generation import prompt_cache
 
     return Held(path, prompt_cache.read_about(path), asked)
 

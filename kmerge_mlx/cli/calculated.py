@@ -17,7 +17,7 @@ from kmerge_mlx.cli.tables import aligned, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 
 if TYPE_CHECKING:
-    from kmerge_mlx.sizing import BaseSizes, Factor, Row, Sizing, SizingConfig
+    from kmerge_mlx.tools.sizing import BaseSizes, Factor, Row, Sizing, SizingConfig
 
 _MEMORY = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([MGT])i?B?", re.IGNORECASE)
 _SHIFT = {"M": 20, "G": 30, "T": 40}

@@ -14,11 +14,11 @@ from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
 from kmerge_mlx.errors import KMergeError
-from kmerge_mlx.template import ChatTemplate
+from kmerge_mlx.prompts.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
-    from kmerge_mlx.conversation import Conversation
-    from kmerge_mlx.generation import GenerationResponse
+    from kmerge_mlx.generation.conversation import Conversation
+    from kmerge_mlx.generation.stream import GenerationResponse
 
 DEFAULTS = GenerationConfig()
 SEED, XTC_THRESHOLD = 0, 0.1
@@ -68,7 +68,7 @@ def chat(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from kmerge_mlx.conversation import Conversation
+    from kmerge_mlx.generation.conversation import Conversation
 
     opened = open_model(model, adapter_path, k, trust_remote_code, extra_eos_token or [])
     tokenizer = opened.tokenizer

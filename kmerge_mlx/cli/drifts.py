@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kmerge_mlx.drift import Drift, Gap
+    from kmerge_mlx.tools.drift import Drift, Gap
 
 
 def drift_lines(drift: Drift, own_text: bool) -> str:

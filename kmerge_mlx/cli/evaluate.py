@@ -14,7 +14,7 @@ import typer
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.errors import short
-from kmerge_mlx.evaluation.config import (
+from kmerge_mlx.evaluation.settings import (
     ALL,
     BASELINES,
     EVALUATED,
@@ -27,7 +27,7 @@ from kmerge_mlx.evaluation.config import (
 )
 
 if TYPE_CHECKING:
-    from kmerge_mlx.evaluation.session import Report
+    from kmerge_mlx.evaluation.run import Report
 
 Task = enum.StrEnum("Task", {name.replace("-", "_"): name for name in EVALUATED})
 Baseline = enum.StrEnum("Baseline", [*BASELINES, ALL])
@@ -289,7 +289,7 @@ def _measured(config: EvaluateConfig) -> Report:
     from tqdm import tqdm
 
     from kmerge_mlx.cli.progress import bars
-    from kmerge_mlx.evaluation.session import evaluate as measure
+    from kmerge_mlx.evaluation.run import evaluate as measure
 
     try:
         # On Metal mlx-lm prints a warning about large models.

@@ -11,7 +11,7 @@ from kmerge_mlx.cli.tables import aligned
 from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.questions import Group
 from kmerge_mlx.evaluation.report import Row, Score
-from kmerge_mlx.evaluation.session import Report
+from kmerge_mlx.evaluation.run import Report
 from kmerge_mlx.plots.quality import QualityPanel, QualityPoint, draw_quality
 from kmerge_mlx.plots.recall import Point, draw_recall
 

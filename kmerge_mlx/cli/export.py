@@ -32,7 +32,7 @@ def export(
       kmerge-mlx export ./adapters ./checkpoint --k 4 --force
     """
     from kmerge_mlx.convert.export import export_adapter
-    from kmerge_mlx.layout import ALL
+    from kmerge_mlx.prompts.policy import ALL
 
     adapter = export_adapter(source, destination, k, force)
     merge = adapter.merge

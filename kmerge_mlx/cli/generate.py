@@ -15,11 +15,11 @@ from kmerge_mlx.cli.cache import read_held
 from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
 from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
 from kmerge_mlx.config import GenerationConfig
-from kmerge_mlx.prompt import lay_out
-from kmerge_mlx.template import ChatTemplate
+from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import lay_out
 
 if TYPE_CHECKING:
-    from kmerge_mlx.generation import GenerationResponse
+    from kmerge_mlx.generation.stream import GenerationResponse
 
 DEFAULTS = GenerationConfig()
 
@@ -90,7 +90,7 @@ def generate(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    from kmerge_mlx.generation import stream_generate
+    from kmerge_mlx.generation.stream import stream_generate
 
     opened = open_model(model, adapter_path, k, trust_remote_code, extra_eos_token or [])
     llm, tokenizer = opened.model, opened.tokenizer

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kmerge_mlx.adapters.packing import ENTRY as QUANTIZATION
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.calculated import parse_memory, report_of, text_of
 from kmerge_mlx.config import USABLE_SHARE, GenerationConfig
-from kmerge_mlx.layout import CONTEXTS
-from kmerge_mlx.quantization import ENTRY as QUANTIZATION
+from kmerge_mlx.prompts.policy import CONTEXTS
 
 KS = (1, 2, 3, 4, 8)
 MAX_LENGTH = 10_000_000  # the KV cache grows in mlx-lm's own steps, which takes time
@@ -122,7 +122,7 @@ def info(
     opt.check_kv(kv_bits, max_kv_size)
     total = parse_memory(memory)
 
-    from kmerge_mlx.sizing import SizingConfig, calculate
+    from kmerge_mlx.tools.sizing import SizingConfig, calculate
 
     config = SizingConfig(
         lengths=tuple(sorted(set(length))),
@@ -145,7 +145,7 @@ def info(
 
 
 def _folder(path: str, as_json: bool) -> None:
-    from kmerge_mlx.describe import describe
+    from kmerge_mlx.tools.describe import describe
 
     found = describe(path)
     if as_json:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.cli import options as opt
-from kmerge_mlx.config import MergeConfig
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, of_mlx_lm
-from kmerge_mlx.layout import Layout, chosen, differences
-from kmerge_mlx.template import ChatTemplate
+from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.policy import Layout, chosen, differences
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -82,7 +82,7 @@ def open_model(
         PromptError: A token that the tokenizer does not have.
     """
     model_given, (base, adapter_path) = model is not None, opt.chosen(model, adapter_path)
-    from kmerge_mlx.adapter import adapter_folder, read_merge_config
+    from kmerge_mlx.adapters.folder import adapter_folder, read_merge_config
     from kmerge_mlx.model import load
 
     merge = None

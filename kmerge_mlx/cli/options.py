@@ -12,7 +12,7 @@ import typer
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.trees import STAGES
 from kmerge_mlx.errors import AdapterError, ModelError
-from kmerge_mlx.layout import MERGES
+from kmerge_mlx.prompts.policy import MERGES
 
 
 def one_of(*values: int) -> Callable[[int | None], int | None]:
@@ -40,7 +40,8 @@ def chosen(model: str | None, adapter_path: str | None) -> tuple[str, str | None
     """
     if adapter_path is None and model in (None, BUNDLED):
         return BUNDLED, BUNDLED
-    from kmerge_mlx import adapter, base
+    from kmerge_mlx import base
+    from kmerge_mlx.adapters import folder as adapter
 
     if adapter_path is None:
         carried = adapter.carried_by(base.resolve(model, weights=False))

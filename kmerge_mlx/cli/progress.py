@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kmerge_mlx.adapter import carried_by
+from kmerge_mlx.adapters.folder import carried_by
 from kmerge_mlx.model import adapter_of
-from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.dataset import prompt_compression
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.session import Outcome
+from kmerge_mlx.train.settings import TrainConfig
 from kmerge_mlx.train.setup import Run
 
 SECONDS_BETWEEN_LINES = 30

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from kmerge_mlx.adapters.packing import BITS, MODES, QuantizeConfig
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.drifts import drift_lines
 from kmerge_mlx.cli.reading import read_prompt
-from kmerge_mlx.quantization import BITS, MODES, QuantizeConfig
 
 DEFAULTS = QuantizeConfig()
 Mode = enum.StrEnum("Mode", list(MODES))
@@ -81,8 +81,8 @@ def quantize(
     config = QuantizeConfig(q_bits, q_group_size, str(q_mode), quantize_embedding, encoder_bits)
     base, adapter = opt.chosen(model, adapter_path)
 
-    from kmerge_mlx import quantizing
     from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.tools import quantize as quantizing
 
     done = quantizing.quantize(
         base,

@@ -16,8 +16,8 @@ import typer
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompt import decode_text
-from kmerge_mlx.spans import parse
+from kmerge_mlx.prompts.lay_out import decode_text
+from kmerge_mlx.prompts.tags import parse
 
 STDIN = "-"
 Files = Annotated[

@@ -11,7 +11,7 @@ import typer
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.opening import note_layout
 from kmerge_mlx.cli.reading import json_object
-from kmerge_mlx.serving.config import (
+from kmerge_mlx.serving.settings import (
     API_KEY_VARIABLE,
     LOG_LEVELS,
     SHORTEST,

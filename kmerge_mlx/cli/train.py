@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kmerge_mlx.errors import TrainError
-from kmerge_mlx.train.config import TrainConfig, from_layers
-from kmerge_mlx.train.options import SIZE, option_of
+from kmerge_mlx.settings import SIZE, option_of
+from kmerge_mlx.train.settings import TrainConfig, from_layers
 
 if TYPE_CHECKING:
     from mlx_lm.tuner.callbacks import TrainingCallback

@@ -14,7 +14,7 @@ from kmerge_mlx.errors import UploadError
 
 if TYPE_CHECKING:
     from kmerge_mlx.evaluation.saved import SavedReport
-    from kmerge_mlx.hub.upload import Upload
+    from kmerge_mlx.tools.upload import Upload
 
 # A hub identifier, such as apache-2.0; the hub knows which there are.
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
@@ -113,10 +113,10 @@ def upload(
       kmerge-mlx upload ./adapter me/my-adapter --license mit --metrics evaluate.json --private
     """
     # The heavy imports wait until the command line is known to be good.
-    from kmerge_mlx.cli.card import card
     from kmerge_mlx.evaluation.saved import read_report
     from kmerge_mlx.hub import names
-    from kmerge_mlx.hub.upload import CARD, check_base, collect, send
+    from kmerge_mlx.tools.model_card import card
+    from kmerge_mlx.tools.upload import CARD, check_base, collect, send
 
     if not names.is_namespaced(repo):
         raise UploadError(f"{repo} is no name of a hub repo: expected user/name")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kmerge_mlx.data.lines import Row
+from kmerge_mlx.data.jsonl import Row
 from kmerge_mlx.data.sampling import Pair, SplitSizes
 from kmerge_mlx.errors import DataError, short
 from kmerge_mlx.hub.fetch import DATASET, fetch_file

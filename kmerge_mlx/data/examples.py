@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import IO, Any
 
 from kmerge_mlx.config import is_number
-from kmerge_mlx.data.lines import JsonLines, Row, check_file, is_gzip, parse_row
+from kmerge_mlx.data.jsonl import JsonLines, Row, check_file, is_gzip, parse_row
 from kmerge_mlx.errors import DataError, short
-from kmerge_mlx.spans import cuts_tag
+from kmerge_mlx.prompts.tags import cuts_tag
 
 
 @dataclass(frozen=True)

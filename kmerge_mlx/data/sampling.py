@@ -22,7 +22,7 @@ import numpy as np
 
 from kmerge_mlx.config import DATA_SEED, is_int, is_number
 from kmerge_mlx.data.fingerprint import fingerprint
-from kmerge_mlx.data.lines import JsonLines, Row, parse_row, raw_lines
+from kmerge_mlx.data.jsonl import JsonLines, Row, parse_row, raw_lines
 from kmerge_mlx.data.sources import SPLITS
 from kmerge_mlx.data.writing import Progress, SplitWriter, splits_summary
 from kmerge_mlx.errors import DataError

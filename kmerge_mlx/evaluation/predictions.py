@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.errors import EvaluateError, short
-from kmerge_mlx.evaluation.methods import Method
+from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.evaluation.scoring import Prediction
 

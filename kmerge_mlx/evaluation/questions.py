@@ -17,7 +17,7 @@ from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.tasks import load_task
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask, draw_split
 from kmerge_mlx.errors import EvaluateError, short
-from kmerge_mlx.evaluation.config import MOST_LABELS, EvaluateConfig
+from kmerge_mlx.evaluation.settings import MOST_LABELS, EvaluateConfig
 
 Bar = Callable[[str], Callable[[int, int], None]]
 """A label to what is called with (work done, work in all)."""

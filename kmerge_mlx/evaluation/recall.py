@@ -15,8 +15,8 @@ from random import Random
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.trees import NAMES, Stage, Tree, below, draw_tree
 from kmerge_mlx.errors import EvaluateError
-from kmerge_mlx.evaluation.config import LENGTHS, TREE, EvaluateConfig
 from kmerge_mlx.evaluation.questions import Bar, Group, Question, Questions
+from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateConfig
 
 _WHO = ("The baker", "A sailor", "My neighbour", "The old teacher", "A young painter", "The guard")
 _DOES = ("carried", "described", "forgot", "repaired", "sold", "counted", "cleaned", "painted")

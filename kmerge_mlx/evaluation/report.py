@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.evaluation import metrics
+from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.intervals import (
     Interval,
     bootstrap_interval,
     mean_proportion_interval,
     wilson_interval,
 )
-from kmerge_mlx.evaluation.methods import Method
 from kmerge_mlx.evaluation.questions import Group, Questions
 from kmerge_mlx.evaluation.scoring import Prediction
 

@@ -14,16 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from kmerge_mlx.blocks import CompressedPrompt
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.evaluation.methods import Method
-from kmerge_mlx.generation import batch_generate, check_context
+from kmerge_mlx.evaluation.baselines import Method
+from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.segments import Segment
+from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import AnswerHead, cross_entropy
 from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 MOST_POSITIONS = 1 << 14
 """Positions read at once for likelihoods: at D = 896, some 300 MB."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge_mlx.plots.common import COLOURS, MARKERS, write
 
 if TYPE_CHECKING:
-    from kmerge_mlx.benchmark import Row
+    from kmerge_mlx.tools.bench import Row
 
 
 def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:

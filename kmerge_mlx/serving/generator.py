@@ -31,16 +31,16 @@ from mlx_lm.server import (
     ResponseGenerator,
 )
 
-from kmerge_mlx.blocks import CompressedPrompt, split
 from kmerge_mlx.errors import BlockTableFullError
-from kmerge_mlx.generation import compress, over_original_ids
+from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.segments import Segment
+from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ClientGone, busy, refused
 from kmerge_mlx.serving.caches import PromptCache
 from kmerge_mlx.serving.metrics import Metrics
 from kmerge_mlx.serving.model import PinnedModel
 from kmerge_mlx.serving.stops import cut_at_stops
+from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2

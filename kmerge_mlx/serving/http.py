@@ -19,7 +19,7 @@ from typing import Any
 
 from kmerge_mlx.errors import ServeError, first_line
 from kmerge_mlx.serving.answers import ApiError
-from kmerge_mlx.serving.config import ServeConfig
+from kmerge_mlx.serving.settings import ServeConfig
 
 _log = logging.getLogger(__name__)
 _FULL = (

@@ -16,13 +16,13 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import ModelProvider
 
-from kmerge_mlx.adapter import adapter_folder, read_merge_config
+from kmerge_mlx.adapters.folder import adapter_folder, read_merge_config
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import ServeError, of_mlx_lm
-from kmerge_mlx.layout import Layout, chosen
 from kmerge_mlx.model import load, merged_embedding
-from kmerge_mlx.serving.config import ServeConfig
+from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.serving.settings import ServeConfig
 
 
 class PinnedModel(ModelProvider):

@@ -13,11 +13,11 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self
 
-from kmerge_mlx.serving.config import ServeConfig
-from kmerge_mlx.serving.handler import Handler
+from kmerge_mlx.serving.app import Handler
 from kmerge_mlx.serving.http import BoundedServer
 from kmerge_mlx.serving.model import PinnedModel
 from kmerge_mlx.serving.service import Service
+from kmerge_mlx.serving.settings import ServeConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

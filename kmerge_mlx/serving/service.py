@@ -14,15 +14,15 @@ from threading import Condition, Lock
 from mlx_lm.server import get_system_fingerprint
 
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.generation import check_context
-from kmerge_mlx.prompt import lay_out_chat, lay_out_text
-from kmerge_mlx.segments import Segment, encode
+from kmerge_mlx.generation.stream import check_context
+from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
+from kmerge_mlx.prompts.segments import Segment, encode
 from kmerge_mlx.serving.answers import busy, refused
-from kmerge_mlx.serving.config import ServeConfig
 from kmerge_mlx.serving.generator import CompressingGenerator, Job
 from kmerge_mlx.serving.metrics import Metrics
 from kmerge_mlx.serving.model import PinnedModel
 from kmerge_mlx.serving.requests import Completion
+from kmerge_mlx.serving.settings import ServeConfig
 
 
 class Service:

@@ -14,10 +14,10 @@ from typing import Any
 import mlx.nn as nn
 
 from kmerge_mlx.errors import TrainError
-from kmerge_mlx.generation import batch_generate
+from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.train.checkpoint import TRAINING
-from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.dataset import Limits, TokenizedSet
+from kmerge_mlx.train.settings import TrainConfig
 
 ANSWERS = "answers.json"
 _AT_ONCE = 32

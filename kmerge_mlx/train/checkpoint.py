@@ -17,8 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import FILES, MERGE_CONFIG, Adapter, write_adapter
+from kmerge_mlx import __version__
+from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.errors import TrainError, findings, first_line, short
 from kmerge_mlx.files import (
     ALL_DTYPES,

@@ -19,8 +19,8 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList
 from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
 from kmerge_mlx.errors import DataError, KMergeError
-from kmerge_mlx.layout import DEFAULT_LAYOUT, Layout
-from kmerge_mlx.segments import Segment
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompts.segments import Segment
 
 Progress = Callable[[int, int], None]
 

@@ -18,13 +18,13 @@ from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import merged_embedding, unfreeze
 from kmerge_mlx.train import warmup
 from kmerge_mlx.train.checkpoint import State
-from kmerge_mlx.train.config import RECONSTRUCTION
 from kmerge_mlx.train.distill import distill_loss
 from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.optimizer import load_state, make_optimizer, refill, state_tensors
 from kmerge_mlx.train.order import Rows
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch, make_batch
+from kmerge_mlx.train.settings import RECONSTRUCTION
 from kmerge_mlx.train.setup import Run
 from kmerge_mlx.train.step import Loss, Stepper, Totals
 

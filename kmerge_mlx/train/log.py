@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.data.lines import parse_row, raw_lines
+from kmerge_mlx.data.jsonl import parse_row, raw_lines
 from kmerge_mlx.errors import DataError
 
 LOG, TIMING = "log.jsonl", "timing.jsonl"

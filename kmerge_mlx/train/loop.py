@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from kmerge_mlx.adapter import Adapter
+from kmerge_mlx.adapters.folder import Adapter
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.checkpoint import TRAINING, save

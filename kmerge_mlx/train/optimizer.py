@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.errors import TrainError, first_line, short
-from kmerge_mlx.train.config import OPTIMIZERS, TrainConfig
+from kmerge_mlx.train.settings import OPTIMIZERS, TrainConfig
 
 _CLASSES = dict(
     zip(OPTIMIZERS, (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor), strict=True)

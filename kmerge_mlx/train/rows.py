@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from kmerge_mlx.blocks import Block, split
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.segments import Segment
+from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.virtual_tokens import Block, split
 
 ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))
 """Rows of up to so many positions are padded to a multiple of so many: 32 as in mlx-lm, and less

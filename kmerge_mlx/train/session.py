@@ -17,9 +17,9 @@ from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.files import read_json
 from kmerge_mlx.train.answers import ANSWERS, give_answers, read_answers, write_answers
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING
-from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.loop import Trainer
 from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.settings import TrainConfig
 from kmerge_mlx.train.setup import Run, prepare
 from kmerge_mlx.train.stages import Bar, limits_of
 from kmerge_mlx.train.teacher_file import StoredTeacher, store

@@ -17,24 +17,24 @@ import mlx.nn as nn
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from kmerge_mlx import base, lora
-from kmerge_mlx._version import __version__
-from kmerge_mlx.adapter import HEAD, Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.config import (
+from kmerge_mlx import __version__, base
+from kmerge_mlx.adapters import lora
+from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.schema import (
     BaseModelConfig,
     EncoderConfig,
     LoRASpec,
     MergeConfig,
     inner_size,
 )
+from kmerge_mlx.adapters.tuning import FULL, FullConfig, LoRAConfig, Tuning
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load, output_head, padding_of, wire
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
-from kmerge_mlx.train.config import LORA_PARAMETERS, TrainConfig
 from kmerge_mlx.train.distill import Teacher
 from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainConfig
 from kmerge_mlx.train.stages import Bar, Stage, load_stages
-from kmerge_mlx.tuning import FULL, FullConfig, LoRAConfig, Tuning
 
 
 @dataclass

@@ -21,9 +21,9 @@ from kmerge_mlx.data.tasks import load_task
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.data.trees import Stage as TreeStage
 from kmerge_mlx.errors import DataError, TrainError, short
-from kmerge_mlx.train.config import TrainConfig
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
 from kmerge_mlx.train.order import batches_of
+from kmerge_mlx.train.settings import TrainConfig
 
 TRAIN_SPLITS = ("train", "valid")
 HELD_OUT_TREES = 1000

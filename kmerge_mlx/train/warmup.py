@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from kmerge_mlx.blocks import MergedEmbedding
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.rows import Batch, bucket, padded
+from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 DECODER = "decoder"
 

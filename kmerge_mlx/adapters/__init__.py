@@ -1,0 +1,1 @@
+"""Adapter folders: their schema, their files, and LoRA."""

@@ -1,0 +1,1 @@
+"""Generation from merged prompts, through mlx-lm."""

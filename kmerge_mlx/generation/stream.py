@@ -1,0 +1,400 @@
+"""Compress a prompt, then mlx-lm's own generation, with honest statistics.
+
+Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's options (but for
+``verbose``: nothing is printed) and response fields, plus what merging did. The rest is mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchResponse as HostBatchResponse
+from mlx_lm.generate import GenerationResponse as HostResponse
+from mlx_lm.generate import stream_generate as host_stream_generate
+from mlx_lm.sample_utils import LogitsProcessor
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
+from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.prompts.segments import Segment, encode
+from kmerge_mlx.virtual_tokens import CompressedPrompt
+
+_EXPECTED = "expected text, token ids, or segments"
+
+Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
+
+
+@dataclass(kw_only=True)
+class GenerationResponse(HostResponse):
+    """mlx-lm's response to one generated token, with what merging did.
+
+    ``prompt_tokens`` counts original tokens, and ``prompt_tps`` is original tokens over
+    ``time_to_first_token``: the encoder's time is part of reading the prompt.
+
+    Args:
+        compressed_tokens: Positions prefilled.
+        compression_ratio: ``prompt_tokens / compressed_tokens``.
+        time_to_first_token: Seconds from the call to the first token: tokenizing, merging, prefill.
+    """
+
+    compressed_tokens: int
+    compression_ratio: float
+    time_to_first_token: float
+
+
+@dataclass
+class BatchResponse(HostBatchResponse):
+    """mlx-lm's batch response, with what merging did.
+
+    Args:
+        prompt_tokens: Original tokens of each prompt.
+        compressed_tokens: Positions prefilled for each prompt.
+        finish_reasons: ``"stop"`` or ``"length"`` for each prompt.
+    """
+
+    prompt_tokens: list[int] = field(default_factory=list)
+    compressed_tokens: list[int] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+
+
+def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedPrompt:
+    """Turns a prompt into the ids that the model reads.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompt: Text or token ids (all of it merges), or segments (see ``prompt.lay_out``). An
+            already compressed prompt is returned as it is.
+
+    Returns:
+        The compressed prompt; its blocks stay bound while the object lives.
+
+    Raises:
+        PromptError: Empty, of another type, with a token id outside the vocabulary, or compressed
+            for another model.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    return _compress(model, _segments(tokenizer, prompt))
+
+
+def _compress(model: nn.Module, segments: list[Segment] | CompressedPrompt) -> CompressedPrompt:
+    embedding = merged_embedding(model)
+    if isinstance(segments, CompressedPrompt):
+        if segments.table is not (None if embedding is None else embedding.table):
+            raise PromptError("the prompt was compressed for another model: compress it for this")
+        if not segments.ids:
+            raise PromptError("the cache holds all of the prompt: leave its last position to read")
+        return segments
+    if not any(len(segment.ids) for segment in segments):
+        raise PromptError("the prompt is empty: there is nothing to read")
+    if embedding is not None:
+        return embedding.compress(segments)
+    ids = [i for segment in segments for i in segment.ids]
+    return CompressedPrompt(ids, ids, [1] * len(ids))
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft_model: nn.Module | None = None,
+    **options: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Generates text from a prompt whose blocks are merged; the twin of mlx-lm's function.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompt: See :func:`compress`.
+        max_tokens: Most tokens to generate; -1 for no limit.
+        logits_processors: mlx-lm's; they are given the original token ids, never virtual ones.
+        draft_model: Refused: it would be given virtual ids.
+        **options: Everything else of ``mlx_lm.generate.generate_step``: ``sampler``,
+            ``max_kv_size``, ``prompt_cache``, ``kv_bits``, ``prefill_step_size`` and so on.
+
+    Yields:
+        One response a token.
+
+    Raises:
+        ModelError: A draft model was given.
+        PromptError: The prompt is empty, or longer than the model's context.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    if draft_model is not None:
+        raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
+    _check_options(options, [max_tokens], unlimited=True)
+    start = time.perf_counter()
+    tokenizer = _wrapped(tokenizer)
+    segments = _segments(tokenizer, prompt)
+    check_context(model, segments, options.get("prompt_cache"))
+    compressed = _compress(model, segments)
+    if logits_processors:
+        options["logits_processors"] = over_original_ids(logits_processors, compressed)
+    first: float | None = None
+    for response in host_stream_generate(
+        model, tokenizer, mx.array(compressed.ids), max_tokens=max_tokens, **options
+    ):
+        first = first or time.perf_counter() - start
+        read = len(compressed.original_ids)
+        known = vars(response) | {"prompt_tokens": read, "prompt_tps": read / first}
+        yield GenerationResponse(
+            **known,
+            compressed_tokens=len(compressed.ids),
+            compression_ratio=compressed.compression_ratio,
+            time_to_first_token=first,
+        )
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, **options: Any) -> str:
+    """The whole text that :func:`stream_generate` streams, with the same options."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+
+
+def batch_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    prompt_caches: list[list[Any]] | None = None,
+    max_tokens: int | list[int] = 128,
+    *,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    return_prompt_caches: bool = False,
+    return_token_ids: bool = False,
+    return_logprobs: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> BatchResponse:
+    """Generates for many prompts at once by mlx-lm's continuous batching.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        tokenizer: Its tokenizer.
+        prompts: See :func:`compress`, one each.
+        prompt_caches: KV caches already filled with a prefix of each prompt; not changed.
+        max_tokens: Most tokens to generate, for all or for each.
+        logits_processors: mlx-lm's, applied to every prompt over its own original token ids.
+        return_prompt_caches: Put each prompt's KV cache in the response.
+        return_token_ids: Put the generated ids in the response.
+        return_logprobs: Put each generated token's log-probability in the response.
+        progress: Called with (finished, total) whenever a prompt is finished.
+        **options: Everything else of ``mlx_lm.generate.BatchGenerator``: ``sampler``,
+            ``completion_batch_size``, ``prefill_batch_size``, ``max_kv_size`` and so on.
+
+    Returns:
+        Texts and statistics in the order of the prompts.
+
+    Raises:
+        PromptError: A prompt is empty, or longer than the model's context.
+        BlockTableFullError: Too many blocks in use at once.
+    """
+    tokenizer = _wrapped(tokenizer)
+    caches = prompt_caches or [None] * len(prompts)
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    _check_options(options, limits, unlimited=False)
+    if not len(caches) == len(limits) == len(prompts):
+        raise PromptError(
+            f"{len(prompts)} prompts, {len(caches)} prompt_caches and {len(limits)} max_tokens: "
+            "expected one of each for every prompt"
+        )
+    compressed = _compress_all(model, tokenizer, prompts, caches)
+    processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
+    generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
+    try:
+        uids = generator.insert(
+            [list(prompt.ids) for prompt in compressed],
+            limits,
+            caches=prompt_caches,
+            logits_processors=processors,
+        )
+        with generator.stats() as stats:
+            done = _drain(generator, uids, return_logprobs, progress)
+    finally:
+        generator.close()
+    rows = [done[uid] for uid in uids]
+    return BatchResponse(
+        texts=[tokenizer.decode(row.tokens) for row in rows],
+        stats=stats,
+        caches=[row.cache for row in rows] if return_prompt_caches else None,
+        token_ids=[row.tokens for row in rows] if return_token_ids else None,
+        logprobs=[row.logprobs for row in rows] if return_logprobs else None,
+        prompt_tokens=[len(prompt.original_ids) for prompt in compressed],
+        compressed_tokens=[len(prompt.ids) for prompt in compressed],
+        finish_reasons=[row.finish_reason for row in rows],
+    )
+
+
+def _check_options(options: Mapping[str, Any], limits: Sequence[int], unlimited: bool) -> None:
+    """What mlx-lm takes and this project does not, and limits that generate nothing."""
+    if "verbose" in options:
+        raise KMergeError("verbose: this library never prints; print what stream_generate yields")
+    if any(limit == 0 or (limit < 0 and not unlimited) for limit in limits):
+        remedy = ", or -1 for no limit" if unlimited else ""
+        raise PromptError(f"max_tokens is {min(limits)}: give at least 1{remedy}")
+
+
+def _compress_all(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], caches: Sequence[list[Any] | None]
+) -> list[CompressedPrompt]:
+    """Compresses the prompts of a batch, once all of them are known to fit."""
+
+    def checked(prompt: Prompt, cache: list[Any] | None) -> list[Segment] | CompressedPrompt:
+        form = _segments(tokenizer, prompt)
+        check_context(model, form, cache)
+        return form
+
+    return _each(lambda form: _compress(model, form), _each(checked, prompts, caches))
+
+
+def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
+    """Maps a function over a batch; an error says which prompt it is about."""
+    results = []
+    for number, arguments in enumerate(zip(*rows, strict=True)):
+        try:
+            results.append(function(*arguments))
+        except PromptError as error:
+            raise PromptError(f"prompt {number}: {error}") from error
+    return results
+
+
+def over_original_ids(
+    processors: Iterable[LogitsProcessor], prompt: CompressedPrompt
+) -> list[LogitsProcessor]:
+    """Makes logits processors see the prompt's original token ids instead of virtual ones.
+
+    A virtual id would index the logits out of range, and original ids are what a penalty means.
+
+    Args:
+        processors: mlx-lm's; the first call tells how many of the ids are the prompt's.
+        prompt: The prompt that generation starts from.
+
+    Returns:
+        The same processors, guarded.
+    """
+    original = mx.array(prompt.original_ids)
+
+    def guard(processor: LogitsProcessor) -> LogitsProcessor:
+        read: list[int] = []
+
+        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+            read[:] = read or [len(tokens)]
+            generated = tokens[read[0] :].astype(original.dtype)
+            return processor(mx.concatenate([original, generated]), logits)
+
+        return guarded
+
+    return [guard(processor) for processor in processors]
+
+
+def check_context(
+    model: nn.Module,
+    prompt: Sequence[Segment] | CompressedPrompt,
+    cache: list[Any] | None = None,
+) -> None:
+    """Refuses a prompt that has more positions than the model was made for, before any work.
+
+    Args:
+        model: A model from :func:`kmerge_mlx.load`.
+        prompt: Segments, or an already compressed prompt.
+        cache: KV cache that the prompt continues, or None.
+
+    Raises:
+        PromptError: Says how long it is and what the model takes.
+    """
+    limit = getattr(model, "context_length", None)
+    if limit is None:
+        return
+    cached = max((int(getattr(c, "offset", 0)) for c in cache), default=0) if cache else 0
+    if isinstance(prompt, CompressedPrompt):
+        tokens, positions = len(prompt.original_ids), len(prompt.ids)
+    else:
+        embedding = merged_embedding(model)
+        k = 1 if embedding is None else embedding.merge_factor
+        tokens = sum(len(s.ids) for s in prompt)
+        positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
+    if cached + positions <= limit:
+        return
+    merged = f" after merging {tokens:,} tokens" if positions < tokens else ""
+    remedy = ", or use an adapter with a larger K" if positions < tokens else ""
+    before = f" on top of {cached:,} in the cache" if cached else ""
+    raise PromptError(
+        f"the prompt has {positions:,} positions{merged}{before}, and the model's context is "
+        f"{limit:,}: shorten it{remedy}"
+    )
+
+
+@dataclass
+class _Row:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    cache: list[Any] | None = None
+    finish_reason: str = "length"
+
+
+def _drain(
+    generator: BatchGenerator,
+    uids: list[int],
+    want_logprobs: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, _Row]:
+    """Runs a batch to its end."""
+    rows = {uid: _Row() for uid in uids}
+    finished = 0
+    while responses := generator.next_generated():
+        for response in responses:
+            row = rows[response.uid]
+            if response.finish_reason != "stop":
+                row.tokens.append(response.token)
+                if want_logprobs:
+                    row.logprobs.append(response.logprobs[response.token].item())
+            if response.finish_reason is not None:
+                row.finish_reason, row.cache = response.finish_reason, response.prompt_cache
+                finished += 1
+                if progress is not None:
+                    progress(finished, len(uids))
+    return rows
+
+
+def _wrapped(tokenizer: Any) -> TokenizerWrapper:
+    """A plain Hugging Face tokenizer will do, as in mlx-lm."""
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+
+
+def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:
+    """Every form of a prompt but the compressed one, as segments of plain ints."""
+    if isinstance(prompt, CompressedPrompt):
+        return prompt
+    if isinstance(prompt, str):
+        try:
+            return [Segment(encode(tokenizer, prompt))]
+        except TypeError as error:  # a lone surrogate, say
+            raise PromptError(f"the prompt is no text: {first_line(error)}") from error
+    parts = [prompt] if isinstance(prompt, Segment) else _listed(prompt)
+    if parts and all(isinstance(part, Segment) for part in parts):
+        return [Segment(_ids(part.ids), part.merge) for part in parts]
+    return [Segment(_ids(parts))]
+
+
+def _listed(values: Any) -> list[Any]:
+    """A list of whatever a prompt is: an array of MLX or NumPy, or any sequence but bytes."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, bytes | bytearray | Mapping) or not isinstance(values, Iterable):
+        raise PromptError(f"the prompt is of type {type(values).__name__}, {_EXPECTED}")
+    return list(values)
+
+
+def _ids(values: Any) -> list[int]:
+    try:
+        return [index(value) for value in _listed(values)]
+    except TypeError:
+        other = next(v for v in _listed(values) if not hasattr(v, "__index__"))
+        raise PromptError(f"the prompt holds a {type(other).__name__}, {_EXPECTED}") from None

@@ -1,0 +1,1 @@
+"""Prompts: what of a text merges, and as which token ids."""

@@ -1,0 +1,1 @@
+"""What is made of, or measured on, a finished model."""

@@ -1,0 +1,369 @@
+"""Speed and memory of compressed prompts against plain mlx-lm, in one process.
+
+Owns what is timed and how: the sides, their order, fresh blocks in every round, medians and ratios.
+For every prompt length T several sides read in turn: plain mlx-lm on T tokens (the reference), and
+for each K plain mlx-lm on ceil(T/K) tokens (the floor: what so many positions cost anyway) and this
+project on T tokens merged into as many. Does not know tables, JSON or pictures.
+
+Prompts are random token ids: time and memory depend on shapes alone. Tokenizing is not measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+from kmerge_mlx import base
+from kmerge_mlx.adapters.folder import Adapter
+from kmerge_mlx.adapters.schema import EncoderConfig, MergeConfig, inner_size
+from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.errors import PromptError, findings
+from kmerge_mlx.model import attach, check_fit, load, merged_embedding, padding_of, widen, wire
+from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.virtual_tokens import MergedEmbedding
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured, and how often.
+
+    Args:
+        lengths: T, tokens of each prompt.
+        num_trials: Rounds that count; one more for each length, the first, warms up.
+        generation_tokens: Tokens generated after each prompt.
+        prefill_step_size: Positions prefilled at once.
+        seed: Of the random prompts.
+        delay: Seconds of rest before each run.
+    """
+
+    lengths: tuple[int, ...]
+    num_trials: int
+    generation_tokens: int
+    prefill_step_size: int
+    seed: int
+    delay: int
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One way to read a prompt.
+
+    Args:
+        k: The merge factor K.
+        llm: mlx-lm's model.
+        embedding: Its wrapped embedding, or None: the first ceil(T/K) tokens are read unmerged.
+        unread_bytes: Bytes of weights in memory that it does not read: the others' encoders, LoRA.
+    """
+
+    k: int
+    llm: nn.Module
+    embedding: MergedEmbedding | None = None
+    unread_bytes: int = 0
+
+    def positions(self, length: int) -> int:
+        """Positions that a prompt of so many tokens takes."""
+        return -(-length // self.k)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a prompt read, and some tokens generated.
+
+    Args:
+        tokens: Original tokens of the prompt.
+        positions: Positions prefilled.
+        time_to_first_token: Seconds from the prompt's ids to the first token, compressing included.
+        generation_tps: Tokens per second after the first token, or None if that was all.
+        peak_bytes: Most memory in use at once: the weights that this side reads, KV cache,
+            activations.
+        kv_bytes: What the KV cache held when the first token was sampled: exactly the prompt.
+    """
+
+    tokens: int
+    positions: int
+    time_to_first_token: float
+    generation_tps: float | None
+    peak_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The same figure from every round that counts: median, lowest, highest, and all in order."""
+
+    median: float
+    min: float
+    max: float
+    trials: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of at least one value."""
+        trials = tuple(values)
+        return cls(median(trials), min(trials), max(trials), trials)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one side did with prompts of one length; units as in :class:`Trial`.
+
+    Args:
+        time_to_first_token: Seconds.
+        prompt_tps: Original tokens per second until the first token.
+        generation_tps: Tokens per second after the first token, or None without any.
+        peak_bytes: Peak memory.
+        kv_bytes: Bytes of the prompt in the KV cache.
+    """
+
+    time_to_first_token: Spread
+    prompt_tps: Spread
+    generation_tps: Spread | None
+    peak_bytes: Spread
+    kv_bytes: int
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial]) -> Figures:
+        """The figures of at least one run."""
+        speeds = [t.generation_tps for t in trials if t.generation_tps is not None]
+        return cls(
+            Spread.of(t.time_to_first_token for t in trials),
+            Spread.of(t.tokens / t.time_to_first_token for t in trials),
+            Spread.of(speeds) if speeds else None,
+            Spread.of(t.peak_bytes for t in trials),
+            trials[0].kv_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One merge factor at one length.
+
+    Args:
+        k: The merge factor; 1 is plain mlx-lm on the whole prompt.
+        length: T, tokens of the prompt.
+        positions: Positions prefilled.
+        figures: What it did.
+        floor: What plain mlx-lm did with as many ordinary tokens, or None at K = 1.
+        speedup: Time to first token of K = 1 over this one's, in each round, or None at K = 1.
+        overhead: Time to first token over the floor's, in each round, or None at K = 1.
+    """
+
+    k: int
+    length: int
+    positions: int
+    figures: Figures
+    floor: Figures | None = None
+    speedup: Spread | None = None
+    overhead: Spread | None = None
+
+
+def load_sides(
+    path_or_hf_repo: str,
+    adapters: Mapping[int, Adapter | None],
+    lengths: Sequence[int],
+    *,
+    trust_remote_code: bool = False,
+) -> list[Side]:
+    """Loads a base once, and for each K a model over the same weights.
+
+    Args:
+        path_or_hf_repo: Base model, a folder or a hub repo id.
+        adapters: K, each above 1, to its adapter, or to None for an untrained encoder of the
+            default size and no LoRA.
+        lengths: T, tokens of the prompts that will be read.
+        trust_remote_code: Let the base's own Python files run.
+
+    Returns:
+        The reference, and for each K the floor and the merged side.
+
+    Raises:
+        PromptError: A length that does not fit the model or a K (all of them listed); nothing is
+            loaded then.
+        ModelError: The base cannot be found, loaded or given virtual ids.
+        AdapterError: An adapter does not fit the base.
+    """
+    path = base.resolve(path_or_hf_repo)
+    config = base.read_config(path)
+    _check_lengths(lengths, adapters, base.context_length(config))
+    for adapter in adapters.values():
+        if adapter is not None:
+            check_fit(adapter, config, path_or_hf_repo)
+    plain, tokenizer = load(str(path), trust_remote_code=trust_remote_code)
+    readers = [(1, plain)]
+    for k, adapter in sorted(adapters.items()):
+        # Only its modules are wanted: the lazy weights are never read.
+        llm, _ = load(str(path), lazy=True, trust_remote_code=trust_remote_code)
+        llm.update(plain.parameters())
+        _merge(llm, k, adapter, tokenizer, path_or_hf_repo, Side(k, llm).positions(max(lengths)))
+        widen(llm, path)  # the adapter: the base's own arrays were cast above
+        mx.eval(llm.parameters())
+        readers += [(k, plain), (k, llm)]
+    weights = [
+        {id(array): array.nbytes for _, array in tree_flatten(llm.parameters())}
+        for _, llm in readers
+    ]
+    total = sum({key: size for each in weights for key, size in each.items()}.values())
+    return [
+        Side(k, llm, merged_embedding(llm), total - sum(own.values()))
+        for (k, llm), own in zip(readers, weights, strict=True)
+    ]
+
+
+def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
+    problems = [
+        f"--length {length} is more than the model's context of {limit:,} positions, and the "
+        "reference reads every token"
+        for length in lengths
+        if limit is not None and length > limit
+    ]
+    problems += [
+        f"--k {k} is more than --length {length}: a block would hold more than the prompt"
+        for k in ks
+        for length in lengths
+        if k > length
+    ]
+    if problems:
+        raise PromptError(findings("nothing was measured", problems))
+
+
+def _merge(
+    llm: nn.Module, k: int, adapter: Adapter | None, tokenizer: Any, name: str, max_blocks: int
+) -> None:
+    """Puts an adapter, or an untrained encoder, on a model in place."""
+    if adapter is not None:
+        attach(llm, adapter, padding_of(adapter, tokenizer), name, max_blocks)
+    else:
+        _, table = base.find_embedding(llm, name)
+        d = table(mx.array([0])).shape[-1]
+        sizes = EncoderConfig(k, d, inner_size(k, d))
+        pad = base.default_pad_token_id(tokenizer)
+        wire(llm, MergeConfig(sizes), LoRAConfig(0), pad, name, max_blocks)
+        llm.eval()
+
+
+def measure(
+    sides: Sequence[Side],
+    config: BenchmarkConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """Times every side on prompts of every length.
+
+    Args:
+        sides: From :func:`load_sides`, for the same lengths.
+        config: What to measure.
+        progress: Called between runs with (positions read, positions to be read in all).
+
+    Returns:
+        For each length a row for K = 1, and then one for each K.
+    """
+    _, table = base.find_embedding(sides[0].llm, "the base model")
+    vocab_size = table.weight.shape[0]
+    rng = Random(config.seed)
+    rounds = range(-1, config.num_trials)  # the first warms up and does not count
+    total = sum(side.positions(n) for n in config.lengths for side in sides) * len(rounds)
+    done, rows = 0, []
+    progress(done, total)
+    for length in config.lengths:
+        trials: dict[Side, list[Trial]] = {side: [] for side in sides}
+        for number in rounds:
+            ids = rng.choices(range(vocab_size), k=length)
+            for side in _in_turn(sides, number):
+                trial = _run(side, ids, config)
+                if number >= 0:
+                    trials[side].append(trial)
+                done += trial.positions
+                progress(done, total)
+        rows += _rows(length, trials)
+    return rows
+
+
+def _in_turn(sides: Sequence[Side], number: int) -> list[Side]:
+    """The order of one round: each time another is first, and every other round goes backwards,
+    so that none always runs right after the same one."""
+    step = -1 if number % 2 else 1
+    return [sides[(number + step * i) % len(sides)] for i in range(len(sides))]
+
+
+def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
+    """Reads one prompt and generates; the block table is empty before, and again after."""
+    tokens = ids[: side.positions(len(ids))] if side.embedding is None else ids
+    held: list[int] = []
+
+    def greedy(logprobs: mx.array) -> mx.array:
+        if not held:  # when the first token is sampled, exactly the prompt is in the cache
+            held.append(kv_bytes(cache))
+        return mx.argmax(logprobs, axis=-1)
+
+    time.sleep(config.delay)
+    mx.clear_cache()
+    with wired_limit(side.llm, [generation_stream]):
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        prompt = None if side.embedding is None else side.embedding.compress([Segment(tokens)])
+        read = tokens if prompt is None else prompt.ids
+        cache = make_prompt_cache(side.llm)
+        steps = generate_step(
+            mx.array(read),
+            side.llm,
+            max_tokens=config.generation_tokens,
+            sampler=greedy,
+            prompt_cache=cache,
+            prefill_step_size=config.prefill_step_size,
+        )
+        times = [time.perf_counter() for _ in steps]
+        # mlx-lm queues a step more than it gives: it must not run into the next side's time.
+        mx.synchronize(generation_stream)
+    peak = mx.get_peak_memory() - side.unread_bytes
+    if side.embedding is not None:
+        side.embedding.forget_blocks()
+    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    return Trial(len(tokens), len(read), times[0] - start, speed, peak, held[0])
+
+
+def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
+    """The rows of one length; a ratio is of two runs of the same round."""
+
+    def ratios(over: Side, under: Side) -> Spread:
+        pairs = zip(trials[over], trials[under], strict=True)
+        return Spread.of(a.time_to_first_token / b.time_to_first_token for a, b in pairs)
+
+    def facts(side: Side) -> tuple[int, int, int, Figures]:
+        return side.k, length, trials[side][0].positions, Figures.of(trials[side])
+
+    reference, *others = trials
+    rows = [Row(*facts(reference))]
+    for floor, side in zip(others[::2], others[1::2], strict=True):
+        compared = ratios(reference, side), ratios(side, floor)
+        rows.append(Row(*facts(side), Figures.of(trials[floor]), *compared))
+    return rows
+
+
+def kv_bytes(cache: Sequence[Any]) -> int:
+    """Bytes that a KV cache holds for the positions read so far, not what it has room for.
+
+    Args:
+        cache: mlx-lm's, one entry a layer. Keys and values, plain or quantized, are cut to the
+            positions that they hold; an entry of another kind counts whole.
+    """
+    return sum(_entry_bytes(entry) for entry in cache)
+
+
+def _entry_bytes(entry: Any) -> int:
+    if isinstance(entry, CacheList):
+        return kv_bytes(entry.caches)
+    keys, offset = getattr(entry, "keys", None), getattr(entry, "offset", None)
+    if keys is None or not isinstance(offset, int):
+        return entry.nbytes
+    held = offset - getattr(entry, "start_position", 0)  # a chunked cache drops what is before it
+    arrays = [array for _, array in tree_flatten((keys, entry.values))]
+    return sum(a.nbytes // a.shape[-2] * min(held, a.shape[-2]) for a in arrays)

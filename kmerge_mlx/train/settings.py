@@ -1,0 +1,366 @@
+"""Every setting of a training run: name, default, flag, help and check, each stated once.
+
+Owns :class:`TrainConfig`, from which the command line, the YAML keys, ``--print-config`` and the
+comparison with a resumed run are all made. Knows nothing of arrays: ``kmerge-mlx train --help``
+imports it.
+
+Source: names and defaults are those of ``mlx_lm.lora`` (a test compares them); what belongs to the
+method (K, LoRA, optimizer, learning rate) is the paper's, arXiv 2604.15153 section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from kmerge_mlx.adapters.tuning import FULL, LORA
+from kmerge_mlx.config import DATA_SEED, TASKS, is_number
+from kmerge_mlx.errors import TrainError, findings, short
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout
+from kmerge_mlx.settings import SIZE, option, option_of, parse_size, problem, shown
+
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+REPORTERS = ("wandb", "swanlab")
+ANSWER, RECONSTRUCTION = "answer", "reconstruction"
+BASE = "base"
+
+MOST_TOKENS = 1024
+"""Most tokens an encoder may read of a block or before it: its size grows with their square."""
+
+LORA_PARAMETERS = {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
+"""The paper's r = 4, alpha = 16; no keys means every linear layer and the output head."""
+
+# Keys of mlx-lm's files that have no place here, and what to do instead.
+ELSEWHERE = {
+    "train": "training is what this command does: remove it",
+    "mask_prompt": "the loss is on answers alone, always: remove it",
+    "test": "there is no test after training here: remove it",
+    "test_batches": "there is no test after training here: remove it",
+    "resume_adapter_file": "give an adapter folder as init_from, or --resume to go on with a run",
+    "config": "a config file cannot name another",
+}
+
+
+_MODEL = {"group": "Model and data"}
+_PLACE = _MODEL | {"fixed": False}  # what is there is compared, not the name
+_FEATURE = {"group": "Model and data", "yaml_only": True}
+_TREES = {"group": "Tasks"}
+_MERGE = {"group": "Merging"}
+_OUT = {"group": "Output", "fixed": False}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; each field's ``Option`` says what it means.
+
+    Raises:
+        TrainError: Settings of the wrong type or out of range, all of them listed.
+    """
+
+    model: str | None = option(
+        None, str, "Base model: a folder or a Hugging Face repo id.", **_PLACE
+    )
+    data: str | None = option(
+        *(None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them."),
+        **_PLACE,
+    )
+    task: str | None = option(
+        None, str, "Train on one of the paper's tasks instead.", choices=TASKS, **_MODEL
+    )
+    hf_dataset: Any = option(None, list, "mlx-lm's hf_dataset entries.", **_FEATURE)
+    prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
+    completion_feature: str = option("completion", str, "Key of its answer.", **_FEATURE)
+    chat_feature: str = option("messages", str, "Key of a conversation.", **_FEATURE)
+    text_feature: str = option("text", str, "Key of a text.", **_FEATURE)
+    context_feature: str = option("context", str, "Key of what merges.", **_FEATURE)
+    split_feature: str = option("split", str, "Key of a text's split point.", **_FEATURE)
+    text_split: float | None = option(
+        None, float, "Share of a text after which its answer begins.", **_FEATURE
+    )
+    skip_bad: bool = option(
+        False, bool, "Count bad or too long rows and go on, instead of stopping.", **_MODEL
+    )
+    ignore_chat_template: bool = option(
+        False, bool, "Train on the bare text, without the tokenizer's chat template.", **_MODEL
+    )
+    merges: str = option(
+        DEFAULT_LAYOUT.merges,
+        str,
+        "What of a conversation merges where nothing is said: long contexts, or all of it.",
+        choices=MERGES,
+        **_MODEL,
+    )
+    merge_threshold: int = option(
+        DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a context that merges.", low=1, **_MODEL
+    )
+    trust_remote_code: bool = option(
+        False, bool, "Let the base model's own Python files run.", **_PLACE
+    )
+
+    stage: str = option("medium", str, "Trees: how large they grow.", **_TREES)
+    curriculum: Any = option(
+        [],
+        list,
+        "Trees: stages to pass one after the other, such as small,xsmall,medium.",
+        **_TREES,
+    )
+    stage_threshold: float = option(
+        0.85,
+        float,
+        "Trees: accuracy at which a stage of the curriculum ends.",
+        low=0,
+        high=1,
+        **_TREES,
+    )
+    last_threshold: float = option(
+        0.95,
+        float,
+        "Trees: the same for its last stage, which ends the run.",
+        low=0,
+        high=1,
+        **_TREES,
+    )
+    num_trees: int = option(
+        500_000, int, "Trees: how many to train on before they repeat.", low=1, **_TREES
+    )
+    find_parent: int = option(
+        0, int, "Trees: 1 also asks for the name of a node's parent.", low=0, high=1, **_TREES
+    )
+    reference_sampling: bool = option(
+        False, bool, "Trees: ask every pair of nodes, as the paper's code does.", **_TREES
+    )
+    data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.", **_TREES)
+    category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TREES)
+    language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TREES)
+    file: str | None = option(
+        None,
+        str,
+        "Reviews, commits: a local .jsonl or .jsonl.gz in the dataset's schema.",
+        fixed=False,
+        **_TREES,
+    )
+
+    k: int = option(
+        4,
+        int,
+        "Merge factor K: tokens a position stands for; 1 trains without merging.",
+        low=1,
+        high=MOST_TOKENS,
+        flags=("--merge-factor",),
+        **_MERGE,
+    )
+    encoder_factor: float | None = option(
+        None,
+        float,
+        "Encoder width H = int(factor * K) * D. Default: the paper's for K.",
+        low=0,
+        **_MERGE,
+    )
+    encoder_context: int = option(
+        0,
+        int,
+        "Tokens before each block that the encoder reads too; 0 is the paper's.",
+        low=0,
+        high=MOST_TOKENS,
+        **_MERGE,
+    )
+    encoder_warmup: int = option(
+        0, int, "Iterations in which the encoder alone is trained.", low=0, **_MERGE
+    )
+    encoder_warmup_loss: str = option(
+        ANSWER, str, "What it is trained for then.", choices=(ANSWER, RECONSTRUCTION), **_MERGE
+    )
+    init_from: str | None = option(
+        None,
+        str,
+        "Adapter folder or hub repo to start from (a converted checkpoint, say).",
+        fixed=False,
+        **_MERGE,
+    )
+
+    fine_tune_type: str = option(
+        LORA, str, "Train LoRA matrices, or the layers' own weights.", choices=(LORA, FULL)
+    )
+    num_layers: int = option(-1, int, "Layers to train, counted from the last; -1 for all.", low=-1)
+    lora_parameters: Any = option(
+        LORA_PARAMETERS, dict, "rank, scale, dropout and keys.", yaml_only=True
+    )
+    optimizer: str = option("adamw", str, "Optimizer.", choices=OPTIMIZERS)
+    optimizer_config: Any = option(
+        {}, dict, "Arguments of each optimizer, by its name.", yaml_only=True
+    )
+    learning_rate: float = option(1e-4, float, "Learning rate.", low=0)
+    lr_schedule: Any = option(
+        None, dict, "mlx-lm's schedule: name, arguments, warmup, warmup_init.", yaml_only=True
+    )
+    max_grad_norm: float = option(
+        1.0, float, "Largest global norm of the gradient; 0 leaves it unclipped.", low=0
+    )
+    batch_size: int = option(4, int, "Rows a batch, over all machines.", low=1)
+    iters: int = option(1000, int, "Iterations (batches) to train for.", low=1, fixed=False)
+    grad_accumulation_steps: int = option(
+        1, int, "Batches whose gradients are added up for one update.", low=1
+    )
+    grad_checkpoint: bool = option(
+        False, bool, "Recompute activations in the backward pass: less memory, more time."
+    )
+    max_seq_length: int = option(
+        2048, int, "Most positions of a row, merged prompt and answer together.", low=2
+    )
+    val_batches: int = option(25, int, "Validation batches; -1 for the whole set.", low=-1)
+    steps_per_report: int = option(10, int, "Iterations between two reports of the loss.", low=1)
+    steps_per_eval: int = option(200, int, "Iterations between two validations.", low=1)
+    save_every: int = option(100, int, "Iterations between two saves.", low=1)
+    early_stop: int = option(
+        0, int, "Validations in a row without a better loss that end the run; 0 is off.", low=0
+    )
+    clear_cache_threshold: Any = option(
+        0, SIZE, "Bytes of allocator cache from which it is cleared, such as 4GB.", fixed=False
+    )
+    seed: int = option(0, int, "Seed of weights, shuffles and dropout.", low=0)
+
+    teacher: str | None = option(
+        None,
+        str,
+        "Learn the uncompressed base model's distributions instead of labels.",
+        choices=(BASE,),
+        group="Self-distillation",
+    )
+    teacher_top_k: int = option(
+        0,
+        int,
+        "Keep the teacher's N most likely tokens; 0 keeps all.",
+        low=0,
+        group="Self-distillation",
+    )
+    teacher_file: str | None = option(
+        None,
+        str,
+        "File that stores the teacher's top tokens; made if it is not there.",
+        fixed=False,
+        group="Self-distillation",
+    )
+    teacher_answers: bool = option(
+        False,
+        bool,
+        "Let the base model write the answers of rows that have none.",
+        group="Self-distillation",
+    )
+    teacher_max_tokens: int = option(
+        256, int, "Most tokens of such an answer.", low=1, group="Self-distillation"
+    )
+
+    adapter_path: str = option("adapters", str, "Folder to write the adapter to.", **_OUT)
+    resume: bool = option(False, bool, "Go on from the last save in --adapter-path.", **_OUT)
+    force: bool = option(False, bool, "Replace an adapter that is there.", **_OUT)
+    plot: str | None = option(
+        None, str, "Draw loss and accuracy into this file (.png, .svg, .pdf).", **_OUT
+    )
+    report_to: str | None = option(
+        None, str, "Also report to wandb, swanlab or wandb,swanlab.", **_OUT
+    )
+    project_name: str | None = option(None, str, "Project name for --report-to.", **_OUT)
+
+    def __post_init__(self) -> None:
+        problems = [p for f in fields(self) if (p := problem(f, getattr(self, f.name)))]
+        if not problems:
+            problems = [*self._clashes(), *self._misfits()]
+        if problems:
+            raise TrainError(findings("train", problems))
+
+    def _clashes(self) -> list[str]:
+        """Settings that are good alone and not together."""
+        sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
+        trees, k1 = self.task == TASKS[0], self.k == 1
+        rules = {
+            f"found {' and '.join(sources)}, expected one of --data, --task and hf_dataset": (
+                len(sources) > 1
+            ),
+            "--curriculum is for --task textualized-tree": bool(self.curriculum) and not trees,
+            "--encoder-context, --encoder-factor and --encoder-warmup need --k 2 or more": (
+                k1 and bool(self.encoder_context or self.encoder_factor or self.encoder_warmup)
+            ),
+            "--teacher-top-k, --teacher-file and --teacher-answers need --teacher base": (
+                self.teacher is None
+                and bool(self.teacher_top_k or self.teacher_file or self.teacher_answers)
+            ),
+            "--teacher-file needs --teacher-top-k: whole distributions are too large to store": (
+                bool(self.teacher_file) and not self.teacher_top_k
+            ),
+            "--teacher-file and --teacher-answers need --data: a task's trees are always fresh": (
+                trees and bool(self.teacher_file or self.teacher_answers)
+            ),
+            "--k 1 has no encoder, and lora_parameters.keys is empty: nothing is left to train": (
+                k1 and self.fine_tune_type == LORA and self.lora()["keys"] in ([], ())
+            ),
+            "--resume and --force exclude each other": self.resume and self.force,
+        }
+        return [text for text, broken in rules.items() if broken]
+
+    def _misfits(self) -> list[str]:
+        """What is wrong inside a setting."""
+        lora, reporters = self.lora(), (self.report_to or "").lower().split(",")
+        keys, dropout = lora["keys"], lora["dropout"]
+        is_list = isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
+        rules = {
+            f"lora_parameters.keys is {short(keys)}, expected a list of module names": (
+                keys is not None and not is_list
+            ),
+            f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
+                not is_number(dropout) or not 0 <= dropout < 1
+            ),
+            "--num-layers is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
+            f"--report-to is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
+                bool(self.report_to) and any(name.strip() not in REPORTERS for name in reporters)
+            ),
+        }
+        return [text for text, broken in rules.items() if broken]
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run begins from: everything but where it writes and to whom it reports."""
+        ours = [f for f in fields(self) if option_of(f).group != _OUT["group"]]
+        return {f.name: getattr(self, f.name) for f in ours}
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run, and every machine, must have the same of."""
+        return {shown(f): getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes of allocator cache from which it is cleared."""
+        size = self.clear_cache_threshold
+        return size if isinstance(size, int) else parse_size(size)
+
+    def layout(self) -> Layout:
+        """What merges where nothing is said, and whether a chat template applies."""
+        return Layout(self.merges, self.merge_threshold, not self.ignore_chat_template)
+
+    def lora(self) -> dict[str, Any]:
+        """LoRA's rank, scale, dropout and keys, those that were not given being the paper's."""
+        return {**LORA_PARAMETERS, **self.lora_parameters}
+
+
+def from_layers(*layers: Mapping[str, Any]) -> TrainConfig:
+    """Makes a config of layers, the later of which win; None leaves a setting as it was.
+
+    Raises:
+        TrainError: An unknown name (named with what is near it), or as for TrainConfig.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if unknown := [name for name in layer if name not in known]:
+            raise TrainError(findings("train", [_unknown(str(name), known) for name in unknown]))
+        merged |= {name: value for name, value in layer.items() if value is not None}
+    if isinstance(merged.get("hf_dataset"), Mapping):
+        merged["hf_dataset"] = [merged["hf_dataset"]]
+    return replace(TrainConfig(), **merged)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    if name in ELSEWHERE:
+        return f"{name}: {ELSEWHERE[name]}"
+    near = get_close_matches(name.replace("-", "_"), known, 1)
+    return f"unknown setting {short(name)}" + (f", did you mean {near[0]}?" if near else "")

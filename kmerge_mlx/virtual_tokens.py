@@ -1,0 +1,366 @@
+"""Tokens to blocks to virtual tokens, and the embedding module that reads both kinds of id.
+
+A merged block is a pure function of the token ids that the encoder reads: its own K, and with an
+encoder context of c the c before it. So every distinct block gets an id past the vocabulary,
+V + slot, and its merged embedding is row ``slot`` of a table. The language model goes on taking
+token ids, and all of mlx-lm works on compressed prompts unchanged.
+
+Owns: which slot belongs to which block and for how long, the rows, and the output head's LoRA of a
+tied model. Does not know text, files or generation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.errors import BlockTableFullError, PromptError
+from kmerge_mlx.prompts.segments import Segment
+
+Block = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class CompressedPrompt:
+    """A prompt as the language model reads it; while it lives, so do its blocks.
+
+    Args:
+        ids: One id a position: ordinary below V, virtual from V on.
+        original_ids: The prompt's own token ids, without the padding of its last block.
+        lengths: How many original tokens each position stands for.
+        table: The block table that its virtual ids belong to, or None without merging.
+        whole: The prompt this one is the rest of, kept alive with it.
+    """
+
+    ids: list[int]
+    original_ids: list[int]
+    lengths: list[int] = field(repr=False)
+    table: BlockTable | None = field(default=None, repr=False)
+    whole: CompressedPrompt | None = field(default=None, repr=False)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Original tokens per position."""
+        return len(self.original_ids) / len(self.ids)
+
+    def after(self, positions: int) -> CompressedPrompt:
+        """What is left to read when a KV cache holds the first ``positions`` of this prompt."""
+        tokens = sum(self.lengths[:positions])
+        return CompressedPrompt(
+            self.ids[positions:],
+            self.original_ids[tokens:],
+            self.lengths[positions:],
+            self.table,
+            whole=self,
+        )
+
+
+class BlockTable:
+    """Interns blocks into a bounded number of slots.
+
+    A binding stands as long as any live :class:`CompressedPrompt` or protected cache key names it:
+    a slot re-used earlier would make a prefix match between different texts. When the slots run
+    out, everything unnamed is freed at once (mark and sweep).
+
+    Args:
+        vocab_size: V, the first virtual id.
+        capacity: How many slots there are.
+    """
+
+    def __init__(self, vocab_size: int, capacity: int = MAX_BLOCKS):
+        self.vocab_size = vocab_size
+        self.capacity = capacity
+        self._slot_of: dict[Block, int] = {}
+        self._free: list[int] = []
+        self._used = 0  # slots ever handed out
+        self._prompts: weakref.WeakSet[CompressedPrompt] = weakref.WeakSet()
+        self._providers: list[Callable[[], Iterable[Sequence[int]]]] = []
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def track(self, prompt: CompressedPrompt) -> None:
+        """Keeps a prompt's bindings for as long as the object lives."""
+        self._prompts.add(prompt)
+
+    def protect(self, provider: Callable[[], Iterable[Sequence[int]]]) -> None:
+        """Keeps the bindings that cache keys name.
+
+        Args:
+            provider: Called at every sweep; returns the id sequences that index KV caches.
+        """
+        self._providers.append(provider)
+
+    def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
+        """Gives every block its virtual id.
+
+        Args:
+            blocks: c + K token ids each; repeats allowed.
+
+        Returns:
+            The virtual id of each block, and the slots that are new, whose rows the caller must
+            fill (or give back by :meth:`forget` if it cannot).
+
+        Raises:
+            BlockTableFullError: More blocks in use than slots; nothing has changed then.
+        """
+        distinct = dict.fromkeys(blocks)
+        missing = [block for block in distinct if block not in self._slot_of]
+        if len(missing) > self._room():
+            self._sweep(keep={self._slot_of[b] for b in distinct if b in self._slot_of})
+            if len(missing) > self._room():
+                raise BlockTableFullError(
+                    f"{len(missing):,} new blocks, but {len(self):,} of {self.capacity:,} slots "
+                    "are in use by live prompts and caches: drop some of them, use fewer prompts "
+                    "at once, or load the model with a larger max_blocks"
+                )
+        reused = self._free[: len(missing)]
+        fresh = range(self._used, self._used + len(missing) - len(reused))
+        new = dict(zip([*reused, *fresh], missing, strict=True))
+        self._free = self._free[len(reused) :]
+        self._used = fresh.stop
+        self._slot_of.update((block, slot) for slot, block in new.items())
+        return [self.vocab_size + self._slot_of[block] for block in blocks], new
+
+    def forget(self, slots: dict[int, Block]) -> None:
+        """Unbinds slots whose rows were never written."""
+        for slot, block in slots.items():
+            del self._slot_of[block]
+            self._free.append(slot)
+
+    def _room(self) -> int:
+        return len(self._free) + self.capacity - self._used
+
+    def _live_ids(self) -> Iterator[int]:
+        for prompt in self._prompts:
+            yield from prompt.ids
+        for provider in self._providers:
+            for ids in provider():
+                yield from ids
+
+    def _sweep(self, keep: set[int]) -> None:
+        keep.update(i - self.vocab_size for i in self._live_ids() if i >= self.vocab_size)
+        dead = {slot: block for block, slot in self._slot_of.items() if slot not in keep}
+        self.forget(dead)
+
+
+class MergedEmbedding(nn.Module):
+    """An embedding that also reads virtual ids, and a tied output head that may carry LoRA.
+
+    Ids below V are looked up in the base table, ids from V on in the rows of the block table.
+    ``as_linear`` is the base's, plus the head's LoRA: PEFT's ``lm_head`` adapter changes only the
+    output side of a tied model, which is why it cannot live in mlx-lm's ``LoRAEmbedding``.
+
+    Args:
+        embedding: The base model's table, ``(V, D)``, plain or quantized.
+        encoder: The merge encoder, or None: nothing is merged then (K = 1).
+        pad_token_id: Fills the last block of a merged segment, and the context of its first.
+        max_blocks: Slots of the block table.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        encoder: MergeEncoder | None,
+        pad_token_id: int,
+        max_blocks: int = MAX_BLOCKS,
+    ):
+        super().__init__()
+        self.embedding = embedding
+        self.encoder = encoder
+        self.pad_token_id = pad_token_id
+        self.vocab_size = embedding.weight.shape[0]
+        self.head_calls = 0
+        self.table = BlockTable(self.vocab_size, max_blocks)
+        # The leading underscore keeps the rows out of parameters(): they are a cache.
+        self._rows = self._no_rows()
+
+    @property
+    def merge_factor(self) -> int:
+        """K, how many tokens one merged position stands for."""
+        return 1 if self.encoder is None else self.encoder.config.merge_factor
+
+    @property
+    def context(self) -> int:
+        """c, how many tokens before its block the encoder reads."""
+        return 0 if self.encoder is None else self.encoder.config.context
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the base table (a quantized table's weight is packed)."""
+        return self._rows.shape[-1]
+
+    @property
+    def weight(self) -> mx.array:
+        """The base table's weight ``(V, D)``: some mlx-lm models read it directly."""
+        return self.embedding.weight
+
+    def add_head_lora(self, spec: LoRASpec, dropout: float = 0.0) -> None:
+        """Adds LoRA to the tied output head: ``lora_a`` (D, r) and ``lora_b`` (r, V), B zero."""
+        d = self.hidden_size
+        bound = 1 / d**0.5
+        self.head_scale = spec.scale
+        self.head_dropout = nn.Dropout(dropout)
+        self.lora_a = mx.random.uniform(-bound, bound, (d, spec.rank))
+        self.lora_b = mx.zeros((spec.rank, self.vocab_size))
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Embeds ordinary and virtual ids.
+
+        Args:
+            ids: ``(...)``, any integer dtype, each below V or bound in the block table.
+
+        Returns:
+            Embeddings ``(..., D)`` in the base table's dtype.
+        """
+        virtual = ids >= self.vocab_size
+        # MLX does not check indices: whatever an id is, the rows are read in range.
+        base = self.embedding(mx.where(virtual, 0, ids))
+        rows = self._rows[mx.clip(ids - self.vocab_size, 0, self._rows.shape[0] - 1)]
+        return mx.where(virtual[..., None], rows.astype(base.dtype), base)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The tied output head: hidden states ``(..., D)`` to logits ``(..., V)``."""
+        self.head_calls += 1
+        logits = self.embedding.as_linear(x)
+        if "lora_a" not in self:
+            return logits
+        inner = self.head_scale * (self.head_dropout(x) @ self.lora_a)
+        return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
+
+    def forget_blocks(self) -> None:
+        """Starts an empty block table: the rows of an encoder that was trained since are stale.
+
+        Prompts compressed before belong to the old table, and are refused from then on.
+        """
+        self.table = BlockTable(self.vocab_size, self.table.capacity)
+        self._rows = self._no_rows()
+
+    def stand_in(self, token_id: int) -> int:
+        """Gives the first virtual id a token's own embedding: a self-check before any use."""
+        self._rows = self.embedding(mx.array([token_id]))
+        return self.vocab_size
+
+    @contextmanager
+    def reading(self, rows: mx.array) -> Iterator[None]:
+        """Lets virtual ids mean rows computed on the spot, through which gradients flow.
+
+        Args:
+            rows: ``(M, D)``; id V + i reads row i.
+        """
+        kept, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = kept
+
+    def compress(self, segments: Iterable[Segment]) -> CompressedPrompt:
+        """Turns a prompt into what the language model reads, merging every new block once.
+
+        Args:
+            segments: The prompt's parts in order; blocks never straddle two of them.
+
+        Returns:
+            The compressed prompt, whose blocks stay bound while the object lives.
+
+        Raises:
+            PromptError: A token id outside the vocabulary.
+            BlockTableFullError: Too many blocks in use at once.
+        """
+        segments = list(segments)
+        if self.encoder is None:
+            segments = [Segment(segment.ids, merge=False) for segment in segments]
+        original_ids = [i for segment in segments for i in segment.ids]
+        if original_ids and not 0 <= min(original_ids) <= max(original_ids) < self.vocab_size:
+            bad = next(i for i in original_ids if not 0 <= i < self.vocab_size)
+            raise PromptError(
+                f"token id {bad} is outside the base model's vocabulary of {self.vocab_size:,}: "
+                "use the tokenizer of that model"
+            )
+        blocks: list[Block] = []
+        for segment in segments:
+            if segment.merge:
+                blocks += split(segment.ids, self.merge_factor, self.pad_token_id, self.context)
+        virtual, new = self.table.intern(blocks)
+        try:
+            self._write(new)
+        except BaseException:  # Ctrl-C included: a bound slot without its row would be silent
+            self.table.forget(new)
+            raise
+        prompt = _assemble(segments, iter(virtual), self.merge_factor, original_ids)
+        prompt.table = self.table
+        self.table.track(prompt)
+        return prompt
+
+    def _write(self, new: dict[int, Block]) -> None:
+        """Encodes new blocks and stores their rows, at most a chunk in memory at once."""
+        if not new:
+            return
+        slots = list(new)
+        self._grow(max(slots) + 1)
+        start = 0
+        for merged in self.encoder.in_chunks(self.embedding, mx.array(list(new.values()))):
+            where = mx.array(slots[start : start + merged.shape[0]])
+            self._rows[where] = merged.astype(self._rows.dtype)
+            mx.eval(self._rows)
+            start += merged.shape[0]
+
+    def _grow(self, size: int) -> None:
+        """Makes room by doubling, so the table costs what is used and never much more."""
+        rows, d = self._rows.shape
+        if size <= rows:
+            return
+        grown = min(max(size, 2 * rows), self.table.capacity)
+        self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
+        mx.eval(self._rows)
+
+    def _no_rows(self) -> mx.array:
+        """One row that stands for no block, of the width and dtype that look-ups have."""
+        return mx.zeros_like(self.embedding(mx.array([0])))
+
+
+def split(
+    ids: Sequence[int], merge_factor: int, pad_token_id: int, context: int = 0
+) -> list[Block]:
+    """Cuts one segment's token ids into blocks of K, each led by the c ids before it.
+
+    The padding token fills up the last block, and stands for what is missing before the first.
+
+    Args:
+        ids: The segment's ids.
+        merge_factor: K.
+        pad_token_id: The padding token.
+        context: c.
+
+    Returns:
+        c + K ids a block.
+
+    Source: arXiv 2604.15153 section 3.1; the padding token is the reference's (a space).
+    """
+    width = context + merge_factor
+    padded = [*[pad_token_id] * context, *ids, *[pad_token_id] * (-len(ids) % merge_factor)]
+    return [tuple(padded[i : i + width]) for i in range(0, len(padded) - context, merge_factor)]
+
+
+def _assemble(
+    segments: Sequence[Segment], virtual: Iterator[int], merge_factor: int, original_ids: list[int]
+) -> CompressedPrompt:
+    ids: list[int] = []
+    lengths: list[int] = []
+    for segment in segments:
+        if not segment.merge:
+            ids.extend(segment.ids)
+            lengths.extend([1] * len(segment.ids))
+            continue
+        for start in range(0, len(segment.ids), merge_factor):
+            ids.append(next(virtual))
+            lengths.append(min(merge_factor, len(segment.ids) - start))
+    return CompressedPrompt(ids, original_ids, lengths)

@@ -1,0 +1,146 @@
+"""Full fine-tuning adapters: mlx-lm's own files, loaded strictly."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import pytest
+from mlx.utils import tree_flatten
+
+from kmerge_mlx import Segment, load
+from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.model import adapter_of, attach, check_fit, merged_embedding, wire
+from tests.saved_adapters import refused
+from tests.cli_runner import run
+from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
+
+
+def full_adapter(num_layers: int = 1, k: int = 4, head: bool = False) -> Adapter:
+    """An adapter whose layers are another model's."""
+    other, start = build(qwen2_config(), seed=9), random_adapter(build(qwen2_config()), k)
+    layers = range(2)[-max(num_layers, 0) :]
+    weights = {
+        name: array
+        for name, array in tree_flatten(other.parameters())
+        if any(name.startswith(f"model.layers.{i}.") for i in layers)
+    }
+    merge = random_adapter(build(qwen2_config()), k, head=head).merge
+    head_weights = start.head_weights if head else {}
+    return Adapter(merge, FullConfig(num_layers), weights, start.encoder_weights, head_weights)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, -1, 0])
+def test_mlx_lm_loads_the_same_layers(tmp_path, num_layers):
+    base = write_base(tmp_path / "base", qwen2_config())
+    save_adapter(full_adapter(num_layers), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config == {"fine_tune_type": "full", "num_layers": num_layers, "model": None}
+    ours, _ = load(str(base), tmp_path / "a")
+    theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(tmp_path / "a"))
+    ids = mx.array([[5, 6, 7, 8]])
+    assert mx.array_equal(ours(ids), theirs(ids))
+    assert mx.abs(ours(ids) - build(qwen2_config())(ids)).max().item() > 0.1
+
+
+def test_layers_head_and_encoder_act_together(tmp_path):
+    """Wherever the other model's layers stand, the logits are those of that model's layers."""
+    adapter = full_adapter(-1, head=True)
+    save_adapter(adapter, tmp_path / "a")
+    found, wanted = build(qwen2_config()), build(qwen2_config())
+    attach(found, load_adapter(tmp_path / "a"), PAD)
+    wanted.model.layers = build(qwen2_config(), seed=9).model.layers
+    parts = (adapter.encoder_weights, adapter.head_weights)
+    attach(wanted, Adapter(adapter.merge, LoRAConfig(0), {}, *parts), PAD)
+    logits = [
+        m(mx.array([merged_embedding(m).compress([Segment(list(range(1, 20)))]).ids]))
+        for m in (found, wanted)
+    ]
+    assert mx.array_equal(*logits)
+
+
+def test_every_layer_tensor_that_does_not_fit_is_listed():
+    adapter = full_adapter(1)
+    weights = adapter.tuning_weights
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.layers.1.mlp.down_proj.weight"] = mx.zeros((3, 4))
+    weights["model.layers.0.mlp.up_proj.weight"] = mx.zeros((128, 64))
+    weights["model.norm.weight"] = mx.zeros((64,))
+    weights["model.layers.1.input_layernorm.weight"] = mx.zeros((64,), mx.int32)
+    with pytest.raises(AdapterError) as error:
+        attach(build(qwen2_config()), adapter, PAD, "this")
+    text = str(error.value)
+    assert text.startswith("the fine-tuned layers do not fit this: 5 problems")
+    assert "model.layers.1.mlp.up_proj.weight is missing, expected shape (128, 64)" in text
+    assert "down_proj.weight has shape (3, 4), expected (64, 128)" in text
+    assert "model.layers.0.mlp.up_proj.weight (128, 64) belongs to nothing here" in text
+    assert "model.norm.weight (64,) belongs to nothing here" in text
+    assert "input_layernorm.weight has dtype mlx.core.int32" in text
+
+
+def test_a_quantized_base_is_refused_in_one_line():
+    model = build(qwen2_config())
+    nn.quantize(model, group_size=32, bits=4)
+    with pytest.raises(AdapterError, match="which is quantized in this: use LoRA, or a") as error:
+        attach(model, full_adapter(1), PAD, "this")
+    assert "\n" not in str(error.value)
+    assert "model.layers.1." in str(error.value)
+
+
+def test_a_base_that_is_quantized_elsewhere_is_not():
+    model = build(qwen2_config())
+    nn.quantize(
+        model, group_size=32, bits=4, class_predicate=lambda path, _: path == "model.embed_tokens"
+    )
+    attach(model, full_adapter(1), PAD)
+
+
+def test_more_layers_than_there_are_are_refused():
+    adapter = full_adapter(1)
+    adapter = Adapter(adapter.merge, FullConfig(3), adapter.tuning_weights, adapter.encoder_weights)
+    with pytest.raises(AdapterError, match="this has 2 layers, full fine-tuning covers 3"):
+        wire(build(qwen2_config()), adapter.merge, adapter.tuning, PAD, "this")
+    with pytest.raises(AdapterError, match="has 2 layers, the full fine-tuning covers 3"):
+        check_fit(adapter, qwen2_config(), "this")
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    adapter = full_adapter(1)
+    adapter.tuning_weights.clear()
+    save_adapter(adapter, tmp_path / "a")
+    assert "adapters.safetensors: found no tensors, expected the weights" in refused(tmp_path / "a")
+
+
+def test_dora_stays_refused(tmp_path):
+    save_adapter(full_adapter(1), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"full"', '"dora"'))
+    assert "fine_tune_type 'dora' is not supported, expected lora or full" in refused(path.parent)
+
+
+def test_layers_keep_the_bases_dtype(tmp_path):
+    model = build(qwen2_config())
+    model.set_dtype(mx.bfloat16)
+    adapter = full_adapter(1)
+    wire(model, adapter.merge, adapter.tuning, PAD)
+    found = adapter_of(model, adapter.merge, adapter.tuning)
+    assert {array.dtype for array in found.tuning_weights.values()} == {mx.bfloat16}
+    assert found.tuning_weights.keys() == adapter.tuning_weights.keys()
+
+
+@pytest.mark.parametrize(("num_layers", "text"), [(1, "last 1 layers"), (-1, "all layers")])
+@pytest.mark.parametrize("head", [True, False])
+def test_info_says_which_layers_are_whole(tmp_path, num_layers, text, head):
+    save_adapter(full_adapter(num_layers, head=head), tmp_path / "a")
+    out = run("info", tmp_path / "a").out
+    count = {1: "41,280", -1: "82,560"}[num_layers]
+    assert f"{text}, {count} parameters, " in out
+    assert ("LoRA     1 modules" in out) == head
+    (found,) = json.loads(run("info", tmp_path / "a", "--json").out)["adapters"]
+    assert (found["fine_tune_type"], found["num_layers"]) == ("full", num_layers)
+    assert found["full_bytes"] == 4 * found["full_parameters"]
+    assert found["lora_modules"] == head

@@ -1,0 +1,261 @@
+"""``kmerge-mlx bench`` as a person, and a script, meet it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.tools import bench as benchmark
+from tests.cli_runner import Result, assert_one_error, environment, no_room, run, run_process
+from tests.conftest import UPSTREAM
+from tests.tiny import build, qwen2_config, random_adapter, write_base
+
+RANDOM_BASE = Path(__file__).parents[2] / "benchmarks" / "random_base.py"
+QUICK = ("-n", 2, "-g", 3)
+FIGURES = {"time_to_first_token", "prompt_tps", "generation_tps", "peak_bytes", "kv_bytes"}
+SPREAD = {"median", "min", "max", "trials"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "base", qwen2_config())
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A folder with adapters for K = 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for k in (1, 2, 3):
+        save_adapter(random_adapter(build(qwen2_config()), k), folder / f"k{k}")
+    return folder
+
+
+def bench(*args: object, **more: object) -> Result:
+    """Runs it, and expects it to succeed."""
+    result = run("bench", *args, **more)
+    assert result.code == 0, result.err
+    return result
+
+
+def measured(result: Result) -> list[tuple[int, int]]:
+    """(Length, K) of each row of a JSON report."""
+    return [(row["length"], row["k"]) for row in json.loads(result.out)["rows"]]
+
+
+def words_of(picture: Path) -> set[str]:
+    """Every text in an SVG: matplotlib draws letters, and names each text in a comment."""
+    return set(re.findall(r"<!-- (.*?) -->", picture.read_text(), re.DOTALL))
+
+
+def test_json_is_one_object_with_everything_that_was_measured(base):
+    result = run_process(
+        *("bench", "--model", base, "--k", 2, "--k", 4, "--length", 9, "--length", 20),
+        *(*QUICK, "--seed", 7, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 1
+    report = json.loads(result.out)
+    assert set(report) == {"machine", "settings", "encoders", "rows"}
+    assert set(report["machine"]) == {
+        *("backend", "device", "machine", "processor", "dtype"),
+        *("mlx", "mlx_lm", "kmerge_mlx"),
+    }
+    assert report["machine"]["backend"] in ("CPU", "Metal", "CUDA")
+    assert report["machine"]["dtype"] == "float32"
+    assert report["settings"] == {
+        "model": str(base),
+        "adapter_path": None,
+        "lengths": [9, 20],
+        "num_trials": 2,
+        "generation_tokens": 3,
+        "prefill_step_size": 2048,
+        "seed": 7,
+        "delay": 0,
+    }
+    assert [e["merge_factor"] for e in report["encoders"]] == [2, 4]
+    assert measured(result) == [(9, 1), (9, 2), (9, 4), (20, 1), (20, 2), (20, 4)]
+    assert [row["positions"] for row in report["rows"]] == [9, 5, 3, 20, 10, 5]
+    for row in report["rows"]:
+        assert set(row) == {
+            *("k", "length", "positions", "figures", "floor", "speedup", "overhead")
+        }
+        compared = (row["floor"], row["speedup"], row["overhead"])
+        assert [value is None for value in compared] == [row["k"] == 1] * 3
+        for figures in filter(None, (row["figures"], row["floor"])):
+            assert set(figures) == FIGURES
+            spreads = [figures[name] for name in FIGURES - {"kv_bytes"}]
+            assert all(set(s) == SPREAD and len(s["trials"]) == 2 for s in spreads)
+            assert figures["kv_bytes"] == row["positions"] * 1024
+
+
+def test_the_table_says_where_it_ran_and_has_a_row_for_each_k_and_length(base):
+    result = bench("--model", base, "--k", 4, "--length", 1200, "--length", 8, *QUICK)
+    where, what, _, *table = result.out.split("\n\nK = 1 ")[0].splitlines()
+    assert re.match(r"MLX's (CPU|Metal|CUDA) backend, .*, float32; mlx 0\.", where)
+    assert what == (
+        f"{base}, untrained encoders, no LoRA; median (lowest-highest) of 2 rounds after one to "
+        "warm up, 3 tokens generated"
+    )
+    assert len({len(line) for line in table}) == 1
+    heads, *rows = (re.split(r" {2,}", line.strip()) for line in table)
+    assert heads == [
+        *("prompt", "K", "positions", "TTFT", "speed-up", "/ floor", "prompt tok/s"),
+        *("decode tok/s", "peak memory", "KV cache"),
+    ]
+    assert [row[:3] for row in rows] == [
+        *(["8 tokens", "1", "8"], ["8 tokens", "4", "2"]),
+        *(["1,200 tokens", "1", "1,200"], ["1,200 tokens", "4", "300"]),
+    ]
+    assert [row[-1] for row in rows] == ["8.19 kB", "2.05 kB", "1.23 MB", "307 kB"]
+    number = r"[\d,]+\.\d+"
+    for row in rows:
+        plain = row[1] == "1"
+        assert re.fullmatch(rf"{number} (s|ms) \({number}-{number}\)", row[3])
+        assert re.fullmatch("-" if plain else rf"{number}x \({number}-{number}\)", row[4])
+        assert re.fullmatch("-" if plain else rf"{number} \({number}-{number}\)", row[5])
+
+
+def test_without_an_adapter_a_note_says_that_the_encoder_is_untrained(base):
+    result = bench("--model", base, "--length", 8, *QUICK, "--json")
+    assert result.err == (
+        "note: no --adapter-path, so the encoders are untrained, of their default sizes "
+        "(K=4: 0.2M float32), and there is no LoRA\n"
+    )
+    assert measured(result) == [(8, 1), (8, 4)]
+
+
+def test_every_k_that_the_folder_holds_is_measured_and_nothing_is_said_of_untrained_ones(
+    base, adapters
+):
+    result = bench("--model", base, "--adapter-path", adapters, "--length", 8, *QUICK, "--json")
+    assert measured(result) == [(8, 1), (8, 2), (8, 3)]
+    assert result.err == ""
+    table = bench("--model", base, "--adapter-path", adapters, "--length", 8, *QUICK)
+    assert f"{base}, adapter {adapters}; median" in table.out
+    assert "untrained" not in table.out
+
+
+def test_plain_mlx_lm_is_measured_once_asked_for_or_not(base, adapters):
+    given = ("--model", base, "--length", 8, "--length", 8, *QUICK, "--json")
+    assert measured(bench(*given, "--k", 2, "--k", 1, "--k", 2)) == [(8, 1), (8, 2)]
+    assert measured(bench(*given, "--adapter-path", adapters, "--k", 3)) == [(8, 1), (8, 3)]
+    alone = bench(*given, "--k", 1)
+    assert measured(alone) == [(8, 1)]
+    assert (alone.err, json.loads(alone.out)["encoders"]) == ("", [])
+
+
+def test_the_base_that_the_adapter_names_is_used(adapter_path, base_path):
+    result = bench("--adapter-path", adapter_path, "--length", 8, *QUICK, "--json")
+    assert json.loads(result.out)["settings"]["model"] == str(base_path)
+
+
+def test_progress_is_a_bar_on_a_terminal_alone(base):
+    given = ("--model", base, "--length", 8, *QUICK)
+    assert "Positions read:" in bench(*given, terminal=True).err
+    assert "Positions read:" not in bench(*given).err
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        # Ticks of a log axis, and of a linear one where that would have too few.
+        ((8, 64, 1024), {"8", "64", "1,024", "prompt (tokens)", "plain mlx-lm", "0.05", "0.5"}),
+        ((64, 66), {"64", "66", "prompt (tokens)", "plain mlx-lm", "0.03", "0.04"}),
+        ((64,), {"prompt of 64 tokens", "plain", "mlx-lm", "0.0655", "0.0328", "0.0164"}),
+    ],
+)
+def test_the_picture_names_its_axes_lengths_and_merge_factors(base, tmp_path, lengths, words):
+    picture = tmp_path / "speed.svg"
+    given = [part for length in lengths for part in ("--length", length)]
+    bench("--model", base, "--k", 2, "--k", 4, *given, *QUICK, "--plot", picture)
+    assert words_of(picture) >= words | {
+        *("K = 2", "K = 4", "time to first token (s)", "KV cache of the prompt (MB)")
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.svg"]
+
+
+def test_a_picture_and_json_can_be_had_at_once(base, tmp_path):
+    given = ("--model", base, "--length", 8, *QUICK, "--json")
+    result = bench(*given, "--plot", tmp_path / "speed.png")
+    assert measured(result) == [(8, 1), (8, 4)]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (("--length", 9000), 1, "--length 9000 is more than the model's context of 2,048"),
+        (("--k", 9, "--length", 8), 1, "--k 9 is more than --length 8: a block would hold more"),
+        (("--model", "no/base"), 1, "no/base is no folder here"),
+        (("--adapter-path", "no/adapter"), 1, "no/adapter is no folder here and not in the cache"),
+        (("--adapter-path", UPSTREAM / "base"), 1, "is a base model, not an adapter"),
+        (("--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
+        (("--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),
+        (("--k", 0), 2, "--k"),
+        (("--length", 0), 2, "--length"),
+        (("--length", "many"), 2, "--length"),
+        (("-n", 0), 2, "--num-trials"),
+        (("-g", 0), 2, "--generation-tokens"),
+        (("--delay", "nan"), 2, "--delay"),
+        (("--delay", -1), 2, "--delay"),
+        (("--delay", 10**12), 2, "--delay"),
+        (("surplus",), 2, "unexpected extra argument"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_measured(tmp_path, monkeypatch, args, code, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "measure", None)
+    result = run("bench", "--model", UPSTREAM / "base", *args)
+    assert_one_error(result, code, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_would_not_be_read_is_refused(base, adapters):
+    for given in (("--adapter-path", adapters, "--k", 1), ("--adapter-path", adapters / "k1")):
+        result = run("bench", "--model", base, *given, "--length", 8)
+        assert_one_error(result, 1, "K = 1 is plain mlx-lm, which reads no adapter")
+
+
+def test_a_k_that_the_folder_does_not_hold_is_refused(base, adapters):
+    result = run("bench", "--model", base, "--adapter-path", adapters, "--k", 4, "--length", 8)
+    assert_one_error(result, 1, "holds no adapter for --k 4: it has K = 1, 2, 3")
+
+
+def test_a_picture_that_cannot_be_written_does_not_lose_the_figures(base, tmp_path, monkeypatch):
+    no_room(monkeypatch)
+    given = ("--model", base, "--length", 8, *QUICK, "--json", "--plot", tmp_path / "speed.png")
+    result = run("bench", *given)
+    assert (result.code, measured(result)) == (1, [(8, 1), (8, 4)])
+    assert "error: cannot write --plot" in result.err
+
+
+def test_a_random_base_of_any_size_can_be_measured(tmp_path):
+    """The tokenizer is smaller than the vocabulary, as on the base of the README's figures."""
+    folder = tmp_path / "base"
+    sizes = {
+        "hidden-size": 32,
+        "num-hidden-layers": 3,
+        "intermediate-size": 64,
+        "num-attention-heads": 2,
+        "num-key-value-heads": 1,
+        "vocab-size": 5000,
+    }
+    options = [str(part) for n, size in sizes.items() for part in (f"--{n}", size)]
+    script = [sys.executable, str(RANDOM_BASE), str(folder), "--dtype", "float16", *options]
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    report = json.loads(bench("--model", folder, "--length", 8, *QUICK, "--json").out)
+    assert report["machine"]["dtype"] == "float16"
+    # 3 layers, keys and values of one head, 16 wide, 2 bytes each.
+    assert [row["figures"]["kv_bytes"] for row in report["rows"]] == [8 * 192, 2 * 192]
+    again = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].endswith(f"error: {folder} exists")

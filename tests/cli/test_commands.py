@@ -1,0 +1,348 @@
+"""The ``kmerge-mlx`` command: what it prints where, and that its options do what mlx-lm's do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
+from kmerge_mlx.cli.generate import prefill_bar
+from tests.cli_runner import (
+    Stream,
+    change_json,
+    command,
+    copy_base,
+    environment,
+    run,
+    run_process,
+)
+from tests.conftest import UPSTREAM
+from tests.tiny import qwen2_config, write_base
+
+EXPECTED = json.loads((UPSTREAM / "expected.json").read_text())
+TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
+KEYS = {
+    *("text", "tokens", "prompt_tokens", "compressed_tokens", "compression_ratio"),
+    *("time_to_first_token", "prompt_tps", "generation_tokens", "generation_tps"),
+    *("peak_memory", "finish_reason"),
+}
+
+
+@pytest.fixture(scope="module")
+def endless(base_path, tmp_path_factory):
+    """The fixture's base with another end-of-text token, which it never writes of itself."""
+    folder = copy_base(base_path, tmp_path_factory.mktemp("bases") / "endless", eos_token_id=2)
+    change_json(folder / "generation_config.json", eos_token_id=2)
+    change_json(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(endless, adapter_path):
+    """The endless base with the fixture's adapter, and its tokenizer."""
+    return load(str(endless), adapter_path, 4)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    path = tmp_path / "tree.txt"
+    path.write_text(TREE)
+    return path
+
+
+@pytest.fixture
+def ask(endless, adapter_path):
+    """Runs ``generate --json`` on the endless base; returns the object."""
+
+    def run_json(*args, **how):
+        result = run(
+            *("generate", "--model", endless, "--adapter-path", adapter_path, "--json"),
+            *args,
+            **how,
+        )
+        assert result.code == 0, result.err
+        assert result.err == ""
+        assert result.out.count("\n") == 1
+        return json.loads(result.out)
+
+    return run_json
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("bench",), ("convert",), ("evaluate",), ("generate",), ("info",)]
+)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself_with_examples(args, flag):
+    result = run(*args, flag)
+    assert (result.code, result.err) == (0, "")
+    examples = result.out.split("Examples:\n")[1].split("\n\n")[0].splitlines()
+    assert len(examples) >= 2
+    assert all("kmerge-mlx " in line for line in examples)
+    assert "..." not in result.out.split("Commands:")[-1].replace("[FILE]...", "")
+
+
+def test_help_imports_neither_mlx_nor_transformers():
+    code = (
+        "import sys\n"
+        "from kmerge_mlx.cli import main\n"
+        "for command in ([], ['generate'], ['convert'], ['info'], "
+        "['bench'], ['evaluate']):\n"
+        "    sys.argv = ['kmerge-mlx', *command, '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'torch'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_version_is_printed_and_the_script_is_installed():
+    assert run("--version").out == f"kmerge-mlx {__version__}\n"
+    (script,) = entry_points(group="console_scripts", name="kmerge-mlx")
+    assert script.value == "kmerge_mlx.cli:main"
+
+
+def test_without_a_command_the_help_goes_to_stderr():
+    result = run()
+    assert (result.code, result.out) == (2, "")
+    assert "Commands:" in result.err
+
+
+def test_the_text_is_alone_on_stdout_and_the_statistics_are_on_stderr(
+    base_path, adapter_path, tree
+):
+    args = ("generate", "--model", base_path, "--adapter-path", adapter_path, tree)
+    result = run_process(*args)
+    assert (result.code, result.out) == (0, "false\n")
+    lines = result.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["Prompt", "Generation", "Peak memory"]
+    assert lines[0].startswith("Prompt: 15 tokens in 4 positions (3.75x), ")
+
+
+def test_the_text_streams_and_ctrl_c_ends_it_promptly(endless, adapter_path, tree):
+    args = ("generate", "--model", endless, "--adapter-path", adapter_path, tree, "-m", -1)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(*args), stdout=pipe, stderr=pipe, env=environment()) as process:
+        assert process.stdout.read(len("false<|")) == b"false<|"
+        assert process.poll() is None  # it had no end to wait for
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=20)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert errors == b""
+    assert rest.endswith(b"\n")  # the shell's prompt begins a line
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_leaves_early_causes_no_complaint(endless, adapter_path, tree, as_json):
+    args = ["generate", "--model", endless, "--adapter-path", adapter_path, tree]
+    args += ["--json", "-m", 9] if as_json else ["-m", -1]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(*args), stdout=pipe, stderr=pipe, env=environment()) as process:
+        if not as_json:
+            assert process.stdout.read(1) == b"f"
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert errors == b""
+
+
+def test_json_is_one_object_with_exactly_the_promised_keys(base_path, adapter_path, tree):
+    result = run("generate", "--model", base_path, "--adapter-path", adapter_path, tree, "--json")
+    assert (result.code, result.err) == (0, "")
+    answer = json.loads(result.out)
+    assert set(answer) == KEYS
+    assert answer["text"] == "false"
+    assert answer["tokens"] == [284, 287]  # without the end-of-text token
+    assert answer["finish_reason"] == "stop"
+    assert answer["generation_tokens"] == 3
+    assert (answer["prompt_tokens"], answer["compressed_tokens"]) == (15, 4)
+    assert answer["compression_ratio"] == 15 / 4
+    assert answer["prompt_tps"] == pytest.approx(15 / answer["time_to_first_token"])
+
+
+def test_the_adapter_names_its_base(base_path, adapter_path, tree):
+    result = run("generate", "--adapter-path", adapter_path, tree)
+    assert (result.code, result.out) == (0, "false\n")
+
+
+@pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda c: c["prompt"][:12].strip())
+def test_greedy_tokens_are_those_of_the_authors_code(ask, tmp_path, case):
+    path = tmp_path / "prompt.txt"
+    path.write_text(case["prompt"], encoding="utf-8")
+    answer = ask(path, "-m", 16)
+    assert answer["tokens"] == case["greedy"]
+    assert answer["finish_reason"] == "length"
+    assert answer["prompt_tokens"] == len(case["ids"])
+    assert answer["compressed_tokens"] == -(-len(case["ids"]) // 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "context", "prompt"),
+    [
+        (["a.txt"], b"", "One two three.\n", None),
+        (["a.txt", "b.txt"], b"", "One two three.\n\n\nFour five.", None),
+        (["a.txt", "-p", "Which?"], b"", "One two three.\n", "Which?"),
+        (["a.txt", "b.txt", "--prompt", "Which?"], b"", "One two three.\n\n\nFour five.", "Which?"),
+        (["-"], b"Six seven.", "Six seven.", None),
+        (["a.txt", "-"], b"Six seven.", "One two three.\n\n\nSix seven.", None),
+        (["a.txt", "-p", "-"], b"Which \\n?", "One two three.\n", "Which \\n?"),
+        (["-p", "Which of them?"], b"", None, "Which of them?"),
+        (["-p", "-"], b"Which of them?", None, "Which of them?"),
+        (["-p", r"Which\nof\tthem?"], b"", None, "Which\nof\tthem?"),
+    ],
+)
+def test_files_are_merged_and_the_prompt_is_not(
+    ask, llm, tmp_path, monkeypatch, args, stdin, context, prompt
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("One two three.\n")
+    (tmp_path / "b.txt").write_text("Four five.")
+    model, tokenizer = llm
+    expected = compress(model, tokenizer, lay_out(tokenizer, context, prompt))
+    answer = ask(*args, "-m", 12, stdin=stdin)
+    assert answer["prompt_tokens"] == len(expected.original_ids)
+    assert answer["compressed_tokens"] == len(expected.ids)
+    assert answer["tokens"] == [r.token for r in stream_generate(*llm, expected, 12)]
+
+
+@pytest.mark.parametrize(
+    ("args", "sampling", "penalties"),
+    [
+        ("--temp 0.8 --top-k 3", {"temp": 0.8, "top_k": 3}, {}),
+        ("--temp 1.5 --top-p 0.9", {"temp": 1.5, "top_p": 0.9}, {}),
+        (
+            "--temp 2 --min-p 0.01 --min-tokens-to-keep 5",
+            {"temp": 2.0, "min_p": 0.01, "min_tokens_to_keep": 5},
+            {},
+        ),
+        (
+            "--temp 1 --xtc-probability 1 --xtc-threshold 0.05",
+            {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.05},
+            {},
+        ),
+        (
+            "--repetition-penalty 1.7 --repetition-context-size 9",
+            {},
+            {"repetition_penalty": 1.7, "repetition_context_size": 9},
+        ),
+        (
+            "--presence-penalty 4 --presence-context-size 7",
+            {},
+            {"presence_penalty": 4.0, "presence_context_size": 7},
+        ),
+        (
+            "--frequency-penalty 2 --frequency-context-size 11",
+            {},
+            {"frequency_penalty": 2.0, "frequency_context_size": 11},
+        ),
+    ],
+)
+def test_sampling_options_are_mlx_lms(ask, llm, tree, args, sampling, penalties):
+    answer = ask(tree, "-m", 24, "--seed", 7, *args.split())
+    model, tokenizer = llm
+    special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    sampler = make_sampler(**({"temp": 0.0} | sampling), xtc_special_tokens=special)
+    prompt = lay_out(tokenizer, TREE, None)
+    mx.random.seed(7)
+    responses = stream_generate(
+        *(model, tokenizer, prompt, 24),
+        sampler=sampler,
+        logits_processors=make_logits_processors(**penalties),
+    )
+    assert answer["tokens"] == [r.token for r in responses if r.finish_reason != "stop"]
+    assert answer["tokens"][:8] != [284, 287, 0, 287, 0, 287, 0, 287]  # what greedy writes
+
+
+def test_a_seed_repeats_the_text(ask, tree):
+    hot = (tree, "-m", 24, "--temp", 1.2)
+    first = ask(*hot, "--seed", 1)["tokens"]
+    assert ask(*hot, "--seed", 1)["tokens"] == first
+    assert ask(*hot, "--seed", 2)["tokens"] != first
+    assert ask(*hot, "--seed", 2**64 + 1)["tokens"] == first  # MLX's seeds have 64 bits
+
+
+def test_max_kv_size_forgets_the_oldest_positions(ask, llm, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(TREE * 40)
+    prompt = lay_out(llm[1], TREE * 40, None)
+    args = ("--temp", 1, "--seed", 3, "-m", 16)
+
+    def tokens(**options):
+        mx.random.seed(3)
+        responses = stream_generate(*llm, prompt, 16, sampler=make_sampler(1.0), **options)
+        return [r.token for r in responses]
+
+    assert ask(path, *args, "--max-kv-size", 16)["tokens"] == tokens(max_kv_size=16)
+    assert ask(path, *args)["tokens"] == tokens() != tokens(max_kv_size=16)
+
+
+def test_kv_bits_quantize_the_cache(tmp_path, monkeypatch):
+    # A group of the smallest size, 32, must divide the size of a head.
+    config = qwen2_config(num_attention_heads=1, num_key_value_heads=1)
+    base = write_base(tmp_path / "base", config)
+    calls = []
+    to_quantized = KVCache.to_quantized
+    monkeypatch.setattr(
+        KVCache, "to_quantized", lambda s, **o: calls.append(o) or to_quantized(s, **o)
+    )
+    args = ("generate", "--model", base, "-p", TREE, "--kv-bits", 4, "--kv-group-size", 32, "-m", 4)
+    assert run(*args).code == 0
+    assert calls == []  # from position 5,000 on, as in mlx-lm
+    assert run(*args, "--quantized-kv-start", 0).code == 0
+    assert calls == [{"group_size": 32, "bits": 4}] * 2
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "0"])
+def test_an_extra_end_of_text_token_ends_the_text(ask, tree, token):
+    answer = ask(tree, "-m", 9, "--extra-eos-token", "<|im_start|>", "--extra-eos-token", token)
+    assert answer["tokens"] == [284, 287]
+    assert answer["finish_reason"] == "stop"
+
+
+def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(endless, tmp_path):
+    args = ("generate", "--model", endless, "-p", "漢", "--temp", 3, "--seed", 5, "-m", 60)
+    text = run(*args).out
+    assert not text.isascii()
+    narrow = run(*args, encoding="ascii")
+    assert narrow.code == 0
+    assert narrow.out == text.encode("ascii", "replace").decode()
+
+
+def test_a_long_prompt_shows_its_progress_on_a_terminal_alone(endless, tmp_path):
+    args = ("generate", "--model", endless, "-p", TREE * 20, "-m", 2, "--prefill-step-size", 50)
+    shown = run(*args, terminal=True)
+    assert shown.code == 0
+    assert "Reading" in shown.err
+    assert "100%" in shown.err
+    assert shown.err.count("\x1b[?25l") >= 1  # the cursor is hidden ...
+    assert shown.err.rindex("\x1b[?25h") > shown.err.rindex("\x1b[?25l")  # ... and given back
+    for result in (run(*args), run(*args[:-1], 5000, terminal=True)):
+        assert result.code == 0
+        assert "Reading" not in result.err
+        assert "\x1b" not in result.err
+
+
+def test_ctrl_c_while_reading_gives_the_terminal_its_cursor_back(monkeypatch):
+    terminal = Stream(terminal=True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def read_and_stop():
+        with prefill_bar(8) as progress:
+            progress(0, 100)
+            progress(8, 100)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_and_stop()
+    assert terminal.text().endswith("\x1b[?25h\n")

@@ -1,0 +1,239 @@
+"""``kmerge-mlx info``: the calculator's tables, and what a run and its scores look like."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kmerge_mlx.tools.sizing import SizingConfig, calculate
+from tests.cli_runner import assert_one_error, change_json, run
+from tests.tiny import qwen2_config
+from tests.train_runs import SMALL_TREES, kmerge, trained
+
+CONFIGS = Path(__file__).parents[1] / "fixtures/configs"
+
+
+def folder_of(tmp_path: Path, config: dict | str) -> Path:
+    """A base of which there is the config alone."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    if isinstance(config, str):
+        shutil.copy(CONFIGS / f"{config}.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def lines_of(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_calculator_prints_what_every_k_takes(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    result = run("info", "--model", base, "--length", 32768, "--length", 2048, "--k", 4)
+    assert (result.code, result.err) == (0, "")
+    lines = lines_of(result.out)
+    assert lines[0] == (
+        f"{base}: qwen2, 494,032,768 parameters, 988 MB (bfloat16, from its config); context "
+        "32,768 positions"
+    )
+    assert "4 41,756,288 167 MB" in lines
+    assert "2,048 tokens 1 2,048 25.2 MB 1.01 GB - -" in lines
+    assert "2,048 tokens 4 512 6.29 MB 1.16 GB 3.90x 2.46x" in lines
+    assert lines.index("32,768 tokens 1 32,768 403 MB 1.39 GB - -") > lines.index(
+        "2,048 tokens 4 512 6.29 MB 1.16 GB 3.90x 2.46x"
+    )
+
+
+GUIDE = (Path(__file__).parents[2] / "docs/choosing-k.md").read_text()
+
+
+def test_the_guide_shows_what_its_command_prints(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    (command,) = [line for line in GUIDE.splitlines() if line.startswith("kmerge-mlx info")]
+    name, args = "Qwen/Qwen2.5-0.5B", command.split()[1:]
+    result = run(*[str(base) if arg == name else arg for arg in args])
+    printed = result.out.split("\n\nK = 1")[0].replace(str(base), name)
+    assert f"```\n{printed}\n```" in GUIDE
+
+
+def test_the_guide_compares_with_what_is_calculated(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    asked = SizingConfig((512, 2048), (2, 4, 8), dtype="float32")
+    for row in calculate(str(base), asked).rows:
+        if row.k > 1:
+            cells = f"| {row.k} | {row.speedup_floor:.2f}x | {row.work_ratio:.2f}x |"
+            assert cells in GUIDE
+
+
+def test_the_default_ks_begin_with_plain_mlx_lm(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    found = json.loads(run("info", "--model", base, "--length", 10, "--json").out)
+    assert [row["k"] for row in found["rows"]] == [1, 2, 3, 4, 8]
+
+
+def test_as_json_it_is_one_object_with_what_was_assumed(tmp_path):
+    base = folder_of(tmp_path, "qwen2.5-7b")
+    options = ("--memory", "32GB", "--kv-bits", 4, "--quantized-kv-start", 0, "--dtype", "float16")
+    result = run("info", "--model", base, "--length", 1000, "--k", 3, *options, "--json")
+    assert result.out.count("\n") == 1
+    found = json.loads(result.out)
+    assert found["kind"] == "calculation"
+    usable = int((32 << 30) * found["assumed"]["usable_share_of_memory"])
+    config = SizingConfig((1000,), (3,), "float16", usable, kv_bits=4, quantized_kv_start=0)
+    wanted = calculate(str(base), config)
+    assert [row["kv_bytes"] for row in found["rows"]] == [row.kv_bytes for row in wanted.rows]
+    assert [f["longest_prompt"] for f in found["factors"]] == [
+        factor.longest_prompt for factor in wanted.factors
+    ]
+    assert found["settings"]["memory_bytes"] == 32 << 30
+    assert found["settings"]["usable_bytes"] == usable
+
+
+def test_memory_adds_what_fits_and_positions_past_the_context_are_marked(tmp_path):
+    base = folder_of(tmp_path, "mistral-7b-v0.1")
+    asked = ("--length", 40_000, "--k", 4, "--memory", "24 gib")
+    result = run("info", "--model", base, *asked)
+    lines = lines_of(result.out)
+    assert "K encoder its size longest prompt in 24 GB ends at" in lines
+    assert "1 none - 20,480 tokens memory" in lines
+    assert any(line.startswith("40,000 tokens 1 40,000* 5.24 GB 19.8 GB no") for line in lines)
+    assert any(line.startswith("* more positions than") for line in lines)
+    assert any(line.startswith("fits memory within 67%") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("16GB", 16 << 30), ("16 gib", 16 << 30), ("0.5T", 512 << 30), ("512m", 512 << 20)],
+)
+def test_memory_is_read_as_it_is_sold(tmp_path, text, count):
+    base = folder_of(tmp_path, "qwen2.5-0.5b")
+    options = ("--length", 10, "--memory", text, "--json")
+    found = json.loads(run("info", "--model", base, *options).out)
+    assert found["settings"]["memory_bytes"] == count
+
+
+def test_a_cache_of_limited_size_is_said_to_be_ignored_where_mlx_lm_ignores_it(tmp_path):
+    asked = ("--length", 1000, "--max-kv-size", 100, "--k", 1)
+    base = folder_of(tmp_path, "llama-3.2-1b")
+    result = run("info", "--model", base, *asked)
+    assert result.err == ("note: mlx-lm's llama makes its own KV cache and ignores --max-kv-size\n")
+    assert "32.8 MB" in result.out
+    shutil.copy(CONFIGS / "qwen2.5-0.5b.json", base / "config.json")
+    result = run("info", "--model", base, *asked)
+    assert result.err == ""
+    assert "1.23 MB" in result.out
+
+
+def test_the_bundled_model_is_calculated_in_the_dtype_that_it_runs_in():
+    result = run("info", "--model", "bundled", "--length", 100)
+    assert (result.code, result.err) == (0, "")
+    assert "(float32, from its weights' headers)" in result.out
+
+
+def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
+    base, seen = folder_of(tmp_path, "qwen2.5-0.5b"), []
+
+    def fetch(repo, patterns, error, revision=None):
+        seen.append((repo, patterns))
+        return base
+
+    monkeypatch.setattr("kmerge_mlx.base.fetch", fetch)
+    assert run("info", "--model", "Qwen/Qwen2.5-0.5B", "--length", 10).code == 0
+    ((repo, patterns),) = seen
+    assert repo == "Qwen/Qwen2.5-0.5B"
+    assert not [pattern for pattern in patterns if "safetensors" in pattern]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "PATH, --model: found neither, expected one of them"),
+        (("a", "--model", "b"), "PATH, --model: found both, expected one of them"),
+        (("--model", "b"), "--length: --model needs it, in positions"),
+        (("a", "--length", 5), "--length: a PATH has no such option"),
+        (("a", "--k", 5), "--k: a PATH has no such option"),
+        (("a", "--kv-group-size", 64), "--kv-group-size: a PATH has no such option"),
+        (("--model", "b", "--length", 0), "--length"),
+        (("--model", "b", "--length", 10**12), "--length"),
+        (("--model", "b", "--length", 5, "--k", 0), "--k"),
+        (("--model", "b", "--length", 5, "--memory", "16"), "--memory: expected an amount"),
+        (("--model", "b", "--length", 5, "--memory", "0GB"), "--memory: expected an amount"),
+        (("--model", "b", "--length", 5, "--memory", "-1GB"), "--memory: expected an amount"),
+        (("--model", "b", "--length", 5, "--dtype", "int8"), "--dtype"),
+        (("--model", "b", "--length", 5, "--kv-bits", 7), "--kv-bits"),
+        (("--model", "b", "--length", 5, "--kv-bits", 4, "--max-kv-size", 9), "--kv-bits"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_one_line(args, said):
+    assert_one_error(run("info", *args), 2, said)
+
+
+def test_what_cannot_be_calculated_is_one_line(tmp_path):
+    mamba = {"model_type": "mamba", "state_size": 4, "conv_kernel": 4, "use_bias": False}
+    mamba |= {"use_conv_bias": True, "time_step_rank": 4, "torch_dtype": "float32"}
+    base = folder_of(tmp_path, qwen2_config(**mamba))
+    asked = ("info", "--model", base, "--length", 5)
+    assert_one_error(run(*asked), 1, "keeps ArraysCache, not keys and values")
+    change_json(base / "config.json", model_type="qwen2", hidden_size=0)
+    assert_one_error(run(*asked), 1, "cannot build")
+    (base / "config.json").unlink()
+    assert_one_error(run(*asked), 1, "holds no config.json")
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory) -> Path:
+    """A short training run."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    every = ("--steps-per-eval", 2, "--save-every", 2)
+    trained(path, *SMALL_TREES, *every, "--k", 2, "--iters", 4)
+    return path
+
+
+@pytest.mark.parametrize("folder", [".", "best"])
+def test_a_run_shows_how_far_it_came_and_its_best_validation(run_path, folder):
+    records = [json.loads(line) for line in (run_path / "training/log.jsonl").open()]
+    best = min((r for r in records if "val_loss" in r), key=lambda r: r["val_loss"])
+    (adapter,) = json.loads(kmerge("info", run_path / folder, "--json").out)["adapters"]
+    assert adapter["training"] == {"iteration": 4, "finished": None, "best": best}
+    lines = lines_of(kmerge("info", run_path / folder).out)
+    assert "training 4 iterations" in lines
+    assert f"val_loss {best['val_loss']:.6g}" in lines
+    assert "layout contexts of 32 tokens and more merge, without a chat template" in lines
+    assert "data textualized-tree" in lines
+
+
+def test_a_log_torn_by_a_kill_is_no_obstacle_and_a_torn_state_is_one_line(run_path, tmp_path):
+    shutil.copytree(run_path, tmp_path / "run")
+    with (tmp_path / "run/training/log.jsonl").open("a") as log:
+        log.write('{"iteration": 5, "val_')
+    assert "best validation" in run("info", tmp_path / "run").out
+    (tmp_path / "run/training/state.json").write_text('{"format_version": 1')
+    assert_one_error(run("info", tmp_path / "run"), 1, "state.json is not valid JSON")
+
+
+def test_the_scores_of_a_converted_checkpoint_have_their_own_rows(adapter_path, tmp_path):
+    shutil.copytree(adapter_path, tmp_path / "a")
+    provenance = {
+        "source": "x",
+        "metrics": {"accuracy": 0.98379999, "stages": ["a"] * 60},
+        "eval_accuracy": "left out: 70000 bytes",
+        "odd\x1b[31m": "red\x1b[0m",
+    }
+    change_json(tmp_path / "a/merge_config.json", provenance=provenance)
+    result = run("info", tmp_path / "a")
+    lines = lines_of(result.out)
+    start = lines.index("metrics")
+    assert lines[start + 1] == "accuracy 0.9838"
+    assert lines[start + 2].endswith("...")
+    assert lines.index("provenance") < lines.index("source x") < start
+    assert "eval_accuracy left out: 70000 bytes" in lines
+    assert "\x1b" not in result.out
+
+
+def test_a_layout_of_the_authors_is_said_in_words(adapter_path):
+    lines = lines_of(run("info", adapter_path).out)
+    assert "layout everything merges, without a chat template" in lines

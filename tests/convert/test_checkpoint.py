@@ -1,0 +1,262 @@
+"""What is in a checkpoint folder to what is in an adapter folder: read, checked, written.
+
+Checkpoints are made by hand (``tests.checkpoints``), so the expected bits are numpy's; that the
+hand-made files are what torch writes, torch says.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kmerge_mlx.adapters.folder import FILES, load_adapter
+from kmerge_mlx.convert.checkpoint import convert_checkpoint
+from tests import conversions
+from tests.checkpoints import PREFIX, Checkpoint, make, torch_file
+from tests.conversions import convert, refused
+from tests.tiny import PAD
+
+NAMES = {"net.0": "encoder.w1", "net.2": "encoder.w2", "net.4": "encoder.w3"}
+
+tied = conversions.tied
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of an adapter folder, read by the safetensors library."""
+    return load_file(path / "adapters.safetensors") | load_file(path / "merge_encoder.safetensors")
+
+
+def expected(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tensors that a checkpoint's adapter folder should hold, by the table of DESIGN 3."""
+    tensors = {}
+    for name, array in checkpoint.encoder.items():
+        layer, part = name.rsplit(".", 1)
+        tensors[f"{NAMES[layer]}.{part}"] = array
+    for name, array in checkpoint.adapter.items():
+        if ".base_layer." not in name:
+            ours = name.removeprefix(PREFIX).removesuffix(".weight")
+            tensors[ours.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = array.T
+    return tensors
+
+
+# ---- what is written ----
+
+
+def test_the_hand_made_encoder_file_is_what_torch_reads():
+    torch = pytest.importorskip("torch")
+    made = make(k=2, d=8, dtype="float16").encoder
+    found = torch.load(io.BytesIO(torch_file(made)), weights_only=True)
+    assert list(found) == list(made)
+    assert all(found[name].numpy().tobytes() == made[name].tobytes() for name in made)
+
+
+@pytest.mark.parametrize("bin_file", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_tensor_is_there_bit_for_bit(tmp_path, tied, dtype, bin_file):
+    made = make(dtype=dtype)
+    made.adapter[f"{PREFIX}lm_head.lora_A.weight"][0, :2] = [-0.0, np.finfo(dtype).tiny / 2]
+    found = stored(convert(tmp_path, made, bin_file, model=str(tied)))
+    wanted = expected(made)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_the_authors_own_checkpoint_converts_bit_for_bit(adapter_path, checkpoint_path):
+    torch = pytest.importorskip("torch")
+    state = torch.load(checkpoint_path / "encoder.pth", weights_only=True)
+    peft = load_file(checkpoint_path / "adapter_model.safetensors")
+    wanted = expected(Checkpoint({n: t.numpy() for n, t in state.items()}, {}, peft))
+    found = stored(adapter_path)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].tobytes() == array.tobytes() for name, array in wanted.items())
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+@pytest.mark.parametrize("h", [None, 7, 200])
+def test_k_d_and_h_are_read_from_the_shapes(tmp_path, k, h):
+    sizes = load_adapter(convert(tmp_path, make(k=k, d=16, h=h))).merge.encoder
+    assert (sizes.merge_factor, sizes.hidden_size, sizes.inner_size) == (k, 16, h or 2 * k * 16)
+
+
+def test_the_configs_say_what_was_known(tmp_path, tied):
+    made = make()
+    made.metrics = {"accuracy": [0.25, 0.5], "best": None}
+    path = convert(tmp_path, made, model=str(tied), k=4)
+    merge = json.loads((path / "merge_config.json").read_text())
+    assert merge["base_model"]["id"] == str(tied)
+    assert merge["base_model"]["config"]["vocab_size"] == 700
+    assert merge["pad_token_id"] == PAD
+    assert merge["layout"] == {"merges": "all", "threshold": 32, "chat_template": False}
+    assert merge["provenance"]["metrics"] == made.metrics
+    assert merge["provenance"]["source"] == str(tmp_path / "src")
+    assert merge["provenance"]["peft_version"] == "0.21.2"
+    assert json.loads((path / "adapter_config.json").read_text())["model"] == str(tied)
+    assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+
+
+def test_without_a_base_what_only_it_can_tell_is_left_open(tmp_path):
+    merge = load_adapter(convert(tmp_path, make())).merge
+    assert merge.base.id == "Qwen/Qwen2.5-0.5B"  # as the PEFT config names it
+    assert not merge.base.fields
+    assert merge.pad_token_id is None
+
+
+def test_metrics_with_nan_are_kept_and_the_file_stays_json(tmp_path):
+    made = make()
+    made.metrics = {"loss": float("nan"), "best": float("-inf")}
+    text = (convert(tmp_path, made) / "merge_config.json").read_text()
+
+    def fail(token: str) -> None:
+        raise AssertionError(token)
+
+    merge = json.loads(text, parse_constant=fail)
+    assert merge["provenance"]["metrics"] == {"loss": "NaN", "best": "-Infinity"}
+
+
+def test_endless_metrics_are_left_out_and_said_so(tmp_path):
+    made = make()
+    made.metrics = {"log": ["x" * 100] * 30_000}
+    path = convert(tmp_path, made)
+    assert load_adapter(path).merge.provenance["metrics"].startswith("left out: 3")
+
+
+def test_torn_metrics_are_left_out_and_said_so(tmp_path):
+    """A killed run leaves such a file, and it is for people alone."""
+    source = make().write(tmp_path / "src")
+    (source / "metrics.json").write_text("{")
+    convert_checkpoint(str(source), tmp_path / "dst")
+    kept = load_adapter(tmp_path / "dst").merge.provenance["metrics"]
+    assert kept.startswith("left out: ")
+    assert "not valid JSON" in kept
+
+
+def test_an_adapter_folder_is_nothing_to_convert(tmp_path):
+    convert_checkpoint(str(make().write(tmp_path / "src")), tmp_path / "dst")
+    assert "is an adapter folder already" in refused(tmp_path, tmp_path / "dst", force=True)
+
+
+def test_metrics_may_be_absent_and_eval_accuracy_is_kept(tmp_path):
+    source = make().write(tmp_path / "src")
+    (source / "metrics.json").rename(source / "eval_accuracy.json")
+    convert_checkpoint(str(source), tmp_path / "dst")
+    provenance = load_adapter(tmp_path / "dst").merge.provenance
+    assert provenance["eval_accuracy"] == {"merge_factor": 4}
+    assert "metrics" not in provenance
+
+
+def rounded(array: np.ndarray, dtype: str) -> bytes:
+    """To the nearest number of the dtype, ties to even; by numpy, or by hand where it has none."""
+    if dtype != "bfloat16":
+        return array.astype(dtype).tobytes()
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
+    made = make()
+    adapter = load_adapter(convert(tmp_path, made, dtype=dtype))
+    found = {f"encoder.{name}": array for name, array in adapter.encoder_weights.items()}
+    found |= {f"lm_head.{name}": array for name, array in adapter.head_weights.items()}
+    found |= adapter.tuning_weights
+    assert found.keys() == expected(made).keys()
+    for name, array in expected(made).items():
+        assert str(found[name].dtype) == f"mlx.core.{dtype}"
+        bits = found[name].view(mx.uint32 if dtype == "float32" else mx.uint16)
+        assert np.array(bits).tobytes() == rounded(array, dtype)
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path):
+    made = make()
+    made.encoder["net.2.weight"][3, 3] = 1e6
+    text = refused(tmp_path, made, dtype="float16")
+    assert text == "--dtype float16 cannot hold w2.weight: give float32 or bfloat16"
+    assert convert(tmp_path, made, dtype="bfloat16").is_dir()
+
+
+def test_an_unknown_dtype_is_refused_with_the_choices(tmp_path):
+    text = refused(tmp_path, make(), dtype="float64")
+    assert text == "dtype is 'float64', expected one of float32, float16, bfloat16"
+
+
+# ---- encoder.pth ----
+
+
+def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
+    made = make()
+    wanted = expected(made)
+    made.encoder = {f"module.{name}": array for name, array in made.encoder.items()}
+    found = stored(convert(tmp_path, made))
+    assert all(found[name].tobytes() == array.tobytes() for name, array in wanted.items())
+    made.encoder["net.0.bias"] = made.encoder["module.net.0.bias"]
+    shutil.rmtree(tmp_path / "dst")
+    assert "with and without the prefix module. (keep one)" in refused(tmp_path, made)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda e: e.pop("net.2.bias"), "net.2.bias is missing, expected shape (256,)"),
+        (lambda e: e.update(extra=np.ones(3, "f4")), "extra (3,) belongs to nothing here"),
+        (
+            lambda e: e.update({"net.0.bias": np.ones(5, "f4")}),
+            "net.0.bias has shape (5,), expected (512,)",
+        ),
+        (lambda e: e.pop("net.0.weight"), "not a merge encoder: expected 2-dimensional"),
+        (
+            lambda e: e.update({"net.4.weight": np.ones((65, 256), "f4")}),
+            "net.0.weight (512, 256) and net.4.weight (65, 256) give no whole merge factor",
+        ),
+        (
+            lambda e: e.update({"net.4.weight": np.ones((256, 256), "f4")}),
+            "give no whole merge factor of at least 2",
+        ),
+        (lambda e: e.update({"net.4.weight": np.ones((0, 256), "f4")}), "no whole merge factor"),
+        (lambda e: e.update({"net.0.weight": np.ones((0, 256), "f4")}), "inner_size is 0"),
+        (lambda e: [e.pop(name) for name in [*e][:5]], "found net.4.bias"),
+    ],
+    ids=range(9),
+)
+def test_an_encoder_that_does_not_fit_itself_is_refused(tmp_path, change, complaint):
+    made = make()
+    change(made.encoder)
+    assert complaint in refused(tmp_path, made)
+
+
+def test_another_k_than_expected_is_refused_with_both(tmp_path):
+    text = refused(tmp_path, make(k=3), k=4)
+    assert "merges K = 3 tokens, but --k is 4: give --k 3 or leave it out" in text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_diverged_run_is_refused_by_tensor(tmp_path, value):
+    made = make()
+    made.encoder["net.2.weight"][-1, -1] = value
+    made.adapter[f"{PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"][0, 0] = value
+    made.adapter[f"{PREFIX}lm_head.lora_A.weight"][0, 0] = value
+    lines = refused(tmp_path, made).splitlines()
+    assert [line.split()[1] for line in lines[1:]] == [
+        *("w2.weight", "model.layers.1.mlp.down_proj.lora_b", "lm_head.lora_a")
+    ]
+    assert all("holds NaN or infinite values: the training run diverged" in x for x in lines[1:])
+
+
+def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
+    made = make(k=3)
+    made.encoder["net.0.bias"] = np.full(5, np.nan, "f4")
+    made.config["use_dora"] = True
+    source = made.write(tmp_path / "src")
+    lines = refused(tmp_path, source, k=4).splitlines()
+    assert lines[0] == f"{source} cannot be converted: 4 problems"
+    for part in ("--k is 4", "net.0.bias has shape", "use_dora", "w1.bias holds"):
+        assert sum(part in line for line in lines[1:]) == 1

@@ -1,0 +1,330 @@
+"""Adapters to PyTorch checkpoints and back: nothing is lost, and PEFT's rules say what ours do.
+
+The oracles are PEFT's own matching of names, ``torch.load`` and the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.convert.checkpoint import convert_checkpoint
+from kmerge_mlx.convert.export import export_adapter
+from kmerge_mlx.convert.peft import lora_from_peft
+from kmerge_mlx.convert.peft_write import lora_to_peft
+from kmerge_mlx.prompts.policy import CONTEXTS, Layout
+from tests.saved_adapters import UP, D, Q, R, V, make
+from tests.checkpoints import PREFIX
+from tests.checkpoints import make as make_checkpoint
+from tests.exports import assert_same_tensors, back, bits, exported, specs
+
+FILES = {"adapter_config.json", "adapter_model.safetensors", "encoder.pth", "kmerge.json"}
+
+
+def config_of(path) -> dict:
+    return json.loads((path / "adapter_config.json").read_text())
+
+
+def unmerged() -> Adapter:
+    """An adapter with K = 1."""
+    made = make()
+    return replace(made, merge=replace(made.merge, encoder=None), encoder_weights={})
+
+
+# ---- adapter -> checkpoint -> adapter ----
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(2, mx.float32), (3, mx.float16), (4, mx.bfloat16)])
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_an_exported_adapter_converts_back_to_itself(tmp_path, k, dtype, head, by_module):
+    made = make(k, head, by_module, dtype)
+    exported(made, tmp_path)
+    found = back(tmp_path)
+    assert_same_tensors(found, made)
+    assert specs(found) == specs(made)
+    assert found.tuning.dropout == made.tuning.dropout
+    assert replace(found.merge, provenance={}) == replace(made.merge, provenance={})
+    assert found.merge.provenance == {
+        "metrics": made.merge.provenance["metrics"],
+        "converter": found.merge.provenance["converter"],
+        "source": str(tmp_path / "y"),
+    }
+
+
+def test_the_uniform_form_stays_uniform(tmp_path):
+    made = make()
+    exported(made, tmp_path)
+    assert back(tmp_path).tuning == replace(made.tuning, keys=tuple(sorted(made.tuning.keys)))
+
+
+def test_lora_on_the_last_layers_stays_uniform_where_the_base_says_how_many_there_are(tmp_path):
+    made = make()
+    fields = {"num_hidden_layers": 2, "hidden_size": D}
+    made = replace(
+        made,
+        merge=replace(made.merge, base=BaseModelConfig("some/base", fields)),
+        tuning=replace(made.tuning, num_layers=1),
+        tuning_weights={n: a for n, a in made.tuning_weights.items() if ".layers.1." in n},
+    )
+    targets = config_of(exported(made, tmp_path))["target_modules"]
+    assert targets == ["lm_head", f"model.layers.1.{UP}", f"model.layers.1.{Q}"]
+    assert back(tmp_path).tuning == replace(made.tuning, keys=(UP, Q))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_lora_on_one_layer_by_its_full_path_is_on_that_layer_alone(tmp_path, layer):
+    made, name = make(), f"model.layers.{layer}.{Q}"
+    made = replace(
+        made,
+        tuning=replace(made.tuning, num_layers=1, keys=(name,)),
+        tuning_weights={n: a for n, a in made.tuning_weights.items() if n.startswith(name)},
+    )
+    assert config_of(exported(made, tmp_path))["target_modules"] == ["lm_head", name]
+    found = back(tmp_path)
+    assert_same_tensors(found, made)
+    assert specs(found) == specs(made)
+
+
+def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
+    made = make()
+    made = replace(made, merge=MergeConfig(made.merge.encoder, head_lora=made.merge.head_lora))
+    assert config_of(exported(made, tmp_path))["base_model_name_or_path"] is None
+    merge = back(tmp_path).merge
+    assert (merge.base, merge.layout, merge.pad_token_id) == (BaseModelConfig(), None, None)
+
+
+def test_layout_and_padding_come_back(tmp_path):
+    made = make()
+    layout = Layout(CONTEXTS, 77, chat_template=True)
+    made = replace(made, merge=replace(made.merge, layout=layout, pad_token_id=11))
+    exported(made, tmp_path)
+    merge = back(tmp_path).merge
+    assert (merge.layout, merge.pad_token_id) == (layout, 11)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_lora_comes_back_to_the_file_it_was_in(tmp_path, tied):
+    made = make()
+    base = BaseModelConfig("some/base", {"tie_word_embeddings": tied})
+    made = replace(made, merge=replace(made.merge, base=base))
+    if not tied:
+        head = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
+        made = replace(
+            made,
+            merge=replace(made.merge, head_lora=None),
+            tuning=replace(made.tuning, keys=(*made.tuning.keys, "lm_head")),
+            tuning_weights=made.tuning_weights | head,
+            head_weights={},
+        )
+    assert "lm_head" in config_of(exported(made, tmp_path))["target_modules"]
+    assert_same_tensors(back(tmp_path), made)
+
+
+def test_without_merging_there_is_no_encoder_and_it_comes_back(tmp_path):
+    made = unmerged()
+    path = exported(made, tmp_path)
+    assert {file.name for file in path.iterdir()} == FILES - {"encoder.pth"} | {"metrics.json"}
+    found = back(tmp_path)
+    assert_same_tensors(found, made)
+    assert found.merge.encoder is None
+
+
+def test_metrics_of_a_converted_checkpoint_are_a_file_again(tmp_path):
+    made = make()
+    metrics = {"accuracy": [0.5, None], "note": "é"}
+    provenance = {"source": "first", "metrics": metrics, "eval_accuracy": "left out: 70000 bytes"}
+    made = replace(made, merge=replace(made.merge, provenance=provenance))
+    path = exported(made, tmp_path)
+    assert {file.name for file in path.iterdir()} == {*FILES, "metrics.json"}
+    assert json.loads((path / "metrics.json").read_text()) == metrics
+    found = back(tmp_path).merge.provenance
+    assert found == provenance | {"converter": found["converter"]}
+
+
+def test_metrics_too_large_to_be_read_from_their_file_are_kept(tmp_path):
+    made = make()
+    provenance = {"metrics": {"losses": [0.125] * 9000}}
+    made = replace(made, merge=replace(made.merge, provenance=provenance))
+    exported(made, tmp_path)
+    assert back(tmp_path).merge.provenance["metrics"] == provenance["metrics"]
+
+
+# ---- checkpoint -> adapter -> checkpoint ----
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "bin_file"),
+    [(2, "float32", False), (3, "float16", False), (4, "float32", True)],
+)
+def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, bin_file):
+    torch = pytest.importorskip("torch")
+    made = make_checkpoint(k=k, dtype=dtype, use_rslora=True, lora_alpha=7)
+    source = made.write(tmp_path / "y", bin_file)
+    convert_checkpoint(str(source), tmp_path / "x")
+    export_adapter(tmp_path / "x", tmp_path / "z")
+    state = torch.load(tmp_path / "z" / "encoder.pth", weights_only=True)
+    assert {n: (t.numpy().dtype, t.numpy().tobytes()) for n, t in state.items()} == {
+        name: (array.dtype, array.tobytes()) for name, array in made.encoder.items()
+    }
+    found = load_file(tmp_path / "z" / "adapter_model.safetensors")
+    expected = {n: a for n, a in made.adapter.items() if "base_layer" not in n}
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].tobytes() == array.tobytes()
+    assert json.loads((tmp_path / "z" / "metrics.json").read_text()) == made.metrics
+    with safe_open(tmp_path / "z" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_two_exports_are_the_same_bytes(tmp_path):
+    save_adapter(make(by_module=True), tmp_path / "x")
+    for name in ("one", "two"):
+        export_adapter(tmp_path / "x", tmp_path / name)
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one == two
+
+
+# ---- the PEFT config ----
+
+
+def test_a_plain_adapter_has_a_plain_config(tmp_path):
+    assert config_of(exported(make(), tmp_path)) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/base",
+        "inference_mode": True,
+        "r": R,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "use_rslora": False,
+        "bias": "none",
+        "target_modules": ["lm_head", UP, Q],
+        "rank_pattern": {},
+        "alpha_pattern": {"lm_head": 7},
+        "modules_to_save": None,
+    }
+
+
+def test_a_name_that_no_disk_takes_stays_a_name(tmp_path):
+    made, name = make(), "a/" + "b" * 300
+    made = replace(made, merge=replace(made.merge, base=BaseModelConfig(name)))
+    assert config_of(exported(made, tmp_path))["base_model_name_or_path"] == name
+
+
+def test_a_base_in_a_folder_is_named_so_that_it_can_be_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    made = make()
+    made = replace(made, merge=replace(made.merge, base=BaseModelConfig("base")))
+    path = exported(made, tmp_path)
+    assert config_of(path)["base_model_name_or_path"] == str(tmp_path / "base")
+    assert back(tmp_path).merge.base.id == "base"
+
+
+PATHS = [
+    f"{stack}.{layer}.{inside}"
+    for stack in ("model.layers", "model.more")
+    for layer in (0, 1, 10, 11)
+    for inside in ("self_attn.q_proj", "self_attn.k_proj", "q_proj", "mlp.0.up_proj", "mlp.10.up")
+] + ["lm_head", "proj.lm_head", "model.norm-1"]
+SPECS = st.builds(
+    LoRASpec,
+    st.integers(1, 70),
+    st.one_of(
+        st.floats(-1e6, 1e6),
+        st.integers(0, 2**45),
+        st.floats(0.1, 50).map(lambda alpha: alpha / math.sqrt(6)),
+        st.sampled_from([1.0, 2.0, 0.1, 1e-310, 5e-324, 1e250]),
+    ),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.sampled_from(PATHS), SPECS, min_size=1, max_size=20), st.data())
+def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modules, data):
+    """Equal to the last bit when it is read back; for PEFT alone, next to it at most."""
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    if data.draw(st.booleans(), label="one spec for all"):
+        modules = dict.fromkeys(modules, next(iter(modules.values())))
+    weights = {}
+    for name, spec in modules.items():
+        weights[f"{name}.lora_a"] = mx.zeros((3, spec.rank))
+        weights[f"{name}.lora_b"] = mx.zeros((spec.rank, 3))
+    adapter = Adapter(MergeConfig(None), LoRAConfig(12, modules=modules), weights, {})
+    peft = lora_to_peft(adapter, adapter.tuning, None)
+    config = LoraConfig(**json.loads(json.dumps(peft.config)))
+    for name in PATHS:
+        hit = bool(tuners.check_target_module_exists(config, name))
+        assert hit == (name in modules) or name == "proj.lm_head"
+        if name in modules:
+            ranks, alphas = config.rank_pattern, config.alpha_pattern
+            rank = ranks.get(get_pattern_key(ranks, name), config.r)
+            scale = alphas.get(get_pattern_key(alphas, name), config.lora_alpha) / rank
+            assert rank == modules[name].rank
+            exact = float(modules[name].scale)
+            assert scale in (
+                *(exact, math.nextafter(exact, math.inf), math.nextafter(exact, -math.inf)),
+            )
+    problems: list[str] = []
+    found = lora_from_peft(
+        json.loads(json.dumps(peft.config)), peft.tensors, problems, True, None, peft.scales
+    )
+    assert problems == []
+    read = found.config.modules or {
+        n.rsplit(".", 1)[0]: found.config.uniform for n in found.weights
+    }
+    assert read == modules
+    assert bits(found.weights) == bits(weights)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.7])
+def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path, scale):
+    rank, nearest = 6, scale * 6
+    alphas = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, 0))
+    assert all(alpha / rank != scale for alpha in alphas)
+    weights = {f"model.layers.0.{Q}.lora_a": mx.zeros((D, rank))}
+    weights[f"model.layers.0.{Q}.lora_b"] = mx.zeros((rank, V))
+    made = replace(
+        make(),
+        tuning=LoRAConfig(1, 0.0, LoRASpec(rank, scale), (Q,)),
+        tuning_weights=weights,
+    )
+    exported(made, tmp_path)
+    assert back(tmp_path).tuning.uniform == LoRASpec(rank, scale)
+
+
+def test_an_encoder_of_any_width_comes_back(tmp_path):
+    sizes = EncoderConfig(5, D, 3)
+    weights = {name: mx.random.normal(shape) for name, shape in sizes.shapes().items()}
+    made = make()
+    made = replace(made, merge=replace(made.merge, encoder=sizes), encoder_weights=weights)
+    exported(made, tmp_path)
+    assert_same_tensors(back(tmp_path), made)
+
+
+def test_peft_tensors_are_laid_out_as_peft_has_them(tmp_path):
+    made = make()
+    found = load_file(exported(made, tmp_path) / "adapter_model.safetensors")
+    name = f"model.layers.1.{Q}"
+    a, b = (np.array(made.tuning_weights[f"{name}.{part}"]) for part in ("lora_a", "lora_b"))
+    np.testing.assert_array_equal(found[f"{PREFIX}{name}.lora_A.weight"], a.T)
+    np.testing.assert_array_equal(found[f"{PREFIX}{name}.lora_B.weight"], b.T)
+    assert len(found) == len(made.tuning_weights) + len(made.head_weights)
+    assert load_adapter(tmp_path / "x")

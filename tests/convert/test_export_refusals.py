@@ -1,0 +1,384 @@
+"""What export refuses, what it writes over, and a ``kmerge.json`` that convert does not believe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.tuner.lora import LoRASwitchLinear
+
+from kmerge_mlx.adapters.folder import Adapter, save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
+from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.convert.checkpoint import convert_checkpoint
+from kmerge_mlx.convert.export import export_adapter
+from kmerge_mlx.errors import CheckpointError
+from kmerge_mlx.prompts.policy import Layout
+from tests import conversions
+from tests.saved_adapters import UP, D, Q, R, make, saved
+from tests.checkpoints import make as make_checkpoint
+from tests.cli_runner import assert_one_error, change_json, run
+from tests.exports import back, exported, refused
+from tests.tiny import qwen2_config, write_base
+
+tied = conversions.tied
+
+
+# ---- adapters that PyTorch has no equal of ----
+
+
+def full() -> Adapter:
+    name = f"model.layers.1.{Q}.weight"
+    made = make(head=False)
+    return replace(made, tuning=FullConfig(1), tuning_weights={name: mx.zeros((D, D))})
+
+
+def with_context() -> Adapter:
+    sizes = EncoderConfig(4, D, 12, 3)
+    weights = {name: mx.zeros(shape) for name, shape in sizes.shapes().items()}
+    made = make()
+    return replace(made, merge=replace(made.merge, encoder=sizes), encoder_weights=weights)
+
+
+def with_experts() -> Adapter:
+    made, experts = make(), LoRASwitchLinear(D, 6, 5, r=R)
+    parts = {
+        f"model.layers.{layer}.{UP}.{part}": experts[part]
+        for layer in (0, 1)
+        for part in ("lora_a", "lora_b")
+    }
+    return replace(made, tuning_weights=made.tuning_weights | parts)
+
+
+def with_table() -> Adapter:
+    made, name = make(), "model.embed_tokens"
+    parts = {f"{name}.lora_a": mx.zeros((30, R)), f"{name}.lora_b": mx.zeros((R, D))}
+    return replace(
+        made,
+        tuning=replace(made.tuning, keys=(*made.tuning.keys, name)),
+        tuning_weights=made.tuning_weights | parts,
+    )
+
+
+def of_gemma() -> Adapter:
+    made = make()
+    base = BaseModelConfig("google/gemma", {"model_type": "gemma3_text"})
+    return replace(made, merge=replace(made.merge, base=base))
+
+
+def diverged() -> Adapter:
+    made = make()
+    broken = {"w3.bias": mx.full((D,), mx.nan)}
+    return replace(made, encoder_weights=made.encoder_weights | broken)
+
+
+def with_two_heads() -> Adapter:
+    made = make()
+    head = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
+    return replace(
+        made,
+        tuning=replace(made.tuning, keys=(*made.tuning.keys, "lm_head")),
+        tuning_weights=made.tuning_weights | head,
+    )
+
+
+def without_lora() -> Adapter:
+    made = make(head=False)
+    return replace(made, tuning=replace(made.tuning, keys=()), tuning_weights={})
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (full, "full fine-tuning is no LoRA: `kmerge-mlx fuse` writes a whole model"),
+        (with_context, "its encoder also reads the 3 tokens before a block"),
+        (with_experts, f"{UP} is LoRA on experts"),
+        (with_table, "model.embed_tokens is LoRA on the embedding table"),
+        (of_gemma, "its base scales embeddings inside the model"),
+        (diverged, "w3.bias holds NaN or infinite values"),
+        (with_two_heads, "lm_head has two LoRAs"),
+        (without_lora, "it has no LoRA: `kmerge-mlx fuse` put it into the model"),
+    ],
+)
+def test_an_adapter_without_an_equal_is_refused_in_one_line(tmp_path, kind, why):
+    save_adapter(kind(), tmp_path / "x")
+    text = refused(tmp_path / "x", tmp_path / "y")
+    assert text.startswith(f"{tmp_path}/x cannot be exported: {why}")
+    assert "\n" not in text
+
+
+def test_everything_in_the_way_is_listed_at_once(tmp_path):
+    made = with_context()
+    save_adapter(
+        replace(made, tuning=with_table().tuning, tuning_weights=with_table().tuning_weights),
+        tmp_path / "x",
+    )
+    lines = refused(tmp_path / "x", tmp_path / "y").splitlines()
+    assert lines[0].endswith("cannot be exported: 2 problems")
+    assert len(lines) == 3
+
+
+def test_a_gemma_adapter_without_merging_is_exported_and_converts_back(tmp_path):
+    made = of_gemma()
+    merge = replace(made.merge, encoder=None)
+    exported(replace(made, merge=merge, encoder_weights={}), tmp_path)
+    assert back(tmp_path).merge.base == merge.base
+
+
+# ---- the destination ----
+
+
+def test_only_an_export_is_replaced_and_only_by_force(tmp_path):
+    path = exported(make(), tmp_path)
+    saved(tmp_path / "other", k=2)
+    assert "exists: choose another folder, or give --force" in refused(tmp_path / "other", path)
+    export_adapter(tmp_path / "other", path, force=True)
+    assert back(tmp_path).merge.merge_factor == 2
+    (path / "notes.txt").write_text("precious")
+    text = refused(tmp_path / "x", path, force=True)
+    assert "holds more than exported adapter files (notes.txt)" in text
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "file", "link"])
+def test_what_export_did_not_write_is_never_replaced(tmp_path, kind):
+    saved(tmp_path / "x")
+    path = tmp_path / "y"
+    if kind == "checkpoint":
+        make_checkpoint().write(path)
+    elif kind == "adapter":
+        saved(path)
+    elif kind == "file":
+        path.write_text("precious")
+    else:
+        path.symlink_to(tmp_path / "x")
+    expected = "a symbolic link" if kind == "link" else "no exported adapter folder"
+    assert f"is {expected}" in refused(tmp_path / "x", path, force=True)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from kmerge_mlx.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.argv[1:] = ["export", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("size", [100, 1500, 5000])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, size):
+    """In the config, in the LoRA, in encoder.pth."""
+    path = exported(make(k=2), tmp_path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    saved(tmp_path / "other", k=4)
+    args = [sys.executable, "-c", FULL_DISK, str(size), str(tmp_path / "other"), str(path)]
+    done = subprocess.run([*args, "--force"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot write {path}: ")
+    assert done.stderr.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["other", "x", "y"]  # noqa: PTH208
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    saved(tmp_path / "x")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(tmp_path / "x", tmp_path / "file" / "y")
+
+
+# ---- kmerge.json, read back ----
+
+
+def changed(path: Path, **entries: object) -> None:
+    """Changes entries of the merge_config.json in a kmerge.json."""
+    file = path / "kmerge.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"merge_config.json": data["merge_config.json"] | entries}))
+
+
+def unread(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(str(path), path.parent / "back")
+    assert not (path.parent / "back").exists()
+    text = str(caught.value)
+    assert all(line.isprintable() for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"merge_config.json": {', "is not valid JSON"),
+        (b"[]", "found [], expected merge_config.json and scales"),
+        (b"{}", "found {}, expected merge_config.json and scales"),
+        (b'{"merge_config.json": null, "scales": []}', "holds None, expected an object"),
+        (b'{"merge_config.json": {}, "scales": []}', "format_version is None"),
+        (b'{"merge_config.json": {}, "scales": [], "x": 1}', "expected merge_config.json and"),
+        (b'{"merge_config.json": {}, "scales": {}}', "scales is {}, expected a list of numbers"),
+        (b'{"merge_config.json": {}, "scales": [NaN]}', "scales is ['NaN'], expected a list"),
+        (b"[" * 900_000, "is not valid JSON"),
+        (b" " * (1 << 21), "is larger than 1 MiB"),
+    ],
+    ids=range(11),
+)
+def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said):
+    path = exported(make(), tmp_path)
+    (path / "kmerge.json").write_bytes(content)
+    text = unread(path)
+    assert f"{path}/kmerge.json" in text
+    assert said in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"format_version": 2}, "format_version 2 is newer than this release"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x', expected a token id"),
+        ({"layout": {"merges": "some"}}, "merges is 'some', expected all or contexts"),
+        ({"merge_factor": 3}, "the encoder has merge_factor 4, not 3 (says kmerge.json"),
+        ({"encoder_context": 2}, "the encoder has encoder_context 0, not 2 (says kmerge.json"),
+        (
+            dict.fromkeys(("hidden_size", "inner_size", "encoder_context")) | {"merge_factor": 1},
+            "found an encoder for K = 4, the adapter was made for none (says kmerge.json",
+        ),
+        ({"base_model": {"id": "x", "config": {"a": 1}}}, "config_hash does not belong to"),
+        ({"base_model": {"id": "a\x1b[2J"}}, "base_model.id is 'a\\x1b[2J', expected a printable"),
+        ({"base_model": {"id": 5}}, "base_model.id is 5, expected a name or null"),
+    ],
+)
+def test_a_companion_with_a_wrong_entry_is_refused_by_name(tmp_path, entries, said):
+    path = exported(make(), tmp_path)
+    changed(path, **entries)
+    text = unread(path)
+    assert said in text
+    assert "kmerge.json" in text
+    assert "remove" in text
+    (path / "kmerge.json").unlink()
+    convert_checkpoint(str(path), tmp_path / "back")
+
+
+def test_a_companion_that_is_no_file_is_refused(tmp_path):
+    path = exported(make(), tmp_path)
+    (path / "kmerge.json").unlink()
+    (path / "kmerge.json").mkdir()
+    assert "it is not a file" in unread(path)
+
+
+def test_another_base_than_the_companions_is_refused_by_name(tmp_path, tied):
+    made = make_checkpoint()
+    convert_checkpoint(str(made.write(tmp_path / "src")), tmp_path / "x", str(tied))
+    export_adapter(tmp_path / "x", tmp_path / "y")
+    other = write_base(tmp_path / "other", qwen2_config(rope_theta=77.0))
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(str(tmp_path / "y"), tmp_path / "back", str(other))
+    assert "rope_theta is 77.0, the adapter was made for 10000.0 (says kmerge.json" in str(
+        caught.value
+    )
+    (tmp_path / "y" / "kmerge.json").unlink()
+    convert_checkpoint(str(tmp_path / "y"), tmp_path / "back", str(other))
+
+
+def test_lora_that_was_trained_on_elsewhere_converts_and_keeps_what_the_companion_says(tmp_path):
+    """Other ranks, an alpha and modules, as PyTorch may have made of an export."""
+    made = make(head=False)
+    layout = Layout(threshold=9)
+    exported(replace(made, merge=replace(made.merge, layout=layout)), tmp_path)
+    (tmp_path / "y" / "adapter_model.safetensors").unlink()
+    trained = make_checkpoint(d=D, rank=3, lora_alpha=5, vocab_size=30)
+    other = trained.write(tmp_path / "z")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (other / name).replace(tmp_path / "y" / name)
+    found = back(tmp_path)
+    assert (found.merge.layout, found.merge.pad_token_id) == (layout, 7)
+    assert found.tuning.uniform.rank == 3
+    assert found.tuning.uniform.scale == 5 / 3
+
+
+def test_the_companions_padding_outlives_the_bases_default(tmp_path, tied):
+    """A base's tokenizer says what padding would be; this says what the encoder was trained on."""
+    convert_checkpoint(str(make_checkpoint().write(tmp_path / "src")), tmp_path / "x", str(tied))
+    change_json(tmp_path / "x" / "merge_config.json", pad_token_id=5)
+    export_adapter(tmp_path / "x", tmp_path / "y")
+    assert back(tmp_path, model=str(tied)).merge.pad_token_id == 5
+
+
+# ---- the command ----
+
+
+def test_export_prints_one_line_and_convert_takes_it_back(adapter_path, base_path, tmp_path):
+    result = run("export", adapter_path, tmp_path / "y")
+    assert (result.code, result.out) == (0, "")
+    assert result.err == f"{tmp_path}/y: K = 4, 50 tensors, 0.9 MB, base {base_path}\n"
+    assert run("convert", tmp_path / "y", tmp_path / "x", "--k", 4).code == 0
+    found = json.loads(run("info", tmp_path / "y", "--json").out)
+    assert found["kind"] == "checkpoint"
+    assert found["adapters"][0]["pad_token_id"] == 223
+
+
+def test_export_of_several_k_asks_which(tmp_path):
+    for k in (2, 3):
+        saved(tmp_path / "all" / f"k{k}", k=k)
+    args = ("export", tmp_path / "all", tmp_path / "y")
+    assert_one_error(run(*args), 1, "holds adapters for K = 2, 3: choose one with --k")
+    assert_one_error(run(*args, "--k", 5), 1, "holds no adapter for --k 5")
+    assert not (tmp_path / "y").exists()
+    assert run(*args, "--k", 3).err.startswith(f"{tmp_path}/y: K = 3, ")
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_bundled_adapters_go_out_and_come_back(tmp_path, k):
+    result = run("export", "bundled", tmp_path / "y", "--k", k)
+    assert result.code == 0
+    assert ("note: K = 1 merges nothing: there is no encoder.pth" in result.err) == (k == 1)
+    assert run("convert", tmp_path / "y", tmp_path / "x").code == 0
+    answers = [
+        run("generate", "-p", "AB", "--adapter-path", adapter, "--k", k, "-m", 3)
+        for adapter in ("bundled", tmp_path / "x")
+    ]
+    assert answers[0].out == answers[1].out
+    assert json.loads(run("info", tmp_path / "y", "--json").out)["adapters"][0]["merge_factor"] == k
+
+
+def test_an_export_without_merging_is_no_adapter_for_another_k(tmp_path):
+    made = make()
+    merge = MergeConfig(None, head_lora=made.merge.head_lora)
+    path = exported(replace(made, merge=merge, encoder_weights={}), tmp_path)
+    result = run("convert", path, tmp_path / "back", "--k", 4)
+    assert_one_error(result, 1, "kmerge.json says K = 1, but --k is 4")
+    result = run("generate", "-p", "A", "--adapter-path", path)
+    assert_one_error(result, 1, "run `kmerge-mlx convert")
+
+
+def test_a_layout_that_the_papers_code_does_not_have_is_said(tmp_path):
+    made = make()
+    save_adapter(replace(made, merge=replace(made.merge, layout=Layout())), tmp_path / "x")
+    result = run("export", tmp_path / "x", tmp_path / "y")
+    assert "note: the paper's code merges the whole prompt" in result.err
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("absent", "absent is not a folder"),
+        ("empty", "merge_config.json is missing"),
+        ("src", "is a PyTorch checkpoint"),
+    ],
+)
+def test_what_is_no_adapter_is_one_line(tmp_path, source, said):
+    (tmp_path / "empty").mkdir()
+    make_checkpoint().write(tmp_path / "src")
+    assert_one_error(run("export", tmp_path / source, tmp_path / "y"), 1, said)
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("args", [(), ("x",), ("x", "y", "z"), ("x", "y", "--k", 0)])
+def test_a_wrong_command_line_is_one_line(args):
+    assert_one_error(run("export", *args), 2)

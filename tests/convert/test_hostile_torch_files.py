@@ -1,0 +1,118 @@
+"""The .pth reader against hostile and damaged files: one line of CheckpointError, nothing run.
+
+Needs no torch; test_torch_file.py compares with it, and reads mutated files in bulk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.errors import CheckpointError
+from tests.hostile_torch_files import BAD, BOMBS, EXECUTING, FOREIGN, ZIPS
+from tests.hostile_torch_parts import DATA, Record, checkpoint, pack, state, tensor, text
+
+FIXTURE = Path(__file__).parents[1] / "fixtures/upstream_tied_k4/checkpoint/encoder.pth"
+
+
+def refusal(path: Path) -> str:
+    """The message of the one error that reading the file must raise."""
+    with pytest.raises(CheckpointError) as error:
+        read_state_dict(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+    assert len(message) < len(str(path)) + 600
+    return message.removeprefix(f"{path}: ")
+
+
+# ---- what the hostile files are made of is good ----
+
+
+def test_the_parts_of_the_hostile_files_make_a_good_file(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(checkpoint(state(text("a"), tensor(), text("b"), tensor(0, (2, 2), (1, 2)))))
+    arrays = read_state_dict(path)
+    assert arrays["a"].tolist() == [1, 2, 3, 4]
+    assert arrays["b"].tolist() == [[1, 3], [2, 4]]
+
+
+def test_a_file_without_a_byte_order_is_little_endian(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(pack([Record("r/data.pkl", state()), Record("r/data/0", DATA)]))
+    assert read_state_dict(path)["w"].tolist() == [1, 2, 3, 4]
+
+
+def test_zip64_sizes_are_read(tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (("r/data.pkl", state()), ("r/data/0", DATA)):
+            with archive.open(name, "w", force_zip64=True) as entry:
+                entry.write(data)
+    assert read_state_dict(path)["w"].tolist() == [1, 2, 3, 4]
+
+
+def test_reading_does_not_import_torch():
+    code = "import sys, kmerge_mlx.convert.torch_file; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- whatever is not is refused ----
+
+
+@pytest.mark.parametrize("name", EXECUTING)
+def test_a_pickle_that_pickle_would_execute_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    path.write_bytes(checkpoint(EXECUTING[name]))
+    refusal(path)
+    assert list(tmp_path.iterdir()) == [path]
+    with contextlib.suppress(Exception):  # after its deed, or for want of a whole state dict
+        pickle.loads(EXECUTING[name])
+    assert (tmp_path / "EXECUTED").exists()  # so the reader had something to refuse
+
+
+@pytest.mark.parametrize("name", [*BAD, *BOMBS])
+def test_a_pickle_that_torch_would_not_write_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    path.write_bytes(checkpoint(BAD[name] if name in BAD else BOMBS[name]()))
+    refusal(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [*ZIPS, *FOREIGN])
+def test_a_zip_that_lies_or_another_format_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    path.write_bytes(ZIPS[name] if name in ZIPS else FOREIGN[name])
+    refusal(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [0, 1, 21, 22, 98, 1000, -1000, -99, -22, -1])
+def test_a_file_that_is_cut_short_is_refused(tmp_path, length):
+    path = tmp_path / "x.pth"
+    path.write_bytes(FIXTURE.read_bytes()[:length])
+    assert "download it again" in refusal(path)
+
+
+def test_a_missing_file_a_folder_and_a_pipe_are_named(tmp_path):
+    assert "No such file" in refusal(tmp_path / "missing.pth")
+    assert "found a directory" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or a pipe" in refusal(tmp_path / "pipe")
+
+
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(FOREIGN["a_git_lfs_pointer"])
+    assert "git lfs pull" in refusal(path)

@@ -1,0 +1,178 @@
+"""Where examples come from: folders, hub datasets, and mlx-lm's ``hf_dataset`` entries."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kmerge_mlx.data import sources
+from kmerge_mlx.data.examples import RowFormat
+from kmerge_mlx.data.sources import load_examples, load_hub_datasets
+from kmerge_mlx.errors import DataError
+from tests.cli_runner import environment
+from tests.data.test_examples import GOOD, write
+from tests.hub_runs import QUIET
+from tests.hub_server import running_hub
+
+KEYS = {"prompt_feature": "q", "completion_feature": "a"}
+
+
+def numbered(prefix: str, count: int) -> list[dict]:
+    return [{"q": f"{prefix}{i}", "a": "yes"} for i in range(count)]
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """Two datasets of ten and five rows, by the names ``user/one`` and ``user/two``."""
+    for name, count in (("one", 10), ("two", 5)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", *numbered(name[0], count))
+    write(tmp_path / "one" / "dev.jsonl.gz", *numbered("d", 3))
+    monkeypatch.setattr(
+        sources, "fetch", lambda repo, *_, **__: tmp_path / repo.removeprefix("user/")
+    )
+
+
+def prompts(examples) -> list[str]:
+    return [example.context for example in examples]
+
+
+def test_a_folder_gives_the_splits_it_has(tmp_path):
+    write(tmp_path / "train.jsonl", GOOD, GOOD)
+    write(tmp_path / "test.jsonl.gz", GOOD)
+    found = load_examples(tmp_path)
+    assert {split: len(examples) for split, examples in found.items()} == {"train": 2, "test": 1}
+    assert found["train"][0] == RowFormat().read(GOOD)
+    assert list(load_examples(tmp_path, splits=("test",))) == ["test"]
+
+
+def test_a_folder_without_a_split_or_with_two_of_one_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no train\.jsonl or valid\.jsonl or test\.jsonl"):
+        load_examples(tmp_path)
+    path = write(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(DataError, match="is a file: give the folder"):
+        load_examples(path)
+    write(tmp_path / "train.jsonl.gz", GOOD)
+    with pytest.raises(DataError, match="remove one"):
+        load_examples(tmp_path)
+
+
+def test_a_bad_line_of_any_split_stops_everything_before_an_example_is_given_out(tmp_path):
+    write(tmp_path / "train.jsonl", GOOD)
+    write(tmp_path / "valid.jsonl", GOOD, {"prompt": "a"})
+    with pytest.raises(DataError, match=r"valid\.jsonl line 2: found 'prompt'"):
+        load_examples(tmp_path)
+    assert load_examples(tmp_path, skip_bad=True)["valid"].bad == 1
+
+
+def test_without_slices_the_validation_set_is_the_end_of_the_training_file(datasets):
+    found = load_hub_datasets({"path": "user/one", **KEYS})
+    assert prompts(found["train"]) == [f"o{i}" for i in range(8)]
+    assert prompts(found["valid"]) == ["o9"]
+    assert "test" not in found  # as in mlx-lm
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train", range(10)),
+        ("train[:3]", range(3)),
+        ("train[7:]", range(7, 10)),
+        ("train[-2:]", range(8, 10)),
+        ("train[:25%]", range(2)),  # 2.5, to the even neighbour as Python rounds
+        ("train[35%:]", range(4, 10)),  # 3.5
+        ("train[20%:40%]", range(2, 4)),
+        ("train[:-90%]", range(1)),
+        ("train[:99]", range(10)),
+        ("train[5:5]", range(0)),
+    ],
+)
+def test_slices_are_read_as_the_datasets_library_reads_them(datasets, text, expected):
+    found = load_hub_datasets({"path": "user/one", "train_split": text, **KEYS}, splits=("train",))
+    assert prompts(found["train"]) == [f"o{i}" for i in expected]
+
+
+def test_a_split_may_come_from_a_file_of_another_name(datasets):
+    entry = {"path": "user/one", "train_split": "train", "valid_split": "dev[:2]", **KEYS}
+    assert prompts(load_hub_datasets(entry)["valid"]) == ["d0", "d1"]
+
+
+def test_several_datasets_follow_one_another_each_with_its_own_keys(datasets, tmp_path):
+    write(tmp_path / "two" / "train.jsonl", *[{"text": "ab", "split": 1}] * 5)
+    entries = [{"path": "user/one", **KEYS}, {"path": "user/two", "train_split": "train"}]
+    train = load_hub_datasets(entries)["train"]
+    assert prompts(train) == [*(f"o{i}" for i in range(8)), *"aaaaa"]
+    assert train[-1].answer == "b"
+    assert prompts(train[6:9]) == ["o6", "o7", "a"]
+    assert train.where(8) == f"{tmp_path / 'two' / 'train.jsonl'} line 1"
+    with pytest.raises(IndexError):
+        train[13]
+
+
+def test_the_digest_covers_what_is_taken_of_which_file(datasets):
+    def digest(**entry):
+        found = load_hub_datasets({"path": "user/one", **KEYS, **entry}, splits=("train",))
+        return found["train"].digest
+
+    assert digest() == digest(train_split="train[:8]")
+    assert digest() != digest(train_split="train[:7]")
+    assert digest(path="user/two", train_split="train[:3]") != digest(train_split="train[:3]")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"path": "user/one", "prompt_key": "q"}, "unknown prompt_key, expected"),
+        ({"path": "user/one", "answers": False}, "unknown answers"),
+        ({"name": "user/one"}, "expected an entry with a path"),
+        ("user/one", "expected an entry with a path"),
+        ({"path": "user/one", "train_split": "train[:80"}, r"train_split is 'train\[:80'"),
+        ({"path": "user/one", "train_split": 3}, "train_split is 3"),
+        ({"path": "user/one", "train_split": "gone"}, r"holds no gone\.jsonl: hub datasets are"),
+        ({"path": "user/one", "prompt_feature": ""}, "prompt_feature is ''"),
+        ({"path": "user/one"}, "line 1: found 'q, a'"),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_refused_by_name(datasets, entry, message):
+    with pytest.raises(DataError, match=message):
+        load_hub_datasets([entry])
+
+
+def test_a_hub_repo_of_jsonl_files_is_a_folder_like_any_other(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    write(made / "train.jsonl", *numbered("o", 10))
+    (made / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps(numbered("t", 1)[0]).encode()))
+    (made / "weights.bin").write_bytes(b"0" * 1000)
+    code = (
+        "import sys\n"
+        "from kmerge_mlx.data.examples import RowFormat\n"
+        "from kmerge_mlx.data.sources import load_examples\n"
+        "from kmerge_mlx.errors import DataError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        rows = RowFormat(prompt_feature='q', completion_feature='a')\n"
+        "        print({k: len(v) for k, v in load_examples(name, rows).items()})\n"
+        "    except DataError as error: print(error)\n"
+    )
+    with running_hub(made=made, locked=made) as hub:
+        hub.locked.add("user/locked")
+        settings = QUIET | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, "user/made", "user/none", "user/locked", "a b"],
+            env=environment(**settings),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        fetched = {r.rsplit("/", 1)[-1] for r in hub.requests if "resolve" in r}
+    found, missing, gated, no_name = done.stdout.splitlines()
+    assert found == "{'train': 10, 'test': 1}"
+    assert missing.startswith("user/none is no folder here, and the hub has no such dataset")
+    assert gated.startswith("user/locked is gated: accept its terms")
+    assert no_name == "a b is neither a folder nor the name of a hub dataset"
+    assert fetched == {"train.jsonl", "test.jsonl.gz"}  # and not what is no example

@@ -1,0 +1,371 @@
+"""What a model answers and how likely it finds the right answer, against mlx-lm and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
+from mlx_lm.tuner.trainer import evaluate as host_evaluate
+
+from kmerge_mlx import generate, load
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.data.examples import RowFormat
+from kmerge_mlx.data.layout import TokenizedExample, tokenize
+from kmerge_mlx.evaluation import run as session
+from kmerge_mlx.evaluation import scoring
+from kmerge_mlx.evaluation.baselines import Method, reader, take_encoder_away
+from kmerge_mlx.evaluation.settings import BASELINES, EvaluateConfig
+from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.segments import Segment
+from tests.cli_runner import CHATML, copy_base
+from tests.evaluations import (
+    TEMPLATE,
+    Folders,
+    answers_of,
+    labelled,
+    measured,
+    questions_of,
+    write_data,
+    write_folders,
+)
+from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
+
+QUESTIONS = 60
+MAX_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    return write_folders(tmp_path_factory.mktemp("scores"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), questions_of(QUESTIONS))
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory, folders, data):
+    """Every method's answers, 32 at a time, and the report."""
+    file = tmp_path_factory.mktemp("batched") / "answers.jsonl"
+    report = measured(
+        **folders.settings(ks=(2, 4), baselines=BASELINES, data=str(data)),
+        max_tokens=MAX_TOKENS,
+        predictions=str(file),
+    )
+    return answers_of(file), report
+
+
+def host_perplexity(model: nn.Module, tokenizer, rows: list[dict]) -> float:
+    """By ``mlx_lm.tuner``, with ``mask_prompt``.
+
+    mlx-lm pads a row, and counts the first padding token as a target; a row that is as long as
+    ``max_seq_length`` is not padded.
+    """
+    nll = tokens = 0
+    for row in rows:
+        made = CompletionsDataset([row], tokenizer, "prompt", "completion", mask_prompt=True)
+        ids, offset = made.process(row)
+        loss = host_evaluate(model, CacheDataset(made), 1, -1, max_seq_length=len(ids))
+        nll, tokens = nll + loss * (len(ids) - offset), tokens + len(ids) - offset
+    return math.exp(nll / tokens)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_perplexity_uncompressed_is_mlx_lms(tmp_path, folders, adapted):
+    base = copy_base(folders.base, tmp_path / "base", TEMPLATE)
+    rows = [{k: row[k] for k in ("prompt", "completion")} for row in questions_of(20, seed=1)]
+    adapter = str(folders.adapters / "k1") if adapted else None
+    report = measured(
+        model=str(base),
+        adapter_path=adapter,
+        data=str(write_data(tmp_path / "data", rows)),
+        max_tokens=1,
+        batch_size=8,
+    )
+    assert report.layout.chat_template
+    found = report.rows[0].results["data"].scores["perplexity"].value
+    assert found == pytest.approx(
+        host_perplexity(*mlx_lm.load(str(base), adapter_path=adapter), rows), rel=1e-5
+    )
+
+
+def naive_nll(model: nn.Module, ids: list[int], answer: list[int], embeddings=None) -> float:
+    """All logits of one unpadded row."""
+    row, options = mx.array([ids + answer[:-1]]), {}
+    if embeddings is not None:
+        options["input_embeddings"] = embeddings[None]
+    logits = model(row, **options)[0, len(ids) - 1 :]
+    return nn.losses.cross_entropy(logits, mx.array(answer)).sum().item()
+
+
+def plain_means(model: nn.Module, row: TokenizedExample, k: int) -> mx.array:
+    """What is read where a block is the mean of its embeddings: prompt and answer."""
+    table, parts = merged_embedding(model).embedding, []
+    for segment in row.segments:
+        ids = list(segment.ids)
+        if segment.merge:
+            ids += [PAD] * (-len(ids) % k)
+            parts.append(table(mx.array(ids).reshape(-1, k)).mean(axis=1))
+        else:
+            parts.append(table(mx.array(ids)))
+    return mx.concatenate([*parts, table(mx.array(row.answer_ids[:-1]))])
+
+
+def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tuple[float, int]:
+    """A row's likelihood and positions, computed by the words that define the method."""
+    merges = method in ("merged", "mean")
+    model, _ = load(str(folders.base), folders.adapters, k if merges else 1)
+    if method == "merged":
+        ids = merged_embedding(model).compress(row.segments).ids
+        return naive_nll(model, ids, row.answer_ids), len(ids)
+    if method == "mean":
+        embeddings = plain_means(model, row, k)
+        ids = [0] * (embeddings.shape[0] - len(row.answer_ids) + 1)
+        return naive_nll(model, ids, row.answer_ids, embeddings), len(ids)
+    ids = []
+    for segment in row.segments:
+        part, room = list(segment.ids), math.ceil(len(segment.ids) / k)
+        if segment.merge and method == "truncate":
+            part = part[len(part) - room :]
+        elif segment.merge and method == "stride":
+            part = [part[min(i * k + k - 1, len(part) - 1)] for i in range(room)]
+        ids += part
+    return naive_nll(model, ids, row.answer_ids), len(ids)
+
+
+METHODS = [("uncompressed", 1)] + [
+    (name, k) for k in (2, 4) for name in ("merged", "mean", "truncate", "stride")
+]
+
+
+@pytest.mark.parametrize(("method", "k"), METHODS)
+def test_each_method_reads_what_its_name_says(folders, data, batched, method, k):
+    _, tokenizer = load(str(folders.base))
+    lines = (data / "test.jsonl").read_text().splitlines()
+    assert set(batched[0]) == set(METHODS)
+    for number in (0, 1, 2, 30):  # with a raw part, and without
+        row = tokenize(tokenizer, RowFormat().read(json.loads(lines[number])))
+        nll, positions = by_hand(folders, row, method, k)
+        line = batched[0][method, k][number]
+        assert line["nll"] == pytest.approx(nll, abs=1e-3)
+        assert (line["positions"], line["prompt_tokens"]) == (positions, len(row.prompt_ids))
+        assert line["answer_tokens"] == len(row.answer_ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tie_word_embeddings": False},
+        {"quantization": {"group_size": 32, "bits": 4}},
+        {"model_type": "llama", "tie_word_embeddings": False},
+    ],
+    ids=["untied", "quantized", "llama"],
+)
+def test_other_models_are_read_as_well_and_an_encoder_with_context(tmp_path, config):
+    base = write_base(tmp_path / "base", qwen2_config(**config))
+    adapter = random_adapter(load(str(base))[0], 3, context=2)
+    save_adapter(adapter, tmp_path / "adapter")
+    folders, file = Folders(base, tmp_path / "adapter"), tmp_path / "answers.jsonl"
+    rows = questions_of(6)
+    data = str(write_data(tmp_path / "data", rows))
+    measured(
+        **folders.settings(baselines=BASELINES, data=data), max_tokens=1, predictions=str(file)
+    )
+    found, tokenizer = answers_of(file), load(str(base))[1]
+    assert set(found) == {("uncompressed", 1), *((n, 3) for n in ("merged", *BASELINES[1:]))}
+    for number, row in enumerate(rows):
+        example = tokenize(tokenizer, RowFormat().read(row))
+        for method in ("merged", "mean"):
+            nll, _ = by_hand(folders, example, method, 3)
+            assert found[method, 3][number]["nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_the_answers_are_those_of_generate(folders, data, batched):
+    model, tokenizer = load(str(folders.base), folders.adapters, 4)
+    lines = (data / "test.jsonl").read_text().splitlines()
+    for number in range(8):
+        row = tokenize(tokenizer, RowFormat().read(json.loads(lines[number])))
+        text = generate(model, tokenizer, row.segments, max_tokens=MAX_TOKENS)
+        assert batched[0]["merged", 4][number]["text"] == text != ""
+
+
+def test_one_by_one_the_answers_are_the_same(tmp_path, folders, data, batched):
+    file = tmp_path / "answers.jsonl"
+    report = measured(
+        **folders.settings(ks=(4,), baselines=BASELINES, data=str(data)),
+        max_tokens=MAX_TOKENS,
+        predictions=str(file),
+        batch_size=1,
+    )
+    found = answers_of(file)
+    assert {method for method, _ in found} == {"merged", *BASELINES}
+    for method, lines in found.items():
+        together = batched[0][method]
+        assert [line["text"] for line in lines] == [line["text"] for line in together]
+        nll = [line["nll"] for line in together]
+        assert [line["nll"] for line in lines] == pytest.approx(nll, abs=1e-4)
+    rows = {row.method: row for row in batched[1].rows}
+    for row in report.rows:
+        scores = rows[row.method].results["data"].scores
+        for name, score in row.results["data"].scores.items():
+            assert score.value == pytest.approx(scores[name].value, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["truncate", "stride"])
+def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw(name, k):
+    for size in range(1, 51):
+        ids, raw = list(range(size)), list(range(100, 100 + size))
+        segments = [Segment(raw, False), Segment(ids), Segment([7], False), Segment(ids)]
+        before, first, between, second = Method(name, k).cut(segments)
+        assert (list(before.ids), list(between.ids)) == (raw, [7])
+        assert len(first.ids) == math.ceil(size / k)
+        assert not any(part.merge for part in (before, first, between, second))
+        expected = ids[-len(first.ids) :] if name == "truncate" else [*ids[k - 1 :: k], size - 1]
+        assert list(first.ids) == list(second.ids) == sorted(set(expected))
+
+
+@pytest.mark.parametrize("name", ["merged", "mean", "uncompressed"])
+def test_what_reads_a_whole_prompt_cuts_nothing(name):
+    segments = [Segment([1, 2, 3]), Segment([4], False)]
+    assert Method(name, 4).cut(segments) == segments
+
+
+def test_without_its_encoder_a_model_reads_means_and_another_is_whole(folders):
+    config = EvaluateConfig(**folders.settings(data="any"))
+    segments = [Segment([5, 6, 7, 8, 9])]
+    model, _ = reader(config, 4)
+    merged = merged_embedding(model)
+    kept = merged(mx.array(merged.compress(segments).ids))
+    take_encoder_away(model)
+    rows = merged(mx.array(merged.compress(segments).ids))
+    means = merged.embedding(mx.array([[5, 6, 7, 8], [9, PAD, PAD, PAD]])).mean(axis=1)
+    assert mx.allclose(rows, means, atol=1e-6)
+    assert mx.abs(kept - means).max().item() > 0.01
+    again = merged_embedding(reader(config, 4)[0])
+    assert mx.array_equal(again(mx.array(again.compress(segments).ids)), kept)
+
+
+def test_uncompressed_is_the_base_where_there_is_no_adapter_for_1(tmp_path, folders, data, batched):
+    report = measured(
+        **folders.settings(adapter_path=str(folders.adapters / "k4"), baselines=("uncompressed",)),
+        data=str(data),
+        limit=8,
+        max_tokens=1,
+    )
+    alone = measured(model=str(folders.base), data=str(data), limit=8, max_tokens=1)
+    first, second = report.rows
+    assert (first.method, second.method) == (Method("uncompressed", 1), Method("merged", 4))
+    assert first.results == alone.rows[0].results
+    adapted = batched[0]["uncompressed", 1][:8]
+    nll, tokens = (sum(line[name] for line in adapted) for name in ("nll", "answer_tokens"))
+    assert first.results["data"].scores["perplexity"].value != pytest.approx(
+        math.exp(nll / tokens), 1e-3
+    )
+
+
+def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_one(
+    tmp_path, monkeypatch, folders
+):
+    """ChatML's end is one of the base's, and only its config says so."""
+    base = copy_base(folders.base, tmp_path / "base", CHATML, eos_token_id=[2, 0])
+    data = write_data(tmp_path / "data", labelled(["true", "one two three", "false"]))
+    lengths, limits, plain = [], [], scoring.Scorer.score
+
+    def score(self, method, rows, max_tokens):
+        lengths.extend(len(row.answer_ids) for row in rows)
+        assert {row.answer_ids[-1] for row in rows} == {2}
+        limits.extend(max_tokens)
+        return plain(self, method, rows, max_tokens)
+
+    monkeypatch.setattr(scoring.Scorer, "score", score)
+    measured(model=str(base), data=str(data))
+    assert (len(set(lengths)), limits) == (2, [max(lengths) - 1] * 3)
+    lengths.clear()
+    limits.clear()
+    measured(model=str(base), task="recall", lengths=(500,), depths=(1,), num_needles=2)
+    assert limits == [max(lengths) - 1 + 8] * 2
+
+
+def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders, data):
+    """Told so, or because an adapter was trained so: then all that is compared is read so."""
+    settings = {"data": str(data), "limit": 4, "max_tokens": 1}
+    base = str(copy_base(folders.base, tmp_path / "base", TEMPLATE))
+    adapter = random_adapter(build(qwen2_config()), 4, seed=4)
+    plain = replace(adapter, merge=replace(adapter.merge, layout=Layout(chat_template=False)))
+    save_adapter(plain, tmp_path / "plain")
+    templated = folders.settings(model=base, ks=(4,), baselines=("uncompressed",), **settings)
+    reports = [
+        measured(**templated),
+        measured(**templated, chat_template=False),
+        measured(**templated | {"adapter_path": str(tmp_path / "plain")}),
+    ]
+    bare = measured(**templated | {"model": str(folders.base)})
+    assert [report.layout.chat_template for report in reports] == [True, False, False]
+    assert [row.results for row in reports[1].rows] == [row.results for row in bare.rows]
+    # There is no adapter for K = 1 beside it.
+    assert reports[2].rows[1].results == bare.rows[1].results
+    tokens = [[row.results["data"].prompt_tokens for row in report.rows] for report in reports]
+    assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
+
+
+def test_batches_are_of_similar_lengths_and_the_same_whenever_they_are_made():
+    sizes = [9, 3, 40, 1, 3, 17, 2]
+    rows = [TokenizedExample([Segment(range(size))], [1, 0]) for size in sizes]
+    batches = scoring.in_batches(Method("uncompressed", 1), rows, 3)
+    assert batches == [[3, 6, 1], [4, 0, 5], [2]]
+    assert scoring.in_batches(Method("truncate", 40), rows, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_long_answers_are_likely_alike_however_few_logits_are_held(
+    monkeypatch, folders, data, batched
+):
+    monkeypatch.setattr(scoring, "MOST_LOGITS", 700 * 20)
+    monkeypatch.setattr(scoring, "MOST_POSITIONS", 200)
+    widths = []
+    plain = scoring.make_batch
+
+    def make_batch(*args):
+        batch = plain(*args)
+        widths.append((batch.ids.size, int(batch.weights.sum().item())))
+        return batch
+
+    monkeypatch.setattr(scoring, "make_batch", make_batch)
+    report = measured(**folders.settings(ks=(4,), data=str(data)), max_tokens=1)
+    wanted = next(row for row in batched[1].rows if row.method == Method("merged", 4))
+    found = report.rows[0].results["data"].scores["perplexity"].value
+    assert found == pytest.approx(wanted.results["data"].scores["perplexity"].value, rel=1e-5)
+    assert len(widths) > 20
+    assert all(tokens <= 20 for _, tokens in widths)
+
+
+def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
+    models = []
+    plain = session.reader
+
+    def watched(*args):
+        assert [model() for model in models] == [None] * len(models)
+        model, tokenizer = plain(*args)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(session, "reader", watched)
+    measured(**folders.settings(baselines=("mean",), data=str(data), limit=4), max_tokens=1)
+    assert len(models) == 3
+
+
+def test_a_likelihood_that_is_none_is_no_number_in_the_report(monkeypatch, folders, data):
+    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, prompts, answers: [math.nan] * 4)
+    report = measured(**folders.settings(ks=(4,), data=str(data), limit=4), max_tokens=1)
+    score = report.to_json()["rows"][0]["scores"]["data"]["perplexity"]
+    assert score == {"value": None}

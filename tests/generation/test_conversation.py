@@ -1,0 +1,109 @@
+"""Conversations: every turn is one long prompt, of which only what is new is read."""
+
+from __future__ import annotations
+
+from random import Random
+
+import mlx.core as mx
+import pytest
+
+from kmerge_mlx import stream_generate
+from kmerge_mlx.errors import PromptError
+from kmerge_mlx.generation.conversation import Conversation
+from kmerge_mlx.prompts.lay_out import lay_out_chat
+from kmerge_mlx.prompts.policy import ALL, Layout
+from tests.cli_runner import CHATML, copy_base
+from tests.tiny import PAD, build, qwen2_config, random_adapter
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+@pytest.fixture(scope="module")
+def chatty(base_path, tmp_path_factory):
+    """A random K = 4 model and a tokenizer with a chat template."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    from kmerge_mlx.model import attach
+
+    model = build(qwen2_config())
+    attach(model, random_adapter(model, 4), PAD)
+    model.context_length = 32_768
+    folder = copy_base(base_path, tmp_path_factory.mktemp("chatty") / "base", CHATML)
+    return model, load_tokenizer(folder)
+
+
+def question(random, low=3, high=40):
+    return " ".join(random.choices(WORDS, k=random.randint(low, high)))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(threshold=8), Layout(ALL), Layout(threshold=8, chat_template=False)],
+    ids=["contexts", "all", "no template"],
+)
+def test_twenty_turns_are_one_long_prompt(chatty, layout):
+    model, tokenizer = chatty
+    random = Random(1)
+    talk = Conversation(model, tokenizer, layout, context=question(random, 60, 60))
+    for turn in range(20):
+        asked = list(talk.ask(question(random), max_tokens=6))
+        segments = lay_out_chat(tokenizer, talk.messages[:-1], layout)
+        whole = list(stream_generate(model, tokenizer, segments, 6))
+        assert [r.token for r in asked] == [r.token for r in whole]
+        for ours, theirs in zip(asked, whole, strict=True):
+            assert mx.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+        if turn:
+            assert talk.history.cached > 10
+            assert asked[0].prompt_tokens < whole[0].prompt_tokens / 2 or turn < 4
+    assert talk.history.turns == 20
+    assert len(talk.messages) == 40
+    assert talk.history.tokens > 1.5 * talk.history.positions
+
+
+def test_the_context_merges_and_the_question_does_not(chatty):
+    model, tokenizer = chatty
+    layout = Layout()
+    talk = Conversation(model, tokenizer, layout, context="a b c <raw>d e</raw> f", max_kv_size=64)
+    list(talk.ask("what is it?", max_tokens=2))
+    segments = lay_out_chat(tokenizer, talk.messages[:-1], layout)
+    texts = [(tokenizer.decode(list(s.ids)), s.merge) for s in segments]
+    assert [merge for _, merge in texts] == [False, True, False, True, False]
+    assert "a b c" in texts[1][0]
+    assert "d e" in texts[2][0]
+    assert "what is it?" in texts[4][0]
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_went(chatty):
+    model, tokenizer = chatty
+    talk = Conversation(model, tokenizer)
+    answer = talk.ask("one two three", max_tokens=50)
+    begun = next(answer).text + next(answer).text
+    answer.close()
+    assert talk.messages[-1] == {"role": "assistant", "content": begun}
+    asked = list(talk.ask("four", max_tokens=5))
+    segments = lay_out_chat(tokenizer, talk.messages[:-1])
+    whole = list(stream_generate(model, tokenizer, segments, 5))
+    assert [r.token for r in asked] == [r.token for r in whole]
+
+
+def test_a_conversation_that_is_too_long_changes_nothing(chatty):
+    model, tokenizer = chatty
+    talk = Conversation(model, tokenizer, Layout(ALL))
+    first = list(talk.ask("one", max_tokens=3))
+    before, history = list(talk.messages), talk.history
+    with pytest.raises(PromptError, match="the model's context is"):
+        list(talk.ask("word " * 200_000, max_tokens=3))
+    with pytest.raises(PromptError, match="is never closed"):
+        list(talk.ask("<raw>", max_tokens=3))
+    assert (talk.messages, talk.history) == (before, history)
+    talk.reset()
+    assert talk.history.turns == 0
+    assert [r.token for r in talk.ask("one", max_tokens=3)] == [r.token for r in first]
+
+
+def test_a_full_rotating_cache_is_read_anew(chatty):
+    model, tokenizer = chatty
+    talk = Conversation(model, tokenizer, Layout(threshold=8), max_kv_size=24)
+    for turn in range(4):
+        list(talk.ask(" ".join(WORDS[turn:] * 3), max_tokens=4))
+    assert talk.history.turns == 4

@@ -1,0 +1,93 @@
+"""Penalties and other logits processors see the original token ids, and cost no wait.
+
+Oracle: mlx-lm's processors called by hand with the original ids and the answer so far.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+from kmerge_mlx import batch_generate, compress, stream_generate
+from kmerge_mlx.generation.stream import over_original_ids
+from tests.tiny import VOCAB_SIZE as V
+from tests.tiny import prompts_of
+
+PENALTIES = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5, "repetition_context_size": 3},
+    {"presence_penalty": 2.0, "presence_context_size": 64},
+    {"frequency_penalty": 1.5, "frequency_context_size": 200},
+    {"logit_bias": {5: 3.0, 699: -2.0}},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PENALTIES, ids=lambda o: "+".join(o))
+def test_penalties_are_mlx_lms_over_the_original_ids(tiny, options):
+    """Oracle: mlx-lm's processors called by hand with the original ids and the answer so far."""
+    model, tokenizer = tiny
+    ids = prompts_of(1, 61, 61, seed=6)[0]
+    prompt = compress(model, tokenizer, ids)
+    found = stream_generate(
+        model, tokenizer, prompt, max_tokens=10, logits_processors=make_logits_processors(**options)
+    )
+    cache, read, answer = make_prompt_cache(model), prompt.ids, []
+    for response in found:
+        logits = model(mx.array([read]), cache=cache)[:, -1, :]
+        for processor in make_logits_processors(**options):
+            logits = processor(mx.array(ids + answer), logits)
+        wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
+        assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
+        answer.append(response.token)
+        read = [response.token]
+
+
+@pytest.mark.parametrize("options", PENALTIES[:4], ids=lambda o: "+".join(o))
+def test_batched_penalties_are_each_prompts_own(tiny, options):
+    model, tokenizer = tiny
+    prompts = prompts_of(5, 3, 70, seed=9)
+    together = batch_generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=8,
+        logits_processors=make_logits_processors(**options),
+        return_token_ids=True,
+    )
+    for prompt, tokens in zip(prompts, together.token_ids, strict=True):
+        alone = stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=8,
+            logits_processors=make_logits_processors(**options),
+        )
+        assert tokens == [r.token for r in alone if r.finish_reason != "stop"]
+
+
+def test_ids_past_the_vocabulary_never_reach_a_processor(tiny):
+    model, tokenizer = tiny
+    seen = []
+
+    def spy(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    ids = prompts_of(1, 50, 50)[0]
+    list(stream_generate(model, tokenizer, ids, max_tokens=4, logits_processors=[spy]))
+    batch_generate(model, tokenizer, [ids, ids[:9]], max_tokens=4, logits_processors=[spy])
+    assert len(seen) >= 12
+    assert all(0 <= token < V for tokens in seen for token in tokens)
+    assert seen[0] == ids
+
+
+def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):
+    """The decode loop must not wait: the guard only builds arrays."""
+    prompt = compress(*tiny, [1, 2, 3, 4, 5])
+    (guarded,) = over_original_ids([lambda tokens, logits: logits], prompt)
+    for name in ("eval", "async_eval", "synchronize"):
+        monkeypatch.setattr(mx, name, lambda *_: pytest.fail("the guard waited for the device"))
+    guarded(mx.array([*prompt.ids, 3]), mx.zeros((1, V)))

@@ -1,0 +1,160 @@
+"""Which tokens of a prompt merge. The ids must be those mlx-lm would make of the whole text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from kmerge_mlx.config import CONTEXT_SEPARATOR
+from kmerge_mlx.errors import PromptError
+from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import decode_text, lay_out
+from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.segments import encode
+from tests.conftest import UPSTREAM
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
+COUNTING = CHATML.replace("{{ m['content'] }}", "{{ m['content']|length }} {{ m['content'] }}")
+
+
+def tokenizer_with(template: str | None = None):
+    tokenizer = load_tokenizer(UPSTREAM / "base")
+    tokenizer._tokenizer.chat_template = template
+    return tokenizer
+
+
+def flat(segments):
+    return [i for segment in segments for i in segment.ids]
+
+
+def merged_text(tokenizer, segments):
+    return "".join(tokenizer.decode(list(s.ids)) for s in segments if s.merge)
+
+
+def test_a_context_alone_merges_whole():
+    tokenizer = tokenizer_with()
+    (segment,) = lay_out(tokenizer, "Tree: JN\n+WO", None)
+    assert segment.merge
+    assert segment.ids == tokenizer.encode("Tree: JN\n+WO")
+
+
+def test_a_prompt_alone_stays_raw():
+    (segment,) = lay_out(tokenizer_with(), None, "Child: WO")
+    assert not segment.merge
+
+
+def test_beside_a_prompt_only_the_contexts_own_tokens_merge():
+    tokenizer = tokenizer_with()
+    segments = lay_out(tokenizer, "Tree: JN\n+WO", "Child: WO, Answer: ")
+    assert [segment.merge for segment in segments] == [True, False]
+    assert "Tree: JN\n+WO".startswith(merged_text(tokenizer, segments))
+    whole = f"Tree: JN\n+WO{CONTEXT_SEPARATOR}Child: WO, Answer: "
+    assert flat(segments) == tokenizer.encode(whole)
+
+
+def test_nothing_to_read_is_refused():
+    with pytest.raises(PromptError, match="prompt is empty"):
+        lay_out(tokenizer_with(), None, None)
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING])
+@pytest.mark.parametrize("context", ["Tree: JN\n+WO", "  \n padded", "user", "<|im_start|>user\n"])
+def test_a_chat_template_stays_raw_around_the_context(template, context):
+    tokenizer = tokenizer_with(template)
+    chat = ChatTemplate(system_prompt="Answer in one word.")
+    segments = lay_out(tokenizer, context, "Child: WO?", chat)
+    messages = [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": f"{context}{CONTEXT_SEPARATOR}Child: WO?"},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert flat(segments) == tokenizer.encode(rendered, add_special_tokens=False)
+    assert [segment.merge for segment in segments] == [False, True, False]
+    merged = merged_text(tokenizer, segments)
+    assert merged in context
+    assert len(merged) >= len(context.strip()) - 2  # a token on the border stays raw
+
+
+def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
+    tokenizer = tokenizer_with(CHATML)
+    (segment,) = lay_out(tokenizer, "Tree: JN", None, ChatTemplate(), Layout(ALL))
+    assert segment.merge
+    assert tokenizer.decode(segment.ids).startswith("<|im_start|>user")
+    segments = lay_out(tokenizer, "Tree: JN", None, ChatTemplate())
+    assert [segment.merge for segment in segments] == [False, True, False]
+    assert merged_text(tokenizer, segments) == "Tree: JN"
+
+
+def test_a_prefilled_answer_ends_the_prompt():
+    tokenizer = tokenizer_with(CHATML)
+    segments = lay_out(tokenizer, None, "Child?", ChatTemplate(prefill_response="It is"))
+    assert tokenizer.decode(flat(segments)).endswith("<|im_start|>assistant\nIt is")
+
+
+def test_a_template_that_rewrites_the_text_is_refused_only_where_it_matters():
+    tokenizer = tokenizer_with(COUNTING)
+    with pytest.raises(PromptError, match=r"rewrites the text.*--ignore-chat-template"):
+        lay_out(tokenizer, "tree", "child", ChatTemplate())
+    assert lay_out(tokenizer, "tree", None, ChatTemplate(), Layout(ALL))[0].merge
+
+
+ALPHABET = st.text(alphabet="Tre: JNWO+\n é漢🙂<|im_start>user", min_size=1, max_size=40)
+
+
+@given(ALPHABET, ALPHABET, st.sampled_from([None, CHATML, TRIMMING]))
+@settings(max_examples=300, deadline=None)
+def test_segments_laid_end_to_end_are_the_whole_texts_ids(context, prompt, template):
+    tokenizer = tokenizer_with(template)
+    chat = None if template is None else ChatTemplate()
+    try:
+        segments = lay_out(tokenizer, context, prompt, chat)
+    except PromptError:
+        assert template == TRIMMING  # trimmed away to where it cannot be found
+        return
+    text = context + CONTEXT_SEPARATOR + prompt
+    rendered = text if chat is None else chat.render(tokenizer, text)
+    assert flat(segments) == tokenizer.encode(rendered, add_special_tokens=chat is None)
+    assert merged_text(tokenizer, segments) in context
+    assert sum(segment.merge for segment in segments) <= 1
+
+
+class WithBos:
+    """A tokenizer that adds a beginning-of-sequence token."""
+
+    bos_token = "<s>"
+
+    def encode(self, text, add_special_tokens=True):
+        return [0] * add_special_tokens + [ord(c) for c in text]
+
+
+def test_special_tokens_are_added_unless_the_text_has_them():
+    assert encode(WithBos(), "a") == [0, 97]
+    assert encode(WithBos(), "<s>a")[0] == ord("<")
+    assert encode(tokenizer_with(), "A") == tokenizer_with().encode("A")
+
+
+def test_a_tokenizer_without_offsets_is_refused_beside_a_raw_prompt():
+    assert lay_out(WithBos(), "tree", None)[0].merge
+    with pytest.raises(PromptError, match="put all of it in one FILE"):
+        lay_out(WithBos(), "tree", "child")
+
+
+def test_undecodable_bytes_are_named():
+    with pytest.raises(PromptError, match=r"a\.txt is not UTF-8: byte 3 is 0xff"):
+        decode_text(b"abc\xff", "a.txt")
+
+
+def test_text_is_kept_as_it_is_but_for_a_byte_order_mark():
+    assert decode_text("\ufeffa\r\n b\n".encode(), "a.txt") == "a\r\n b\n"
+
+
+@pytest.mark.parametrize("data", [b"", "\ufeff".encode()])
+def test_an_empty_file_is_refused(data):
+    with pytest.raises(PromptError, match=r"a\.txt is empty"):
+        decode_text(data, "a.txt")

@@ -1,0 +1,257 @@
+"""Conversations and whole texts: what merges, who says so, and that raw is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from kmerge_mlx import compress, load, stream_generate
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.errors import PromptError
+from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, lay_out_text, plain_messages
+from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.tags import escape, parse
+from tests.cli_runner import CHATML, copy_base
+from tests.tiny import build, qwen2_config, random_adapter, write_base
+
+LONG = "One two three four five six seven eight nine ten. " * 4
+CONTEXTS, BARE = Layout(threshold=8), Layout(threshold=8, chat_template=False)
+WORDS = ("Tree: ", "AB\n", "+CD", " word", "é木", "<raw ", "\n\n", "\\", "</b>", " ")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_path, tmp_path_factory):
+    return load_tokenizer(copy_base(base_path, tmp_path_factory.mktemp("t") / "base", CHATML))
+
+
+def ids_of(segments):
+    return [i for segment in segments for i in segment.ids]
+
+
+def merged(tokenizer, segments):
+    return [tokenizer.decode(list(s.ids)) for s in segments if s.merge]
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("messages", "merges"),
+    [
+        ([user("Short?")], []),
+        ([user(LONG)], []),  # one paragraph: it is the question
+        ([user(f"{LONG}\n\nWhat is it?")], [LONG]),
+        ([user(f"{LONG}\n\n{LONG}\n \nWhat is it?")], [f"{LONG}\n\n{LONG}"]),
+        ([{"role": "system", "content": LONG}, user("What?")], []),
+        ([{"role": "developer", "content": f"{LONG}\n\nx"}, user("What?")], []),
+        ([user(LONG), {"role": "assistant", "content": LONG}, user("What?")], [LONG, LONG]),
+        ([user("a"), {"role": "assistant", "content": "b"}, user("What?")], []),
+        ([user(LONG, merge=True)], [LONG]),
+        ([user(f"{LONG}\n\nWhat?", merge=False)], []),
+        ([user("a <merge>b c d</merge> e")], ["b c d"]),
+        ([user("a <merge>b c d</merge> e", merge=False)], []),
+        ([{"role": "system", "content": "a", "merge": True}, user("What?")], ["a"]),
+        ([user([{"type": "text", "text": LONG, "merge": True}, {"text": "What?"}])], [LONG]),
+        ([user([{"text": f"{LONG}\n\n"}, {"text": "What?"}])], [LONG]),
+        ([{"role": "tool", "content": LONG}, user("What?")], [LONG]),
+    ],
+)
+def test_what_of_a_conversation_merges_by_default_and_by_its_fields(tokenizer, messages, merges):
+    segments = lay_out_chat(tokenizer, messages, CONTEXTS)
+    assert [m.strip() for m in merged(tokenizer, segments)] == [m.strip() for m in merges]
+    plain = plain_messages(messages)
+    whole = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    assert ids_of(segments) == tokenizer.encode(whole, add_special_tokens=False)
+    everything = lay_out_chat(tokenizer, messages, Layout(ALL))
+    assert ids_of(everything) == ids_of(segments)
+    if not any("merge" in str(message) for message in messages):
+        assert [segment.merge for segment in everything] == [True]
+
+
+def test_a_conversation_without_a_template_is_its_paragraphs(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, user(f"{LONG}\n\nWhat?")]
+    segments = lay_out_chat(tokenizer, messages, BARE)
+    assert tokenizer.decode(ids_of(segments)) == f"Be brief.\n\n{LONG}\n\nWhat?"
+    assert len(merged(tokenizer, segments)) == 1
+    alone = lay_out_chat(tokenizer, [user(f"{LONG}\n\nWhat?")], BARE)
+    assert alone == lay_out_text(tokenizer, f"{LONG}\n\nWhat?", BARE)
+    with pytest.raises(PromptError, match="tools: needs a chat template"):
+        lay_out_chat(tokenizer, messages, BARE, {"tools": [{}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "merges"),
+    [
+        ("Short?", []),
+        (f"{LONG}\n\nWhat?", [LONG]),
+        (LONG, []),
+        ("a <merge>b c d</merge> e", ["b c d"]),
+        (f"{LONG}\n\n<raw>x</raw>", []),
+    ],
+)
+def test_of_a_text_the_last_paragraph_stays_raw_unless_tags_say_otherwise(tokenizer, text, merges):
+    segments = lay_out_text(tokenizer, text, CONTEXTS)
+    assert [m.strip() for m in merged(tokenizer, segments)] == [m.strip() for m in merges]
+    everything = lay_out_text(tokenizer, text, Layout(ALL))
+    assert ids_of(everything) == ids_of(segments)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (user("<raw>x"), "messages[0]: <raw> at line 1, column 1 is never closed"),
+        (user("x", merge="yes"), "messages[0]: merge is 'yes', expected true or false"),
+        (user(5), "messages[0]: content is no text and no list of parts"),
+        (user([{"type": "image_url", "image_url": "x"}]), "messages[0]: expected text parts"),
+        (user([{"type": "text"}]), "messages[0]: expected text parts"),
+    ],
+)
+def test_a_message_that_is_none_is_named(tokenizer, message, said):
+    with pytest.raises(PromptError) as error:
+        lay_out_chat(tokenizer, [message])
+    assert str(error.value).startswith(said)
+
+
+def test_what_a_model_or_a_tool_wrote_holds_no_tags(tokenizer):
+    said = "use <raw> and </merge> for that"
+    messages = [
+        user("How?"),
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": [{"type": "text", "text": said}]},
+        user("And <raw>then</raw>?"),
+    ]
+    segments = lay_out_chat(tokenizer, messages, CONTEXTS)
+    assert tokenizer.decode(ids_of(segments)).count(said) == 2
+    assert [m["content"] for m in plain_messages(messages)][1:] == [said, said, "And then?"]
+
+
+def test_a_message_with_its_own_merge_is_checked_even_without_parts(tokenizer):
+    with pytest.raises(PromptError, match=r"messages\[0\]: merge is 'yes'"):
+        lay_out_chat(tokenizer, [user([], merge="yes")])
+
+
+@pytest.mark.parametrize("text", ["\\" * 300_000, "a" + "\n" * 300_000, "\n " * 200_000])
+def test_long_runs_of_what_markup_is_made_of_take_no_longer_than_other_text(tokenizer, text):
+    """Once they took the square of their length: this would not end."""
+    segments = lay_out_text(tokenizer, f"{text}<raw>x</raw>", Layout(threshold=1))
+    assert ids_of(segments)
+    lay_out_chat(tokenizer, [user(text)], BARE)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_no_character_of_a_raw_span_is_ever_merged(tokenizer, seed):
+    """Tokens may lie across a border: the fixture's tokenizer has one for two plus signs."""
+    random = Random(seed)
+    pieces = ("+", "++", " ", " word", "AB\n", "total", "é")
+    source = ""
+    for _ in range(random.randint(2, 6)):
+        run = "".join(random.choices(pieces, k=random.randint(1, 4)))
+        kind = random.choice(("raw", "merge", None))
+        source += run if kind is None else f"<{kind}>{run}</{kind}>"
+    spans = parse(source)
+    text = "".join(span.text for span in spans)
+    owners = [n for n, span in enumerate(spans) for _ in span.text]
+    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).offsets
+    for segments in (
+        lay_out(tokenizer, source, None),
+        lay_out_text(tokenizer, source, Layout(ALL)),
+        lay_out_chat(tokenizer, [user(source)], Layout(ALL, chat_template=False)),
+    ):
+        tokens = iter(offsets)
+        for segment in segments:
+            touched = {n for _ in segment.ids for n in owners[slice(*next(tokens))]}
+            if segment.merge:
+                assert all(spans[n].merge is not False for n in touched), (source, segments)
+                assert len(touched) == 1 or all(spans[n].merge is None for n in touched), source
+
+
+def random_markup(random: Random, depth: int = 0) -> str:
+    """Text with nested tags, literal tags among it."""
+    pieces = []
+    for _ in range(random.randint(1, 4)):
+        kind = random.choice(("text", "text", "merge", "raw", "literal"))
+        if kind == "text" or depth > 3:
+            # A backslash at its end would make text of the tag that follows.
+            pieces.append(escape("".join(random.choices(WORDS, k=random.randint(1, 6)))) + ".")
+        elif kind == "literal":
+            pieces.append(random.choice((r"\<raw>", r"\</merge>", r"\\\<merge>")))
+        else:
+            pieces.append(f"<{kind}>{random_markup(random, depth + 1)}</{kind}>")
+    return "".join(pieces)
+
+
+def _cut(tokenizer, spans):
+    """Segments of spans, written with tags."""
+    text = "".join(f"<merge>{escape(s.text)}</merge>" if s.merge else escape(s.text) for s in spans)
+    return lay_out(tokenizer, None, text) if any(s.merge for s in spans) else []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_tags_change_no_id_and_no_block_straddles_a_border(model_and_tokenizer, seed):
+    model, tokenizer = model_and_tokenizer
+    random = Random(seed)
+    for layout in (CONTEXTS, Layout(ALL), BARE):
+        text = random_markup(random)
+        spans = parse(text)
+        plain = "".join(span.text for span in spans)
+        segments = lay_out_text(tokenizer, text, layout)
+        special = tokenizer.bos_token is None or not plain.startswith(tokenizer.bos_token)
+        assert ids_of(segments) == tokenizer.encode(plain, add_special_tokens=special)
+        for number, span in enumerate(spans):
+            alone = [replace(s, merge=bool(i == number)) for i, s in enumerate(spans)]
+            one = [part for part in _cut(tokenizer, alone) if part.merge]
+            assert tokenizer.decode(ids_of(one)) in span.text  # none of its neighbours' characters
+        prompt = compress(model, tokenizer, segments)
+        starts = []
+        for segment in segments:
+            size = len(segment.ids)
+            blocks = -(-size // 4) if segment.merge else size
+            starts += [min(4, size - 4 * i) if segment.merge else 1 for i in range(blocks)]
+        assert prompt.lengths == starts
+
+
+def test_torn_tags_are_one_error_wherever_they_stand(tokenizer):
+    random = Random(5)
+    for _ in range(200):
+        text = random_markup(random)
+        tags = [t for t in ("<merge>", "</merge>", "<raw>", "</raw>") if t in text]
+        if not tags:
+            continue
+        tag = random.choice(tags)
+        at = random.choice([i for i in range(len(text)) if text.startswith(tag, i)])
+        if at and text[at - 1] == "\\":
+            continue
+        torn = text[:at] + text[at + len(tag) :]
+        for read in (
+            lambda t: lay_out(tokenizer, t, "x"),
+            lambda t: lay_out(tokenizer, None, t),
+            lambda t: lay_out_text(tokenizer, t),
+            lambda t: lay_out_chat(tokenizer, [user(t)]),
+        ):
+            with pytest.raises(PromptError, match=r"at line \d+, column \d+"):
+                read(torn)
+
+
+def test_with_everything_raw_the_output_is_mlx_lms_with_the_same_lora(tmp_path):
+    base, path = write_base(tmp_path / "base", qwen2_config()), tmp_path / "adapter"
+    save_adapter(random_adapter(build(qwen2_config()), 4, head=False), path)
+    ours, tokenizer = load(str(base), path)
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(path))
+    plain, _ = mlx_lm.load(str(base))
+    texts = (f"<raw>{LONG}</raw>", f"<merge><raw>{LONG}</raw></merge>", LONG)
+    for text in texts:
+        segments = lay_out(tokenizer, None, text)
+        assert not any(segment.merge for segment in segments)
+        ids = ids_of(segments)
+        expected = theirs(mx.array([ids]))
+        assert mx.array_equal(ours(mx.array([compress(ours, tokenizer, segments).ids])), expected)
+        assert not mx.allclose(plain(mx.array([ids])), expected, atol=1e-3)
+        found = [r.token for r in stream_generate(ours, tokenizer, segments, 12)]
+        host = mlx_lm.stream_generate(theirs, tokenizer, ids, 12)
+        assert found == [r.token for r in host]

@@ -1,0 +1,337 @@
+"""What the server answers is what the library answers: alone, batched, cached, streamed."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.server import Response
+
+from kmerge_mlx import Segment, load, stream_generate
+from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
+from kmerge_mlx.prompts.policy import Layout
+from tests.cli_runner import CHATML, copy_base
+from tests.servers import Address, eventually, long_answer, serving
+from tests.tiny import qwen2_config, write_base
+
+TOLERANCE = 1e-3
+"""Of a log-probability: batches add float32 numbers in another order."""
+
+TOOLS_TEMPLATE = f"""\
+{{#- <tool_call> tool_call.name -#}}
+{{%- if tools %}}<tools>{{{{ tools | tojson }}}}</tools>{{% endif -%}}
+{CHATML}"""
+
+
+@pytest.fixture(scope="module")
+def chat_base(base_path, tmp_path_factory):
+    return copy_base(base_path, tmp_path_factory.mktemp("chat") / "base", CHATML)
+
+
+@pytest.fixture(scope="module")
+def server(chat_base, adapter_path):
+    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def library(chat_base, adapter_path):
+    return load(str(chat_base), adapter_path, 4)
+
+
+LAYOUT = Layout()
+
+
+def words(rng: random.Random, count: int) -> str:
+    """Text of about so many tokens."""
+    return " ".join(
+        "".join(rng.choices("ABCDEFGHIJ", k=2)) if rng.random() < 0.7 else "the tree"
+        for _ in range(count // 2)
+    )
+
+
+def mixed_requests(count: int) -> list[tuple[str, dict[str, Any]]]:
+    """Requests of every kind, each with one right answer."""
+    rng = random.Random(7)
+    made: list[tuple[str, dict[str, Any]]] = []
+    for i in range(count):
+        length = round(10 ** rng.uniform(1.0, 3.6))
+        body: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "temperature": 0}
+        extra: dict[str, Any] = {}
+        if i % 3 == 0:
+            extra = {"repetition_penalty": 1.3, "repetition_context_size": 40}
+            body |= {"presence_penalty": 0.5, "frequency_penalty": 0.25}
+        if i % 5 == 0:
+            body["logit_bias"] = {"65": 5, "66": -5}
+        if i % 7 == 0:
+            body["stop"] = ["e", "the"]
+        if i % 11 == 0:
+            body |= {"temperature": 0.8, "seed": i, "top_p": 0.9}
+            extra |= {"top_k": 40}
+        body |= {"stream": i % 2 == 0, "extra_body": extra}
+        if i % 4 < 2:
+            shared = "Shared: " + words(random.Random(i % 8), length)
+            question = f"{shared}\n\nWhich of {words(rng, 6)}?"
+            body |= {"messages": [{"role": "user", "content": question}], "logprobs": True}
+            made.append(("chat", body | {"top_logprobs": 3}))
+        else:
+            tagged = f"<merge>{words(rng, length)}</merge> Answer {i}:"
+            made.append(("text", body | {"prompt": tagged, "logprobs": 2}))
+    return made
+
+
+def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[float], str]:
+    """Text, log-probabilities and reason of the end, by the openai package."""
+    client = server.client()
+    create = client.chat.completions.create if kind == "chat" else client.completions.create
+    answer = create(model="default_model", **body)
+    text, logprobs, end = "", [], ""
+    for piece in answer if body["stream"] else [answer]:
+        (choice,) = piece.choices
+        if kind == "text":
+            text += choice.text
+            logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
+        else:
+            said = choice.delta if body["stream"] else choice.message
+            text += said.content or ""
+            logprobs += [t.logprob for t in choice.logprobs.content] if choice.logprobs else []
+        end = choice.finish_reason or end
+    return text, logprobs, end
+
+
+def test_mixed_requests_at_once_equal_the_same_one_at_a_time(chat_base, adapter_path):
+    requests = mixed_requests(64)
+    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as server:
+        alone = [ask(server, *request) for request in requests]
+    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as server:
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(lambda request: ask(server, *request), requests))
+        assert server.metric("prompt_cache_lookups_total") == 64
+        assert server.metric("cached_tokens_total") > 0
+    for expected, got in zip(alone, together, strict=True):
+        assert got[0] == expected[0]
+        assert got[2] == expected[2]
+        assert len(got[1]) == len(expected[1]) > 0
+        assert max(abs(a - b) for a, b in zip(got[1], expected[1], strict=True)) < TOLERANCE
+
+
+def test_a_chat_is_laid_out_and_answered_as_the_library_does(server, library):
+    content = "Tree: " + "AB CD " * 40 + "\n\nWhat is it?"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    segments = lay_out_chat(library[1], messages, LAYOUT)
+    expected = list(stream_generate(*library, segments, 8))
+    body = {"messages": messages, "max_tokens": 8, "logprobs": True}
+    answer = server.request("POST", "/v1/chat/completions", body).json
+    choice, usage = answer["choices"][0], answer["usage"]
+    assert (choice["message"]["content"] or "") == "".join(r.text for r in expected)
+    assert usage["prompt_tokens"] == expected[-1].prompt_tokens
+    assert usage["compressed_tokens"] == expected[-1].compressed_tokens
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    got = [token["logprob"] for token in choice["logprobs"]["content"]]
+    wanted = [response.logprobs[response.token].item() for response in expected]
+    assert got == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "merge"),
+    [("<merge>AB CD EF GH</merge> IJ", None), ("AB CD EF GH", True), ("AB CD EF GH", False)],
+)
+def test_a_completion_is_laid_out_and_answered_as_the_library_does(server, library, prompt, merge):
+    segments = lay_out_text(library[1], prompt, LAYOUT)
+    if merge is not None:
+        segments = [Segment([i for s in segments for i in s.ids], merge)]
+    expected = list(stream_generate(*library, segments, 6))
+    answer = server.complete(prompt=prompt, merge=merge, max_tokens=6, logprobs=1).json
+    assert answer["choices"][0]["text"] == "".join(r.text for r in expected)
+    assert answer["usage"]["compressed_tokens"] == expected[-1].compressed_tokens
+
+
+def test_what_is_raw_is_answered_as_plain_mlx_lm_does(server, library):
+    model, _ = library
+    ids = [(7 * i) % 650 + 1 for i in range(90)]
+    expected = [
+        (token, logprobs[token].item())
+        for token, logprobs in generate_step(mx.array(ids), model, max_tokens=6)
+    ]
+    answer = server.chat("x", max_tokens=1)
+    assert answer.status == 200
+    answer = server.complete(prompt=ids, merge=False, max_tokens=6, logprobs=1).json
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == usage["compressed_tokens"] == 90
+    got = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert got == pytest.approx([lp for _, lp in expected[: len(got)]], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", [None, 1], ids=["batched", "alone"])
+def test_penalties_see_original_ids(server, library, seed):
+    ids = [(11 * i) % 650 + 1 for i in range(40)]
+    bodies = [
+        {"repetition_penalty": 3.0, "repetition_context_size": 60},
+        {"presence_penalty": 20, "presence_context_size": 60},
+        {"frequency_penalty": 20, "frequency_context_size": 60},
+    ]
+    for body in bodies:
+        known = {"prompt": ids, "merge": True, "max_tokens": 8, "logprobs": 0, "seed": seed}
+        answer = server.complete(**known, **body, logit_bias={str(i): 15 for i in ids}).json
+        processors = make_logits_processors(dict.fromkeys(ids, 15.0), **body)
+        responses = stream_generate(*library, ids, 8, logits_processors=processors)
+        assert answer["choices"][0]["text"] == "".join(r.text for r in responses)
+
+
+def test_a_shared_document_is_read_once(server):
+    rng = random.Random(3)
+    document = words(rng, 600)
+
+    def about(question: str, **body: Any) -> dict[str, Any]:
+        return server.chat(f"{document}\n\n{question}", max_tokens=5, logprobs=True, **body).json
+
+    first, second = about("What is AB?"), about("Where is the tree?")
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 30
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert second["usage"]["prompt_tokens"] - cached < 40
+    with serving(*server.source, merges="contexts", chat_template=True) as fresh:
+        again = fresh.chat(f"{document}\n\nWhere is the tree?", max_tokens=5, logprobs=True).json
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] < 30
+    assert again["choices"][0]["message"] == second["choices"][0]["message"]
+    assert [t["logprob"] for t in again["choices"][0]["logprobs"]["content"]] == pytest.approx(
+        [t["logprob"] for t in second["choices"][0]["logprobs"]["content"]], abs=TOLERANCE
+    )
+
+
+@pytest.fixture(autouse=True)
+def _sources(server, chat_base, adapter_path):
+    server.source = (chat_base, adapter_path)
+
+
+def test_blocks_that_were_used_again_answer_nothing_wrong(base_path, adapter_path):
+    rng = random.Random(1)
+    prompts = [[rng.randrange(1, 640) for _ in range(40)] for _ in range(12)]
+    with serving(base_path, adapter_path, max_blocks=25, prompt_cache_size=4) as small:
+        turns = [rng.choice(prompts) for _ in range(60)]
+        got = [small.complete(prompt=p, merge=True, max_tokens=3, logprobs=0).json for p in turns]
+        assert small.metric("block_slots_in_use") <= 25
+    with serving(base_path, adapter_path, prompt_cache_size=1) as large:
+        known = {
+            tuple(p): large.complete(prompt=p, merge=True, max_tokens=3, logprobs=0).json
+            for p in prompts
+        }
+    for prompt, answer in zip(turns, got, strict=True):
+        expected = known[tuple(prompt)]["choices"][0]["logprobs"]["token_logprobs"]
+        found = answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_base_without_an_adapter_is_served_unmerged(base_path):
+    with serving(base_path, None) as server:
+        usage = server.complete(prompt="AB CD EF GH " * 30, max_tokens=2).json["usage"]
+        assert usage["compressed_tokens"] == usage["prompt_tokens"]
+        server.assert_alive()
+
+
+def test_a_quantized_kv_cache_serves_one_at_a_time(tmp_path):
+    base = write_base(tmp_path / "base", qwen2_config())
+    settings = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    with serving(base, None, **settings) as server:
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda i: server.complete(prompt=f"A{i} BC"), range(3)))
+        assert [answer.status for answer in answers] == [200] * 3
+
+
+def test_a_stop_text_ends_an_answer_whatever_its_tokens(server):
+    body = long_answer(max_tokens=30)
+    whole = server.complete(**body).json["choices"][0]["text"]
+    for length in (1, 2, 3):
+        place = len(whole) // 2
+        stop = whole[place : place + length]
+        for stream in (False, True):
+            answer = server.complete(**body, stop=stop, stream=stream)
+            if stream:
+                pieces = answer.body.decode().split("data: ")
+                pieces = [json.loads(p) for p in pieces if p.strip().startswith("{")]
+                text = "".join(p["choices"][0]["text"] for p in pieces)
+                end = pieces[-1]["choices"][0]["finish_reason"]
+            else:
+                text = answer.json["choices"][0]["text"]
+                end = answer.json["choices"][0]["finish_reason"]
+            assert (text, end) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_stream_ends_with_usage_for_who_asks(server):
+    stream = server.client().completions.create(
+        model=server.client().models.list().data[0].id,
+        prompt="<merge>AB CD EF GH</merge> x",
+        max_tokens=3,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *_, last = stream
+    assert last.choices == []
+    assert last.usage.completion_tokens in (1, 2, 3)
+    assert last.usage.model_extra["compressed_tokens"] < last.usage.prompt_tokens
+
+
+def test_the_likeliest_tokens_come_in_order_with_the_one_that_was_taken(server):
+    answer = server.chat("AB CD", max_tokens=3, logprobs=True, top_logprobs=4).json
+    for token in answer["choices"][0]["logprobs"]["content"]:
+        likeliest = [t["logprob"] for t in token["top_logprobs"]]
+        assert len(likeliest) == 4
+        assert likeliest == sorted(likeliest, reverse=True)
+        assert token["logprob"] == pytest.approx(likeliest[0], abs=1e-6)  # greedy
+        assert token["token"] == token["top_logprobs"][0]["token"]
+
+
+def test_tools_are_shown_to_the_template_and_calls_are_parsed(
+    base_path, adapter_path, tmp_path, monkeypatch
+):
+    base = copy_base(base_path, tmp_path / "tools", TOOLS_TEMPLATE)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    said = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+    with serving(base, adapter_path, chat_template=True) as server:
+        generator = server.server.service.generator
+        generate = generator.generate
+
+        def scripted(request: Any, *args: Any, **options: Any) -> Any:
+            context, _ = generate(request, *args, **options)
+            pieces = [Response(c, 5, 0.0, None, ()) for c in said]
+            return context, iter([*pieces, Response("", 0, 0.0, "stop", ())])
+
+        plain = server.chat("hi", max_tokens=1).json["usage"]["prompt_tokens"]
+        shown = server.chat("hi", max_tokens=1, tools=[tool]).json["usage"]["prompt_tokens"]
+        hidden = server.chat("hi", max_tokens=1, tools=[tool], tool_choice="none").json["usage"]
+        assert shown > plain == hidden["prompt_tokens"]
+        monkeypatch.setattr(generator, "generate", scripted)
+        choice = server.chat("hi", tools=[tool]).json["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "look", "arguments": '{"at": 1}'}
+
+
+def test_tools_without_a_template_are_a_400(base_path, adapter_path):
+    with serving(base_path, adapter_path) as server:
+        answer = server.chat("hi", tools=[{"type": "function"}])
+        assert answer.status == 400
+        assert "needs a chat template" in answer.error["message"]
+
+
+def test_metrics_count_what_happened(base_path, adapter_path):
+    with serving(base_path, adapter_path) as server:
+        usage = server.complete(prompt=[5] * 40, merge=True, max_tokens=3).json["usage"]
+        server.complete(prompt="")
+        eventually(lambda: server.metric("requests_total") >= 2)
+        assert server.metric("prompt_tokens_total") == 40
+        assert server.metric("compressed_tokens_total") == 10
+        assert server.metric("generated_tokens_total") == usage["completion_tokens"]
+        assert server.metric("block_slots_in_use") == 1
+        assert server.metric("time_to_first_token_seconds_count") == 1
+        assert server.metric("ready") == 1
+        text = server.request("GET", "/metrics").body.decode()
+        assert 'requests_total{endpoint="/v1/completions",status="400"} 1' in text
+        assert 'request_duration_seconds_bucket{le="+Inf"} 1' in text
+        names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+        assert len(names) == len(set(names)) > 10

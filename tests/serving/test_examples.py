@@ -1,0 +1,78 @@
+"""Every script in examples/serving runs against the bundled model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli_runner import environment
+from tests.servers import serving
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving("bundled", "bundled", 4, api_key="sesame") as address:
+        yield address
+
+
+def run(server, *command: object) -> str:
+    changes = {"BASE_URL": server.url, "API_KEY": "sesame", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [*map(str, command)],
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def positions(line: str) -> tuple[int, int]:
+    tokens, compressed = re.search(r"(\d+) tokens in (\d+) positions", line).groups()
+    return int(tokens), int(compressed)
+
+
+def test_every_example_is_tested():
+    tested = {"openai_client.py", "langchain_client.py", "curl.sh", "rag.py"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
+
+
+def test_the_openai_example(server):
+    _, counts, *_, cached = run(server, sys.executable, EXAMPLES / "openai_client.py").splitlines()
+    tokens, compressed = positions(counts)
+    assert compressed == -(-tokens // 4)
+    assert int(cached.split()[0]) > tokens // 2
+
+
+def test_the_langchain_example(server):
+    answer, counts, streamed = run(
+        server, sys.executable, EXAMPLES / "langchain_client.py"
+    ).splitlines()
+    assert answer == streamed
+    tokens, compressed = positions(counts)
+    assert compressed == -(-tokens // 4)
+
+
+def test_the_curl_example(server):
+    models, answer, *stream = run(server, "bash", EXAMPLES / "curl.sh").splitlines()
+    assert '"bundled"' in models
+    assert '"compressed_tokens"' in answer
+    assert "data: [DONE]" in stream
+    assert stream[-1].startswith("kmerge_mlx_compressed_tokens_total ")
+
+
+def test_the_rag_example_merges_documents_and_not_the_question(server):
+    out = run(server, sys.executable, EXAMPLES / "rag.py", "Is WX a child of UV?").splitlines()
+    _, first, _, second = out
+    tokens, compressed = positions(first)
+    assert tokens / 4 < compressed < tokens * 0.6
+    cached = int(re.search(r"(\d+) tokens cached", second)[1])
+    assert cached > tokens * 0.6

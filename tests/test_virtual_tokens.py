@@ -1,0 +1,309 @@
+"""Blocks, virtual ids and their lifetimes; the embedding that reads them."""
+
+from __future__ import annotations
+
+import gc
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec
+from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.errors import BlockTableFullError, PromptError
+from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.virtual_tokens import BlockTable, CompressedPrompt, MergedEmbedding, split
+
+V, D = 50, 8
+
+
+def embedding(k: int = 3, max_blocks: int = 100, context: int = 0) -> MergedEmbedding:
+    mx.random.seed(1)
+    encoder = MergeEncoder(EncoderConfig(k, D, 16, context))
+    encoder.w3.weight = mx.random.normal(encoder.w3.weight.shape)
+    return MergedEmbedding(nn.Embedding(V, D), encoder, pad_token_id=9, max_blocks=max_blocks)
+
+
+def row_of(merged: MergedEmbedding, block: list[int]) -> mx.array:
+    return merged.encoder(merged.embedding(mx.array([block])))[0]
+
+
+def test_the_last_block_is_filled_with_the_padding_token():
+    assert split([1, 2, 3, 4], 3, 9) == [(1, 2, 3), (4, 9, 9)]
+    assert split([1, 2, 3], 3, 9) == [(1, 2, 3)]
+    assert split([], 3, 9) == []
+
+
+@given(st.lists(st.integers(0, V - 1), min_size=1, max_size=60), st.integers(2, 7))
+@settings(max_examples=200, deadline=None)
+def test_blocks_keep_every_token_in_order(ids, k):
+    blocks = split(ids, k, 9)
+    assert all(len(block) == k for block in blocks)
+    assert [i for block in blocks for i in block][: len(ids)] == ids
+    assert len(blocks) == -(-len(ids) // k)
+
+
+@given(st.lists(st.integers(0, V - 1), max_size=40), st.integers(2, 6), st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_each_block_is_led_by_the_tokens_before_it(ids, k, c):
+    """The oracle looks every place up by itself: outside the segment there is padding."""
+    blocks = split(ids, k, 9, c)
+    assert len(blocks) == -(-len(ids) // k)
+    for n, block in enumerate(blocks):
+        places = range(n * k - c, n * k + k)
+        assert block == tuple(ids[i] if 0 <= i < len(ids) else 9 for i in places)
+
+
+def test_equal_blocks_share_one_virtual_id():
+    merged = embedding()
+    one = merged.compress([Segment([1, 2, 3, 4, 5, 6, 1, 2, 3])])
+    other = merged.compress([Segment([4, 5, 6])])
+    assert one.ids[0] == one.ids[2] != one.ids[1]
+    assert other.ids == [one.ids[1]]
+    assert len(merged.table) == 2
+
+
+def test_a_virtual_id_embeds_as_its_merged_block():
+    merged = embedding()
+    prompt = merged.compress([Segment([1, 2, 3, 4])])
+    found = merged(mx.array(prompt.ids))
+    assert mx.allclose(found[0], row_of(merged, [1, 2, 3]), atol=1e-6)
+    assert mx.allclose(found[1], row_of(merged, [4, 9, 9]), atol=1e-6)
+
+
+def test_ordinary_ids_embed_as_the_base_table_does():
+    merged = embedding()
+    ids = mx.array([[0, V - 1, 7]])
+    assert mx.array_equal(merged(ids), merged.embedding(ids))
+
+
+def test_raw_segments_stay_ordinary_and_blocks_never_straddle_segments():
+    merged = embedding()
+    prompt = merged.compress([Segment([1], False), Segment([2, 3, 4, 5]), Segment([6, 7], False)])
+    assert prompt.ids[0] == 1
+    assert prompt.ids[3:] == [6, 7]
+    assert all(i >= V for i in prompt.ids[1:3])
+    assert prompt.original_ids == [1, 2, 3, 4, 5, 6, 7]
+    assert prompt.lengths == [1, 3, 1, 1, 1]
+    assert prompt.compression_ratio == 7 / 5
+
+
+def test_the_rest_of_a_prompt_names_the_same_blocks_and_tokens():
+    prompt = embedding().compress([Segment([1, 2, 3, 4, 5, 6, 7]), Segment([8], False)])
+    rest = prompt.after(2)
+    assert rest.ids == prompt.ids[2:]
+    assert rest.original_ids == [7, 8]
+    assert rest.lengths == [1, 1]
+
+
+def test_the_encoder_runs_once_per_distinct_block(monkeypatch):
+    merged, seen = embedding(), []
+    run = merged.encoder.in_chunks
+
+    def counted(embed, blocks):
+        seen.extend(map(tuple, blocks.tolist()))
+        return run(embed, blocks)
+
+    monkeypatch.setattr(merged.encoder, "in_chunks", counted)
+    merged.compress([Segment([1, 2, 3, 1, 2, 3, 4])])
+    merged.compress([Segment([4, 9, 9, 5, 6, 7])])
+    assert seen == [(1, 2, 3), (4, 9, 9), (5, 6, 7)]
+
+
+def test_blocks_are_equal_only_if_their_context_is():
+    merged = embedding(context=2)
+    prompt = merged.compress([Segment([1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6])])
+    assert prompt.ids[1] == prompt.ids[3]  # 2 3 | 4 5 6
+    assert prompt.lengths == [3] * 4
+    changed = merged.compress([Segment([1, 2, 8, 4, 5, 6])])
+    assert changed.ids[1] != prompt.ids[1]  # 2 8 | 4 5 6
+    far = merged.compress([Segment([8, 2, 3, 4, 5, 6])])
+    assert far.ids[1] == prompt.ids[1]  # past the context, it is the same block
+
+
+def test_the_context_of_a_segments_first_block_is_padding():
+    merged = embedding(context=2)
+    lone = merged.compress([Segment([4, 5, 6])])
+    after = merged.compress([Segment([1, 2, 3], False), Segment([4, 5, 6])])
+    merges = merged.compress([Segment([1, 2, 3]), Segment([4, 5, 6])])
+    assert lone.ids[-1] == after.ids[-1] == merges.ids[-1]
+    found = merged(mx.array(lone.ids))[0]
+    assert mx.allclose(found, row_of(merged, [9, 9, 4, 5, 6]), atol=1e-6)
+
+
+def test_without_an_encoder_everything_is_read_as_it_is():
+    merged = MergedEmbedding(nn.Embedding(V, D), None, 9)
+    prompt = merged.compress([Segment([1, 2, 3, 4]), Segment([5], False)])
+    assert prompt.ids == prompt.original_ids == [1, 2, 3, 4, 5]
+    assert (merged.merge_factor, prompt.compression_ratio, len(merged.table)) == (1, 1.0, 0)
+    with pytest.raises(PromptError, match=f"token id {V} is outside"):
+        merged.compress([Segment([V])])
+
+
+def test_forgotten_blocks_are_encoded_anew_and_their_prompts_are_foreign():
+    merged = embedding()
+    old = merged.compress([Segment([1, 2, 3])])
+    before = merged(mx.array(old.ids))
+    merged.encoder.w3.weight = 2 * merged.encoder.w3.weight
+    merged.forget_blocks()
+    new = merged.compress([Segment([1, 2, 3])])
+    assert new.table is not old.table
+    assert mx.allclose(merged(mx.array(new.ids))[0], row_of(merged, [1, 2, 3]), atol=1e-6)
+    assert not mx.allclose(merged(mx.array(new.ids)), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [-1, V, V + 3])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    with pytest.raises(PromptError, match=f"token id {bad} is outside"):
+        embedding().compress([Segment([1, bad, 2])])
+
+
+# Lifetimes
+
+
+def test_the_slots_of_dead_prompts_are_used_again():
+    merged = embedding(max_blocks=2)
+    for start in range(0, 40, 2):
+        prompt = merged.compress([Segment([start, start, start, start + 1])])
+        wanted = [row_of(merged, [start] * 3), row_of(merged, [start + 1, 9, 9])]
+        assert mx.allclose(merged(mx.array(prompt.ids)), mx.stack(wanted), atol=1e-6)
+        del prompt
+    assert merged._rows.shape[0] == 2
+
+
+def test_a_live_prompt_keeps_its_blocks_and_the_table_says_when_it_is_full():
+    merged = embedding(max_blocks=2)
+    held = merged.compress([Segment([1, 2, 3, 4, 5, 6])])
+    before = merged(mx.array(held.ids))
+    with pytest.raises(BlockTableFullError, match="1 new blocks, but 2 of 2 slots"):
+        merged.compress([Segment([7, 8, 9])])
+    assert mx.array_equal(merged(mx.array(held.ids)), before)
+    assert merged.compress([Segment([4, 5, 6])]).ids == held.ids[1:]
+
+
+def test_the_rest_of_a_cached_prompt_keeps_the_whole_alive():
+    merged = embedding(max_blocks=2)
+    rest = merged.compress([Segment([1, 2, 3, 4, 5, 6])]).after(1)
+    gc.collect()
+    with pytest.raises(BlockTableFullError):
+        merged.compress([Segment([7, 8, 9])])
+    assert len(rest.ids) == 1
+
+
+def test_cache_keys_protect_their_blocks():
+    merged = embedding(max_blocks=2)
+    keys = [list(merged.compress([Segment([1, 2, 3])]).ids)]
+    merged.table.protect(lambda: keys)
+    merged.compress([Segment([4, 5, 6])])
+    third = merged.compress([Segment([7, 8, 9])])
+    assert third.ids[0] not in keys[0]
+    assert merged.compress([Segment([1, 2, 3])]).ids == keys[0]
+    keys.clear()
+    assert merged.compress([Segment([5, 5, 5])]).ids != third.ids
+
+
+def test_a_prompt_larger_than_the_table_is_refused_and_changes_nothing():
+    merged = embedding(max_blocks=2)
+    with pytest.raises(BlockTableFullError, match="max_blocks"):
+        merged.compress([Segment([1, 2, 3, 4, 5, 6, 7])])
+    assert len(merged.table) == 0
+
+
+def test_an_interrupted_encoder_leaves_no_block_without_its_row(monkeypatch):
+    merged = embedding()
+
+    def interrupted(embed, blocks):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged.encoder, "in_chunks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merged.compress([Segment([1, 2, 3])])
+    assert len(merged.table) == 0
+    prompt = merged.compress([Segment([1, 2, 3])])
+    assert mx.allclose(merged(mx.array(prompt.ids))[0], row_of(merged, [1, 2, 3]), atol=1e-6)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data):
+    """Random prompts live and die, caches keep keys: each live id always means its own block."""
+    table = BlockTable(V, capacity=6)
+    cached: list[tuple[list[int], list[tuple[int, ...]]]] = []
+    live: list[tuple[CompressedPrompt, list[tuple[int, ...]]]] = []
+    table.protect(lambda: [ids for ids, _ in cached])
+    block_of: dict[int, tuple[int, ...]] = {}
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["prompt", "prompt", "drop", "cache", "evict"]))
+        if action == "prompt":
+            blocks = data.draw(st.lists(st.tuples(st.integers(0, 4), st.just(0)), max_size=4))
+            try:
+                ids, new = table.intern(blocks)
+            except BlockTableFullError:
+                named = {b for _, bs in [*live, *cached] for b in bs} | set(blocks)
+                assert len(named) > 6
+                continue
+            block_of.update((V + slot, block) for slot, block in new.items())
+            prompt = CompressedPrompt(ids, [], [])
+            table.track(prompt)
+            live.append((prompt, blocks))
+            del prompt
+        elif action == "drop" and live:
+            live.pop(data.draw(st.integers(0, len(live) - 1)))
+        elif action == "cache" and live:
+            prompt, blocks = live[-1]
+            cached.append((list(prompt.ids), blocks))
+            del prompt
+        elif action == "evict" and cached:
+            cached.pop(0)
+        for ids, blocks in [*((p.ids, b) for p, b in live), *cached]:
+            assert [block_of[i] for i in ids] == list(blocks)
+
+
+# The head
+
+
+def test_as_linear_is_the_bases_without_head_lora():
+    merged, x = embedding(), mx.random.normal((2, D))
+    assert mx.array_equal(merged.as_linear(x), merged.embedding.as_linear(x))
+
+
+def test_head_lora_changes_the_output_side_alone():
+    merged, x = embedding(), mx.random.normal((2, D))
+    before = merged(mx.array([3]))
+    merged.add_head_lora(LoRASpec(2, 1.5))
+    merged.lora_b = mx.random.normal(merged.lora_b.shape)
+    weight = np.array(merged.embedding.weight) + 1.5 * np.array(merged.lora_a @ merged.lora_b).T
+    np.testing.assert_allclose(
+        np.array(merged.as_linear(x)), np.array(x) @ weight.T, rtol=0, atol=1e-5
+    )
+    assert mx.array_equal(merged(mx.array([3])), before)
+
+
+def test_rows_are_a_cache_and_no_parameters():
+    merged = embedding()
+    merged.add_head_lora(LoRASpec(2, 1.0))
+    names = {name.split(".")[0] for name, _ in tree_flatten(merged.parameters())}
+    assert names == {"embedding", "encoder", "lora_a", "lora_b"}
+
+
+def test_head_lora_drops_inputs_in_training_alone():
+    merged, x = embedding(), mx.random.normal((2, D))
+    merged.add_head_lora(LoRASpec(2, 1.5), dropout=0.5)
+    merged.lora_b = mx.random.normal(merged.lora_b.shape)
+    assert not mx.array_equal(merged.as_linear(x), merged.as_linear(x))
+    merged.eval()
+    assert mx.array_equal(merged.as_linear(x), merged.as_linear(x))
+
+
+def test_rows_keep_the_tables_dtype():
+    merged = embedding()
+    half = nn.Embedding(V, D)
+    half.weight = half.weight.astype(mx.bfloat16)
+    merged = MergedEmbedding(half, merged.encoder, 9)
+    prompt = merged.compress([Segment([1, 2, 3])])
+    assert merged(mx.array([*prompt.ids, 4])).dtype == mx.bfloat16

@@ -1,0 +1,317 @@
+"""The benchmark's measuring: what is read, in which order, and what the figures are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as caches
+
+from kmerge_mlx import load
+from kmerge_mlx.adapters import lora
+from kmerge_mlx.adapters.folder import load_adapter
+from kmerge_mlx.adapters.full import parameters
+from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
+from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.errors import AdapterError, PromptError
+from kmerge_mlx.tools import bench as benchmark
+from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
+from kmerge_mlx.virtual_tokens import MergedEmbedding
+from tests.tiny import VOCAB_SIZE, build, qwen2_config, random_adapter, write_base
+
+CONFIG = BenchmarkConfig(
+    lengths=(21,),
+    num_trials=2,
+    generation_tokens=3,
+    prefill_step_size=2048,
+    seed=0,
+    delay=0,
+)
+# Keys and values of the fixture's 2 layers of 2 heads, 32 wide, in float32.
+POSITION_BYTES = 2 * 2 * 2 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A tiny base in which every token would end an answer."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    return str(write_base(folder, qwen2_config(eos_token_id=list(range(VOCAB_SIZE)))))
+
+
+@pytest.fixture(scope="module")
+def sides(base) -> list[Side]:
+    """Plain, and floor and untrained encoder for K = 2 and 4."""
+    return benchmark.load_sides(base, {2: None, 4: None}, (300,))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[tuple[object, list[int]]]:
+    """What each run of the benchmark gives to mlx-lm: the model, and the ids."""
+    seen = []
+    plain = benchmark.generate_step
+
+    def spy(prompt, model, **options):
+        seen.append((model, prompt.tolist()))
+        return plain(prompt, model, **options)
+
+    monkeypatch.setattr(benchmark, "generate_step", spy)
+    return seen
+
+
+@pytest.fixture
+def compressed(monkeypatch) -> list[tuple[int, list[int], int]]:
+    """Every prompt that is merged: blocks known before, token ids, and blocks encoded."""
+    seen = []
+    plain = MergedEmbedding.compress
+
+    def spy(embedding, segments):
+        before = len(embedding.table)
+        prompt = plain(embedding, segments)
+        seen.append((before, prompt.original_ids, len(embedding.table) - before))
+        return prompt
+
+    monkeypatch.setattr(MergedEmbedding, "compress", spy)
+    return seen
+
+
+def in_rounds(seen: list, size: int) -> list[list]:
+    return [seen[i : i + size] for i in range(0, len(seen), size)]
+
+
+@pytest.mark.parametrize("length", [7, 256, 300])
+def test_the_kv_cache_is_exactly_that_of_ceil_t_over_k_positions(sides, length):
+    rows = benchmark.measure(sides, replace(CONFIG, lengths=(length,), num_trials=1))
+    assert [(row.k, row.positions) for row in rows] == [
+        (1, length),
+        (2, (length + 1) // 2),
+        (4, (length + 3) // 4),
+    ]
+    for row in rows:
+        assert row.figures.kv_bytes == row.positions * POSITION_BYTES
+        assert row.floor is None or row.floor.kv_bytes == row.figures.kv_bytes
+
+
+def filled(cache, steps: tuple[int, ...]):
+    """A cache that has read so many positions at a time, each of 2 heads, 64 wide, float32."""
+    for count in steps:
+        cache.update_and_fetch(*(mx.ones((1, 2, count, 64)) for _ in range(2)))
+    return cache
+
+
+def chunked():
+    cache = filled(caches.ChunkedKVCache(8), (12,))
+    cache.maybe_trim_front()
+    return filled(cache, (3,))
+
+
+def state_of_a_convolution():
+    cache = caches.ArraysCache(2)
+    cache[0] = mx.zeros((1, 3, 5))
+    return cache
+
+
+PLAIN = 2 * 2 * 64 * 4
+EIGHT_BITS = 2 * 2 * (64 + 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "held"),
+    [
+        (lambda: filled(caches.KVCache(), (300, 1)), 301 * PLAIN),
+        (lambda: filled(caches.ConcatenateKVCache(), (5, 1)), 6 * PLAIN),
+        (lambda: filled(caches.QuantizedKVCache(64, 8), (300, 1)), 301 * EIGHT_BITS),
+        (lambda: filled(caches.RotatingKVCache(8), (1,) * 5), 5 * PLAIN),
+        (lambda: filled(caches.RotatingKVCache(8), (1,) * 20), 8 * PLAIN),
+        (chunked, 11 * PLAIN),
+        (lambda: caches.CacheList(filled(caches.KVCache(), (5,)), chunked()), 16 * PLAIN),
+        (state_of_a_convolution, 15 * 4),
+        (caches.KVCache, 0),
+    ],
+)
+def test_kv_bytes_of_every_kind_of_cache_are_of_what_it_holds(make, held):
+    assert kv_bytes([make(), make()]) == 2 * held
+
+
+def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
+    benchmark.measure(sides, replace(CONFIG, num_trials=5))
+    names = {(id(side.llm), side.positions(21)): i for i, side in enumerate(sides)}
+    rounds = in_rounds([names[id(model), len(ids)] for model, ids in runs], len(sides))
+    assert len(rounds) == 1 + 5
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
+    assert {order[0] for order in rounds[1:]} == {0, 1, 2, 3, 4}
+    for floor, merged in ((1, 2), (3, 4)):
+        earlier = [order.index(floor) < order.index(merged) for order in rounds[1:]]
+        assert 2 <= sum(earlier) <= 3
+
+
+def test_every_round_draws_new_tokens_which_all_its_sides_read(sides, runs, compressed):
+    benchmark.measure(sides, replace(CONFIG, lengths=(20, 21)))
+    prompts = []
+    for group, merged in zip(in_rounds(runs, 5), in_rounds(compressed, 2), strict=True):
+        (whole,) = [ids for model, ids in group if model is sides[0].llm and len(ids) > 11]
+        assert [ids for _, ids, _ in merged] == [whole, whole]
+        for model, ids in group:
+            assert model is not sides[0].llm or ids == whole[: len(ids)]
+        prompts.append(tuple(whole))
+    assert len(set(prompts)) == len(prompts) == 2 * 3
+    drawn = [i for prompt in prompts for i in prompt]
+    assert 0 <= min(drawn) < 50 < VOCAB_SIZE - 50 < max(drawn) < VOCAB_SIZE
+
+
+def test_no_block_was_ever_merged_before(base, compressed):
+    # Two tokens of vocabulary would repeat blocks at once; what is known is forgotten anyway.
+    sides = benchmark.load_sides(base, {2: None}, (40,))
+    benchmark.measure(sides, replace(CONFIG, lengths=(40,), num_trials=4))
+    assert [(before, new) for before, _, new in compressed] == [(0, 20)] * 5
+    assert len(sides[2].embedding.table) == 0
+
+
+def test_an_end_of_text_token_ends_nothing(sides):
+    for row in benchmark.measure(sides, CONFIG):
+        assert row.figures.generation_tps is not None
+
+
+def test_spreads_hold_every_counted_round_and_contain_the_median(sides):
+    config = replace(CONFIG, num_trials=4)
+    for row in benchmark.measure(sides, config):
+        spreads = [row.speedup, row.overhead]
+        for figures in (row.figures, row.floor):
+            spreads += (
+                [s for s in vars(figures).values() if s != figures.kv_bytes] if figures else []
+            )
+        assert len([s for s in spreads if s]) == (4 if row.k == 1 else 10)
+        for spread in filter(None, spreads):
+            assert len(spread.trials) == 4
+            assert min(spread.trials) == spread.min <= spread.median <= spread.max
+            assert spread.max == max(spread.trials) > 0
+
+
+def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
+    """Rounds of very different speed: the ratio of the medians would be another number."""
+    scale = iter([9.0] * 3 + [1.0] * 3 + [10.0] * 3 + [100.0] * 3)
+    seconds = {sides[0]: 8.0, sides[1]: 2.0, sides[2]: 4.0}
+    faster = {1.0: 1, 10.0: 2, 100.0: 4, 9.0: 1}
+
+    def run(side, ids, config):
+        factor = next(scale)
+        once = seconds[side] * factor / (faster[factor] if side is sides[2] else 1)
+        return Trial(len(ids), side.positions(len(ids)), once, None, 1, 1)
+
+    monkeypatch.setattr(benchmark, "_run", run)
+    plain, merged = benchmark.measure(sides[:3], replace(CONFIG, num_trials=3))
+    assert plain.figures.time_to_first_token.trials == (8.0, 80.0, 800.0)
+    assert merged.speedup == Spread(4.0, 2.0, 8.0, (2.0, 4.0, 8.0))
+    assert merged.overhead == Spread(1.0, 0.5, 2.0, (2.0, 1.0, 0.5))
+    assert merged.figures.prompt_tps.trials == (21 / 4, 21 / 20, 21 / 100)
+    assert merged.figures.generation_tps is None
+
+
+def test_the_median_of_an_even_number_of_rounds_is_the_mean_of_the_middle_two():
+    assert Spread.of([4.0, 1.0, 2.0, 9.0]) == Spread(3.0, 1.0, 9.0, (4.0, 1.0, 2.0, 9.0))
+
+
+def test_an_untrained_encoder_has_the_papers_size_over_the_bases_own_weights(sides):
+    plain = {id(array) for _, array in tree_flatten(sides[0].llm.parameters())}
+    for side in (sides[2], sides[4]):
+        sizes = EncoderConfig(side.k, 64, inner_size(side.k, 64))
+        arrays = {id(array) for _, array in tree_flatten(side.llm.parameters())}
+        assert side.embedding.encoder.config == sizes
+        assert plain < arrays
+        # The plain one does not read the encoders, nor each of these the other's.
+        own = 4 * sizes.num_parameters
+        assert side.unread_bytes == sides[0].unread_bytes - own == sides[1].unread_bytes - own
+        assert not lora.layers(side.llm)
+
+
+def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
+    base_path, adapter_path
+):
+    adapter = load_adapter(adapter_path)
+    plain, floor, merged = benchmark.load_sides(str(base_path), {4: adapter}, (40,))
+    wanted, _ = load(str(base_path), adapter_path, 4)
+    ids = mx.array([[3, 1, 4, 1, 5, 700]])  # the last is the first virtual id
+    merged.embedding.stand_in(9)
+    wanted.model.embed_tokens.stand_in(9)
+    assert mx.array_equal(merged.llm(ids), wanted(ids))
+    bare, _ = load(str(base_path))
+    assert mx.array_equal(plain.llm(ids[:, :5]), bare(ids[:, :5]))
+    assert floor.llm is plain.llm
+
+
+def test_the_bundled_model_is_measured_as_it_is_loaded():
+    sides = benchmark.load_sides("bundled", {4: load_adapter("bundled", 4)}, (8,))
+    wanted, _ = load("bundled", "bundled", 4)
+    for llm in (sides[2].llm, wanted):
+        assert {array.dtype for _, array in tree_flatten(llm.parameters())} == {mx.float32}
+
+
+def test_a_peak_holds_no_weights_that_are_not_read(base):
+    _, _, merged = sides = benchmark.load_sides(base, {8: None}, (16,))
+    encoder = 4 * merged.embedding.encoder.config.num_parameters
+    assert [side.unread_bytes for side in sides] == [encoder, encoder, 0]
+    config = replace(CONFIG, lengths=(16,))
+    charged = [replace(sides[0], unread_bytes=0)]
+    all_of_it, own = (benchmark.measure(s, config)[0].figures for s in (charged, sides))
+    gap = all_of_it.peak_bytes.median - own.peak_bytes.median
+    assert gap == pytest.approx(encoder, rel=0.1)
+
+
+def test_layers_that_an_adapter_replaces_are_not_read(base):
+    adapter = random_adapter(build(qwen2_config()), 2, keys=())
+    tuning = FullConfig(1)
+    weights = parameters(build(qwen2_config(), seed=1), tuning)
+    adapter = replace(adapter, tuning=tuning, tuning_weights=weights)
+    plain, _, merged = benchmark.load_sides(base, {2: adapter}, (16,))
+    replaced = sum(array.nbytes for array in weights.values())
+    assert merged.unread_bytes == replaced
+    own = [*adapter.encoder_weights.values(), *adapter.head_weights.values(), *weights.values()]
+    assert plain.unread_bytes == sum(array.nbytes for array in own)
+
+
+def test_progress_is_in_positions_and_ends_full(sides):
+    told = []
+    benchmark.measure(sides, CONFIG, lambda *now: told.append(now))
+    total = (1 + 2) * (21 + 2 * 11 + 2 * 6)
+    assert told[0] == (0, total)
+    assert told[-1] == (total, total)
+    assert told == sorted(told)
+    assert len(told) == 1 + 3 * 5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ks", "said"),
+    [
+        ((2048,), (4,), None),
+        (
+            (2049,),
+            (4,),
+            "nothing was measured: --length 2049 is more than the model's context of 2,048 "
+            "positions, and the reference reads every token",
+        ),
+        (
+            (3, 8),
+            (2, 4),
+            "nothing was measured: --k 4 is more than --length 3: a block would hold more than "
+            "the prompt",
+        ),
+        ((3, 9000), (4,), "nothing was measured: 2 problems\n"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
+    base_path, monkeypatch, lengths, ks, said
+):
+    def loaded(*args, **options):
+        raise AdapterError("loading")
+
+    monkeypatch.setattr(benchmark, "load", loaded)
+    kind = AdapterError if said is None else PromptError
+    with pytest.raises(kind, match="^loading$" if said is None else None) as caught:
+        benchmark.load_sides(str(base_path), dict.fromkeys(ks), lengths)
+    assert str(caught.value).startswith(said or "loading")
+
+
+def test_an_adapter_for_another_base_is_refused(base, adapter_path):
+    with pytest.raises(AdapterError, match="does not fit"):
+        benchmark.load_sides(base, {4: load_adapter(adapter_path)}, (8,))

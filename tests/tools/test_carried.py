@@ -1,0 +1,226 @@
+"""A model folder that carries its adapter: every command finds it, and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kmerge_mlx import load
+from kmerge_mlx.adapters.folder import base_of, load_adapter
+from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.evaluation.baselines import take_encoder_away
+from kmerge_mlx.generation.stream import compress
+from kmerge_mlx.model import merged_embedding, unfreeze
+from tests.cli_runner import assert_one_error, run, run_process
+from tests.hub_runs import settings
+from tests.hub_server import running_hub
+from tests.servers import serving_process
+from tests.train_runs import SMALL_TREES, train
+
+TEXT = "Tree: JN\n+WO\n++UP\n++JG\n" * 6
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, base_path, adapter_path) -> Path:
+    """The fixture's base and adapter: fused, quantized with a packed encoder, and a text."""
+    home = tmp_path_factory.mktemp("carried")
+    (home / "text.txt").write_text(TEXT)
+    named = ("--model", base_path, "--adapter-path", adapter_path, "--k", 4)
+    done = run("fuse", *named, "--save-path", home / "fused", home / "text.txt")
+    assert (done.code, done.out) == (0, ""), done.err
+    lines = done.err.splitlines()
+    assert lines[0] == f"{home}/fused: floating-point weights, the merge encoder for K = 4"
+    assert lines[1] == "Drift on your text:"
+    assert lines[2] == (
+        "  merged embeddings moved by 0.000% of their length, 0.000% at most (23 blocks)"
+    )
+    assert "the likeliest token stayed at 100.0% of 23 positions" in lines[3]
+    assert lines[5].startswith("note: the output head had LoRA of its own, so it is no longer")
+    done = run("quantize", *named, "--mlx-path", home / "q", "--q-bits", 8, "--encoder-bits", 8)
+    assert (done.code, done.out) == (0, ""), done.err
+    assert "bits per weight, the adapter for K = 4\nDrift on random tokens:" in done.err
+    assert "note: the embedding table is the output head as well, and neither is" in done.err
+    return home
+
+
+def answer(*args: object) -> dict:
+    done = run("generate", *args, "--json", "-m", 8)
+    assert (done.code, done.err) == (0, ""), done.err
+    found = json.loads(done.out)
+    return {name: found[name] for name in ("tokens", "prompt_tokens", "compressed_tokens")}
+
+
+def test_generate_finds_it_by_the_model_alone(home, base_path, adapter_path):
+    text = home / "text.txt"
+    wanted = answer("--model", base_path, "--adapter-path", adapter_path, text)
+    assert wanted["compressed_tokens"] * 4 >= wanted["prompt_tokens"] > wanted["compressed_tokens"]
+    fused = home / "fused"
+    assert answer("--model", fused, text) == wanted
+    assert answer("--model", fused, "--adapter-path", fused, "--k", 4, text) == wanted
+    assert answer("--adapter-path", fused, text) == wanted
+    assert answer("--adapter-path", fused / "kmerge", text) == wanted
+    assert answer("--model", home / "q", text) == wanted
+
+
+def test_it_is_found_wherever_the_folder_is_moved_to(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "fused", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    wanted = answer("--model", home / "fused", home / "text.txt")
+    assert answer("--model", "elsewhere", home / "text.txt") == wanted
+    assert answer("--adapter-path", "elsewhere", home / "text.txt") == wanted
+    monkeypatch.chdir(tmp_path / "elsewhere" / "kmerge")
+    assert answer("--adapter-path", ".", home / "text.txt") == wanted
+    assert base_of(".") == str(tmp_path / "elsewhere")
+
+
+def test_an_adapter_that_is_named_comes_first(home, base_path, adapter_path, tmp_path):
+    done = run("generate", "--model", home / "q", "--adapter-path", adapter_path, home / "text.txt")
+    assert done.code == 0
+    said = run("generate", "--model", home / "fused", "--k", 3, home / "text.txt")
+    assert_one_error(said, 1, "kmerge holds no adapter for --k 3: it has K = 4")
+    text = home / "text.txt"
+    for command in ("generate", "chat"):
+        said = run(command, "--model", base_path, text)
+        assert_one_error(said, 1, f"FILEs need a merge encoder, and {base_path} carries none")
+
+
+def test_python_loads_the_base_alone_unless_told(home):
+    fused = str(home / "fused")
+    assert merged_embedding(load(fused)[0]) is None
+    assert merged_embedding(load(fused, adapter_path=fused, k=4)[0]).merge_factor == 4
+
+
+def test_cache_chat_evaluate_and_bench_find_it(home, tmp_path):
+    kept = tmp_path / "c.safetensors"
+    done = run("cache", home / "text.txt", "--model", home / "fused", "--prompt-cache-file", kept)
+    assert done.code == 0, done.err
+    done = run("generate", "--prompt-cache-file", kept, "-p", "One?", "-m", 2)
+    assert done.code == 0, done.err
+    assert "Cache: 92 tokens in 25 positions" in done.err
+    done = run("chat", home / "text.txt", "--model", home / "fused", "-m", 2, stdin=b"A?\n/stats\n")
+    assert done.code == 0, done.err
+    assert "K=4, merges all" in done.err
+    few = ("--task", "textualized-tree", "--stage", "small", "--num-trees", 4)
+    done = run("evaluate", "--model", home / "q", *few, "--baseline", "mean", "--json")
+    assert done.code == 0, done.err
+    assert {row["method"] for row in json.loads(done.out)["rows"]} == {"merged", "mean"}
+    done = run("bench", "--model", home / "q", "--length", 16, "-n", 1, "-g", 2, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["settings"]["adapter_path"] == str(home / "q" / "kmerge")
+    assert found["encoders"][0]["encoder_quantization"] == {"bits": 8, "group_size": 64}
+    assert found["encoders"][0]["dtype"] == "float32"
+
+
+def test_serve_finds_it(home):
+    with serving_process("--model", home / "fused") as server:
+        assert server.said[-1].startswith("Serving fused (K=4, merges all) at http://")
+
+
+def test_info_says_what_the_model_and_the_adapter_are(home):
+    found = json.loads(run("info", home / "q", "--json").out)
+    assert (found["kind"], found["quantization_bits"]) == ("model with its adapter", 8)
+    (adapter,) = found["adapters"]
+    assert adapter["encoder_quantization"] == {"bits": 8, "group_size": 64}
+    assert (adapter["merge_factor"], adapter["dtype"]) == (4, "float32")
+    lines = [" ".join(line.split()) for line in run("info", home / "q").out.splitlines()]
+    assert lines[0] == f"{home}/q: model with its adapter"
+    assert {"quantization 8 bits", "K = 4", "base the model around it"} <= set(lines)
+    (encoder,) = [line for line in lines if line.startswith("encoder ")]
+    assert encoder.endswith("213,696 parameters, 0.2 MB at 8 bits")
+
+
+def test_a_hub_repo_carries_it_too(home, tmp_path):
+    with running_hub(fused=home / "fused") as hub:
+        quiet = settings(hub, tmp_path / "hf")
+        command = ("generate", "--model", "user/fused", home / "text.txt", "--json", "-m", 8)
+        done = run_process(*command, cwd=tmp_path, **quiet)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert (
+        json.loads(done.out)["tokens"]
+        == answer("--model", home / "fused", home / "text.txt")["tokens"]
+    )
+
+
+def test_training_says_that_it_starts_without_it(home, tmp_path):
+    rows = json.dumps({"prompt": "One two three four five six.", "completion": "seven"}) + "\n"
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(rows * 4)
+    named = ("--model", home / "fused", "--data", tmp_path / "data", "--k", 4)
+    done = run("train", *named, "--adapter-path", tmp_path / "run", "--iters", 1)
+    assert done.code == 0, done.err
+    assert f"note: the adapter that {home / 'fused'} carries is not trained on" in done.err
+
+
+def test_it_is_not_uploaded_without_its_model(home):
+    named = ("--license", "mit", "--base-model", "user/base", "--dry-run")
+    for adapter in (home / "fused", home / "fused" / "kmerge"):
+        done = run("upload", adapter, "me/mine", *named)
+        assert_one_error(done, 1, "carries its adapter", "hf upload me/mine")
+
+
+# A packed encoder is read with, and nothing else
+
+
+def test_a_packed_encoder_is_not_trained_on(home, base_path, tmp_path):
+    options = ("--init-from", home / "q", "--k", 4, *SMALL_TREES, "--iters", 1)
+    said = train(tmp_path / "run", *options, model=base_path)
+    assert_one_error(said, 1, "--init-from: the merge encoder is quantized to 8 bits, and cannot")
+    assert not (tmp_path / "run").exists()
+    model, _ = load(str(home / "q"), home / "q")
+    with pytest.raises(AdapterError, match="quantized to 8 bits, and cannot be trained: take the"):
+        unfreeze(model, load_adapter(home / "q").tuning)
+
+
+def test_a_packed_encoder_taken_away_leaves_the_mean(home):
+    import mlx.core as mx
+
+    model, tokenizer = load(str(home / "q"), home / "q")
+    take_encoder_away(model)
+    embedding, prompt = merged_embedding(model), compress(model, tokenizer, TEXT)
+    ids = mx.array(prompt.original_ids[:84]).reshape(-1, 4)
+    wanted = embedding.embedding(ids).mean(axis=1)
+    assert mx.abs(embedding(mx.array(prompt.ids[: ids.shape[0]])) - wanted).max().item() < 1e-6
+
+
+# What cannot be fused or quantized is one message
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("fuse", "--model", "BASE"), "carries no adapter to fuse: give --adapter-path"),
+        (("fuse", "--model", "none"), "none is no folder here"),
+        (("fuse", "--adapter-path", "none"), "none is not a folder"),
+        (("fuse", "--adapter-path", "ADAPTER", "none.txt"), "cannot read none.txt"),
+        (("fuse", "--adapter-path", "ADAPTER", "--k", 3), "holds no adapter for --k 3"),
+        (("fuse", "--adapter-path", "ADAPTER", "--save-path", "BASE"), "which is read"),
+        (("fuse", "--adapter-path", "ADAPTER", "--save-path", "text.txt/x"), "cannot write text."),
+        (("quantize", "--model", "none"), "none is no folder here"),
+        (("quantize", "--model", "BASE", "--q-bits", 7), "MLX cannot quantize"),
+        (("quantize", "--model", "BASE", "--encoder-bits", 8), "--encoder-bits needs a merge"),
+        (("quantize", "--model", "BASE", "empty.txt"), "empty.txt is empty"),
+        (
+            ("quantize", "--model", "BASE", "--mlx-path", "text.txt", "--force"),
+            "is no model folder",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_message(
+    tmp_path, monkeypatch, base_path, adapter_path, args, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("One")
+    (tmp_path / "empty.txt").write_text("")
+    named = {"BASE": base_path, "ADAPTER": adapter_path}
+    assert_one_error(run(*(named.get(arg, arg) for arg in args)), 1, said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "text.txt"]
+
+
+@pytest.mark.parametrize("option", [("--q-mode", "gptq"), ("--encoder-bits", 7), ("--q-bits", 0)])
+def test_a_value_that_no_option_takes_is_a_usage_error(option):
+    assert_one_error(run("quantize", "--model", "x", *option), 2, option[0])

@@ -1,0 +1,380 @@
+"""Going on with a run: from its last save, with its own settings, base and data, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from kmerge_mlx.adapters.folder import load_adapter
+from kmerge_mlx.cli.progress import TrainingBar
+from kmerge_mlx.errors import TrainError
+from kmerge_mlx.train.checkpoint import Identity, read_state
+from tests.cli_runner import assert_one_error, change_json
+from tests.train_runs import (
+    BASE,
+    SMALL_TREES,
+    kmerge,
+    log_of,
+    rows_of,
+    same,
+    state_of,
+    tensors_of,
+    train,
+    trained,
+    write_data,
+)
+
+EACH = (*SMALL_TREES, "--steps-per-report", 1, "--steps-per-eval", 2, "--save-every", 1)
+FIGURES = ("train_loss", "grad_norm", "val_loss", "val_accuracy")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A run of four iterations. Read-only: copy it to go on."""
+    path = tmp_path_factory.mktemp("half") / "run"
+    trained(path, *EACH, "--iters", 4)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path, half) -> Path:
+    """A copy of that run, to go on with or to break."""
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def resume(path: Path, *options: object):
+    return kmerge("train", "--adapter-path", path, "--resume", *options)
+
+
+def errors_of(result) -> list[str]:
+    return [line for line in result.err.splitlines() if line.startswith("error: ")]
+
+
+def at_iteration(monkeypatch, number: int, action: Callable[[], object]) -> None:
+    """Does something after an iteration of the next run."""
+
+    def act(bar: TrainingBar, iteration: int) -> None:
+        if iteration == number:
+            action()
+
+    monkeypatch.setattr(TrainingBar, "on_iteration", act)
+
+
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, path):
+    """Its log too; the saves of a killed process are held to the bit elsewhere."""
+    whole = tmp_path / "whole"
+    trained(whole, *EACH, "--iters", 7)
+    result = resume(path, "--iters", 7)
+    assert (result.code, result.out) == (0, "")
+    assert result.err.startswith("Resuming at iteration 4: qwen2, K=4, ")
+    for name in FIGURES:
+        assert dict(log_of(path, name)) == pytest.approx(dict(log_of(whole, name)), rel=1e-4)
+    assert same(tensors_of(path), tensors_of(whole), atol=1e-5)
+    assert state_of(path)["place"] == state_of(whole)["place"]
+
+
+def test_resume_alone_goes_on_with_the_saved_settings(tmp_path):
+    data = write_data(tmp_path / "data", rows_of(16))
+    options = ("--data", data, "--iters", 9, "--save-every", 2, "--k", 2, "--optimizer", "sgd")
+    yaml = "lora_parameters: {rank: 2}\nprompt_feature: prompt\n"
+    path = tmp_path / "run"
+    trained(path, *options, "--learning-rate", 1e-2, yaml=yaml)
+    change_json(path / "training" / "state.json", state=state_of(path) | {"iteration": 7})
+    result = resume(path)
+    assert result.code == 0, result.err
+    assert result.err.startswith("Resuming at iteration 7: qwen2, K=2, ")
+    assert state_of(path)["iteration"] == 9
+    saved = json.loads((path / "training" / "state.json").read_text())["settings"]
+    assert (saved["learning_rate"], saved["lora_parameters"]) == (1e-2, {"rank": 2})
+
+
+def test_the_settings_of_a_run_can_be_printed(path):
+    result = resume(path, "--print-config", "--iters", 11)
+    assert "stage: small" in result.out
+    assert "iters: 11" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--learning-rate", 2e-3), "--learning-rate is 0.002, the run has 0.001"),
+        (("--seed", 1), "--seed is 1, the run has 0"),
+        (("--batch-size", 4), "--batch-size is 4, the run has 8"),
+        (("--optimizer", "sgd"), "--optimizer is 'sgd', the run has 'adamw'"),
+        (("--stage", "xsmall"), "--stage is 'xsmall', the run has 'small'"),
+        (("--data-seed", 1), "--data-seed is 1, the run has 42"),
+        (("--steps-per-eval", 3), "--steps-per-eval is 3, the run has 2"),
+        (("--grad-checkpoint",), "--grad-checkpoint is True, the run has False"),
+        (("--encoder-warmup", 1), "--encoder-warmup is 1, the run has 0"),
+        (("--teacher", "base"), "--teacher is 'base', the run has None"),
+    ],
+)
+def test_a_changed_setting_is_named_and_nothing_is_touched(path, options, said):
+    before = files_of(path)
+    result = resume(path, "--iters", 9, *options)
+    assert_one_error(result, 1, f"{path} cannot be resumed", said)
+    assert files_of(path) == before
+
+
+def test_all_changed_settings_are_named_at_once(path):
+    result = resume(path, "--seed", 1, "--batch-size", 4)
+    assert_one_error(result, 1, "cannot be resumed: 2 problems", "  - --seed is", "  - --batch-s")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--k", 2), "--k is 2, the run has 4"),
+        (("--fine-tune-type", "full"), "--fine-tune-type is 'full', the run has 'lora'"),
+        (("--encoder-context", 1), "--encoder-context is 1, the run has 0"),
+    ],
+)
+def test_another_kind_of_adapter_is_named(path, options, said):
+    before = files_of(path)
+    assert_one_error(resume(path, "--iters", 9, *options), 1, said)
+    assert files_of(path) == before
+
+
+def changed_base(folder: Path) -> Path:
+    """A base of the same config and size whose weights are others."""
+    shutil.copytree(BASE, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+def test_a_base_with_other_weights_is_named(tmp_path, path):
+    other = changed_base(tmp_path / "other")
+    assert (other / "config.json").read_bytes() == (BASE / "config.json").read_bytes()
+    before = files_of(path)
+    result = resume(path, "--iters", 9, "--model", other)
+    said = f"--model {other} holds other weights than the run's base ({BASE})"
+    assert_one_error(result, 1, said)
+    assert files_of(path) == before
+
+
+def test_the_same_base_and_data_may_be_somewhere_else(tmp_path):
+    one = write_data(tmp_path / "data", rows_of(16))
+    path = tmp_path / "run"
+    trained(path, "--data", one, "--iters", 2)
+    two = Path(shutil.move(one, tmp_path / "moved"))
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    result = resume(path, "--iters", 4, "--data", two, "--model", base)
+    assert result.code == 0, result.err
+    write_data(two, rows_of(16, 1))
+    result = resume(path, "--iters", 6, "--data", two, "--model", base)
+    assert_one_error(result, 1, "the run was started with: give those, or start anew")
+
+
+def test_another_number_of_machines_is_named(half):
+    saved, _, _ = read_state(half)
+    same_run = Identity(saved["settings"], saved["fixed"], saved["base"], saved["data"], 1)
+    same_run.check(saved, half)
+    other = Identity(saved["settings"], saved["fixed"], saved["base"], saved["data"], 2)
+    with pytest.raises(TrainError, match="found 2 machines, the run has 1"):
+        other.check(saved, half)
+
+
+def test_a_run_that_is_there_is_refused_without_resume(path):
+    before = files_of(path)
+    said = f"{path} holds a run: give --resume to go on with it, --force to replace it, or another"
+    assert_one_error(train(path, *EACH, "--iters", 1), 1, said)
+    assert files_of(path) == before
+
+
+def test_force_replaces_a_run_and_its_log(path):
+    trained(path, *EACH, "--iters", 2, "--seed", 5, "--force")
+    assert [iteration for iteration, _ in log_of(path, "train_loss")] == [1, 2]
+    assert [iteration for iteration, _ in log_of(path, "val_loss")] == [0, 2]
+    assert state_of(path)["iteration"] == 2
+
+
+def test_force_that_fails_leaves_what_was_there(path):
+    before = files_of(path)
+    assert train(path, *EACH, "--num-layers", 9, "--force").code == 1
+    assert files_of(path) == before
+
+
+def test_an_adapter_that_is_no_run_is_refused_without_force(tmp_path, adapter_path):
+    path = Path(shutil.copytree(adapter_path, tmp_path / "adapter"))
+    assert_one_error(train(path, *EACH), 1, "exists: choose another folder, or give --force")
+    assert_one_error(train(path, *EACH, "--resume"), 1, "exists: choose another folder")
+    trained(path, *EACH, "--iters", 1, "--force")
+    assert state_of(path)["iteration"] == 1
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path):
+    path = tmp_path / "precious"
+    path.mkdir()
+    (path / "thesis.txt").write_text("years of work")
+    for options in ((), ("--force",), ("--resume",)):
+        result = train(path, *EACH, "--iters", 1, *options)
+        assert result.code == 1
+        assert len(errors_of(result)) == 1
+        assert files_of(path) == {"thesis.txt": b"years of work"}
+
+
+def test_a_run_with_a_strangers_file_in_it_is_not_replaced(path):
+    (path / "notes.txt").write_text("mine")
+    result = train(path, *EACH, "--force")
+    assert_one_error(result, 1, "holds more than adapter files (notes.txt): move that away")
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_resume_where_nothing_is_begins_a_run(tmp_path):
+    """So the same command does for the first start and for every one after a kill."""
+    result = trained(tmp_path / "run", *EACH, "--iters", 1, "--resume")
+    assert result.err.startswith(f"{tmp_path / 'run'} holds no run to resume: starting one: ")
+    assert state_of(tmp_path / "run")["iteration"] == 1
+
+
+def test_a_finished_run_says_so_and_changes_nothing(path):
+    before = files_of(path)
+    result = resume(path)
+    assert (result.code, result.out) == (0, "")
+    assert "This run was over at iteration 4: a larger --iters goes on\n" in result.err
+    assert files_of(path) == before
+
+
+def test_a_run_that_stopped_by_itself_stays_over(tmp_path):
+    path = tmp_path / "run"
+    stop = ("--learning-rate", 0, "--early-stop", 1)
+    trained(path, *EACH, *stop, "--iters", 9)
+    result = resume(path, "--iters", 20)
+    assert result.code == 0
+    assert "This run was over at iteration 2\n" in result.err
+    assert "Ended at iteration 2: no better validation since iteration 0" in result.err
+
+
+def test_the_best_adapter_stays_while_nothing_is_better(tmp_path):
+    """A rate that is far too high: the first validation stays the best one."""
+    path = tmp_path / "run"
+    rate = ("--learning-rate", 0.5, "--max-grad-norm", 0, "--optimizer", "sgd")
+    trained(path, *EACH, "--iters", 2, "--learning-rate", 1e-3)
+    best, iteration = tensors_of(path / "best"), state_of(path)["best_iteration"]
+    trained(tmp_path / "worse", *EACH, "--iters", 6, *rate)
+    state, scores = state_of(tmp_path / "worse"), dict(log_of(tmp_path / "worse", "val_loss"))
+    assert scores[state["best_iteration"]] == min(scores.values()) == state["best_score"]
+    assert state["best_iteration"] < 6
+    assert iteration == 2
+    assert same(best, tensors_of(path))
+    assert not same(tensors_of(tmp_path / "worse" / "best"), tensors_of(tmp_path / "worse"))
+
+
+def tear(text: str) -> Callable[[Path], object]:
+    return lambda training: (training / "state.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (tear(""), "state.json is not valid JSON"),
+        (tear("[]"), "state.json names no settings: it is not a run's state"),
+        (tear('{"settings": {"nope": 1}}'), "unknown setting 'nope'"),
+        (tear("{" * 99), "state.json is not valid JSON"),
+        (
+            lambda training: change_json(training / "state.json", format_version=2),
+            "state.json has format_version 2, this release reads 1",
+        ),
+        (
+            lambda training: change_json(training / "state.json", state={"iteration": 4}),
+            "state.json holds {'iteration': 4}, expected a run's state",
+        ),
+        (lambda training: (training / "state.safetensors").unlink(), "No such file"),
+        (
+            lambda training: os.truncate(training / "state.safetensors", 5000),
+            "state.safetensors is torn or not a safetensors file",
+        ),
+        (
+            lambda training: (training.parent / "adapters.safetensors").write_bytes(b"x"),
+            "adapters.safetensors",
+        ),
+    ],
+)
+def test_a_torn_run_is_one_line(path, damage, said):
+    damage(path / "training")
+    before = files_of(path)
+    assert_one_error(resume(path, "--iters", 9), 1, said)
+    assert files_of(path) == before
+
+
+def limited(size: int) -> None:
+    """No file of this process may grow beyond so many bytes: to MLX and Python, a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("size", [60_000, 700])
+def test_a_full_disk_is_one_line_and_the_last_save_is_whole(path, monkeypatch, size):
+    """In the middle of a save, and in the middle of a line of the log."""
+    at_iteration(monkeypatch, 5, lambda: limited(size))
+    try:
+        result = resume(path, "--iters", 9)
+    finally:
+        limited(resource.RLIM_INFINITY)
+    assert result.code == 1
+    (error,) = errors_of(result)
+    assert error.startswith(f"error: cannot write {path}: ")
+    assert "save of" in error
+    assert "whole" in error
+    assert load_adapter(path).merge.merge_factor == 4
+    assert state_of(path)["iteration"] == 5
+    assert [p.name for p in path.parent.iterdir()] == ["run"]
+    monkeypatch.undo()
+    assert resume(path, "--iters", 9).code == 0
+    assert [i for i, _ in log_of(path, "train_loss")] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_disk_that_turns_read_only_is_one_line_and_the_last_save_is_whole(path, monkeypatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    at_iteration(monkeypatch, 5, lambda: monkeypatch.setattr("tempfile.mkdtemp", refuse))
+    result = resume(path, "--iters", 9)
+    assert result.code == 1
+    assert errors_of(result) == [
+        f"error: cannot write {path}: Read-only file system; the last save of {path} is whole"
+    ]
+    assert state_of(path)["iteration"] == 5
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    result = train(tmp_path / "file" / "run", *EACH, "--iters", 1)
+    assert result.code == 1
+    (error,) = errors_of(result)
+    assert error.startswith(f"error: cannot write {tmp_path / 'file' / 'run'}")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_read_only_folder_is_one_line_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:  # root may write everywhere: it is given anyone else's answer
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, *mode: Path(path).name != "locked" and access(path, *mode)
+        )
+    result = train(tmp_path / "locked" / "run", *EACH, "--iters", 1)
+    assert_one_error(result, 1, "locked is not writable; give --adapter-path")
+    assert not list((tmp_path / "locked").iterdir())
+
+
+def test_a_save_holds_no_gradient_that_is_no_number(tmp_path):
+    """Inside a group of batches the weights are still good, and what is added up is not."""
+    path = tmp_path / "run"
+    rate = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--val-batches", 0)
+    train(path, *EACH, *rate, "--grad-accumulation-steps", 4, "--iters", 8, "--save-every", 2)
+    tensors = mx.load(str(path / "training" / "state.safetensors"))
+    assert all(mx.isfinite(array).all().item() for array in tensors.values())

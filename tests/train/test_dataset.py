@@ -1,0 +1,334 @@
+"""What a run trains on, and every row it refuses before anything is trained or written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from kmerge_mlx.data import amazon_reviews
+from kmerge_mlx.data.fingerprint import fingerprint
+from kmerge_mlx.data.sampling import SplitSizes
+from kmerge_mlx.data.sources import load_examples
+from kmerge_mlx.data.textualized_tree import TreeTask, draw
+from kmerge_mlx.data.trees import Stage
+from kmerge_mlx.errors import DataError
+from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
+from tests.cli_runner import CHATML, assert_one_error, copy_base
+from tests.data.test_reviews_and_commits import REVIEWS
+from tests.train_runs import BASE, log_of, rows_of, state_of, train, trained, write_data
+
+GOOD = rows_of(8)
+LONG = {"prompt": "Tree: " + "AB" * 500, "completion": "CD"}
+OPTIONS = ("--batch-size", 4, "--iters", 1, "--val-batches", 1, "--max-seq-length", 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BASE)
+
+
+def tokenized(folder: Path, tokenizer, k: int = 4, longest: int = 2048, **more) -> TokenizedSet:
+    rows = load_examples(folder, skip_bad=more.get("skip_bad", False))["train"]
+    return TokenizedSet(rows, tokenizer, Limits(k, longest), **more)
+
+
+def test_a_row_is_prompt_and_answer_and_the_end(tmp_path, tokenizer):
+    data = tokenized(write_data(tmp_path, GOOD), tokenizer)
+    assert len(data) == len(GOOD)
+    for row, example in zip(GOOD, data, strict=True):
+        assert example.prompt_ids == tokenizer.encode(row["prompt"], add_special_tokens=False)
+        answer = tokenizer.encode(row["completion"], add_special_tokens=False)
+        assert example.answer_ids == [*answer, tokenizer.eos_token_id]
+
+
+def test_positions_are_those_of_merged_prompt_and_answer(tmp_path, tokenizer):
+    contexts = ["Tree: AB and C" + ", DE" * i for i in range(5)]
+    rows = [{"context": c, "prompt": "Child: ", "completion": "AB"} for c in contexts]
+    data = tokenized(write_data(tmp_path, rows), tokenizer)
+    lengths = [[len(segment.ids) for segment in example.segments] for example in data]
+    assert {merged % 4 for merged, _ in lengths} != {0}
+    for example, (merged, raw) in zip(data, lengths, strict=True):
+        assert num_positions(example, 4) == -(-merged // 4) + raw + len(example.answer_ids)
+
+
+def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
+    """By its files alone a run would go on with ids that mean something else."""
+    folder = write_data(tmp_path / "data", GOOD)
+    chat = load_tokenizer(copy_base(BASE, tmp_path / "chat", template=CHATML))
+    rows = load_examples(folder)["train"]
+    digests = {
+        TokenizedSet(rows, tokens, Limits(4, 2048, Layout(chat_template=template))).digest
+        for tokens, template in ((load_tokenizer(BASE), True), (chat, True))
+    }
+    assert len(digests) == 2
+    assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
+
+
+def test_equal_data_have_equal_digests_and_changed_data_do_not(tmp_path, tokenizer):
+    one = tokenized(write_data(tmp_path / "a", GOOD), tokenizer).digest
+    assert tokenized(write_data(tmp_path / "b", GOOD), tokenizer).digest == one
+    assert tokenized(write_data(tmp_path / "c", GOOD[::-1]), tokenizer).digest != one
+    apart = [{**row, "context": row["prompt"], "prompt": ""} for row in GOOD]
+    raw = [{**row, "context": ""} for row in GOOD]
+    assert tokenized(write_data(tmp_path / "d", apart), tokenizer).digest == one
+    assert tokenized(write_data(tmp_path / "e", raw), tokenizer).digest != one
+
+
+def test_no_tree_is_in_two_splits(tokenizer):
+    """Of trees of two nodes, so many that without care some would be in two."""
+    stage, size = Stage(1, 2, 1, 1), 1200
+    splits = dict.fromkeys(("train", "valid", "test"), size)
+    task = TreeTask(stage, questions_per_tree=2, splits=splits)
+    unchecked = [{draw(task, split, i)[0].text for i in range(size)} for split in splits]
+    assert unchecked[0] & unchecked[1]
+    sets = tree_sets(task, tokenizer, Limits(4, 2048))
+    train, valid, test = (
+        {tokenizer.decode(data[2 * i].prompt_ids).split(",")[0] for i in range(size)}
+        for data in sets.values()
+    )
+    assert min(map(len, (train, valid, test))) > size - 10
+    assert not train & valid
+    assert not train & test
+    assert not valid & test
+
+
+def test_a_tree_of_an_earlier_split_is_drawn_again(tokenizer):
+    task = TreeTask("small", splits={"train": 5, "valid": 0, "test": 0})
+    plain = [draw(task, "train", i)[0] for i in range(5)]
+    taken = {fingerprint(tree.text) for tree in plain}
+    again = [draw(task, "train", i, taken)[0] for i in range(5)]
+    assert not {tree.text for tree in plain} & {tree.text for tree in again}
+
+
+def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
+    task = TreeTask("xsmall", questions_per_tree=2, splits={"train": 50, "valid": 1, "test": 1})
+    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
+    assert len(data) == 100
+    for tree in range(50):
+        answers = {tokenizer.decode(data[2 * tree + i].answer_ids[:-1]) for i in range(2)}
+        assert answers == {"true", "false"}
+
+
+def test_trees_are_drawn_the_same_in_any_order_and_end(tokenizer):
+    task = TreeTask("small", questions_per_tree=2, splits={"train": 10, "valid": 1, "test": 1})
+    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
+    forth = list(data)
+    back = [data[i] for i in reversed(range(20))][::-1]
+    assert len(forth) == 20
+    assert forth == back
+    with pytest.raises(IndexError):
+        data[20]
+
+
+def test_find_parent_asks_for_names_too(tokenizer):
+    task = TreeTask(
+        "small", questions_per_tree=2, find_parent=1, splits={"train": 20, "valid": 1, "test": 1}
+    )
+    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
+    prompts = [tokenizer.decode(data[i].prompt_ids) for i in range(60)]
+    assert sum("Find Parent" in prompt for prompt in prompts) == 20
+
+
+def test_a_tree_that_does_not_fit_is_named(tokenizer):
+    task = TreeTask("small", splits={"train": 3, "valid": 0, "test": 0})
+    with pytest.raises(DataError, match=r"textualized-tree, train tree 0: found 1?\d positions"):
+        tree_sets(task, tokenizer, Limits(4, 9))
+
+
+Bad = tuple[list, list, tuple, str]
+BAD_ROWS: dict[str, Bad] = {
+    "bad JSON": ([*GOOD, b'{"prompt": '], [], (), "train.jsonl line 9: not JSON: "),
+    "a wrong field": (
+        [*GOOD[:2], {"question": "x", "answer": "y"}, *GOOD],
+        *([], (), "train.jsonl line 3: found 'question, answer', expected prompt and completion"),
+    ),
+    "no object": ([b"[1]", *GOOD], [], (), "train.jsonl line 1: found [1], expected an object"),
+    "an empty answer": (
+        [*GOOD, {"prompt": "x", "completion": ""}],
+        *([], (), "train.jsonl line 9: completion is empty, expected an answer"),
+    ),
+    "a missing answer": ([*GOOD, {"prompt": "x"}], [], (), "train.jsonl line 9: found 'prompt'"),
+    "an empty prompt": (
+        [*GOOD, {"prompt": "", "completion": "x"}],
+        *([], (), "train.jsonl line 9: prompt is empty, expected a prompt"),
+    ),
+    "an answer that is a number": (
+        [*GOOD, {"prompt": "x", "completion": 5}],
+        *([], (), "train.jsonl line 9: completion is 5, expected text"),
+    ),
+    "a row that is too long": (
+        [*GOOD[:5], LONG, *GOOD],
+        *([], (), "train.jsonl line 6: found "),
+    ),
+    "a row longer than was asked for": (
+        *(GOOD, [], ("--max-seq-length", 5)),
+        "train.jsonl line 1: found ",
+    ),
+    "a prompt shorter than K": (
+        [*GOOD, {"prompt": "A", "completion": "B"}],
+        *([], (), "train.jsonl line 9: found 1 tokens to merge, expected at least --k 4"),
+    ),
+    "a conversation without a template": (
+        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}],
+        *([], (), "train.jsonl line 1: messages need a chat template"),
+    ),
+    "a validation row": (GOOD, [*GOOD, b"{"], (), "valid.jsonl line 9: not JSON"),
+    "a validation row that is too long": (GOOD, [LONG], (), "valid.jsonl line 1: found "),
+    "not UTF-8": ([*GOOD, b'{"prompt": "\xff"}'], [], (), "train.jsonl line 9: not UTF-8"),
+    "fewer rows than a batch": (
+        *(GOOD[:3], [], ()),
+        "found 3 examples to train on, expected at least --batch-size 4",
+    ),
+    "no training file": ([], GOOD, (), "holds no training split (train.jsonl)"),
+    "no file at all": ([], [], (), "holds no train.jsonl or valid.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, name):
+    rows, valid, options, said = BAD_ROWS[name]
+    data = write_data(tmp_path / "data", rows, valid)
+    result = train(tmp_path / "run", "--data", data, *OPTIONS, *options)
+    assert_one_error(result, 1, said)
+    assert len(result.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_empty_file_is_one_line(tmp_path):
+    data = write_data(tmp_path / "data", GOOD)
+    (data / "train.jsonl").write_bytes(b"")
+    result = train(tmp_path / "run", "--data", data, *OPTIONS)
+    assert_one_error(result, 1, "train.jsonl holds no example")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_of_a_gigabyte_is_one_line_in_little_memory(tmp_path):
+    data = write_data(tmp_path / "data", GOOD)
+    with (data / "train.jsonl").open("r+b") as file:
+        file.seek(0, 2)
+        file.truncate(file.tell() + (1 << 30))  # a hole: it takes no place on the disk
+    result = train(tmp_path / "run", "--data", data, *OPTIONS)
+    assert_one_error(result, 1, "train.jsonl line 9: longer than 64 MiB, expected one example")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("nowhere", "nowhere is no folder here and not in the cache"),
+        ("file", "file is a file: give the folder"),
+    ],
+)
+def test_data_that_are_not_there_are_one_line(tmp_path, monkeypatch, data, said):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    assert_one_error(train(tmp_path / "run", "--data", data, *OPTIONS), 1, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_data_at_all_is_one_line_that_names_the_flags(tmp_path):
+    result = train(tmp_path / "run", *OPTIONS)
+    assert_one_error(result, 1, "no data: give --data, or --task (textualized-tree, amazon-rev")
+
+
+def test_bad_rows_are_counted_and_left_out_if_that_is_asked_for(tmp_path):
+    rows = [b"{", *GOOD[:4], LONG, {"prompt": "A", "completion": "B"}, *GOOD[4:], {"x": 1}]
+    data = write_data(tmp_path / "data", rows, [*GOOD, b"{"])
+    result = trained(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
+    assert "Data: data, 8 examples, 8 to validate, 4 bad rows left out" in result.err
+    clean = write_data(tmp_path / "clean", GOOD, GOOD)
+    trained(tmp_path / "same", "--data", clean, *OPTIONS)
+    assert log_of(tmp_path / "run", "train_loss") == log_of(tmp_path / "same", "train_loss")
+    assert log_of(tmp_path / "run", "val_loss") == log_of(tmp_path / "same", "val_loss")
+
+
+def test_a_set_of_bad_rows_alone_is_refused_all_the_same(tmp_path):
+    data = write_data(tmp_path / "data", [LONG, LONG])
+    result = train(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
+    assert_one_error(result, 1, "no row is left to train on", "train.jsonl line 2: found ")
+    data = write_data(tmp_path / "data", [b"{", b"["])
+    result = train(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
+    assert_one_error(result, 1, "holds no example: every line is bad, ", "line 1: not JSON")
+
+
+def test_rows_with_a_context_and_other_names_train(tmp_path):
+    rows = [
+        {"doc": row["prompt"], "q": "Child: ", "a": row["completion"], "prompt": "not this"}
+        for row in GOOD
+    ]
+    data = write_data(tmp_path / "data", rows)
+    keys = "prompt_feature: q\ncompletion_feature: a\ncontext_feature: doc\n"
+    trained(tmp_path / "run", "--data", data, *OPTIONS, yaml=keys)
+    assert state_of(tmp_path / "run")["iteration"] == 1
+
+
+def test_texts_are_split_where_the_config_says(tmp_path):
+    data = write_data(tmp_path / "data", [{"text": row["prompt"] * 2} for row in GOOD])
+    trained(tmp_path / "run", "--data", data, *OPTIONS, yaml="text_split: 0.8\n")
+    result = train(tmp_path / "other", "--data", data, *OPTIONS, yaml="text_split: 1.5\n")
+    assert_one_error(result, 1, "text_split is 1.5, expected a share between 0 and 1")
+
+
+def test_mlx_lms_hf_dataset_entries_name_slices(tmp_path):
+    data = write_data(tmp_path / "data", rows_of(20))
+    yaml = f"hf_dataset: {{path: {data}, train_split: 'train[:40%]', valid_split: 'train[80%:]'}}\n"
+    result = trained(tmp_path / "run", *OPTIONS, yaml=yaml)
+    assert "Data: data, 8 examples, 4 to validate" in result.err
+    result = train(tmp_path / "other", *OPTIONS, yaml=yaml.replace("40%", "0%"))
+    assert_one_error(result, 1, "no row is left to train on: the split is empty")
+
+
+def test_conversations_train_where_there_is_a_template(tmp_path):
+    base = copy_base(BASE, tmp_path / "chat", template=CHATML)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in GOOD
+    ]
+    data = write_data(tmp_path / "data", rows)
+    result = trained(tmp_path / "run", "--data", data, *OPTIONS, model=base)
+    layout = json.loads((tmp_path / "run" / "merge_config.json").read_text())["layout"]
+    assert layout == {"merges": "contexts", "threshold": 32, "chat_template": True}
+    assert "prompts compressed 1.00x\nnote: next to nothing of them merges" in result.err
+    result = trained(tmp_path / "all", "--data", data, *OPTIONS, "--merges", "all", model=base)
+    assert "note: " not in result.err
+    layout = json.loads((tmp_path / "all" / "merge_config.json").read_text())["layout"]
+    assert layout["merges"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("curriculum: [nope]", "stage is 'nope', expected one of small, xsmall"),
+        ("curriculum: [5]", "curriculum holds 5, expected a stage or "),
+        ("curriculum: [{max_depth: 2}]", "expected the name of a stage, or max_depth, max_nodes"),
+        ("curriculum: [{stage: [x]}]", "expected the name of a stage, or max_depth"),
+        ("curriculum: [{stage: small, max_nodes: 7}]", "expected the name of a stage, or"),
+        ("curriculum: [{stage: small, threshold: x}]", "threshold is 'x', expected an accuracy"),
+        ("curriculum: [{stage: small, threshold: 2}]", "threshold is 2, expected an accuracy"),
+        ("curriculum: [{stage: small, thresh: 1}]", "expected a stage or ["),
+        ("stage: nope", "stage is 'nope', expected one of"),
+    ],
+)
+def test_a_curriculum_that_is_none_is_one_line(tmp_path, settings, said):
+    result = train(tmp_path / "run", "--task", "textualized-tree", *OPTIONS, yaml=settings)
+    assert_one_error(result, 1, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_papers_other_tasks_train_from_a_local_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(amazon_reviews, "SIZES", SplitSizes(4, 4))
+    file = tmp_path / "reviews.jsonl"
+    file.write_bytes(REVIEWS.read_bytes() + b"{\n")
+    task = ("--task", "amazon-reviews", "--file", file, *OPTIONS)
+    assert_one_error(train(tmp_path / "run", *task), 1, "reviews.jsonl line 41: not JSON")
+    result = trained(tmp_path / "run", *task, "--skip-bad")
+    assert "Data: amazon-reviews, 29 examples, 4 to validate, 1 bad rows left out" in result.err

@@ -1,0 +1,371 @@
+"""Self-distillation: divergences by numpy, the teacher against mlx-lm's plain base, its file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.distill import Teacher, divergence
+from kmerge_mlx.train.engine import Engine
+from kmerge_mlx.train.order import Place, Rows
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.train.settings import TrainConfig, from_layers
+from kmerge_mlx.train.setup import Run, prepare
+from tests.cli_runner import assert_one_error, copy_base
+from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
+
+V = 700
+TAUGHT = ("--teacher", "base", "--batch-size", 8, "--learning-rate", 1e-3)
+RUN = (*TAUGHT, "--iters", 4, "--steps-per-report", 1, "--steps-per-eval", 2)
+
+
+def plain_base():
+    """mlx-lm's own base, told the RoPE: its Qwen2 does not look where transformers 5 puts it."""
+    return mlx_lm.load(str(BASE), model_config={"rope_theta": 10_000.0})
+
+
+def silent(label: str):
+    return lambda done, total: None
+
+
+def prepared(tmp_path: Path, rows, **settings: object) -> Run:
+    given = {"model": str(BASE), "data": str(write_data(tmp_path / "data", rows)), "batch_size": 4}
+    config = from_layers(given | {"adapter_path": str(tmp_path / "run")} | settings)
+    return prepare(config, silent, Ranks())
+
+
+def distributions(count: int, spread: float, seed: int = 0) -> mx.array:
+    mx.random.seed(seed)
+    return mx.random.normal((count, V)) * spread
+
+
+def exact_kl(teacher: mx.array, student: mx.array) -> np.ndarray:
+    """KL(teacher || student) of logits, in float64."""
+    p, q = (exact_log_softmax(np.array(logits)) for logits in (teacher, student))
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def exact_log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def exact_top_kl(teacher: mx.array, student: mx.array, top_k: int) -> np.ndarray:
+    """The same of the teacher's top tokens and one outcome for all others."""
+    p, q = (np.exp(exact_log_softmax(np.array(logits))) for logits in (teacher, student))
+    top = np.argsort(-p, axis=-1)[:, :top_k]
+    p, q = (np.take_along_axis(part, top, axis=-1) for part in (p, q))
+    p, q = (np.concatenate([part, 1 - part.sum(-1, keepdims=True)], axis=-1) for part in (p, q))
+    return (p * np.log(p / q)).sum(-1)
+
+
+def taught(teacher: mx.array, top_k: int = 0):
+    """A batch that carries a teacher's words."""
+    batch = make_batch([TokenizedExample([Segment([1, 2])], [3, 0])], 2, 0, V)
+    logprobs, ids = nn.log_softmax(teacher), mx.zeros((0,), mx.int32)
+    if top_k:
+        ids = mx.argsort(-logprobs, axis=-1)[:, :top_k]
+        logprobs = mx.take_along_axis(logprobs, ids, axis=-1)
+    return replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 20, V])
+def test_a_student_that_says_the_same_has_no_divergence(top_k):
+    teacher = distributions(9, 3.0)
+    found = divergence(teacher, taught(teacher, top_k))
+    assert mx.abs(found).max().item() < 2e-6
+    shifted = divergence(teacher + 5.0, taught(teacher, top_k))
+    assert mx.abs(shifted).max().item() < 2e-6
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_the_whole_divergence_is_that_of_numpy(spread):
+    teacher, student = distributions(9, spread), distributions(9, spread, seed=1)
+    found = np.array(divergence(student, taught(teacher)))
+    assert found == pytest.approx(exact_kl(teacher, student), rel=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize("top_k", [1, 5, 100])
+def test_the_divergence_of_top_tokens_is_that_of_numpy_and_never_above_the_whole(top_k, spread):
+    teacher, student = distributions(9, spread), distributions(9, spread, seed=1)
+    found = np.array(divergence(student, taught(teacher, top_k)))
+    # float32 sums of probabilities that leave little over
+    assert found == pytest.approx(exact_top_kl(teacher, student, top_k), rel=1e-3, abs=1e-4)
+    assert (found <= exact_kl(teacher, student) + 1e-4).all()
+    assert (found >= 0).all()
+
+
+def test_a_teacher_that_is_sure_leaves_no_infinity_behind():
+    sure = mx.zeros((2, V)).at[:, 5].add(200.0)
+    other = mx.zeros((2, V)).at[:, 6].add(200.0)
+    for top_k in (0, 3, V):
+        found = divergence(sure, taught(sure, top_k))
+        assert mx.isfinite(found).all().item()
+        assert mx.abs(found).max().item() < 1e-4
+        assert mx.isfinite(divergence(other, taught(sure, top_k))).all().item()
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_the_teacher_is_mlx_lms_plain_base_on_the_whole_row(tmp_path, top_k):
+    rows = [
+        *rows_of(5),
+        {"context": "Tree: AB and C", "prompt": "Child: ", "completion": "AB CD EF"},
+    ]
+    run = prepared(tmp_path, rows, teacher="base", teacher_top_k=top_k)
+    examples = list(run.stages[0].train)
+    ids, logprobs = run.teacher.targets(examples)
+    plain, _ = plain_base()
+    at = 0
+    for example in examples:
+        row = [*example.prompt_ids, *example.answer_ids[:-1]]
+        logits = plain(mx.array([row]))[0, len(example.prompt_ids) - 1 :]
+        wanted = exact_log_softmax(np.array(logits.astype(mx.float32)))
+        for position in wanted:
+            found = np.array(logprobs[at])
+            if top_k:
+                assert len(set(ids[at].tolist())) == top_k
+                assert sorted(found) == pytest.approx(sorted(position)[-top_k:], abs=1e-4)
+                position = position[np.array(ids[at])]
+            assert found == pytest.approx(position, abs=1e-4)
+            at += 1
+    assert at == sum(len(example.answer_ids) for example in examples)
+    assert logprobs.shape[1] == (top_k or V)
+
+
+def test_the_teacher_stays_what_it_was_while_whole_layers_are_trained(tmp_path):
+    run = prepared(tmp_path, rows_of(8), teacher="base", fine_tune_type="full", learning_rate=1e-2)
+    examples = [run.stages[0].train[i] for i in range(4)]
+    before = np.array(run.teacher.targets(examples)[1])
+    engine = Engine(run, Ranks())
+    for iteration in (1, 2, 3):
+        engine.step(Rows([0, 1, 2, 3], examples, Place()), iteration)
+    assert (np.array(run.teacher.targets(examples)[1]) == before).all()
+    assert engine.read_window()[0] > 0
+
+
+def test_without_merging_and_untrained_there_is_nothing_to_learn(tmp_path):
+    """K = 1 and a LoRA of zero are the base itself."""
+    data = write_data(tmp_path / "data", rows_of(8), rows_of(8, 8))
+    path = tmp_path / "run"
+    trained(path, "--data", data, *RUN, "--k", 1, yaml="lora_parameters: {dropout: 0}\n")
+    assert abs(log_of(path, "val_kl")[0][1]) < 1e-5
+    assert abs(log_of(path, "train_loss")[0][1]) < 1e-5
+
+
+def test_the_logged_divergence_is_that_of_merged_and_plain_logits(tmp_path):
+    """Before training: the merged embedding is the mean, so mlx-lm's model can be asked."""
+    rows = rows_of(4)
+    data, path = write_data(tmp_path / "data", rows, rows), tmp_path / "run"
+    trained(path, "--data", data, *TAUGHT, "--iters", 1, "--batch-size", 4)
+    run = prepared(tmp_path / "again", rows)
+    plain, _ = plain_base()
+    table, pad, total, tokens = plain.model.embed_tokens, run.merge.pad_token_id, 0.0, 0
+    for example in run.stages[0].train:
+        prompt, answer = example.prompt_ids, example.answer_ids[:-1]
+        filled = [*prompt, *[pad] * (-len(prompt) % 4)]
+        merged = table(mx.array(filled)).reshape(-1, 4, 64).mean(axis=1)
+        row = mx.concatenate([merged, table(mx.array(answer, mx.int32))])[None]
+        student = plain(mx.zeros(row.shape[:2], mx.int32), input_embeddings=row)
+        teacher = plain(mx.array([[*prompt, *answer]]))
+        at = (teacher[0, len(prompt) - 1 :], student[0, len(filled) // 4 - 1 :])
+        total, tokens = total + exact_kl(*at).sum(), tokens + len(example.answer_ids)
+    assert log_of(path, "val_kl")[0][1] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_learning_from_the_base_lowers_the_divergence_without_labels(tmp_path):
+    """The answers are the base's own; what the rows hold as labels plays no part."""
+    bare = [{"prompt": row["prompt"]} for row in rows_of(40)]
+    data, path = write_data(tmp_path / "data", bare[:32], bare[32:]), tmp_path / "run"
+    options = ("--iters", 30, "--steps-per-eval", 30, "--teacher-max-tokens", 4)
+    result = trained(
+        path, "--data", data, *TAUGHT, *options, "--teacher-answers", "--learning-rate", 3e-3
+    )
+    first, last = (value for _, value in log_of(path, "val_kl"))
+    assert last < 0.7 * first
+    assert "KL to the base" in result.err
+
+
+def test_the_best_is_the_one_of_the_lowest_divergence(tmp_path):
+    data, path = write_data(tmp_path / "data", rows_of(16), rows_of(8, 16)), tmp_path / "run"
+    result = trained(path, "--data", data, *RUN)
+    scores = log_of(path, "val_kl")
+    iteration, best = min(scores, key=lambda record: record[1])
+    assert f"Best validation {best:.4f} at iteration {iteration}" in result.err
+
+
+def test_more_top_tokens_than_the_model_has_are_refused(tmp_path):
+    data = write_data(tmp_path / "data", rows_of(16))
+    result = train(tmp_path / "run", "--data", data, *RUN, "--teacher-top-k", V + 1)
+    assert_one_error(result, 1, "--teacher-top-k is 701, the model has 700 tokens")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    """A folder with data, a teacher's file, and the run that made it."""
+    folder = tmp_path_factory.mktemp("stored")
+    write_data(folder / "data", rows_of(20), rows_of(9, 20))
+    file = ("--teacher-top-k", 5, "--teacher-file", folder / "teacher.safetensors")
+    trained(folder / "run", "--data", folder / "data", *RUN, *file)
+    return folder
+
+
+def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
+    live = tmp_path / "live"
+    trained(live, "--data", stored / "data", *RUN, "--teacher-top-k", 5)
+    for name in ("train_loss", "val_kl", "val_loss"):
+        wanted = [value for _, value in log_of(live, name)]
+        assert [v for _, v in log_of(stored / "run", name)] == pytest.approx(wanted, rel=1e-5)
+    assert same(tensors_of(live), tensors_of(stored / "run"), atol=1e-5)
+
+
+def test_a_second_run_reads_the_file_instead_of_asking(tmp_path, stored, monkeypatch):
+    monkeypatch.setattr(Teacher, "targets", None)
+    file = ("--teacher-top-k", 5, "--teacher-file", stored / "teacher.safetensors")
+    trained(tmp_path / "run", "--data", stored / "data", *RUN, *file)
+    assert log_of(tmp_path / "run", "train_loss") == log_of(stored / "run", "train_loss")
+
+
+def test_the_file_holds_the_tokens_of_every_answer_position_in_order(stored):
+    found = mx.load(str(stored / "teacher.safetensors"))
+    config = TrainConfig(
+        model=str(BASE), data=str(stored / "data"), teacher="base", teacher_top_k=5,
+        adapter_path=str(stored / "none"),
+    )  # fmt: skip
+    run = prepare(config, silent, Ranks())
+    for split, data in (("train", run.stages[0].train), ("valid", run.stages[0].valid)):
+        ids, logprobs = run.teacher.targets(list(data))
+        count = sum(len(example.answer_ids) for example in data)
+        assert found[f"{split}.ids"].shape == (count, 5)
+        stored_, live = (
+            [dict(zip(*row, strict=True)) for row in zip(i.tolist(), p.tolist(), strict=True)]
+            for i, p in (
+                (found[f"{split}.ids"], found[f"{split}.logprobs"]),
+                (ids[:count], logprobs[:count]),
+            )
+        )
+        for one, two in zip(stored_, live, strict=True):
+            assert one == pytest.approx(two, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--teacher-top-k", 6),
+        ("--k", 2),
+        ("--max-seq-length", 64, "--data", "OTHER"),
+        ("--data", "OTHER"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, stored, change):
+    other = write_data(tmp_path / "other", rows_of(20, 5), rows_of(9, 20))
+    change = tuple(other if part == "OTHER" else part for part in change)
+    file = ("--teacher-top-k", 5, "--teacher-file", stored / "teacher.safetensors")
+    result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file, *change)
+    assert_one_error(result, 1, "teacher.safetensors was made of another base, data or --teacher")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100])
+def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored, content):
+    (tmp_path / "file").write_bytes(content)
+    file = ("--teacher-top-k", 5, "--teacher-file", tmp_path / "file")
+    result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
+    assert_one_error(result, 1, "cannot read --teacher-file")
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/file", "."])
+def test_a_place_where_no_file_can_be_is_one_line(tmp_path, monkeypatch, stored, name):
+    monkeypatch.chdir(tmp_path)
+    file = ("--teacher-top-k", 5, "--teacher-file", name)
+    result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
+    assert_one_error(result, 1, f"--teacher-file {name}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def greedy_by_mlx_lm(prompt: str, tokens: int) -> list[int]:
+    """What mlx-lm's base answers, its end-of-text token included."""
+    model, tokenizer = plain_base()
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    responses = mlx_lm.stream_generate(
+        model, tokenizer, ids, max_tokens=tokens, sampler=make_sampler(0.0)
+    )
+    return [response.token for response in responses]
+
+
+def test_missing_answers_are_the_bases_own_greedy_ones(tmp_path):
+    rows = rows_of(6)
+    bare = [{"prompt": row["prompt"]} for row in rows]
+    mixed = [rows[0], *bare[1:]]
+    data, path = write_data(tmp_path / "data", mixed, bare), tmp_path / "run"
+    options = ("--teacher-answers", "--teacher-max-tokens", 5, "--batch-size", 4, "--iters", 1)
+    trained(path, "--data", data, "--teacher", "base", *options)
+    answers = json.loads((path / "training" / "answers.json").read_text())
+    assert set(answers["train"]) == {"1", "2", "3", "4", "5"}
+    assert set(answers["valid"]) == {"0", "1", "2", "3", "4", "5"}
+    for split, first in (("train", 1), ("valid", 0)):
+        for i in range(first, 6):
+            assert answers[split][str(i)] == greedy_by_mlx_lm(bare[i]["prompt"], 5)
+
+
+def test_an_answer_that_ends_by_itself_is_ended_by_the_eos_token(tmp_path):
+    """Of two tokens that end a text, the one that the student is to learn."""
+    bare = [{"prompt": row["prompt"]} for row in rows_of(4)]
+    (first,) = greedy_by_mlx_lm(bare[0]["prompt"], 1)
+    base = copy_base(BASE, tmp_path / "base", eos_token_id=[0, first])
+    (base / "generation_config.json").unlink()
+    data, path = write_data(tmp_path / "data", bare), tmp_path / "run"
+    options = ("--teacher-answers", "--teacher-max-tokens", 5, "--batch-size", 4, "--iters", 1)
+    trained(path, "--data", data, "--teacher", "base", *options, model=base)
+    assert json.loads((path / "training" / "answers.json").read_text())["train"]["0"] == [0]
+
+
+def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):
+    bare = [{"prompt": row["prompt"]} for row in rows_of(8)]
+    data = write_data(tmp_path / "data", bare)
+    options = ("--teacher-answers", "--teacher-max-tokens", 3, "--data", data, *TAUGHT)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained(whole, *options, "--iters", 4)
+    trained(parts, *options, "--iters", 2)
+    saved = (parts / "training" / "answers.json").read_bytes()
+    monkeypatch.setattr("kmerge_mlx.train.session.write_answers", None)
+    trained(parts, *options, "--iters", 4, "--resume")
+    assert (parts / "training" / "answers.json").read_bytes() == saved
+    assert same(tensors_of(parts), tensors_of(whole), atol=1e-6)
+
+
+def test_torn_answers_of_a_saved_run_are_one_line(tmp_path):
+    data = write_data(tmp_path / "data", [{"prompt": row["prompt"]} for row in rows_of(8)])
+    options = ("--teacher-answers", "--teacher-max-tokens", 3, "--data", data, *TAUGHT)
+    trained(tmp_path / "run", *options, "--iters", 1)
+    (tmp_path / "run" / "training" / "answers.json").write_text("{")
+    result = train(tmp_path / "run", *options, "--iters", 4, "--resume")
+    assert_one_error(result, 1, "answers.json cannot be read: the run's answers are lost")
+
+
+def test_rows_without_answers_and_nobody_to_write_them_are_refused(tmp_path):
+    data = write_data(tmp_path / "data", [{"prompt": row["prompt"]} for row in rows_of(8)])
+    result = train(tmp_path / "run", "--data", data, "--batch-size", 4)
+    assert_one_error(result, 1, "train.jsonl line 1: found 'prompt', expected prompt and completi")
+
+
+def test_a_teacher_needs_no_room_of_its_own(tmp_path):
+    """Its weights are the student's arrays."""
+    run = prepared(tmp_path, rows_of(8), teacher="base")
+    mine = {id(array) for _, array in nn.utils.tree_flatten(run.model.parameters())}
+    theirs = [array for _, array in nn.utils.tree_flatten(run.teacher.model.parameters())]
+    assert sum(array.nbytes for array in theirs if id(array) not in mine) == 0

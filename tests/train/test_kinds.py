@@ -1,0 +1,249 @@
+"""Runs of every kind: K, LoRA or whole layers, quantized and untied bases, given adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from yaml import safe_load
+
+from kmerge_mlx import load
+from kmerge_mlx.adapters.folder import load_adapter
+from tests.cli_runner import CHATML, assert_one_error, copy_base, run
+from tests.tiny import qwen2_config, write_base
+from tests.train_runs import (
+    BASE,
+    NO_DROPOUT,
+    SMALL_TREES,
+    log_of,
+    same,
+    state_of,
+    tensors_of,
+    train,
+    trained,
+)
+
+RUN = (*SMALL_TREES, "--iters", 5, "--steps-per-report", 1, "--val-batches", 1)
+K_1, FULL, LAST = ("--k", 1), ("--fine-tune-type", "full"), ("--num-layers", 1)
+CONTEXT = ("--encoder-context", 3)
+PROMPT = "Tree: AB\n+CD, Task: Parent/Child Relationship, Parent: AB, Child: CD, Answer: "
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    """Bases that are untied, 4-bit, and 4-bit with a table that is not."""
+    folder = tmp_path_factory.mktemp("bases")
+    quantized = {"quantization": {"group_size": 32, "bits": 4}}
+    write_base(folder / "untied", qwen2_config(tie_word_embeddings=False))
+    write_base(folder / "quantized", qwen2_config(**quantized))
+    write_base(folder / "quantized_untied", qwen2_config(tie_word_embeddings=False, **quantized))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory) -> Callable[..., Path]:
+    """Runs with given options, each of them made once."""
+    made: dict[tuple, Path] = {}
+
+    def get(*options: object, model: Path = BASE, yaml: str = "") -> Path:
+        key = (*options, model, yaml)
+        if key not in made:
+            path = tmp_path_factory.mktemp("kinds") / "run"
+            trained(path, *RUN, *options, model=model, yaml=yaml)
+            made[key] = path
+        return made[key]
+
+    return get
+
+
+def losses(path: Path) -> list[float]:
+    return [loss for _, loss in log_of(path, "train_loss")]
+
+
+def check_generates(path: Path, base: Path, k: int) -> None:
+    prompt = path.parent / "prompt.txt"
+    prompt.write_text(PROMPT)
+    result = run(
+        *("generate", "--model", base, "--adapter-path", path, "--k", k, prompt),
+        *("--max-tokens", 4, "--json"),
+    )
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["compressed_tokens"] == -(-found["prompt_tokens"] // k)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(K_1, id="k 1"),
+        pytest.param(("--k", 3, "--encoder-factor", 0.5), id="k 3, a smaller encoder"),
+        pytest.param(CONTEXT, id="a context of 3"),
+        pytest.param(FULL, id="whole layers"),
+        pytest.param((*K_1, *FULL), id="whole layers, k 1"),
+        pytest.param(LAST, id="the last layer"),
+    ],
+)
+def test_every_kind_of_run_learns_loads_and_generates(run_of, options):
+    path = run_of(*options)
+    assert losses(path)[-1] < 0.9 * losses(path)[0]
+    k = load_adapter(path).merge.merge_factor
+    assert k == (options[1] if options[0] == "--k" else 4)
+    check_generates(path, BASE, k)
+
+
+@pytest.mark.parametrize("name", ["untied", "quantized", "quantized_untied"])
+def test_every_kind_of_base_is_trained_on(run_of, bases, name):
+    path = run_of(model=bases / name)
+    assert losses(path)[-1] < 0.9 * losses(path)[0]
+    check_generates(path, bases / name, 4)
+
+
+def test_a_quantized_base_stays_as_it_is(run_of, bases):
+    base = bases / "quantized"
+    model, _ = load(str(base), run_of(model=base), 4)
+    after = dict(tree_flatten(model.parameters()))
+    for name, array in mx.load(str(base / "model.safetensors")).items():
+        (found,) = [a for n, a in after.items() if _plain(n) == name]
+        assert mx.array_equal(found, array), name
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the base: LoRA and the wrapped table put a level in between."""
+    return name.replace(".linear.", ".").replace("embed_tokens.embedding.", "embed_tokens.")
+
+
+def test_whole_layers_of_a_quantized_base_are_refused(tmp_path, bases):
+    result = train(tmp_path / "run", *RUN, *FULL, model=bases / "quantized")
+    assert_one_error(result, 1, "full fine-tuning changes model.layers.0.", "which is quantized")
+    assert not (tmp_path / "run").exists()
+
+
+def test_k_1_has_no_encoder_and_trains_the_same_lora(run_of):
+    one, four = load_adapter(run_of(*K_1)), load_adapter(run_of())
+    assert one.merge.encoder is None
+    assert not one.encoder_weights
+    assert set(one.tuning_weights) == set(four.tuning_weights)
+    assert set(one.head_weights) == set(four.head_weights)
+
+
+def test_only_the_layers_that_are_named_are_trained(run_of):
+    for options in (LAST, (*LAST, *FULL)):
+        weights = load_adapter(run_of(*options)).tuning_weights
+        assert weights
+        assert all(key.startswith("model.layers.2.") for key in weights)
+
+
+def test_whole_layers_move_and_the_rest_of_the_base_does_not(run_of):
+    base = mx.load(str(BASE / "model.safetensors"))
+    weights = load_adapter(run_of(*FULL)).tuning_weights
+    layers = {name for name in base if name.startswith("model.layers.")}
+    assert set(weights) == layers
+    moved = [name for name in layers if not mx.array_equal(weights[name], base[name]).item()]
+    assert len(moved) == len(layers)
+
+
+def test_lora_parameters_say_rank_scale_and_modules(run_of):
+    yaml = "lora_parameters: {rank: 2, scale: 3.0, dropout: 0.1, keys: [self_attn.q_proj]}\n"
+    path = run_of(yaml=yaml)
+    adapter = load_adapter(path)
+    assert {name.split(".", 3)[3] for name in adapter.tuning_weights} == {
+        *("self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b")
+    }
+    assert all(2 in array.shape for array in adapter.tuning_weights.values())
+    assert not adapter.head_weights
+    parameters = json.loads((path / "adapter_config.json").read_text())["lora_parameters"]
+    assert parameters == safe_load(yaml)["lora_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("lora_parameters: {rank: 0}", "LoRA with rank 0 and scale 4.0: expected a whole rank"),
+        ("lora_parameters: {scale: x}", "LoRA with rank 4 and scale 'x'"),
+        ("lora_parameters: {alpha: 16}", "unknown 'alpha': mlx-lm's scale is alpha / rank"),
+        ("lora_parameters: {keys: [nope]}", "does not have what the adapter changes: nope"),
+        ("num_layers: 9", "--num-layers is 9, the model has 3 layers"),
+        ("encoder_factor: 0.1", "inner_size is 0, expected a whole number of at least 1"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_is_one_line(tmp_path, yaml, said):
+    result = train(tmp_path / "run", *RUN, yaml=yaml + "\n")
+    assert_one_error(result, 1, said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [(), FULL])
+def test_recomputed_activations_change_no_loss_and_no_weight(run_of, kind):
+    """Recomputing takes the same numbers again: only compiled rounding may differ."""
+    plain = run_of(*kind, yaml=NO_DROPOUT)
+    again = run_of(*kind, "--grad-checkpoint", yaml=NO_DROPOUT)
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-4)
+    assert same(tensors_of(plain), tensors_of(again), atol=1e-4)
+    check_generates(again, BASE, 4)
+
+
+def test_recomputing_is_of_one_model_alone(run_of):
+    """mlx-lm's own switch would change the class of every layer of the process."""
+    run_of("--grad-checkpoint", yaml=NO_DROPOUT)
+    model, _ = load(str(BASE))
+    assert type(model.layers[0]).__call__.__qualname__ == "TransformerBlock.__call__"
+
+
+def test_a_converted_checkpoint_is_where_a_run_begins(tmp_path, adapter_path):
+    """Nothing is learnt, so what is saved is the converted adapter."""
+    path = tmp_path / "run"
+    trained(path, *RUN, "--init-from", adapter_path, "--learning-rate", 0)
+    assert same(tensors_of(path), tensors_of(adapter_path))
+    assert load_adapter(path).merge.head_lora == load_adapter(adapter_path).merge.head_lora
+    check_generates(path, BASE, 4)
+
+
+def test_a_run_says_how_it_was_trained_whatever_it_began_with(tmp_path, adapter_path):
+    base = copy_base(BASE, tmp_path / "chat", template=CHATML)
+    path = tmp_path / "run"
+    trained(path, *RUN, "--init-from", adapter_path, "--iters", 1, model=base)
+    merge = load_adapter(path).merge
+    assert merge.layout.chat_template is True
+    assert merge.provenance["trained_by"].startswith("kmerge-mlx ")
+
+
+@pytest.mark.parametrize("yaml", ["encoder_factor: 3.0\n", "lora_parameters: {rank: 9}\n"])
+def test_sizes_that_the_given_adapter_does_not_have_are_refused(tmp_path, adapter_path, yaml):
+    result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, "--iters", 1, yaml=yaml)
+    assert result.code == 1
+
+
+def test_a_run_goes_on_with_another_runs_adapter(run_of):
+    first = run_of()
+    second = run_of("--init-from", first)
+    assert losses(second)[0] < losses(first)[2]
+    assert state_of(second)["iteration"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--k", 2), "K = 4"),
+        (("--encoder-context", 2), "--encoder-context is 2, the adapter has 0"),
+        (("--fine-tune-type", "full"), "--fine-tune-type is full, the adapter has lora"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_no_beginning(tmp_path, adapter_path, options, said):
+    result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, *options)
+    assert_one_error(result, 1, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_for_another_base_is_no_beginning(tmp_path, adapter_path, bases):
+    result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, model=bases / "untied")
+    assert_one_error(result, 1, "the adapter does not fit")
+
+
+def test_a_context_is_in_the_adapter_and_widens_the_encoder(run_of):
+    adapter = load_adapter(run_of(*CONTEXT))
+    assert adapter.merge.encoder.context == 3
+    assert adapter.encoder_weights["w1.weight"].shape == (384, (4 + 3) * 64)

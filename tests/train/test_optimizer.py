@@ -1,0 +1,192 @@
+"""Optimizers and schedules by mlx-lm's names, their arguments, and their state on the disk."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+from kmerge_mlx.errors import TrainError
+from kmerge_mlx.train.optimizer import load_state, make_optimizer, state_tensors
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.rows import Batch
+from kmerge_mlx.train.settings import OPTIMIZERS, TrainConfig
+from kmerge_mlx.train.step import Stepper
+from tests.cli_runner import assert_one_error
+from tests.train_runs import SMALL_TREES, log_of, train, trained
+
+
+def model() -> nn.Module:
+    mx.random.seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def gradients_of(layers: nn.Module, step: int):
+    x = mx.arange(12, dtype=mx.float32).reshape(3, 4) / (step + 7)
+    return nn.value_and_grad(layers, lambda m: (m(x) ** 2).mean())(layers)[1]
+
+
+def after(layers: nn.Module, optimizer: optim.Optimizer, steps: range) -> dict[str, mx.array]:
+    for step in steps:
+        optimizer.update(layers, gradients_of(layers, step))
+        mx.eval(layers.parameters(), optimizer.state)
+    return dict(tree_flatten(layers.parameters()))
+
+
+def equal(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
+    return set(one) == set(two) and all(mx.array_equal(one[n], two[n]).item() for n in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("adam", lambda: optim.Adam(1e-2)),
+        ("adamw", lambda: optim.AdamW(1e-2)),
+        ("muon", lambda: optim.Muon(1e-2)),
+        ("sgd", lambda: optim.SGD(1e-2)),
+        ("adafactor", lambda: optim.Adafactor(1e-2)),
+    ],
+)
+def test_a_name_means_mlxs_optimizer_with_its_defaults(name, wanted):
+    found = make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    assert type(found) is type(wanted())
+    assert equal(after(model(), found, range(3)), after(model(), wanted(), range(3)))
+
+
+def test_each_optimizer_has_arguments_of_its_own():
+    arguments = {"adamw": {"betas": [0.5, 0.6], "weight_decay": 0.3}, "sgd": {"momentum": 0.9}}
+    config = TrainConfig(learning_rate=1e-2, optimizer_config=arguments)
+    wanted = optim.AdamW(1e-2, betas=[0.5, 0.6], weight_decay=0.3)
+    found = make_optimizer(config)
+    assert equal(after(model(), found, range(3)), after(model(), wanted, range(3)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
+    schedule = {"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 2}
+    config = TrainConfig(optimizer=name, lr_schedule=schedule)
+    layers, optimizer = model(), make_optimizer(config)
+    load_state(optimizer, layers)
+    after(layers, optimizer, range(3))
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), state_tensors(optimizer))
+    weights = [(n, mx.array(a)) for n, a in tree_flatten(layers.parameters())]
+    wanted = after(layers, optimizer, range(3, 6))
+
+    other, again = model(), make_optimizer(config)
+    other.load_weights(weights)
+    load_state(again, other, mx.load(str(tmp_path / "state.safetensors")))
+    assert equal(after(other, again, range(3, 6)), wanted)
+
+
+def test_a_state_of_something_else_is_refused():
+    layers = model()
+    adam, sgd = (make_optimizer(TrainConfig(optimizer=name)) for name in ("adam", "sgd"))
+    load_state(adam, layers)
+    with pytest.raises(TrainError, match="the saved optimizer does not fit this run"):
+        load_state(sgd, layers, state_tensors(adam))
+
+
+def rates(schedule: dict, count: int) -> list[float]:
+    """The learning rate of each update."""
+    optimizer, layers, found = make_optimizer(TrainConfig(lr_schedule=schedule)), model(), []
+    for step in range(count):
+        after(layers, optimizer, range(step, step + 1))
+        found.append(optimizer.learning_rate.item())
+    return found
+
+
+def test_a_schedule_is_mlx_lms_with_its_warmup():
+    found = rates({"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 4}, 12)
+    # MLX joins the two after warmup + 1 updates, and counts the second from there.
+    wanted = [1e-2 * step / 4 for step in range(5)]
+    wanted += [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(7)]
+    assert found == pytest.approx(wanted, abs=1e-7)
+
+
+def test_a_warmup_begins_where_it_is_told():
+    schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 10], "warmup": 2}
+    assert rates({**schedule, "warmup_init": 4e-3}, 1) == pytest.approx([4e-3])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "exponential_decay", "arguments": [1e-2, 0.5]},
+        {"name": "step_decay", "arguments": [1e-2, 0.5, 1]},
+    ],
+)
+def test_a_decay_halves_the_rate(schedule):
+    assert rates(schedule, 4) == pytest.approx([1e-2, 5e-3, 2.5e-3, 1.25e-3])
+
+
+def test_the_schedule_beats_the_learning_rate_and_counts_updates(tmp_path):
+    yaml = "lr_schedule: {name: linear_schedule, arguments: [1.0e-3, 0, 4]}\n"
+    options = ("--iters", 6, "--grad-accumulation-steps", 2, "--steps-per-report", 2)
+    trained(tmp_path / "run", *SMALL_TREES, *options, yaml=yaml)
+    found = [rate for _, rate in log_of(tmp_path / "run", "learning_rate")]
+    assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_compiled_update_is_the_plain_one(name):
+    """No bias: Adafactor's every shape takes seconds of MLX's compiler on a CPU."""
+
+    def layer() -> nn.Module:
+        mx.random.seed(0)
+        return nn.Linear(4, 4, bias=False)
+
+    def loss(module: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+        return (module(batch.weights) ** 2).sum(), mx.array(2.0)
+
+    def plain(module: nn.Module) -> mx.array:
+        return (module(x) ** 2).sum() / 2
+
+    x = mx.arange(12, dtype=mx.float32).reshape(3, 4)
+    batch = Batch(*[mx.zeros(1)] * 4, weights=x)
+    module, optimizer = layer(), make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    load_state(optimizer, module)
+    stepper = Stepper(module, optimizer, loss, 0.0, Ranks())
+    other, again = layer(), make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    for _ in range(3):
+        stepper.update(stepper.add(batch, None))
+        again.update(other, nn.value_and_grad(other, plain)(other)[1])
+    assert mx.abs(module.weight - other.weight).max().item() < 1e-5
+    assert mx.abs(module.weight - layer().weight).max().item() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("optimizer_config: {lion: {}}", "optimizer_config names 'lion', expected one of adam, "),
+        ("optimizer_config: {adamw: {nope: 1}}", "optimizer_config.adamw is {'nope': 1}: "),
+        ("optimizer_config: {adamw: 3}", "optimizer_config.adamw is 3: "),
+        ("optimizer_config: {adamw: [1]}", "optimizer_config.adamw is [1]: "),
+        ("optimizer_config: {adamw: {betas: 3}}", "optimizer_config.adamw is {'betas': 3}: "),
+        ("optimizer_config: {adamw: {betas: [0.9]}}", "optimizer_config.adamw is {'betas': [0.9"),
+        ("optimizer_config: {adamw: {betas: [a, b]}}", "optimizer_config.adamw is {'betas'"),
+        ("optimizer_config: {adamw: {weight_decay: x}}", "optimizer_config.adamw is {'weight_d"),
+        ("optimizer_config: {adamw: {learning_rate: 3}}", "optimizer_config.adamw is {'learn"),
+        ("optimizer_config: {adamw: {1: 2}}", "optimizer_config.adamw is {1: 2}"),
+        ("lr_schedule: {}", "lr_schedule is {}, expected a name (cosine_decay, "),
+        ("lr_schedule: {name: cosine_decay}", "and a list of arguments"),
+        ("lr_schedule: {name: join_schedules, arguments: [1]}", "expected a name (cosine_decay"),
+        ("lr_schedule: {name: [x], arguments: [1]}", "expected a name (cosine_decay"),
+        ("lr_schedule: {name: cosine_decay, arguments: []}", "lr_schedule {'name': "),
+        ("lr_schedule: {name: cosine_decay, arguments: [1, 2, 3, 4]}", "lr_schedule {'name': "),
+        ("lr_schedule: {name: cosine_decay, arguments: [x, 10]}", "lr_schedule {'name': "),
+        ("lr_schedule: {name: cosine_decay, arguments: [1, 0]}", "must be greater than 0"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: x}", "lr_schedule {'"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: 0.5}", "lr_schedule {'"),
+        ("lr_schedule: {name: cosine_decay, arguments: [.nan, 9]}", "it gives no number"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], end: 2}", "unknown 'end', expected"),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_line_before_anything_is_written(tmp_path, settings, said):
+    result = train(tmp_path / "run", *SMALL_TREES, yaml=settings)
+    assert_one_error(result, 1, said)
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

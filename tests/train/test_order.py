@@ -1,0 +1,126 @@
+"""The order of training: every example once an epoch, from any place on as from the beginning."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.errors import DataError
+from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.order import WINDOW, Place, Rows, by_length, shuffled
+
+K, B = 4, 3
+SEED = (7, 0)
+
+
+def examples(count: int) -> list[TokenizedExample]:
+    """Prompts of many lengths, each with an id of its own."""
+    return [TokenizedExample([Segment([i] * (1 + i * 37 % 101))], [i, 0]) for i in range(count)]
+
+
+def epochs(count: int, number: int, seed=SEED) -> list[list[Rows]]:
+    per_epoch = count // B
+    batches = list(islice(shuffled(examples(count), B, K, seed, Place()), number * per_epoch))
+    return [batches[i * per_epoch : (i + 1) * per_epoch] for i in range(number)]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 100, 3 * WINDOW, 3 * WINDOW + 1, 3 * WINDOW * 2 + 5])
+def test_an_epoch_reads_each_example_at_most_once_and_leaves_less_than_a_batch(count):
+    for epoch in epochs(count, 3):
+        read = [i for rows in epoch for i in rows.indices]
+        assert len(set(read)) == len(read) == count - count % B
+        assert all(len(rows.indices) == B for rows in epoch)
+
+
+def test_indices_and_examples_belong_together():
+    data = examples(50)
+    for rows in epochs(50, 1)[0]:
+        assert rows.examples == [data[i] for i in rows.indices]
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    one, two, three = ([rows.indices for rows in epoch] for epoch in epochs(100, 3))
+    assert one != two != three != one
+
+
+def test_what_an_epoch_leaves_over_is_read_in_others():
+    left = [set(range(101)) - {i for r in epoch for i in r.indices} for epoch in epochs(101, 8)]
+    assert all(len(part) == 2 for part in left)
+    assert len(set().union(*left)) > 4
+
+
+def test_the_same_seed_gives_the_same_order_and_another_gives_another():
+    def order(seed):
+        return [rows.indices for rows in epochs(100, 1, seed)[0]]
+
+    assert order((7, 0)) == order((7, 0))
+    assert order((7, 0)) != order((8, 0))
+    assert order((7, 0)) != order((7, 1))
+
+
+def test_the_order_of_a_seed_never_changes():
+    """Written down: a run must go on with a newer release, and numpy, as it began."""
+    first = [rows.indices for rows in islice(shuffled(examples(20), B, K, SEED, Place()), 3)]
+    assert first == [[5, 16, 19], [1, 12, 4], [11, 3, 14]]
+
+
+@pytest.mark.parametrize("count", [10, 100])
+def test_from_any_place_on_the_batches_are_those_from_the_beginning(count):
+    data = examples(count)
+    whole = list(islice(shuffled(data, B, K, SEED, Place()), 3 * (count // B)))
+    for read, rows in enumerate(whole[:-2], 1):
+        rest = list(islice(shuffled(data, B, K, SEED, rows.place), 2))
+        assert rest == whole[read : read + 2]
+
+
+def test_a_place_counts_batches_and_begins_anew_in_each_epoch():
+    places = [rows.place for epoch in epochs(10, 2) for rows in epoch]
+    wanted = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    assert [(place.epoch, place.batch) for place in places] == wanted
+
+
+def test_the_examples_of_a_batch_are_of_similar_length():
+    def spread(batches: list[list[TokenizedExample]]) -> float:
+        lengths = [[len(example.prompt_ids) for example in batch] for batch in batches]
+        return sum(max(part) - min(part) for part in lengths) / len(lengths)
+
+    data = examples(B * WINDOW)
+    unsorted = [data[i : i + B] for i in range(0, len(data), B)]
+    assert spread([rows.examples for rows in epochs(len(data), 1)[0]]) < spread(unsorted) / 5
+
+
+def test_batches_are_not_read_from_short_to_long():
+    lengths = [len(rows.examples[0].prompt_ids) for rows in epochs(B * WINDOW, 1)[0]]
+    assert lengths != sorted(lengths)
+
+
+def test_only_a_window_of_examples_is_read_ahead():
+    """Trees are drawn when they are asked for: an epoch of a million must not be drawn at once."""
+
+    class Counting(list):
+        asked = 0
+
+        def __getitem__(self, index):
+            self.asked += 1
+            return super().__getitem__(index)
+
+    data = Counting(examples(1000))
+    next(shuffled(data, B, K, SEED, Place()))
+    assert data.asked == B * WINDOW
+
+
+def test_fewer_examples_than_a_batch_takes_are_refused():
+    with pytest.raises(DataError, match="found 2 examples to train on, expected at least --batch"):
+        next(shuffled(examples(2), B, K, SEED, Place()))
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_validation_reads_every_example_once_the_shortest_first(count):
+    data = examples(count)
+    batches = by_length(data, B, K)
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert [len(batch) for batch in batches[:-1]] == [B] * (len(batches) - 1)
+    lengths = [-(-len(data[i].prompt_ids) // K) for batch in batches for i in batch]
+    assert lengths == sorted(lengths)

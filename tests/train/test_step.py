@@ -1,0 +1,97 @@
+"""The optimizer step: a token weighs the same wherever it is, and gradients are clipped as one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.train.step import Stepper
+from tests.train.test_loss import PAD, V, examples, model_of
+
+
+def stepper_of(max_grad_norm=0.0, optimizer=None):
+    """SGD: its update is the gradient itself, so gradients can be read off the weights."""
+    model = model_of(True)
+    optimizer = optimizer or optim.SGD(0.1)
+    optimizer.init(model.trainable_parameters())
+    loss = partial(answer_loss, AnswerHead(model))
+    return model, Stepper(model, optimizer, loss, max_grad_norm, Ranks())
+
+
+def train_on(stepper, *batches):
+    """One update over some batches: the mean loss of a token, and how many tokens."""
+    totals = None
+    for batch in batches:
+        totals = stepper.add(batch, totals)
+    update = stepper.update(totals)
+    return update.loss.item() / update.tokens.item(), update.tokens.item(), update.grad_norm.item()
+
+
+def weights(model):
+    return {name: mx.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+
+
+def moved(model, before):
+    return {name: before[name] - array for name, array in weights(model).items()}
+
+
+def test_accumulated_batches_equal_one_batch():
+    """Unequal parts: a mean of means would differ (DESIGN section 8)."""
+    rows = examples(7, seed=4)
+    whole, one = stepper_of()
+    parts, two = stepper_of()
+    loss, tokens, norm = train_on(one, make_batch(rows, 3, PAD, V))
+    found = train_on(two, make_batch(rows[:1], 3, PAD, V), make_batch(rows[1:], 3, PAD, V))
+    assert found == (pytest.approx(loss, abs=1e-5), tokens, pytest.approx(norm, rel=1e-4))
+    for name, array in weights(whole).items():
+        assert mx.abs(array - weights(parts)[name]).max().item() < 1e-5, name
+
+
+def test_the_reported_loss_is_the_mean_over_answer_tokens():
+    _, stepper = stepper_of()
+    batch = make_batch(examples(), 3, PAD, V)
+    plain = model_of(True)
+    total, tokens = answer_loss(AnswerHead(plain), plain, batch)
+    loss, count, _ = train_on(stepper, batch)
+    assert (loss, count) == (pytest.approx(total.item() / tokens.item(), rel=1e-5), tokens.item())
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    batch = make_batch(examples(), 3, PAD, V)
+    free, loose = stepper_of()
+    held, tight = stepper_of(max_grad_norm=0.5)
+    before = weights(free)
+    _, _, told = train_on(loose, batch)
+    train_on(tight, batch)
+    gradients, clipped = moved(free, before), moved(held, before)
+    norm = mx.sqrt(sum((g**2).sum() for g in gradients.values())).item() / 0.1
+    assert norm > 0.5
+    assert told == pytest.approx(norm, rel=1e-3)
+    for name, gradient in gradients.items():
+        assert mx.allclose(clipped[name], gradient * (0.5 / norm), rtol=1e-3, atol=1e-6), name
+
+
+def test_training_learns_the_answers_of_a_batch():
+    _, stepper = stepper_of(1.0, optim.AdamW(1e-3))
+    batch = make_batch(examples(8), 3, PAD, V)
+    losses = [train_on(stepper, batch)[0] for _ in range(12)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_nothing_is_read_off_the_device_during_a_step(monkeypatch):
+    """A step that waits for the device leaves it idle while the next batch is made."""
+    _, stepper = stepper_of()
+    batches = [make_batch(examples(4, seed), 3, PAD, V) for seed in range(2)]
+
+    def wait(*arrays):
+        raise AssertionError("the step waited")
+
+    monkeypatch.setattr(mx, "eval", wait)
+    stepper.update(stepper.add(batches[1], stepper.add(batches[0], None)))
