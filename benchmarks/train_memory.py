@@ -22,7 +22,7 @@ from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train import session
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.settings import from_layers
+from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.setup import Run
 
 BASE = Path(__file__).parents[1] / "tests" / "fixtures" / "upstream_tied_k4" / "base"
@@ -81,7 +81,7 @@ def main() -> None:
         return meters
 
     with tempfile.TemporaryDirectory() as folder:
-        config = from_layers(
+        config = TrainSettings.of(
             {
                 "model": options.model,
                 "task": "textualized-tree",

@@ -13,6 +13,10 @@ class KMergeError(Exception):
     """Base of everything that is the input's fault and not a bug."""
 
 
+class SettingsError(KMergeError):
+    """Settings of the wrong type, out of range, or that exclude each other."""
+
+
 class CheckpointError(KMergeError):
     """A PyTorch or PEFT checkpoint that cannot be read or cannot be converted."""
 

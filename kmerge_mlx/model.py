@@ -25,6 +25,7 @@ from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS, is_int
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 
@@ -63,27 +64,36 @@ def load(
         ModelError: The base cannot be found, loaded or given virtual ids.
         AdapterError: The adapter is torn, has no such K, or is for another base.
     """
-    if adapter_path is None and k not in (None, 1):
-        raise AdapterError(f"--k {k} needs a merge encoder: give --adapter-path")
-    adapter = None if adapter_path is None else load_adapter(adapter_path, k)
-    path = base.resolve(path_or_hf_repo, revision)
+    source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
+    model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_source(
+    source: Source,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    lazy: bool = False,
+    max_blocks: int = MAX_BLOCKS,
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Loads what a source names; as :func:`load`, and always with the base's config."""
+    adapter = None if source.adapter is None else load_adapter(source.adapter)
+    path, name = source.path, source.model
     config = base.read_config(path)
     if adapter is not None:
-        check_fit(adapter, config, str(path_or_hf_repo))
+        check_fit(adapter, config, name)
     try:
         model, config = load_model(
-            path, lazy=lazy, model_config=config, trust_remote_code=trust_remote_code
+            path, lazy=lazy, model_config=config, trust_remote_code=source.trust_remote_code
         )
     except base.LOAD_ERRORS as error:
-        raise ModelError(f"cannot load {path_or_hf_repo}: {first_line(error)}") from error
-    name = str(path_or_hf_repo)
-    tokenizer = base.read_tokenizer(path, config, name, trust_remote_code, tokenizer_config)
+        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
+    tokenizer = base.read_tokenizer(path, config, name, source.trust_remote_code, tokenizer_config)
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:
         attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
     widen(model, path)
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+    return model, tokenizer, config
 
 
 def padding_of(adapter: Adapter, tokenizer: Any) -> int:

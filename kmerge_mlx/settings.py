@@ -1,18 +1,21 @@
-"""What the command line and the checks know of one setting.
+"""One declaration a setting: its default, range, flag, YAML key and help.
 
-Owns: the kinds of values a setting may have, and the one line that says why a value is none of
-them. Does not know which settings there are.
+A command's settings are a frozen dataclass below :class:`Settings`, and each field is an
+:func:`option`. The checks, the YAML file and (in ``cli/inputs.py``) the flags are made from it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import Field, dataclass, field
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.errors import short
+from kmerge_mlx.errors import SettingsError, findings, short
+from kmerge_mlx.prompts.policy import MERGES
 
 SIZE = "size"
 """Kind of a number of bytes: a whole number, or text such as 4GB."""
@@ -37,32 +40,35 @@ class Option:
     """A setting, without its name and default.
 
     Args:
-        kind: ``int``, ``float``, ``bool``, ``str``, ``dict``, ``list`` or ``SIZE``.
+        kind: ``int``, ``float``, ``bool``, ``str``, ``SIZE``, ``list`` (a flag takes text with
+            commas) or ``dict`` (a flag takes a JSON object).
         help: One sentence.
         low: Smallest value.
         high: Largest value.
         choices: The only values.
+        many: Whether the flag may be given several times; the value is then a tuple.
         group: Heading in the help.
+        flags: The flags, the first of which errors name. Default: ``--name-of-the-field``.
+        argument: What a positional argument is called in the help; it has no flag.
+        required: Whether the command line must name it.
         yaml_only: Whether it has no flag.
-        fixed: Whether a resumed run must have the same.
-        flags: Other than the name's own.
+        fixed: Whether a resumed training run must have the same.
+        shown: What the help calls the default, where the value itself says nothing.
     """
 
     kind: type | str
     help: str
     low: float | None = None
     high: float | None = None
-    choices: tuple[str, ...] = ()
-    group: str = "Training"
+    choices: tuple[Any, ...] = ()
+    many: bool = False
+    group: str | None = None
+    flags: tuple[str, ...] = ()
+    argument: str | None = None
+    required: bool = False
     yaml_only: bool = False
     fixed: bool = True
-    flags: tuple[str, ...] = ()
-
-
-def parse_size(text: str) -> int:
-    """Bytes that a text such as ``4GB`` means; K, M, G and T are powers of 1000, as in mlx-lm."""
-    number, unit = _SIZE.fullmatch(text.strip()).groups()
-    return int(Decimal(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+    shown: str | None = None
 
 
 def option(default: Any, kind: type | str, help: str, **more: Any) -> Any:
@@ -73,38 +79,143 @@ def option(default: Any, kind: type | str, help: str, **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def argument(name: str, help: str, kind: type = str, **more: Any) -> Any:
+    """A positional argument, called ``name`` in the help; required unless ``required=False``."""
+    more.setdefault("required", True)
+    return option(() if more.get("many") else None, kind, help, argument=name, **more)
+
+
 def option_of(field_: Field) -> Option:
     """The option that a field carries."""
     return field_.metadata["option"]
 
 
-def shown(field_: Field) -> str:
-    """What to call a setting in an error: its flag, or its YAML key if it has none."""
-    if option_of(field_).yaml_only:
-        return field_.name
-    return "--" + field_.name.replace("_", "-")
+def flags_of(field_: Field) -> tuple[str, ...]:
+    """The flags of a setting, the first of which stands for it; empty where it has none."""
+    own = option_of(field_)
+    if own.yaml_only or own.argument:
+        return ()
+    return own.flags or ("--" + field_.name.replace("_", "-"),)
 
 
-def problem(field_: Field, value: Any) -> str | None:
-    """What is wrong with a value, in one line, or None.
+def parse_size(text: str) -> int:
+    """Bytes that a text such as ``4GB`` means; K, M, G and T are powers of 1000, as in mlx-lm."""
+    number, unit = _SIZE.fullmatch(text.strip()).groups()
+    return int(Decimal(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of every command's settings: a value that cannot be is refused when it is made.
+
+    Raises:
+        SettingsError: All that is wrong, listed. A setting stands in backticks.
+    """
+
+    NAME: ClassVar[str] = "settings"
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {}
+    """Keys of mlx-lm's files that are not settings here, and what to do instead."""
+
+    def __post_init__(self) -> None:
+        problems = [p for f in fields(self) for p in problems_of(f, getattr(self, f.name))]
+        if problems := problems or self.clashes():
+            raise SettingsError(findings(self.NAME, problems))
+
+    def clashes(self) -> list[str]:
+        """What is wrong with settings that are good alone, one line each."""
+        return []
+
+    @classmethod
+    def of(cls, *layers: Mapping[str, Any]) -> Self:
+        """Makes settings from layers, the later of which win; None leaves a setting as it was.
+
+        Raises:
+            SettingsError: An unknown name (with what is near it), or as for the class.
+        """
+        known = {f.name: f for f in fields(cls)}
+        given: dict[str, Any] = {}
+        for layer in layers:
+            if unknown := [str(name) for name in layer if name not in known]:
+                raise SettingsError(findings(cls.NAME, [cls._unknown(n, known) for n in unknown]))
+            given |= {name: value for name, value in layer.items() if value is not None}
+        for name, value in given.items():
+            if option_of(known[name]).many:
+                given[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+        made = cls(**given)
+        object.__setattr__(made, "_given", given)
+        return made
+
+    def given(self) -> dict[str, Any]:
+        """The settings that somebody named, as :meth:`of` received them."""
+        return getattr(self, "_given", {})
+
+    def over(self, saved: Mapping[str, Any]) -> Self:
+        """The same settings, with others in the place of those that nobody named."""
+        return type(self).of(saved, self.given())
+
+    def refuse_foreign(self, chosen: str, own: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuses settings of another choice (a task, say): ignored, they would mislead.
+
+        Args:
+            chosen: The choice.
+            own: By choice, the settings that not all choices have.
+
+        Raises:
+            SettingsError: Names them.
+        """
+        foreign = {name for names in own.values() for name in names} - set(own[chosen])
+        named = [name for name in self.given() if name in foreign]
+        if named:
+            raise SettingsError(
+                findings(self.NAME, [f"`{name}` is not an option of {chosen}" for name in named])
+            )
+
+    @classmethod
+    def setting(cls, name: str, **changed: Any) -> Any:
+        """One setting of this class as a field of another, with some of its option changed."""
+        (found,) = (f for f in fields(cls) if f.name == name)
+        default = changed.pop("default", found.default)
+        return field(default=default, metadata={"option": replace(option_of(found), **changed)})
+
+    @classmethod
+    def _unknown(cls, name: str, known: Mapping[str, Field]) -> str:
+        if name in cls.ELSEWHERE:
+            return f"{name}: {cls.ELSEWHERE[name]}"
+        near = get_close_matches(name.replace("-", "_"), known, 1)
+        return f"unknown setting {short(name)}" + (f", did you mean {near[0]}?" if near else "")
+
+
+def problems_of(field_: Field, value: Any) -> list[str]:
+    """What is wrong with a setting's value, one line each.
 
     Args:
         field_: The setting's field.
         value: What it was given; None where that is its default.
     """
-    option, name = option_of(field_), shown(field_)
+    own = option_of(field_)
     if value is None and field_.default is None:
-        return None
+        return []
+    name = own.argument or f"`{field_.name}`"
+    values = value if own.many and isinstance(value, tuple) else (value,)
+    return [problem for each in values if (problem := _problem(own, name, each))]
+
+
+def _problem(option: Option, name: str, value: Any) -> str | None:
     if not _is_kind(option.kind, value) or (option.choices and value not in option.choices):
         expected = _WORDS[option.kind]
         if option.choices:
-            expected = f"one of {', '.join(option.choices)}"
+            expected = f"one of {', '.join(map(str, option.choices))}"
         return f"{name} is {short(value)}, expected {expected}"
     if option.low is not None and value < option.low:
         return f"{name} is {value}, expected at least {option.low}"
     high = MAX_INT if option.kind is int and option.high is None else option.high
     if high is not None and value > high:
         return f"{name} is {short(value)}, expected at most {high}"
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are not text
+            return f"{name} is not UTF-8"
     return None
 
 
@@ -118,3 +229,84 @@ def _is_kind(kind: type | str, value: Any) -> bool:
     if kind is list:
         return isinstance(value, list | tuple)
     return isinstance(value, kind)
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which base model and adapter a command uses."""
+
+    model: str | None = option(
+        None,
+        str,
+        "Base model: a folder or a Hugging Face repo id (user/name@revision). Default: the one the "
+        "adapter names; without an adapter, the bundled model.",
+        fixed=False,
+    )
+    adapter_path: str | None = option(
+        None,
+        str,
+        "Adapter folder, as `kmerge-mlx convert` writes it, or a hub repo of one "
+        "(user/name@revision). Default: the one that the model's folder carries, if any.",
+        fixed=False,
+    )
+    k: Any = option(
+        None,
+        int,
+        "Merge factor K: how many tokens one position stands for. Default: the only one there is; "
+        "of the bundled model's, 4.",
+        low=1,
+        flags=("--k", "--merge-factor"),
+    )
+    trust_remote_code: bool = option(
+        False, bool, "Let the base model's own Python files run.", fixed=False
+    )
+
+
+@dataclass(frozen=True)
+class LayoutSettings(Settings):
+    """What of a prompt merges, and whether the chat template applies."""
+
+    merges: str | None = option(
+        None,
+        str,
+        "What merges where nothing is said: long contexts, or all, chat template and question too. "
+        "(A FILE beside a --prompt always merges, and that prompt never.) Default: as the adapter "
+        "was trained.",
+        choices=MERGES,
+    )
+    merge_threshold: int | None = option(
+        None,
+        int,
+        "Fewest tokens of a conversation's text that merges as a context. Default: as the adapter "
+        "was trained.",
+        low=1,
+    )
+    chat_template: bool | None = option(
+        None,
+        bool,
+        "Wrap the text in the tokenizer's chat template, or use it bare. Default: as the adapter "
+        "was trained.",
+        flags=("--apply-chat-template/--ignore-chat-template",),
+    )
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How tokens are chosen: the options of ``mlx_lm.generate`` that a server has too."""
+
+    temp: float = option(0.0, float, "Sampling temperature; 0 is greedy.", low=0)
+    top_p: float = option(1.0, float, "Sampling top-p.", low=0, high=1)
+    min_p: float = option(0.0, float, "Sampling min-p.", low=0, high=1)
+    top_k: int = option(0, int, "Sampling top-k; 0 is off.", low=0)
+
+
+@dataclass(frozen=True)
+class CacheSettings(Settings):
+    """How prompts are prefilled, and how KV caches are kept."""
+
+    kv_bits: int | None = option(
+        None, int, "Bits to quantize the KV cache to.", choices=(2, 3, 4, 5, 6, 8)
+    )
+    kv_group_size: int = option(64, int, "Group size of --kv-bits.", choices=(32, 64, 128))
+    quantized_kv_start: int = option(5000, int, "Position from which --kv-bits applies.", low=0)
+    prefill_step_size: int = option(2048, int, "Positions prefilled at once.", low=1)

@@ -16,8 +16,8 @@ from kmerge_mlx import Segment, batch_generate, compress, load, stream_generate
 from kmerge_mlx.adapters.folder import FILES, find_adapters, load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import attach, merged_embedding
-from tests.saved_adapters import refused
 from tests.cli_runner import run
+from tests.saved_adapters import refused
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, write_base
 
 

@@ -24,6 +24,7 @@ from kmerge_mlx.cli.export import export
 from kmerge_mlx.cli.fuse import fuse
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
+from kmerge_mlx.cli.inputs import CommandError
 from kmerge_mlx.cli.quantize import quantize
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
@@ -104,6 +105,8 @@ def main() -> None:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         # A missing argument's choices come one to a line.
         _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
+    except CommandError as error:
+        _fail(str(error), error.code)
     except KMergeError as error:
         _fail(str(error), 1)
     except OSError as error:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
+from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
-from kmerge_mlx.cli import options as opt
+
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """What to export, and where to."""
+
+    source: str = argument("ADAPTER", "Adapter folder, or a folder of several K.")
+    destination: str = argument("DST", "Folder to write.")
+    k: int | None = ModelSettings.setting("k")
+    force: bool = option(False, bool, "Replace an exported adapter at DST.")
 
 
-def export(
-    source: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="Adapter folder, or a folder of several K.")
-    ],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write.")],
-    k: opt.MergeFactor = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an exported adapter at DST.")
-    ] = False,
-) -> None:
+@command(ExportSettings)
+def export(settings: ExportSettings) -> None:
     """Turn an adapter folder back into a PyTorch checkpoint.
 
     DST gets encoder.pth, a PEFT LoRA, and kmerge.json for what those cannot say: the paper's code
@@ -34,12 +35,13 @@ def export(
     from kmerge_mlx.convert.export import export_adapter
     from kmerge_mlx.prompts.policy import ALL
 
-    adapter = export_adapter(source, destination, k, force)
+    adapter = export_adapter(settings.source, settings.destination, settings.k, settings.force)
     merge = adapter.merge
     tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
     size = sum(array.nbytes for array in tensors.values())
     print(
-        f"{destination}: K = {merge.merge_factor}, {len(tensors)} tensors, {size / 1e6:.1f} MB, "
+        f"{settings.destination}: K = {merge.merge_factor}, {len(tensors)} tensors, "
+        f"{size / 1e6:.1f} MB, "
         f"base {merge.base.id or 'not named'}",
         file=sys.stderr,
     )

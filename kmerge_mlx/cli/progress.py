@@ -18,7 +18,7 @@ from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.dataset import prompt_compression
 from kmerge_mlx.train.loop import Watcher
 from kmerge_mlx.train.session import Outcome
-from kmerge_mlx.train.settings import TrainConfig
+from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.setup import Run
 
 SECONDS_BETWEEN_LINES = 30
@@ -70,7 +70,7 @@ class TrainingBar(Watcher):
 
     def __init__(self, run: Run):
         self._run = run
-        self._config: TrainConfig = run.config
+        self._config: TrainSettings = run.config
         self._bar: Any = None
         self._valid: Any = None
 

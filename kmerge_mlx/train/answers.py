@@ -17,7 +17,7 @@ from kmerge_mlx.errors import TrainError
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.train.checkpoint import TRAINING
 from kmerge_mlx.train.dataset import Limits, TokenizedSet
-from kmerge_mlx.train.settings import TrainConfig
+from kmerge_mlx.train.settings import TrainSettings
 
 ANSWERS = "answers.json"
 _AT_ONCE = 32
@@ -29,7 +29,7 @@ def write_answers(
     model: nn.Module,
     tokenizer: Any,
     sets: Mapping[str, TokenizedSet],
-    config: TrainConfig,
+    config: TrainSettings,
     progress: Callable[[int, int], None],
 ) -> Answers:
     """Lets the base answer every row that has no answer.

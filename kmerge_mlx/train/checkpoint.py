@@ -86,8 +86,8 @@ class Identity:
     """What a resumed run must have in common with the one it goes on with.
 
     Args:
-        settings: See ``TrainConfig.settings``.
-        fixed: See ``TrainConfig.fixed``.
+        settings: See ``TrainSettings.settings``.
+        fixed: See ``TrainSettings.fixed``.
         base: Digest of the base model's files.
         data: Digest of each stage's training and validation set.
         ranks: How many machines.

@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.errors import TrainError, first_line, short
-from kmerge_mlx.train.settings import OPTIMIZERS, TrainConfig
+from kmerge_mlx.train.settings import OPTIMIZERS, TrainSettings
 
 _CLASSES = dict(
     zip(OPTIMIZERS, (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor), strict=True)
@@ -27,7 +27,7 @@ _CLASSES = dict(
 _SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 
 
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
+def make_optimizer(config: TrainSettings) -> optim.Optimizer:
     """Makes the optimizer of a run, its state not initialised yet.
 
     Raises:

@@ -19,7 +19,7 @@ from kmerge_mlx.train.answers import ANSWERS, give_answers, read_answers, write_
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING
 from kmerge_mlx.train.loop import Trainer
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.settings import TrainConfig
+from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.setup import Run, prepare
 from kmerge_mlx.train.stages import Bar, limits_of
 from kmerge_mlx.train.teacher_file import StoredTeacher, store
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig,
+    config: TrainSettings,
     bar: Bar,
     watch: Callable[[Run], Sequence[TrainingCallback]],
     ranks: Ranks,
@@ -133,7 +133,7 @@ def _sets(run: Run) -> dict:
     return {n: s for n, s in (("train", stage.train), ("valid", stage.valid)) if s is not None}
 
 
-def _reporters(config: TrainConfig) -> list[TrainingCallback]:
+def _reporters(config: TrainSettings) -> list[TrainingCallback]:
     """mlx-lm's callbacks for the services that ``--report-to`` names."""
     if not config.report_to:
         return []

@@ -1,7 +1,7 @@
 """Every setting of a training run: name, default, flag, help and check, each stated once.
 
-Owns :class:`TrainConfig`, from which the command line, the YAML keys, ``--print-config`` and the
-comparison with a resumed run are all made. Knows nothing of arrays: ``kmerge-mlx train --help``
+Owns :class:`TrainSettings`, from which the command line, the YAML keys, ``--print-config`` and the
+comparison with a resumed run are all made. Knows nothing of arrays: ```kmerge-mlx train --help``
 imports it.
 
 Source: names and defaults are those of ``mlx_lm.lora`` (a test compares them); what belongs to the
@@ -10,16 +10,14 @@ method (K, LoRA, optimizer, learning rate) is the paper's, arXiv 2604.15153 sect
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.adapters.tuning import FULL, LORA
 from kmerge_mlx.config import DATA_SEED, TASKS, is_number
-from kmerge_mlx.errors import TrainError, findings, short
+from kmerge_mlx.errors import short
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout
-from kmerge_mlx.settings import SIZE, option, option_of, parse_size, problem, shown
+from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 REPORTERS = ("wandb", "swanlab")
@@ -32,13 +30,12 @@ MOST_TOKENS = 1024
 LORA_PARAMETERS = {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
 """The paper's r = 4, alpha = 16; no keys means every linear layer and the output head."""
 
-# Keys of mlx-lm's files that have no place here, and what to do instead.
 ELSEWHERE = {
     "train": "training is what this command does: remove it",
     "mask_prompt": "the loss is on answers alone, always: remove it",
     "test": "there is no test after training here: remove it",
     "test_batches": "there is no test after training here: remove it",
-    "resume_adapter_file": "give an adapter folder as init_from, or --resume to go on with a run",
+    "resume_adapter_file": "give an adapter folder as init_from, or `resume` to go on with a run",
     "config": "a config file cannot name another",
 }
 
@@ -52,12 +49,15 @@ _OUT = {"group": "Output", "fixed": False}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainSettings(Settings):
     """The settings of a run; each field's ``Option`` says what it means.
 
     Raises:
-        TrainError: Settings of the wrong type or out of range, all of them listed.
+        SettingsError: Settings of the wrong type or out of range, all of them listed.
     """
+
+    NAME = "train"
+    ELSEWHERE = ELSEWHERE
 
     model: str | None = option(
         None, str, "Base model: a folder or a Hugging Face repo id.", **_PLACE
@@ -148,7 +148,7 @@ class TrainConfig:
         "Merge factor K: tokens a position stands for; 1 trains without merging.",
         low=1,
         high=MOST_TOKENS,
-        flags=("--merge-factor",),
+        flags=("--k", "--merge-factor"),
         **_MERGE,
     )
     encoder_factor: float | None = option(
@@ -263,39 +263,36 @@ class TrainConfig:
     )
     project_name: str | None = option(None, str, "Project name for --report-to.", **_OUT)
 
-    def __post_init__(self) -> None:
-        problems = [p for f in fields(self) if (p := problem(f, getattr(self, f.name)))]
-        if not problems:
-            problems = [*self._clashes(), *self._misfits()]
-        if problems:
-            raise TrainError(findings("train", problems))
+    def clashes(self) -> list[str]:
+        """What is wrong with settings that are good alone, one line each."""
+        return [*self._clashes(), *self._misfits()]
 
     def _clashes(self) -> list[str]:
         """Settings that are good alone and not together."""
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
         trees, k1 = self.task == TASKS[0], self.k == 1
         rules = {
-            f"found {' and '.join(sources)}, expected one of --data, --task and hf_dataset": (
+            f"found {' and '.join(sources)}, expected one of `data`, `task` and hf_dataset": (
                 len(sources) > 1
             ),
-            "--curriculum is for --task textualized-tree": bool(self.curriculum) and not trees,
-            "--encoder-context, --encoder-factor and --encoder-warmup need --k 2 or more": (
+            "`curriculum` is for `task` textualized-tree": bool(self.curriculum) and not trees,
+            "`encoder_context`, `encoder_factor` and `encoder_warmup` need `k` of 2 or more": (
                 k1 and bool(self.encoder_context or self.encoder_factor or self.encoder_warmup)
             ),
-            "--teacher-top-k, --teacher-file and --teacher-answers need --teacher base": (
+            "`teacher_top_k`, `teacher_file` and `teacher_answers` need `teacher`": (
                 self.teacher is None
                 and bool(self.teacher_top_k or self.teacher_file or self.teacher_answers)
             ),
-            "--teacher-file needs --teacher-top-k: whole distributions are too large to store": (
+            "`teacher_file` needs `teacher_top_k`: whole distributions are too large to store": (
                 bool(self.teacher_file) and not self.teacher_top_k
             ),
-            "--teacher-file and --teacher-answers need --data: a task's trees are always fresh": (
+            "`teacher_file` and `teacher_answers` need `data`: a task's trees are always fresh": (
                 trees and bool(self.teacher_file or self.teacher_answers)
             ),
-            "--k 1 has no encoder, and lora_parameters.keys is empty: nothing is left to train": (
+            "`k` = 1 has no encoder, and lora_parameters.keys is empty: nothing is left to train": (
                 k1 and self.fine_tune_type == LORA and self.lora()["keys"] in ([], ())
             ),
-            "--resume and --force exclude each other": self.resume and self.force,
+            "`resume` and `force` exclude each other": self.resume and self.force,
         }
         return [text for text, broken in rules.items() if broken]
 
@@ -311,8 +308,8 @@ class TrainConfig:
             f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
                 not is_number(dropout) or not 0 <= dropout < 1
             ),
-            "--num-layers is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
-            f"--report-to is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
+            "`num_layers` is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
+            f"`report_to` is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
                 bool(self.report_to) and any(name.strip() not in REPORTERS for name in reporters)
             ),
         }
@@ -325,7 +322,7 @@ class TrainConfig:
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run, and every machine, must have the same of."""
-        return {shown(f): getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
+        return {f.name: getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
 
     @property
     def cache_limit(self) -> int:
@@ -340,27 +337,3 @@ class TrainConfig:
     def lora(self) -> dict[str, Any]:
         """LoRA's rank, scale, dropout and keys, those that were not given being the paper's."""
         return {**LORA_PARAMETERS, **self.lora_parameters}
-
-
-def from_layers(*layers: Mapping[str, Any]) -> TrainConfig:
-    """Makes a config of layers, the later of which win; None leaves a setting as it was.
-
-    Raises:
-        TrainError: An unknown name (named with what is near it), or as for TrainConfig.
-    """
-    known = {f.name for f in fields(TrainConfig)}
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        if unknown := [name for name in layer if name not in known]:
-            raise TrainError(findings("train", [_unknown(str(name), known) for name in unknown]))
-        merged |= {name: value for name, value in layer.items() if value is not None}
-    if isinstance(merged.get("hf_dataset"), Mapping):
-        merged["hf_dataset"] = [merged["hf_dataset"]]
-    return replace(TrainConfig(), **merged)
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    if name in ELSEWHERE:
-        return f"{name}: {ELSEWHERE[name]}"
-    near = get_close_matches(name.replace("-", "_"), known, 1)
-    return f"unknown setting {short(name)}" + (f", did you mean {near[0]}?" if near else "")

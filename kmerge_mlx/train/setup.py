@@ -33,7 +33,7 @@ from kmerge_mlx.model import attach, check_fit, load, output_head, padding_of, w
 from kmerge_mlx.train.checkpoint import Identity, State, check_run_destination, read_state
 from kmerge_mlx.train.distill import Teacher
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainConfig
+from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
 from kmerge_mlx.train.stages import Bar, Stage, load_stages
 
 
@@ -55,7 +55,7 @@ class Run:
         teacher: Where there is one.
     """
 
-    config: TrainConfig
+    config: TrainSettings
     path: Path
     model: nn.Module
     tokenizer: Any
@@ -68,7 +68,7 @@ class Run:
     teacher: Teacher | None = None
 
 
-def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
+def prepare(config: TrainSettings, bar: Bar, ranks: Ranks) -> Run:
     """Loads and checks everything, so that nothing but the disk and the arithmetic can fail later.
 
     Args:
@@ -131,7 +131,7 @@ def prepare(config: TrainConfig, bar: Bar, ranks: Ranks) -> Run:
     )
 
 
-def _given(config: TrainConfig, resumed: bool) -> Adapter | None:
+def _given(config: TrainSettings, resumed: bool) -> Adapter | None:
     """The adapter that a run goes on with, or begins from, or None."""
     source = config.adapter_path if resumed else config.init_from
     try:
@@ -144,7 +144,7 @@ def _given(config: TrainConfig, resumed: bool) -> Adapter | None:
         raise TrainError(f"{flag}: {error}") from error
 
 
-def _check_base(config: TrainConfig, adapter: Adapter, base_config: dict[str, Any]) -> None:
+def _check_base(config: TrainSettings, adapter: Adapter, base_config: dict[str, Any]) -> None:
     """Refuses another base for a resumed run, in one line: it is the flag that is wrong."""
     try:
         check_fit(adapter, base_config, config.model)
@@ -156,7 +156,7 @@ def _check_base(config: TrainConfig, adapter: Adapter, base_config: dict[str, An
 
 
 def _fresh(
-    config: TrainConfig, model: nn.Module, tokenizer: Any, base_config: dict[str, Any]
+    config: TrainSettings, model: nn.Module, tokenizer: Any, base_config: dict[str, Any]
 ) -> tuple[MergeConfig, Tuning]:
     """What a new adapter is to be."""
     _, table = base.find_embedding(model, config.model)
@@ -174,7 +174,7 @@ def _fresh(
     return _signed(config, merge, tokenizer), tuning
 
 
-def _adopt(config: TrainConfig, adapter: Adapter, tokenizer: Any) -> tuple[MergeConfig, Tuning]:
+def _adopt(config: TrainSettings, adapter: Adapter, tokenizer: Any) -> tuple[MergeConfig, Tuning]:
     """What a given adapter stays when it is trained on; settings that say otherwise are refused."""
     encoder, tuning = adapter.merge.encoder, adapter.tuning
     kind = tuning.to_json()["fine_tune_type"]
@@ -203,7 +203,7 @@ def _adopt(config: TrainConfig, adapter: Adapter, tokenizer: Any) -> tuple[Merge
     return _signed(config, adapter.merge, tokenizer), tuning
 
 
-def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
+def _signed(config: TrainSettings, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
     templated = bool(tokenizer.has_chat_template) and not config.ignore_chat_template
     layout = replace(config.layout(), chat_template=templated)
     provenance = {
@@ -217,7 +217,7 @@ def _signed(config: TrainConfig, merge: MergeConfig, tokenizer: Any) -> MergeCon
     return replace(merge, layout=layout, provenance=provenance)
 
 
-def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | None]:
+def _tuning(config: TrainSettings, model: nn.Module) -> tuple[Tuning, LoRASpec | None]:
     """What of the base is trained, and the LoRA of a tied head, which mlx-lm has no place for."""
     layers = len(model.layers)
     if config.num_layers > layers:
@@ -243,7 +243,7 @@ def _tuning(config: TrainConfig, model: nn.Module) -> tuple[Tuning, LoRASpec | N
     return LoRAConfig(count, parameters["dropout"], spec, tuple(keys)), spec if tied_head else None
 
 
-def _frozen_copy(config: TrainConfig, folder: Path, model: nn.Module) -> nn.Module:
+def _frozen_copy(config: TrainSettings, folder: Path, model: nn.Module) -> nn.Module:
     """The base once more, on the same arrays, its embedding wrapped without merging."""
     copy, _ = load(str(folder), lazy=True, trust_remote_code=config.trust_remote_code)
     copy.update(model.parameters())

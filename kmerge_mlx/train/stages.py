@@ -23,7 +23,7 @@ from kmerge_mlx.data.trees import Stage as TreeStage
 from kmerge_mlx.errors import DataError, TrainError, short
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
 from kmerge_mlx.train.order import batches_of
-from kmerge_mlx.train.settings import TrainConfig
+from kmerge_mlx.train.settings import TrainSettings
 
 TRAIN_SPLITS = ("train", "valid")
 HELD_OUT_TREES = 1000
@@ -56,7 +56,7 @@ class Stage:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def load_stages(config: TrainConfig, tokenizer: Any, bar: Bar) -> list[Stage]:
+def load_stages(config: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage]:
     """Reads, draws or fetches what a config trains on, and checks all of it.
 
     Args:
@@ -75,12 +75,12 @@ def load_stages(config: TrainConfig, tokenizer: Any, bar: Bar) -> list[Stage]:
     return stages
 
 
-def limits_of(config: TrainConfig) -> Limits:
+def limits_of(config: TrainSettings) -> Limits:
     """What the rows of a run must keep to."""
     return Limits(config.k, config.max_seq_length, config.layout())
 
 
-def _only_stage(config: TrainConfig, tokenizer: Any, bar: Bar) -> Stage:
+def _only_stage(config: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     splits = _examples(config, bar)
     if "train" not in splits:
         raise DataError(f"{config.data or 'hf_dataset'} holds no training split (train.jsonl)")
@@ -92,7 +92,7 @@ def _only_stage(config: TrainConfig, tokenizer: Any, bar: Bar) -> Stage:
     return Stage(config.task or "data", sets["train"], sets.get("valid"))
 
 
-def _examples(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
+def _examples(config: TrainSettings, bar: Bar) -> dict[str, ExampleList]:
     names = [f.name for f in fields(RowFormat) if f.name != "answers"]
     given = {name: getattr(config, name) for name in names}
     rows = RowFormat(**given, answers=not config.teacher_answers)
@@ -107,7 +107,7 @@ def _examples(config: TrainConfig, bar: Bar) -> dict[str, ExampleList]:
     return load_examples(config.data, rows, config.skip_bad, TRAIN_SPLITS)
 
 
-def _tree_stages(config: TrainConfig, tokenizer: Any) -> list[Stage]:
+def _tree_stages(config: TrainSettings, tokenizer: Any) -> list[Stage]:
     entries = [*(config.curriculum or [config.stage])]
     found = []
     for number, entry in enumerate(entries, 1):

@@ -15,8 +15,8 @@ from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import adapter_of, attach, check_fit, merged_embedding, wire
-from tests.saved_adapters import refused
 from tests.cli_runner import run
+from tests.saved_adapters import refused
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 

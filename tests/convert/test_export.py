@@ -25,10 +25,10 @@ from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.convert.peft import lora_from_peft
 from kmerge_mlx.convert.peft_write import lora_to_peft
 from kmerge_mlx.prompts.policy import CONTEXTS, Layout
-from tests.saved_adapters import UP, D, Q, R, V, make
 from tests.checkpoints import PREFIX
 from tests.checkpoints import make as make_checkpoint
 from tests.exports import assert_same_tensors, back, bits, exported, specs
+from tests.saved_adapters import UP, D, Q, R, V, make
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "encoder.pth", "kmerge.json"}
 

@@ -21,10 +21,10 @@ from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.errors import CheckpointError
 from kmerge_mlx.prompts.policy import Layout
 from tests import conversions
-from tests.saved_adapters import UP, D, Q, R, make, saved
 from tests.checkpoints import make as make_checkpoint
 from tests.cli_runner import assert_one_error, change_json, run
 from tests.exports import back, exported, refused
+from tests.saved_adapters import UP, D, Q, R, make, saved
 from tests.tiny import qwen2_config, write_base
 
 tied = conversions.tied

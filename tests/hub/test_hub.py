@@ -12,10 +12,10 @@ import pytest
 from kmerge_mlx.adapters.folder import adapter_folder
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.hub.fetch import one_version
-from tests.saved_adapters import saved
 from tests.cli_runner import command, environment, run, run_process
 from tests.hub_runs import assert_said, settings, using
 from tests.hub_server import Repo, running_hub
+from tests.saved_adapters import saved
 
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
 

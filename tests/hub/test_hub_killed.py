@@ -17,10 +17,10 @@ import pytest
 
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig
-from tests.saved_adapters import make
 from tests.cli_runner import environment, run
 from tests.hub_runs import settings, using
 from tests.hub_server import Hub, running_hub
+from tests.saved_adapters import make
 
 DOWNLOAD = """
 import sys

@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kmerge_mlx.adapters.folder import FILES, load_adapter
-from tests.saved_adapters import saved
 from tests.cli_runner import assert_one_error, change_json, run
 from tests.hub_runs import assert_said, using
 from tests.hub_server import running_hub
+from tests.saved_adapters import saved
 
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
 ONE = ("upload", "adapter", "me/one", "--license", "mit")

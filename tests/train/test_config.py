@@ -14,7 +14,7 @@ from mlx_lm.utils import _parse_size
 from kmerge_mlx.cli.train import _as_yaml
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.settings import SIZE, option_of, parse_size, shown
-from kmerge_mlx.train.settings import ELSEWHERE, TrainConfig, from_layers
+from kmerge_mlx.train.settings import ELSEWHERE, TrainSettings
 from tests.cli_runner import assert_one_error, run
 
 # What belongs to the method, and so has the paper's default or must be given.
@@ -22,7 +22,7 @@ OURS = {
     *("model", "data", "num_layers", "lora_parameters", "optimizer", "learning_rate"),
     "optimizer_config",  # the same: no arguments for any optimizer
 }
-FIELDS = {field.name: field for field in fields(TrainConfig)}
+FIELDS = {field.name: field for field in fields(TrainSettings)}
 WRONG = {
     int: ["x", 1.5, True, [1], {}],
     float: ["x", True, float("nan"), float("inf"), [1.0]],
@@ -46,12 +46,12 @@ def printed(*args: object, settings: str | None = None, folder=None) -> dict[str
 
 def refused(**settings: object) -> str:
     with pytest.raises(TrainError) as caught:
-        from_layers(settings)
+        TrainSettings.of(settings)
     return str(caught.value)
 
 
 def test_defaults_are_mlx_lms_but_for_those_that_belong_to_the_method():
-    ours = {name: getattr(TrainConfig(), name) for name in FIELDS}
+    ours = {name: getattr(TrainSettings(), name) for name in FIELDS}
     shared = set(ours) & set(CONFIG_DEFAULTS)
     assert shared >= OURS
     differ = {name for name in shared if ours[name] != CONFIG_DEFAULTS[name]}
@@ -101,8 +101,8 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path):
 
 
 def test_lora_parameters_that_are_not_given_are_the_papers():
-    assert TrainConfig().lora() == {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
-    config = TrainConfig(lora_parameters={"rank": 8})
+    assert TrainSettings().lora() == {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
+    config = TrainSettings(lora_parameters={"rank": 8})
     assert config.lora() == {"rank": 8, "scale": 4.0, "dropout": 0.05, "keys": None}
 
 
@@ -121,7 +121,7 @@ def test_scientific_notation_is_a_number_as_in_mlx_lm(tmp_path, text):
 
 
 def test_printed_settings_read_back_are_the_same_settings(tmp_path):
-    config = TrainConfig(
+    config = TrainSettings(
         model="1e5",  # text that YAML would take for a number, a date, nothing, a truth
         data=None,
         task="textualized-tree",
@@ -142,7 +142,7 @@ def test_printed_settings_read_back_are_the_same_settings(tmp_path):
     )
     file = tmp_path / "printed.yaml"
     file.write_text(_as_yaml(config), encoding="utf-8")
-    assert from_layers(yaml.load(file.read_text(encoding="utf-8"), yaml_loader)) == config
+    assert TrainSettings.of(yaml.load(file.read_text(encoding="utf-8"), yaml_loader)) == config
     again = run("train", "-c", file, "--print-config")
     assert again.out == file.read_text(encoding="utf-8")
 
@@ -280,26 +280,26 @@ def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path):
 @pytest.mark.parametrize("text", ["0", "17", "4GB", "4gb", "1.5G", "2.3GB", "300M", "300 MB"])
 def test_sizes_are_those_of_mlx_lm(text):
     assert parse_size(text) == _parse_size(text)
-    assert TrainConfig(clear_cache_threshold=text).cache_limit == _parse_size(text)
+    assert TrainSettings(clear_cache_threshold=text).cache_limit == _parse_size(text)
 
 
 def test_more_units_than_mlx_lms_are_powers_of_a_thousand():
     assert [parse_size(f"2{unit}") for unit in ("KB", "TB")] == [2_000, 2 * 10**12]
-    assert TrainConfig(clear_cache_threshold=5).cache_limit == 5
+    assert TrainSettings(clear_cache_threshold=5).cache_limit == 5
 
 
 def test_two_configs_share_no_default():
-    TrainConfig().optimizer_config["adam"] = {}
-    TrainConfig().curriculum.append("small")
-    assert (TrainConfig().optimizer_config, TrainConfig().curriculum) == ({}, [])
+    TrainSettings().optimizer_config["adam"] = {}
+    TrainSettings().curriculum.append("small")
+    assert (TrainSettings().optimizer_config, TrainSettings().curriculum) == ({}, [])
 
 
 def test_a_run_begins_again_from_all_settings_but_those_of_the_output():
-    config = TrainConfig(adapter_path="x", force=True, report_to="wandb", iters=3)
+    config = TrainSettings(adapter_path="x", force=True, report_to="wandb", iters=3)
     settings = config.settings()
     outputs = {"adapter_path", "resume", "force", "plot", "report_to", "project_name"}
     assert set(FIELDS) - set(settings) == outputs
-    assert from_layers(settings, {"adapter_path": "x"}).settings() == settings
+    assert TrainSettings.of(settings, {"adapter_path": "x"}).settings() == settings
 
 
 def test_what_a_resumed_run_may_change_is_named_here():
@@ -310,4 +310,4 @@ def test_what_a_resumed_run_may_change_is_named_here():
         *("model", "data", "file", "init_from", "teacher_file", "trust_remote_code"),
         *("iters", "clear_cache_threshold"),
     }
-    assert set(TrainConfig().fixed()) == {shown(FIELDS[name]) for name in set(FIELDS) - free}
+    assert set(TrainSettings().fixed()) == {shown(FIELDS[name]) for name in set(FIELDS) - free}

@@ -20,7 +20,7 @@ from kmerge_mlx.train.engine import Engine
 from kmerge_mlx.train.order import Place, Rows
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.train.settings import TrainConfig, from_layers
+from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.setup import Run, prepare
 from tests.cli_runner import assert_one_error, copy_base
 from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
@@ -41,7 +41,7 @@ def silent(label: str):
 
 def prepared(tmp_path: Path, rows, **settings: object) -> Run:
     given = {"model": str(BASE), "data": str(write_data(tmp_path / "data", rows)), "batch_size": 4}
-    config = from_layers(given | {"adapter_path": str(tmp_path / "run")} | settings)
+    config = TrainSettings.of(given | {"adapter_path": str(tmp_path / "run")} | settings)
     return prepare(config, silent, Ranks())
 
 
@@ -241,7 +241,7 @@ def test_a_second_run_reads_the_file_instead_of_asking(tmp_path, stored, monkeyp
 
 def test_the_file_holds_the_tokens_of_every_answer_position_in_order(stored):
     found = mx.load(str(stored / "teacher.safetensors"))
-    config = TrainConfig(
+    config = TrainSettings(
         model=str(BASE), data=str(stored / "data"), teacher="base", teacher_top_k=5,
         adapter_path=str(stored / "none"),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from kmerge_mlx.train.loss import AnswerHead, answer_loss
 from kmerge_mlx.train.order import Place, shuffled
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.train.settings import from_layers
+from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.setup import prepare
 from kmerge_mlx.train.validate import Figures, Validator
 from tests.cli_runner import assert_one_error, run
@@ -308,7 +308,7 @@ def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_s
     data, rate = write_data(tmp_path / "data", rows), 0.05
     given = {"model": str(BASE), "data": str(data), "batch_size": 4, "max_grad_norm": 0.0}
     given |= {"lora_parameters": {"dropout": 0.0}, "adapter_path": str(tmp_path / "none")}
-    hand = prepare(from_layers(given), lambda label: lambda done, total: None, Ranks())
+    hand = prepare(TrainSettings.of(given), lambda label: lambda done, total: None, Ranks())
     unfreeze(hand.model, hand.tuning)
     head, losses = AnswerHead(hand.model), []
     batches = shuffled(hand.stages[0].train, 4, 4, (0, 0), Place())

@@ -14,7 +14,7 @@ from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.optimizer import load_state, make_optimizer, state_tensors
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch
-from kmerge_mlx.train.settings import OPTIMIZERS, TrainConfig
+from kmerge_mlx.train.settings import OPTIMIZERS, TrainSettings
 from kmerge_mlx.train.step import Stepper
 from tests.cli_runner import assert_one_error
 from tests.train_runs import SMALL_TREES, log_of, train, trained
@@ -52,14 +52,14 @@ def equal(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
     ],
 )
 def test_a_name_means_mlxs_optimizer_with_its_defaults(name, wanted):
-    found = make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    found = make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
     assert type(found) is type(wanted())
     assert equal(after(model(), found, range(3)), after(model(), wanted(), range(3)))
 
 
 def test_each_optimizer_has_arguments_of_its_own():
     arguments = {"adamw": {"betas": [0.5, 0.6], "weight_decay": 0.3}, "sgd": {"momentum": 0.9}}
-    config = TrainConfig(learning_rate=1e-2, optimizer_config=arguments)
+    config = TrainSettings(learning_rate=1e-2, optimizer_config=arguments)
     wanted = optim.AdamW(1e-2, betas=[0.5, 0.6], weight_decay=0.3)
     found = make_optimizer(config)
     assert equal(after(model(), found, range(3)), after(model(), wanted, range(3)))
@@ -68,7 +68,7 @@ def test_each_optimizer_has_arguments_of_its_own():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     schedule = {"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 2}
-    config = TrainConfig(optimizer=name, lr_schedule=schedule)
+    config = TrainSettings(optimizer=name, lr_schedule=schedule)
     layers, optimizer = model(), make_optimizer(config)
     load_state(optimizer, layers)
     after(layers, optimizer, range(3))
@@ -84,7 +84,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
 
 def test_a_state_of_something_else_is_refused():
     layers = model()
-    adam, sgd = (make_optimizer(TrainConfig(optimizer=name)) for name in ("adam", "sgd"))
+    adam, sgd = (make_optimizer(TrainSettings(optimizer=name)) for name in ("adam", "sgd"))
     load_state(adam, layers)
     with pytest.raises(TrainError, match="the saved optimizer does not fit this run"):
         load_state(sgd, layers, state_tensors(adam))
@@ -92,7 +92,7 @@ def test_a_state_of_something_else_is_refused():
 
 def rates(schedule: dict, count: int) -> list[float]:
     """The learning rate of each update."""
-    optimizer, layers, found = make_optimizer(TrainConfig(lr_schedule=schedule)), model(), []
+    optimizer, layers, found = make_optimizer(TrainSettings(lr_schedule=schedule)), model(), []
     for step in range(count):
         after(layers, optimizer, range(step, step + 1))
         found.append(optimizer.learning_rate.item())
@@ -147,10 +147,10 @@ def test_a_compiled_update_is_the_plain_one(name):
 
     x = mx.arange(12, dtype=mx.float32).reshape(3, 4)
     batch = Batch(*[mx.zeros(1)] * 4, weights=x)
-    module, optimizer = layer(), make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    module, optimizer = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
     load_state(optimizer, module)
     stepper = Stepper(module, optimizer, loss, 0.0, Ranks())
-    other, again = layer(), make_optimizer(TrainConfig(optimizer=name, learning_rate=1e-2))
+    other, again = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
     for _ in range(3):
         stepper.update(stepper.add(batch, None))
         again.update(other, nn.value_and_grad(other, plain)(other)[1])
