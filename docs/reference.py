@@ -1,14 +1,15 @@
-"""Writes docs/cli.md and docs/api.md from the command line and the docstrings.
+"""Writes docs/cli.md, docs/api.md and the README's map of files from the code.
 
-    python docs/reference.py
-
-A test fails where a page is not what this writes.
+    python docs/reference.py           # writes them
+    python docs/reference.py --check   # exits with 1 where one of them is not what this writes
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import kmerge_mlx
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 WIDTH = 100
 
 # What is public beside the names of the package itself, by module.
@@ -38,6 +40,8 @@ FURTHER = {
     ),
 }
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "Source")
+_MAP_BEGIN, _MAP_END = "<!-- map -->\n", "<!-- end of map -->\n"
+_COLUMN = 26
 _WRITTEN = "<!-- written by docs/reference.py -->\n"
 
 
@@ -142,14 +146,53 @@ def _body(thing: Any) -> str:
     return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", "\n".join(found)))
 
 
-PAGES = {"cli.md": cli_page, "api.md": api_page}
+def readme() -> str:
+    """The README with the map of files: the first line of each module's docstring."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(_MAP_BEGIN)
+    return before + _MAP_BEGIN + "```text\n" + _map() + "```\n" + _MAP_END + rest.split(_MAP_END)[1]
 
 
-def main() -> None:
-    """Writes the pages."""
+def _map() -> str:
+    lines = []
+    for top in ("kmerge_mlx", "convert"):
+        files = sorted((HERE.parent / top).rglob("*.py"), key=_place)
+        for file in files:
+            own = file.name == "__init__.py"
+            at = file.parent if own else file
+            depth = len(at.relative_to(HERE.parent).parts) - 1
+            name = "  " * depth + at.name + "/" * own
+            lines.append(f"{name:<{_COLUMN}}{_first_line(file)}".rstrip() + "\n")
+    return "".join(lines)
+
+
+def _place(file: Path) -> tuple[tuple[bool, str], ...]:
+    """A folder's own line first, then its files, then the folders in it."""
+    parts = file.relative_to(HERE.parent).parts
+    return tuple((part != "__init__.py", "." not in part, part) for part in parts)
+
+
+def _first_line(file: Path) -> str:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").replace("``", "").removesuffix(".")
+
+
+PAGES = {"docs/cli.md": cli_page, "docs/api.md": api_page, "README.md": readme}
+
+
+def main(check: bool) -> int:
+    """Writes the pages, or only compares them; returns the exit code."""
+    stale = []
     for name, page in PAGES.items():
-        (HERE / name).write_text(page(), encoding="utf-8")
+        file, text = HERE.parent / name, page()
+        if check and file.read_text(encoding="utf-8") != text:
+            stale.append(name)
+        elif not check:
+            file.write_text(text, encoding="utf-8")
+    for name in stale:
+        print(f"{name} is not what the code says: run python docs/reference.py", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main("--check" in sys.argv[1:]))
