@@ -41,7 +41,7 @@ FURTHER = {
 }
 _SECTIONS = ("Args", "Returns", "Yields", "Raises", "Source")
 _MAP_BEGIN, _MAP_END = "<!-- map -->\n", "<!-- end of map -->\n"
-_COLUMN = 26
+_COLUMN = 28
 _WRITTEN = "<!-- written by docs/reference.py -->\n"
 
 
