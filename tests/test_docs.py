@@ -42,6 +42,7 @@ def sandbox(tmp_path, base_path, checkpoint_path, request):
         yield sandbox
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sandbox", "page"), [(p, p) for p in PAGES], ids=lambda p: p.name, indirect=["sandbox"]
 )

@@ -14,6 +14,7 @@ from tests.cli_runner import command, environment
 from tests.conftest import UPSTREAM
 from tests.doc_blocks import ROOT, blocks
 
+pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 

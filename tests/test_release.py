@@ -15,6 +15,7 @@ import pytest
 from kmerge_mlx import __version__, bundled
 from tests.cli_runner import environment
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 JUNK = shutil.ignore_patterns("*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 PARTS = (".ci", "benchmarks", "convert", "docs", "examples", "kmerge_mlx", "tests")
