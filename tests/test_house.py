@@ -8,7 +8,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from mlx_lm.generate import setup_arg_parser
 
 from kmerge_mlx import _HOMES, __all__
