@@ -322,7 +322,10 @@ class TrainSettings(Settings):
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run, and every machine, must have the same of."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
+        names = {f.name: f"--{f.name.replace('_', '-')}" for f in fields(self)}
+        # A saved run names a setting by its flag, or by its YAML key where it has none.
+        names |= {f.name: f.name for f in fields(self) if option_of(f).yaml_only}
+        return {names[f.name]: getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
 
     @property
     def cache_limit(self) -> int:
