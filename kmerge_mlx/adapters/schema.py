@@ -298,7 +298,7 @@ class MergeConfig:
         return 1 if self.encoder is None else self.encoder.merge_factor
 
     def encoder_entries(self) -> dict[str, Any]:
-        """The entries of ``merge_config.json`` about the encoder; without one, all but K is null."""
+        """The encoder's entries of ``merge_config.json``; without an encoder all but K are null."""
         if self.encoder is None:
             return dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
         return self.encoder.to_json()

@@ -34,9 +34,9 @@ except KMergeError as error:
 UPLOAD = """
 import sys
 from kmerge_mlx.errors import UploadError
-from kmerge_mlx.hub import names
+from kmerge_mlx.hub.fetch import parse
 from kmerge_mlx.tools.upload import collect, send
-planned = collect(sys.argv[1], names.parse("me/one", UploadError))
+planned = collect(sys.argv[1], parse("me/one", UploadError))
 print("ready", flush=True)
 sys.stdin.readline()
 send(planned, "by a process that may be killed", private=False)
