@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,14 +149,17 @@ def fetch_file(
 
 
 def quiet() -> None:
-    """Keeps the hub client's warnings of its retries out of a command's output.
+    """Keeps the hub client's retries, and its bars without a terminal, out of a command's output.
 
-    ``HF_HUB_VERBOSITY`` shows them.
+    Its own ``HF_HUB_VERBOSITY`` and ``HF_HUB_DISABLE_PROGRESS_BARS`` have the last word.
     """
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import disable_progress_bars, logging
 
-    if _held is not None and not os.environ.get("HF_HUB_VERBOSITY"):
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    if _held is not None and "HF_HUB_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
+    if _held is not None and not watched and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
 
 
 def _download(

@@ -39,9 +39,9 @@ def test_a_folder_of_several_k_asks_which_and_gives_each(tmp_path):
     ]
     for k in (2, 4, 10):
         assert load_adapter(tmp_path, k).merge.encoder.merge_factor == k
-    assert "holds adapters for K = 2, 4, 10: choose one with --k" in refused(tmp_path)
-    assert "holds no adapter for --k 3: it has K = 2, 4, 10" in refused(tmp_path, 3)
-    assert "holds no adapter for --k 3: it has K = 4" in refused(tmp_path / "k4", 3)
+    assert "holds adapters for K = 2, 4, 10: choose one with `k`" in refused(tmp_path)
+    assert "holds no adapter for `k` 3: it has K = 2, 4, 10" in refused(tmp_path, 3)
+    assert "holds no adapter for `k` 3: it has K = 4" in refused(tmp_path / "k4", 3)
 
 
 def test_two_adapters_of_one_k_are_not_picked_from_by_chance(tmp_path):
