@@ -20,7 +20,7 @@ from kmerge_mlx import bundled
 from kmerge_mlx.adapters.lora import LORA_PARTS, tensor_problems
 from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig, Tuning, read_tuning
-from kmerge_mlx.config import CARRIED, is_int
+from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
     FLOAT_DTYPES,
@@ -88,15 +88,13 @@ class AdapterFolders:
         Raises:
             AdapterError: No such K, or several and none chosen (lists those that are there).
         """
-        if k is not None and not is_int(k, 1):
-            raise AdapterError(f"k is {k!r}, expected a whole number")
         have = ", ".join(map(str, self.found))
         if k is None and self.root == bundled.ADAPTERS:
             k = bundled.DEFAULT_K
-        elif k is None and len(self.found) > 1:
+        if k is None and len(self.found) > 1:
             raise AdapterError(f"{self.name} holds adapters for K = {have}: choose one with `k`")
-        elif k is not None and k not in self.found:
-            raise AdapterError(f"{self.name} holds no adapter for `k` {k}: it has K = {have}")
+        if k is not None and k not in self.found:
+            raise AdapterError(f"{self.name} holds no adapter for `k` {k!r}: it has K = {have}")
         folder, merge = self.found[next(iter(self.found)) if k is None else k]
         if self.repo is not None:
             inside = "" if folder == self.root else f"{glob.escape(folder.name)}/"
@@ -167,7 +165,7 @@ def _local(path: str | Path) -> tuple[Path, str | None]:
 
 
 def find_adapters(path: str | Path) -> dict[int, Path]:
-    """The adapters in a folder or a hub repo: merge factor to folder, as :func:`look_up`."""
+    """The adapters in a folder or a hub repo, by merge factor: see :func:`look_up`."""
     return {k: folder for k, (folder, _) in look_up(path).found.items()}
 
 
@@ -214,7 +212,15 @@ def check_not_quantized(merge: MergeConfig, what: str) -> None:
 
 
 def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
-    """Reads the adapter for merge factor ``k``, as :func:`look_up` and :func:`read_adapter`."""
+    """Finds and reads an adapter.
+
+    Args:
+        path: An adapter folder, a folder of several, a hub repo, or ``bundled``.
+        k: Merge factor wanted; None takes the only one there is.
+
+    Raises:
+        AdapterError: No adapter, no such K, or as for :func:`read_adapter`.
+    """
     return read_adapter(*look_up(path).choose(k))
 
 
@@ -298,32 +304,30 @@ def read_merge_config(folder: Path) -> MergeConfig:
 
 def _lora_problems(config: LoRAConfig, weights: Mapping[str, mx.array]) -> list[str]:
     """Tensors without a module, modules without tensors, and wrong ranks; needs no base model."""
-    problems, keys = [], set(config.keys)
-    found: dict[str, dict[str, mx.array]] = {name: {} for name in config.modules}
-    used: set[str] = set()
-    for name, array in weights.items():
-        module, _, part = name.rpartition(".")
-        hit = keys & name_ends(module)
-        if part not in LORA_PARTS or not (hit or module in config.modules):
-            problems.append(f"{name} {tuple(array.shape)} belongs to nothing here")
-            continue
-        used |= hit
-        found.setdefault(module, {})[part] = array
-    problems += [f"key {key} has no tensors" for key in config.keys if key not in used]
-    for module, parts in found.items():
-        absent = [part for part in LORA_PARTS if part not in parts]
-        problems += [f"{module}.{part} is missing" for part in absent]
-        rank = (config.uniform or config.modules[module]).rank
-        if not absent and not _have_rank(parts["lora_a"], parts["lora_b"], rank):
-            shapes = " and ".join(f"{part} {tuple(parts[part].shape)}" for part in LORA_PARTS)
-            problems.append(f"{module} has {shapes}, expected (in, {rank}) and ({rank}, out)")
-    return problems
+    keys = set(config.keys)
+    hits = {module: keys & name_ends(module) for module in {n.rpartition(".")[0] for n in weights}}
+    modules = {**config.modules, **{module: config.uniform for module, hit in hits.items() if hit}}
+    expected = {f"{module}.{part}" for module in modules for part in LORA_PARTS}
+    problems = [f"{name} is missing" for name in expected - weights.keys()]
+    problems += [
+        f"{name} {tuple(weights[name].shape)} belongs to nothing here"
+        for name in weights.keys() - expected
+    ]
+    problems += [f"key {key} has no tensors" for key in keys - set().union(*hits.values())]
+    for module, spec in modules.items():
+        a, b = (weights.get(f"{module}.{part}") for part in LORA_PARTS)
+        if a is not None and b is not None and not _have_rank(a.shape, b.shape, spec.rank):
+            problems.append(
+                f"{module} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}, "
+                f"expected (in, {spec.rank}) and ({spec.rank}, out)"
+            )
+    return sorted(problems)
 
 
-def _have_rank(a: mx.array, b: mx.array, rank: int) -> bool:
-    if a.ndim == b.ndim == 3:  # mlx-lm's experts: (experts, r, in) and (experts, out, r)
-        return a.shape[1] == b.shape[2] == rank
-    return a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] == rank
+def _have_rank(a: tuple[int, ...], b: tuple[int, ...], rank: int) -> bool:
+    if len(a) == len(b) == 3:  # mlx-lm's experts: (experts, r, in) and (experts, out, r)
+        return a[1] == b[2] == rank
+    return len(a) == len(b) == 2 and a[1] == b[0] == rank
 
 
 def name_ends(module: str) -> set[str]:
@@ -349,18 +353,15 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
 
 def _what_else(path: Path) -> str:
     """Says what a folder without an adapter is instead, and what to do about it."""
-    if (path / "encoder.pth").is_file() or (path / "kmerge.json").is_file():
+    if any((path / name).is_file() for name in ("encoder.pth", "kmerge.json")):
         return f"is a PyTorch checkpoint: run `kmerge-mlx convert {path} DST` first"
+    if any(path.glob("*/encoder.pth")):
+        return f"holds PyTorch checkpoints: run `kmerge-mlx convert {path} DST` first"
     if (path / TUNING_CONFIG).is_file():
         config = read_json(path / TUNING_CONFIG, AdapterError)
         if isinstance(config, dict) and "peft_type" in config:
             return "is a PEFT adapter without a merge encoder: convert the whole checkpoint folder"
-        return (
-            f"is an mlx-lm adapter without a merge encoder ({MERGE_CONFIG} is missing): "
-            "use mlx_lm.generate for it, or an adapter made by `kmerge-mlx convert`"
-        )
-    if any(path.glob("*/encoder.pth")):
-        return f"holds PyTorch checkpoints: run `kmerge-mlx convert {path} DST` first"
+        return f"is an mlx-lm adapter without a merge encoder ({MERGE_CONFIG} is missing)"
     if (path / "config.json").is_file():
         return "is a base model, not an adapter: give it as `model`"
     return f"is not an adapter folder: {MERGE_CONFIG} is missing"

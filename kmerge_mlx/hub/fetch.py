@@ -184,26 +184,23 @@ def _refusal(repo: RepoName, kind: str, filename: str | None, failure: BaseExcep
     if isinstance(failure, errors.LocalEntryNotFoundError) and isinstance(
         cause, errors.HfHubHTTPError | errors.FileMetadataError
     ):
-        failure = cause  # the client tells of the missing file, and not why it could not get it
-    what = f"{repo} is not a folder here, and" if filename is None else f"{repo}/{filename}:"
-    if isinstance(failure, errors.HFValidationError):
-        return f"{repo} is neither a folder nor the name of a hub {kind}"
+        failure = cause  # why the hub did not give what is not in the cache
+    what = f"{repo} is not a folder here" if filename is None else f"{repo}/{filename}:"
+    joined = f"{what}, and" if filename is None else what
     if isinstance(failure, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms on its hub page, then `hf auth login`"
     if isinstance(failure, errors.RepositoryNotFoundError):
-        name = "check the name, or `hf auth login`"
-        return f"{what} the hub does not have such a {kind}, or it is private: {name}"
+        login = "check the name, or `hf auth login`"
+        return f"{joined} the hub does not have such a {kind}, or it is private: {login}"
     if isinstance(failure, errors.RevisionNotFoundError):
         return f"{repo.id} does not have the revision {repo.revision}: give a branch, tag or commit"
     if isinstance(failure, errors.LocalEntryNotFoundError):
-        missing = f"{repo}/{filename} is not in the cache"
-        if filename is None:
-            missing = f"{repo} is not a folder here and not in the cache, or not all of it"
         reason = _offline(failure) or "the hub cannot be reached: check the connection"
-        return f"{missing}, and {reason}"
+        missing = "and not in the cache, or not all of it" if filename is None else "not cached"
+        return f"{what} {missing}, and {reason}"
     if isinstance(failure, errors.EntryNotFoundError):
         return f"{repo} does not have the file {filename}: check the name on its hub page"
-    return f"{what} {why(failure, 'read')}"
+    return f"{joined} {why(failure, 'read')}"
 
 
 def why(failure: BaseException, do: str) -> str:
@@ -229,26 +226,26 @@ def why(failure: BaseException, do: str) -> str:
             return "the connection to the hub broke: try again"
         # The client's errors are OSErrors too: only the system's have a number.
         if isinstance(cause, OSError) and cause.errno is not None:
-            where = f" {cause.filename}" if cause.filename else " the hub's cache"
-            return f"cannot {'write' if do == 'read' else 'read'}{where}: {cause.strerror}"
+            where = cause.filename or "the hub's cache"
+            return f"cannot {'write' if do == 'read' else 'read'} {where}: {cause.strerror}"
     return f"the hub's client says: {_one_line(str(failure)) or first_line(failure)}"
 
 
 def _status(failure: Any, do: str) -> str:
     """What an HTTP status of the hub means (``failure`` is an ``HfHubHTTPError``)."""
     status, headers = failure.response.status_code, failure.response.headers
-    if status == 401:
-        return "the hub asks for another token (401): `hf auth login`, or set HF_TOKEN"
-    if status == 403:
-        return f"the token may not {do} it (403): give one that may with `hf auth login`"
-    if status == 429:
-        limit = re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))
-        seconds = limit[1] if limit else headers.get("retry-after", "")
-        wait = f"{seconds} seconds" if seconds.isdecimal() else "a few minutes"
-        return f"the hub has too many requests (429): try again in {wait}"
+    limit = re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))
+    seconds = limit[1] if limit else headers.get("retry-after", "")
+    wait = f"{seconds} seconds" if seconds.isdecimal() else "a few minutes"
+    known = {
+        401: "the hub asks for another token (401): `hf auth login`, or set HF_TOKEN",
+        403: f"the token may not {do} it (403): give one that may with `hf auth login`",
+        429: f"the hub has too many requests (429): try again in {wait}",
+    }
     if status >= 500:
         return f"the hub cannot answer now ({status}): try again in a while"
-    return f"the hub refused it: {_one_line(failure.server_message or first_line(failure))}"
+    refused = _one_line(failure.server_message or first_line(failure))
+    return known.get(status, f"the hub refused it: {refused}")
 
 
 def _one_line(text: str) -> str:
