@@ -289,9 +289,9 @@ def check_destination(
         if not force:
             raise error(f"{path} exists: choose another folder, or give `force` to replace it")
         if path.is_symlink():
-            raise error(f"{path} is a symbolic link: `force` replaces only {kind} folders")
+            raise error(f"{path} is a symbolic link, and `force` replaces only a folder")
         if not path.is_dir() or (marker is not None and not (path / marker).is_file()):
-            raise error(f"{path} is something else: `force` replaces only {kind} folders")
+            raise error(f"{path} is not a folder of {kind} files, and `force` replaces nothing else")
         more = sorted(child.name for child in path.iterdir() if child.name not in names)
     except OSError as e:
         raise error(f"cannot write {path}: {e.strerror}") from None

@@ -8,10 +8,11 @@ Source: https://huggingface.co/docs/huggingface_hub (errors); huggingface_hub's 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,34 +119,30 @@ def fetch(
     from huggingface_hub import snapshot_download
 
     repo = parse(name, error, revision, KINDS[repo_type])
-    commit = None if _held is None else _held.get((repo_type, repo))
-
-    def download() -> str:
-        return snapshot_download(
-            repo.id,
-            repo_type=repo_type,
-            revision=commit or repo.revision,
-            allow_patterns=list(patterns),
+    held = {} if _held is None else _held
+    wanted = held.get((repo_type, repo)) or repo.revision
+    quiet()
+    try:
+        folder = snapshot_download(
+            repo.id, repo_type=repo_type, revision=wanted, allow_patterns=list(patterns)
         )
-
-    folder = _download(repo, repo_type, error, None, download)
-    if _held is not None:
-        _held[repo_type, repo] = folder.name
-    return folder
+    except Exception as failure:  # the hub client's errors share no base with the network's
+        raise error(_refusal(repo, KINDS[repo_type], failure)) from failure
+    held[repo_type, repo] = Path(folder).name
+    return Path(folder)
 
 
 def fetch_file(
     name: str, filename: str, error: type[KMergeError], *, repo_type: str = MODEL
 ) -> Path:
     """Downloads one file of a repo, ``filename`` inside it; otherwise as :func:`fetch`."""
-    from huggingface_hub import hf_hub_download
-
-    repo = parse(name, error, kind=KINDS[repo_type])
-
-    def download() -> str:
-        return hf_hub_download(repo.id, filename, repo_type=repo_type, revision=repo.revision)
-
-    return _download(repo, repo_type, error, filename, download)
+    path = fetch(name, [glob.escape(filename)], error, repo_type=repo_type) / filename
+    if not path.is_file():
+        raise error(
+            f"{name} has no file {filename}, or it is not in the cache: check the name on its hub "
+            "page"
+        )
+    return path
 
 
 def quiet() -> None:
@@ -162,22 +159,8 @@ def quiet() -> None:
         disable_progress_bars()
 
 
-def _download(
-    repo: RepoName,
-    repo_type: str,
-    error: type[KMergeError],
-    filename: str | None,
-    download: Callable[[], str],
-) -> Path:
-    quiet()
-    try:
-        return Path(download())
-    except Exception as failure:  # the hub client's errors share no base with the network's
-        raise error(_refusal(repo, KINDS[repo_type], filename, failure)) from failure
-
-
-def _refusal(repo: RepoName, kind: str, filename: str | None, failure: BaseException) -> str:
-    """One line for a download of a repo, or of one file of it, that failed."""
+def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
+    """One line for a download of a repo that failed."""
     from huggingface_hub import errors
 
     cause = failure.__cause__
@@ -185,22 +168,18 @@ def _refusal(repo: RepoName, kind: str, filename: str | None, failure: BaseExcep
         cause, errors.HfHubHTTPError | errors.FileMetadataError
     ):
         failure = cause  # why the hub did not give what is not in the cache
-    what = f"{repo} is not a folder here" if filename is None else f"{repo}/{filename}:"
-    joined = f"{what}, and" if filename is None else what
     if isinstance(failure, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms on its hub page, then `hf auth login`"
+    if isinstance(failure, errors.RevisionNotFoundError):
+        return f"{repo.id} has no revision {repo.revision}: give a branch, tag or commit"
+    what = f"{repo} is not a folder here"
     if isinstance(failure, errors.RepositoryNotFoundError):
         login = "check the name, or `hf auth login`"
-        return f"{joined} the hub does not have such a {kind}, or it is private: {login}"
-    if isinstance(failure, errors.RevisionNotFoundError):
-        return f"{repo.id} does not have the revision {repo.revision}: give a branch, tag or commit"
+        return f"{what}, and the hub has no such {kind}, or a private one: {login}"
     if isinstance(failure, errors.LocalEntryNotFoundError):
         reason = _offline(failure) or "the hub cannot be reached: check the connection"
-        missing = "and not in the cache, or not all of it" if filename is None else "not cached"
-        return f"{what} {missing}, and {reason}"
-    if isinstance(failure, errors.EntryNotFoundError):
-        return f"{repo} does not have the file {filename}: check the name on its hub page"
-    return f"{joined} {why(failure, 'read')}"
+        return f"{what} and not in the cache, or not all of it, and {reason}"
+    return f"{what}, and {why(failure, 'read')}"
 
 
 def why(failure: BaseException, do: str) -> str:

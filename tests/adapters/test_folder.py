@@ -264,8 +264,8 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
         saved(path / "k4")
     if kind == "folder":
         (path / "precious.txt").write_text("1")
-    why = "a symbolic link" if kind in ("link", "dangling") else "something else"
-    with pytest.raises(AdapterError, match=f"is {why}: `force` replaces only adapter folders"):
+    why = "a symbolic link" if kind in ("link", "dangling") else "not a folder of adapter files"
+    with pytest.raises(AdapterError, match=f"is {why}, and `force` replaces "):
         check_adapter_destination(path, force=True)
     with pytest.raises(AdapterError, match="exists"):
         check_adapter_destination(path, force=False)

@@ -150,7 +150,7 @@ def test_within_a_command_a_name_stays_the_version_it_was(hub, online, tmp_path)
 FAULTS = {
     "missing": (
         lambda hub: hub.repos.pop("user/ckpt"),
-        "and the hub does not have such a repo, or it is private: check the name, or `hf auth",
+        "and the hub has no such repo, or a private one: check the name, or `hf auth login`",
     ),
     "gated": (lambda hub: hub.locked.add("user/ckpt"), "is gated: accept its terms on its hub"),
     "401": (lambda hub: hub.refuse.update(info=401), "another token (401): `hf auth login`, or"),
@@ -175,7 +175,7 @@ def test_a_fault_of_the_hub_is_one_line_and_a_second_try_works(hub, online, faul
 
 
 def test_a_revision_that_is_not_there_is_one_line(online):
-    line = "user/ckpt does not have the revision v2: give a branch, tag or commit"
+    line = "user/ckpt has no revision v2: give a branch, tag or commit"
     assert refused("user/ckpt@v2") == line
 
 
@@ -198,7 +198,7 @@ def test_a_private_repo_needs_a_token(hub, tmp_path):
     hub.repos["user/ckpt"].private = True
     hub.tokens["hf_good"] = "read"
     with using(hub, tmp_path / "home"):
-        assert "does not have such a repo, or it is private" in refused()
+        assert "has no such repo, or a private one" in refused()
     with using(hub, tmp_path / "home", token="hf_bad"):
         assert "the hub asks for another token (401): `hf auth login`" in refused()
     with using(hub, tmp_path / "home", token="hf_good"):
