@@ -20,7 +20,13 @@ from tests.tiny import PAD, build, qwen2_config, random_adapter
 IDS = [299, 28, 223, 640, 201, 13, 602, 201, 259, 678, 201, 259, 44, 41, 201, 261, 56, 48]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+FIRST, *REST = ARCHITECTURES
+
+
+@pytest.fixture(
+    scope="module",
+    params=[FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
+)
 def base(request, tmp_path_factory):
     """A base model folder written by Transformers 5."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -34,6 +40,7 @@ def merged(base, k=3):
     return model, tokenizer
 
 
+@pytest.mark.slow
 def test_the_architectures_we_claim_are_the_ones_tested(tmp_path):
     tested = set()
     for name in ARCHITECTURES:
@@ -62,15 +69,6 @@ def test_virtual_ids_equal_the_input_embeddings_path(base):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < 1e-5
 
 
-def test_merging_changes_the_answer(base):
-    model, _ = merged(base)
-    embedding = merged_embedding(model)
-    one = embedding.compress([Segment(IDS[:3])])
-    other = embedding.compress([Segment([IDS[1], IDS[0], IDS[2]])])
-    gap = mx.abs(model(mx.array([one.ids])) - model(mx.array([other.ids]))).max().item()
-    assert gap > 1e-3
-
-
 def test_a_batch_equals_its_prompts_one_by_one(base):
     model, tokenizer = merged(base)
     prompts = [IDS, IDS[:5], IDS[3:], IDS * 3]
@@ -82,11 +80,10 @@ def test_a_batch_equals_its_prompts_one_by_one(base):
     assert together.token_ids == [one.token_ids[0] for one in alone]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [True, False])
-def test_quantized_bases_take_adapters(bits, tied):
+def test_quantized_bases_take_adapters(tied):
     model = build(qwen2_config(tie_word_embeddings=tied))
-    nn.quantize(model, group_size=32, bits=bits)
+    nn.quantize(model, group_size=32, bits=4)
     adapter = random_adapter(model, 4)
     attach(model, adapter, PAD)
     embedding = merged_embedding(model)
@@ -95,18 +92,6 @@ def test_quantized_bases_take_adapters(bits, tied):
     assert mx.abs(embedding(mx.array(prompt.ids[:1])) - rows).max().item() < 1e-5
     by_rows = model(mx.array([prompt.ids]), input_embeddings=embedding(mx.array([prompt.ids])))
     assert mx.abs(model(mx.array([prompt.ids])) - by_rows).max().item() < 1e-5
-
-
-def test_an_8_bit_base_stays_near_the_unquantized_one():
-    plain, quantized = build(qwen2_config()), build(qwen2_config())
-    adapter = random_adapter(plain, 4)
-    nn.quantize(quantized, group_size=32, bits=8)
-    logits = []
-    for model in (plain, quantized):
-        attach(model, adapter, PAD)
-        prompt = merged_embedding(model).compress([Segment(IDS)])
-        logits.append(model(mx.array([prompt.ids])))
-    assert mx.abs(logits[0] - logits[1]).max().item() < 0.05 * mx.abs(logits[0]).max().item()
 
 
 # Architectures that no oracle here covers go through the same path, and are probed at load.
@@ -206,15 +191,12 @@ def test_models_that_embed_ids_a_second_time_are_refused_by_name(name, config):
         find_embedding(build(config), name)
 
 
-def test_a_model_that_peeks_at_ids_is_refused_by_the_probe():
+def test_a_model_that_peeks_at_ids_is_refused_by_the_probe(monkeypatch):
     model = build(qwen2_config())
-    forward = type(model).__call__
-
-    class Peeking(type(model)):
-        def __call__(self, inputs, *rest, **named):
-            return forward(self, inputs, *rest, **named) * (1 + inputs[..., None] / 700)
-
-    model.__class__ = Peeking
     model.model_type = "peeking"
-    with pytest.raises(ModelError, match="looks at token ids outside"):
+    plain = type(model).__call__
+    monkeypatch.setattr(
+        type(model), "__call__", lambda m, ids: plain(m, ids) * (1 + ids[..., None] / 700)
+    )
+    with pytest.raises(ModelError, match="peeking looks at token ids outside"):
         attach(model, random_adapter(model, 3), PAD, name="peeking")

@@ -10,18 +10,12 @@ from kmerge_mlx import base
 from kmerge_mlx.errors import ModelError
 
 
-def test_rope_theta_is_read_from_rope_parameters():
+def test_rope_parameters_become_the_older_names():
     fixed = base.normalise({"rope_parameters": {"rope_theta": 5e3, "rope_type": "default"}})
     assert fixed["rope_theta"] == 5e3
     assert "rope_scaling" not in fixed
-
-
-def test_an_older_name_that_is_there_wins():
-    config = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e3}}
-    assert base.normalise(config)["rope_theta"] == 1e4
-
-
-def test_scaled_rope_becomes_rope_scaling():
+    older = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e3}}
+    assert base.normalise(older)["rope_theta"] == 1e4
     rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
     assert base.normalise({"rope_parameters": rope})["rope_scaling"] == rope
 
@@ -38,51 +32,40 @@ def test_rope_by_layer_type_becomes_gemmas_two_bases():
     assert fixed["sliding_window_pattern"] == 4
 
 
-def test_nested_text_configs_are_normalised_too():
+def test_normalising_reads_nested_configs_and_removes_nothing():
     config = {"text_config": {"rope_parameters": {"rope_theta": 7.0}, "hidden_size": 8}}
-    assert base.fingerprint(base.normalise(config)) == {"rope_theta": 7.0, "hidden_size": 8}
-
-
-def test_normalising_removes_nothing_and_changes_no_input():
-    config = {"model_type": "qwen2", "rope_parameters": {"rope_theta": 5e3}}
     before = json.dumps(config)
-    assert base.normalise(config).items() >= config.items()
+    fixed = base.normalise(config)
+    assert base.fingerprint(fixed) == {"rope_theta": 7.0, "hidden_size": 8}
+    assert fixed["text_config"].items() >= config["text_config"].items()
     assert json.dumps(config) == before
 
 
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [
+def test_the_context_length_counts_rope_scaling():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    llama = {"factor": 32.0, "original_max_position_embeddings": 8192}
+    for config, length in (
         ({"max_position_embeddings": 2048}, 2048),
         ({}, None),
         ({"text_config": {"max_position_embeddings": 512}}, 512),
-        (
-            {
-                "max_position_embeddings": 32_768,
-                "rope_scaling": {
-                    "rope_type": "yarn",
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 32_768,
-                },
-            },
-            131_072,
-        ),
-        (
-            {
-                "max_position_embeddings": 131_072,
-                "rope_scaling": {"factor": 32.0, "original_max_position_embeddings": 8192},
-            },
-            131_072,
-        ),
-    ],
-)
-def test_the_context_length_counts_rope_scaling(config, length):
-    assert base.context_length(config) == length
+        ({"max_position_embeddings": 32_768, "rope_scaling": yarn}, 131_072),
+        ({"max_position_embeddings": 131_072, "rope_scaling": llama}, 131_072),
+    ):
+        assert base.context_length(config) == length
 
 
 def test_quantization_does_not_make_another_base():
     config = {"model_type": "qwen2", "hidden_size": 8}
     assert base.fingerprint(config) == base.fingerprint(config | {"quantization": {"bits": 4}})
+
+
+def test_the_digest_of_the_weights_changes_with_a_sampled_byte(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(1 << 20))
+    before = base.weights_digest(tmp_path)
+    assert base.weights_digest(tmp_path) == before
+    (tmp_path / "b.safetensors").write_bytes(bytes((1 << 20) - 1) + b"x")
+    assert base.weights_digest(tmp_path) != before
 
 
 class Tokenizer:
@@ -94,15 +77,13 @@ class Tokenizer:
         return self.space
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "pad"),
-    [(Tokenizer([7, 8], 1, 2), 7), (Tokenizer([], 1, 2), 1), (Tokenizer([], None, 2), 2)],
-)
-def test_blocks_are_filled_with_a_space_else_pad_else_eos(tokenizer, pad):
-    assert base.default_pad_token_id(tokenizer) == pad
-
-
-def test_a_tokenizer_with_nothing_to_fill_blocks_with_is_refused():
+def test_blocks_are_filled_with_a_space_else_pad_else_eos():
+    for tokenizer, pad in (
+        (Tokenizer([7, 8], 1, 2), 7),
+        (Tokenizer([], 1, 2), 1),
+        (Tokenizer([], None, 2), 2),
+    ):
+        assert base.default_pad_token_id(tokenizer) == pad
     with pytest.raises(ModelError, match="no space, pad or eos"):
         base.default_pad_token_id(Tokenizer([]))
 
@@ -110,7 +91,7 @@ def test_a_tokenizer_with_nothing_to_fill_blocks_with_is_refused():
 def test_a_name_that_is_neither_folder_nor_repo_is_refused(tmp_path):
     with pytest.raises(ModelError, match="neither a folder nor the name of a hub repo"):
         base.resolve("no/such/folder/here")
-    with pytest.raises(ModelError, match="is no folder here and not in the cache"):
+    with pytest.raises(ModelError, match="is not a folder here and not in the cache"):
         base.resolve("nobody/nothing")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ModelError, match=r"is a file: give the folder that holds config\.json"):

@@ -13,11 +13,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx import Segment, batch_generate, compress, load
+from kmerge_mlx import Segment, compress, load
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
-from tests.cli_runner import run
 from tests.conftest import UPSTREAM
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps, write_base
 
@@ -60,7 +59,7 @@ def assert_same(found, wanted, tolerance=1e-4):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 60, 3_001])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 60, 1_001])
 def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
     model, tokenizer = near
     ids = prompts_of(1, length, length, seed=length)[0]
@@ -70,20 +69,6 @@ def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
     assert mx.abs(merged_embedding(model)(mx.array(prompt.ids)) - rows).max().item() < 1e-5
     wanted = generate_step(mx.array([], mx.int32), model, max_tokens=6, input_embeddings=rows)
     assert_same(steps(model, prompt, 6), list(wanted))
-
-
-def test_a_batch_equals_one_by_one(near):
-    model, tokenizer = near
-    prompts = prompts_of(8, 1, 120, seed=3)
-    found = batch_generate(
-        model, tokenizer, prompts, max_tokens=8, return_token_ids=True, return_logprobs=True
-    )
-    for prompt, tokens, logprobs in zip(prompts, found.token_ids, found.logprobs, strict=True):
-        alone = steps(model, compress(model, tokenizer, prompt), 8)
-        stop = next((i for i, (t, _) in enumerate(alone) if t in tokenizer.eos_token_ids), 8)
-        assert tokens == [token for token, _ in alone[:stop]]
-        for value, (token, wanted) in zip(logprobs, alone[:stop], strict=True):
-            assert abs(value - wanted[token].item()) < 1e-4
 
 
 def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
@@ -103,18 +88,12 @@ def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
         assert_same(steps(model, prompt.after(cached), prompt_cache=reused), steps(model, prompt))
 
 
-def test_a_token_changed_within_reach_of_the_next_block_ends_the_prefix_there(near):
-    model, _ = near
-    merged, store = merged_embedding(model), LRUPromptCache()
-    ids = list(range(1, 13))
+def test_a_token_changed_within_reach_of_the_next_block_changes_that_too(near):
+    merged, ids = merged_embedding(near[0]), list(range(1, 13))
     prompt = merged.compress([Segment(ids)])
-    cache = make_prompt_cache(model)
-    model(mx.array([prompt.ids]), cache=cache)
-    store.insert_cache("m", prompt.ids, cache)
     other = merged.compress([Segment([*ids[:7], 99, *ids[8:]])])
-    assert other.ids[0] == prompt.ids[0]
-    assert other.ids[1] != prompt.ids[1]
-    assert other.ids[2] != prompt.ids[2]  # equal tokens, read after another one
+    same = [a == b for a, b in zip(other.ids, prompt.ids, strict=True)]
+    assert same == [True, False, False]  # the last has equal tokens, read after another one
     changed_early = merged.compress([Segment([*ids[:4], 99, *ids[5:]])])
     assert changed_early.ids[2] == prompt.ids[2]  # out of reach
 
@@ -131,7 +110,6 @@ def test_an_adapter_with_context_is_loaded_bit_for_bit(tmp_path):
     attach(fresh, adapter, PAD)
     logits = [m(mx.array([compress(m, tokenizer, [1, 2, 3, 4, 5]).ids])) for m in (model, fresh)]
     assert mx.array_equal(*logits)
-    assert "3 tokens of context, " in run("info", tmp_path / "a").out
 
 
 def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):

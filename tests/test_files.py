@@ -11,7 +11,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,13 +23,14 @@ from kmerge_mlx.files import (
     clear_leftovers,
     read_json,
     read_safetensors,
+    replacing_file,
     replacing_folder,
     safetensors_shapes,
     write_json,
     write_safetensors,
 )
 
-ONE = struct.pack("<f", 1.0)
+ONE, PYTHON = struct.pack("<f", 1.0), sys.executable
 
 
 def header(content: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -55,71 +55,51 @@ def message(read, path: Path) -> str:
 # ---- JSON ----
 
 
-@pytest.mark.parametrize("content", [{"a": [1, -2.5e3, None, True, "é", {}]}, [], 3, None, "x"])
-def test_json_reads_as_it_was_written(tmp_path, content):
+def test_json_reads_as_it_was_written(tmp_path):
     path = tmp_path / "a.json"
-    for text in (json.dumps(content), json.dumps(content, ensure_ascii=False, indent=1)):
-        path.write_text(text, encoding="utf-8")
-        assert read_json(path, AdapterError) == content
+    for content in ({"a": [1, -2.5e3, None, True, "é", {}]}, [], 3, None, "x"):
+        for text in (json.dumps(content), json.dumps(content, ensure_ascii=False, indent=1)):
+            path.write_text(text, encoding="utf-8")
+            assert read_json(path, AdapterError) == content
 
 
 def test_numbers_that_json_has_no_place_for_stay_text_and_can_be_written_again(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("[NaN, Infinity, -Infinity, 1e999, -1e999, 12345678901234567890, 1e308]")
+    path.write_text("[NaN, Infinity, -Infinity, 1e999, 12345678901234567890, 1e308]")
     found = read_json(path, AdapterError)
-    assert found == [
-        *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "12345678901234567890"),
-        1e308,
-    ]
+    assert found == ["NaN", "Infinity", "-Infinity", "1e999", "12345678901234567890", 1e308]
     write_json(path, {"a": found})
-    text = path.read_text()
-    assert "NaN" not in text.replace('"NaN"', "")
     assert read_json(path, AdapterError) == {"a": found}
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
+def test_bad_json_is_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    for content, why in (
         (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
         (b"{'a': 1}", "not valid JSON"),
         (b'{"a": 1} x', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
-        (b'"\xc3', "not valid JSON"),
         (b"[" * 33 + b"]" * 33, "nested more than 32 deep"),
         (b'{"a":' * 40 + b"1" + b"}" * 40, "nested more than 32 deep"),
-        (b"[" * 400_000, "not valid JSON"),
         (b"[" * 500_000 + b"]" * 500_000, "not valid JSON"),
         (b"[" + b" " * (1 << 20) + b"]", "larger than 1 MiB"),
-    ],
-    ids=range(11),
-)
-def test_bad_json_is_one_line(tmp_path, content, why):
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    text = message(read_json, path)
-    assert why in text
-    assert "\n" not in text
-
-
-def test_32_levels_are_read(tmp_path):
-    path = tmp_path / "a.json"
+    ):
+        path.write_bytes(content)
+        text = message(read_json, path)
+        assert why in text
+        assert "\n" not in text
     path.write_bytes(b"[" * 32 + b"]" * 32)
     assert read_json(path, AdapterError)
 
 
-def test_the_error_is_of_the_kind_asked_for_and_names_the_reason(tmp_path):
-    assert "No such file" in message(read_json, tmp_path / "absent.json")
-    assert "it is not a file" in message(read_json, tmp_path)
-    assert "it is not a file" in message(read_safetensors, tmp_path)
-
-
-@pytest.mark.parametrize("read", [read_json, read_safetensors])
-def test_a_pipe_or_a_device_is_refused_instead_of_read_forever(tmp_path, read):
+def test_what_is_not_a_file_is_refused_instead_of_read_forever(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "it is not a file" in message(read, tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    assert "it is not a file" in message(read, tmp_path / "zero")
+    for read in (read_json, read_safetensors):
+        for name in ("pipe", "zero"):
+            assert "it is not a file" in message(read, tmp_path / name)
+        assert "it is not a file" in message(read, tmp_path)
+        assert "No such file" in message(read, tmp_path / "absent.json")
 
 
 def test_json_that_could_not_be_read_again_is_not_written(tmp_path):
@@ -162,41 +142,30 @@ def test_shapes_come_from_the_header_alone(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(header({"a": entry([2, 1], 0, 8), "b": entry([], 8, 12)}, ONE * 3))
     assert safetensors_shapes(path, AdapterError) == {"a": (2, 1), "b": ()}
-
-
-def test_a_file_without_tensors_is_read(tmp_path):
-    write_safetensors(tmp_path / "a.safetensors", {})
-    assert read_safetensors(tmp_path / "a.safetensors", AdapterError) == {}
+    write_safetensors(path, {})
+    assert read_safetensors(path, AdapterError) == {}
 
 
 BAD = {
     "empty": b"",
-    "seven_bytes": b"\0" * 7,
     "a_text": b"not a safetensors file at all",
     "a_git_lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "a_header_longer_than_the_file": header({"a": entry([1])}, ONE, 10**6),
     "a_header_longer_than_memory": header({"a": entry([1])}, ONE, 2**63),
     "a_header_over_the_limit": header(b" " * 16, b"", 3 << 20),
-    "a_header_cut_short": header({"a": entry([1])}, ONE, 20),
     "data_cut_short": header({"a": entry([2], 0, 8)}, ONE),
     "data_left_over": header({"a": entry([1])}, ONE * 2),
     "overlapping_tensors": header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, ONE * 3),
-    "a_hole": header({"a": entry([1]), "b": entry([1], 8, 12)}, ONE * 3),
     "offsets_backwards": header({"a": entry([1], 4, 0)}, ONE),
     "offsets_past_the_end": header({"a": entry([1], 2**62, 2**62 + 4)}, ONE),
     "a_shape_that_is_not_its_bytes": header({"a": entry([3])}, ONE),
     "a_shape_that_overflows": header({"a": entry([2**62, 4], 0, 0)}),
-    "a_shape_that_overflows_in_bytes": header({"a": entry([2**62], 0, 0)}),
-    "a_side_past_32_bits": header({"a": entry([0, 2**40], 0, 0)}),
     "a_side_past_31_bits": header({"a": entry([2**31, 0], 0, 0)}),
     "nine_dimensions": header({"a": entry([1] * 9)}, ONE),
     "200000_dimensions": header({"a": entry([1] * 200_000)}, ONE),
     "a_negative_side": header({"a": entry([-1])}, ONE),
     "float64": header({"a": entry([1], 0, 8, "F64")}, ONE * 2),
-    "int64": header({"a": entry([1], 0, 8, "I64")}, ONE * 2),
-    "float8": header({"a": entry([4], 0, 4, "F8_E4M3")}, ONE),
     "bool": header({"a": entry([4], 0, 4, "BOOL")}, ONE),
-    "a_dtype_of_2031": header({"a": entry([1], 0, 4, "F9")}, ONE),
     "a_number_as_metadata": header({"__metadata__": {"a": 1}, "a": entry([1])}, ONE),
     "no_object": header([1, 2]),
     "a_deep_header": header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
@@ -207,13 +176,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_safetensors_file_is_one_short_line(tmp_path, name):
+def test_a_bad_safetensors_file_is_one_short_line(tmp_path):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(BAD[name])
-    text = message(read_safetensors, path)
-    assert text.isprintable()
-    assert len(text) < 300 + len(str(path))
+    for name, content in BAD.items():
+        path.write_bytes(content)
+        text = message(read_safetensors, path)
+        assert text.isprintable(), name
+        assert len(text) < 300 + len(str(path)), name
 
 
 def test_every_tensor_that_cannot_be_read_is_listed(tmp_path):
@@ -226,7 +195,7 @@ def test_every_tensor_that_cannot_be_read_is_listed(tmp_path):
     assert " b " not in text
 
 
-# ---- replacing a folder ----
+# ---- replacing a folder or a file ----
 
 
 def fill(path: Path, text: str) -> None:
@@ -234,39 +203,33 @@ def fill(path: Path, text: str) -> None:
         (folder / "a.txt").write_text(text)
 
 
-def test_a_folder_is_made_with_its_parents_and_nothing_beside_it(tmp_path):
-    fill(tmp_path / "x" / "y" / "z", "1")
-    assert (tmp_path / "x" / "y" / "z" / "a.txt").read_text() == "1"
-    assert [p.name for p in (tmp_path / "x" / "y").iterdir()] == ["z"]
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    fill(tmp_path / "z", "1")
-    (tmp_path / "z" / "more.txt").write_text("gone")
-    fill(tmp_path / "z", "2")
-    assert [p.name for p in tmp_path.rglob("*")] == ["z", "a.txt"]
-    assert (tmp_path / "z" / "a.txt").read_text() == "2"
-
-
-def test_a_new_folder_has_the_permissions_of_any_new_folder(tmp_path):
+def test_a_folder_is_made_with_its_parents_and_replaced_whole(tmp_path):
+    path = tmp_path / "x" / "z"
+    fill(path, "1")
+    assert (path / "a.txt").read_text() == "1"
     (tmp_path / "plain").mkdir()
-    fill(tmp_path / "z", "1")
-    assert (tmp_path / "z").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (path / "more.txt").write_text("gone")
+    fill(path, "2")
+    assert [p.name for p in (tmp_path / "x").rglob("*")] == ["z", "a.txt"]
+    assert (path / "a.txt").read_text() == "2"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_everything_as_it_was(tmp_path, error):
     fill(tmp_path / "z", "1")
+    (tmp_path / "f.txt").write_text("1")
 
-    def fail():
-        with replacing_folder(tmp_path / "z") as folder:
-            (folder / "a.txt").write_text("2")
+    def fail(replacing, name):
+        with replacing(tmp_path / name) as new:
+            (new / "a.txt" if new.is_dir() else new).write_text("2")
             raise error
 
-    with pytest.raises(error):
-        fail()
-    assert [p.name for p in tmp_path.rglob("*")] == ["z", "a.txt"]
-    assert (tmp_path / "z" / "a.txt").read_text() == "1"
+    for replacing, name in ((replacing_folder, "z"), (replacing_file, "f.txt")):
+        with pytest.raises(error):
+            fail(replacing, name)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "f.txt", "z"]
+    assert (tmp_path / "z" / "a.txt").read_text() == (tmp_path / "f.txt").read_text() == "1"
 
 
 def test_an_error_at_the_swap_gives_the_old_folder_back(tmp_path, monkeypatch):
@@ -285,25 +248,28 @@ def test_an_error_at_the_swap_gives_the_old_folder_back(tmp_path, monkeypatch):
     assert (tmp_path / "z" / "a.txt").read_text() == "1"
 
 
-@pytest.fixture(scope="module")
-def dead_pid() -> int:
-    return int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
-
-
 @pytest.fixture(params=["dead", "own"])
-def pid(request, dead_pid) -> int:
-    """A killed run's number: of no process, or, as in a container, that of the next run."""
-    return dead_pid if request.param == "dead" else os.getpid()
+def pid(request) -> int:
+    """A killed run's number: of a dead process, or, as in a container, that of the next run."""
+    code = "import os; print(os.getpid())"
+    return (
+        os.getpid()
+        if request.param == "own"
+        else int(subprocess.check_output([PYTHON, "-c", code]))
+    )
 
 
 @pytest.mark.parametrize("name", ["z", "a[1]*", "z.new-1"])
 def test_what_killed_runs_left_is_cleared(tmp_path, pid, name):
-    path = tmp_path / name
     for kind in ("new", "old"):
-        (tmp_path / f".{path.name}.{kind}-{pid}-abc").mkdir()
-    (tmp_path / f".{path.name}.new-{pid}-abc" / "half.txt").write_text("half")
-    fill(path, "1")
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        (tmp_path / f".{name}.{kind}-{pid}-abc").mkdir()
+    (tmp_path / f".{name}.new-{pid}-abc" / "half.txt").write_text("half")
+    fill(tmp_path / name, "1")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    (tmp_path / f".f.txt.new-{pid}.txt").write_text("half")
+    with replacing_file(tmp_path / "f.txt") as new:
+        new.write_text("1")
+    assert {p.name for p in tmp_path.iterdir()} == {name, "f.txt"}
 
 
 def test_a_half_replaced_folder_is_given_back(tmp_path, pid):
@@ -312,44 +278,32 @@ def test_a_half_replaced_folder_is_given_back(tmp_path, pid):
     clear_leftovers(tmp_path / "z")
     assert [p.name for p in tmp_path.iterdir()] == ["z"]
     assert (tmp_path / "z" / "a.txt").read_text() == "the old one"
-
-
-def test_an_old_folder_whose_successor_is_in_place_is_removed(tmp_path, pid):
-    fill(tmp_path / "z", "the new one")
-    fill(tmp_path / f".z.old-{pid}-abc", "the old one")
+    fill(tmp_path / f".z.old-{pid}-abc", "an older one")
     clear_leftovers(tmp_path / "z")
     assert [p.name for p in tmp_path.iterdir()] == ["z"]
-    assert (tmp_path / "z" / "a.txt").read_text() == "the new one"
+    assert (tmp_path / "z" / "a.txt").read_text() == "the old one"
+    clear_leftovers(tmp_path / "absent" / "z")
 
 
-def test_what_a_living_run_is_writing_stays(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        living = tmp_path / f".z.new-{other.pid}-abc"
-        living.mkdir()
-        fill(tmp_path / "z", "1")
-        other.stdin.close()
-    assert living.is_dir()
-
-
-def test_foreign_names_beside_the_folder_stay(tmp_path, dead_pid):
+def test_what_is_of_a_living_run_or_of_somebody_else_stays(tmp_path):
     names = [
-        *(f".y.new-{dead_pid}-abc", ".z.new-", ".z.new-x-abc", ".z.new-²-abc", ".z.other-1-abc"),
-        *(f"z.new-{dead_pid}-abc", f".z2.new-{dead_pid}-abc"),
+        ".y.new-1-abc",
+        ".z.new-",
+        ".z.new-x-abc",
+        ".z.new-²-abc",
+        ".z.other-1-abc",
+        "z.new-1-a",
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / f".z.old-{dead_pid}-file").write_text("a file")
-    (tmp_path / "target").mkdir()
-    (tmp_path / f".z.old-{dead_pid}-link").symlink_to(tmp_path / "target")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    fill(tmp_path / "z", "1")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "z"])
+    (tmp_path / ".z.old-4194999-link").symlink_to(tmp_path / names[0])
+    with subprocess.Popen([PYTHON, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        names += [f".z.new-{other.pid}-abc", ".z.old-4194999-link"]
+        (tmp_path / f".z.new-{other.pid}-abc").mkdir()
+        fill(tmp_path / "z", "1")
+        other.stdin.close()
+    assert {p.name for p in tmp_path.iterdir()} == {*names, "z"}
     assert not (tmp_path / "z").is_symlink()
-
-
-def test_clearing_where_nothing_is_does_nothing(tmp_path):
-    clear_leftovers(tmp_path / "absent" / "z")
-    assert not list(tmp_path.iterdir())
 
 
 FULL_DISK = """
@@ -369,21 +323,15 @@ except OSError as error:
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "z")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    args = [PYTHON, "-c", FULL_DISK, str(tmp_path / "z")]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("refused: "), done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_longest_header_is_read_in_a_moment(tmp_path):
+def test_the_longest_header_is_read(tmp_path):
     """2 MiB of tiny tensors: the most that a header may hold."""
     one = b'"%06d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     path = tmp_path / "a.safetensors"
     path.write_bytes(header(b"{" + b",".join(one % i for i in range(35_000)) + b"}"))
-    start = time.perf_counter()
     assert len(read_safetensors(path, AdapterError)) == 35_000
-    assert time.perf_counter() - start < 5

@@ -22,7 +22,10 @@ from tests.reference.make_checkpoints import SPECS, make_checkpoint
 LIVE = {spec.name: spec for spec in SPECS}
 
 
-@pytest.fixture(scope="module", params=["upstream", *LIVE])
+@pytest.fixture(
+    scope="module",
+    params=["upstream", *(pytest.param(name, marks=pytest.mark.slow) for name in LIVE)],
+)
 def case(request, tmp_path_factory):
     """A checkpoint folder with its expected outputs, converted and loaded."""
     folder = UPSTREAM

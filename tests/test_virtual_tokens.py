@@ -38,15 +38,6 @@ def test_the_last_block_is_filled_with_the_padding_token():
     assert split([], 3, 9) == []
 
 
-@given(st.lists(st.integers(0, V - 1), min_size=1, max_size=60), st.integers(2, 7))
-@settings(max_examples=200, deadline=None)
-def test_blocks_keep_every_token_in_order(ids, k):
-    blocks = split(ids, k, 9)
-    assert all(len(block) == k for block in blocks)
-    assert [i for block in blocks for i in block][: len(ids)] == ids
-    assert len(blocks) == -(-len(ids) // k)
-
-
 @given(st.lists(st.integers(0, V - 1), max_size=40), st.integers(2, 6), st.integers(0, 9))
 @settings(max_examples=200, deadline=None)
 def test_each_block_is_led_by_the_tokens_before_it(ids, k, c):
@@ -73,10 +64,6 @@ def test_a_virtual_id_embeds_as_its_merged_block():
     found = merged(mx.array(prompt.ids))
     assert mx.allclose(found[0], row_of(merged, [1, 2, 3]), atol=1e-6)
     assert mx.allclose(found[1], row_of(merged, [4, 9, 9]), atol=1e-6)
-
-
-def test_ordinary_ids_embed_as_the_base_table_does():
-    merged = embedding()
     ids = mx.array([[0, V - 1, 7]])
     assert mx.array_equal(merged(ids), merged.embedding(ids))
 
@@ -118,11 +105,8 @@ def test_blocks_are_equal_only_if_their_context_is():
     merged = embedding(context=2)
     prompt = merged.compress([Segment([1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6])])
     assert prompt.ids[1] == prompt.ids[3]  # 2 3 | 4 5 6
-    assert prompt.lengths == [3] * 4
-    changed = merged.compress([Segment([1, 2, 8, 4, 5, 6])])
-    assert changed.ids[1] != prompt.ids[1]  # 2 8 | 4 5 6
-    far = merged.compress([Segment([8, 2, 3, 4, 5, 6])])
-    assert far.ids[1] == prompt.ids[1]  # past the context, it is the same block
+    assert merged.compress([Segment([1, 2, 8, 4, 5, 6])]).ids[1] != prompt.ids[1]  # 2 8 | 4 5 6
+    assert merged.compress([Segment([8, 2, 3, 4, 5, 6])]).ids[1] == prompt.ids[1]  # out of reach
 
 
 def test_the_context_of_a_segments_first_block_is_padding():
@@ -156,10 +140,10 @@ def test_forgotten_blocks_are_encoded_anew_and_their_prompts_are_foreign():
     assert not mx.allclose(merged(mx.array(new.ids)), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [-1, V, V + 3])
-def test_ids_outside_the_vocabulary_are_refused(bad):
-    with pytest.raises(PromptError, match=f"token id {bad} is outside"):
-        embedding().compress([Segment([1, bad, 2])])
+def test_ids_outside_the_vocabulary_are_refused():
+    for bad in (-1, V, V + 3):
+        with pytest.raises(PromptError, match=f"token id {bad} is outside"):
+            embedding().compress([Segment([1, bad, 2])])
 
 
 # Lifetimes
@@ -183,6 +167,8 @@ def test_a_live_prompt_keeps_its_blocks_and_the_table_says_when_it_is_full():
         merged.compress([Segment([7, 8, 9])])
     assert mx.array_equal(merged(mx.array(held.ids)), before)
     assert merged.compress([Segment([4, 5, 6])]).ids == held.ids[1:]
+    with pytest.raises(BlockTableFullError, match="max_blocks"):  # more than the table holds
+        embedding(max_blocks=2).compress([Segment([1, 2, 3, 4, 5, 6, 7])])
 
 
 def test_the_rest_of_a_cached_prompt_keeps_the_whole_alive():
@@ -206,13 +192,6 @@ def test_cache_keys_protect_their_blocks():
     assert merged.compress([Segment([5, 5, 5])]).ids != third.ids
 
 
-def test_a_prompt_larger_than_the_table_is_refused_and_changes_nothing():
-    merged = embedding(max_blocks=2)
-    with pytest.raises(BlockTableFullError, match="max_blocks"):
-        merged.compress([Segment([1, 2, 3, 4, 5, 6, 7])])
-    assert len(merged.table) == 0
-
-
 def test_an_interrupted_encoder_leaves_no_block_without_its_row(monkeypatch):
     merged = embedding()
 
@@ -229,7 +208,7 @@ def test_an_interrupted_encoder_leaves_no_block_without_its_row(monkeypatch):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data):
     """Random prompts live and die, caches keep keys: each live id always means its own block."""
     table = BlockTable(V, capacity=6)
@@ -267,14 +246,10 @@ def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data
 # The head
 
 
-def test_as_linear_is_the_bases_without_head_lora():
-    merged, x = embedding(), mx.random.normal((2, D))
-    assert mx.array_equal(merged.as_linear(x), merged.embedding.as_linear(x))
-
-
 def test_head_lora_changes_the_output_side_alone():
     merged, x = embedding(), mx.random.normal((2, D))
     before = merged(mx.array([3]))
+    assert mx.array_equal(merged.as_linear(x), merged.embedding.as_linear(x))
     merged.add_head_lora(LoRASpec(2, 1.5))
     merged.lora_b = mx.random.normal(merged.lora_b.shape)
     weight = np.array(merged.embedding.weight) + 1.5 * np.array(merged.lora_a @ merged.lora_b).T

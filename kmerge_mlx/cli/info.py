@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kmerge_mlx.adapters.packing import ENTRY as QUANTIZATION
+from kmerge_mlx.adapters.schema import QUANTIZATION
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.calculated import parse_memory, report_of, text_of
 from kmerge_mlx.config import USABLE_SHARE, GenerationConfig

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kmerge_mlx.adapters.packing import BITS, MODES, QuantizeConfig
+from kmerge_mlx.adapters.schema import BITS, MODES, QuantizeConfig
 from kmerge_mlx.cli import options as opt
 from kmerge_mlx.cli.drifts import drift_lines
 from kmerge_mlx.cli.reading import read_prompt

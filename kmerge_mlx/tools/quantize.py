@@ -25,7 +25,7 @@ from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import Adapter, adapter_folder, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.packing import EncoderQuantization, QuantizeConfig
+from kmerge_mlx.adapters.schema import EncoderQuantization, QuantizeConfig
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load, merged_embedding, output_head

@@ -25,6 +25,7 @@ def test_it_is_no_larger_than_promised():
     assert set(find_adapters("bundled")) == {1, 2, 4}
 
 
+@pytest.mark.slow
 def test_the_first_command_answers_from_any_folder_and_says_what_it_saved(tmp_path):
     done = run_process("generate", "--k", "4", EXAMPLES / "tree.txt", cwd=tmp_path)
     assert (done.code, done.out) == (0, "true\n")
@@ -37,6 +38,7 @@ def test_its_merge_factor_is_4_where_nobody_names_one():
     assert json.loads(result.out)["compressed_tokens"] == 9
 
 
+@pytest.mark.slow
 def test_it_says_that_it_cannot_talk():
     result = run_process("chat")
     assert result.code == 0, result.err
@@ -51,6 +53,7 @@ def test_a_line_end_after_the_question_is_remarked_on(tmp_path):
     assert note not in run("generate", "--k", 4, EXAMPLES / "tree.txt").err
 
 
+@pytest.mark.slow
 def test_it_answers_the_trees_written_by_hand():
     done = run("evaluate", "--data", EXAMPLES / "handwritten", "--json")
     rows = json.loads(done.out)["rows"]
@@ -60,6 +63,7 @@ def test_it_answers_the_trees_written_by_hand():
         assert row["compression_ratio"] > 0.95 * row["k"]
 
 
+@pytest.mark.slow
 def test_a_tree_of_twenty_nodes_is_read_from_a_quarter_of_its_positions():
     options = ("--stage", "large", "--max-nodes", "20", "--num-trees", "50", "--data-seed", "11")
     done = run("evaluate", "--task", "textualized-tree", *options, "--k", "4", "--json")

@@ -1,0 +1,124 @@
+"""Names are resolved once: the right base and adapter, and every config file read a single time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kmerge_mlx import base, bundled, files
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig
+from kmerge_mlx.errors import AdapterError, ModelError
+from kmerge_mlx.model import load_source, merged_embedding
+from kmerge_mlx.source import Source
+from tests.hub_runs import using
+from tests.hub_server import Repo, running_hub
+from tests.tiny import build, qwen2_config, random_adapter, write_base
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """``base``, adapters for it in ``many`` (K = 2 and 4), and ``carrying``: a base with one."""
+    root = tmp_path_factory.mktemp("world")
+    write_base(root / "base", qwen2_config())
+    for k in (2, 4):
+        adapter = random_adapter(build(qwen2_config()), k)
+        merge = replace(adapter.merge, base=BaseModelConfig(str(root / "base")))
+        save_adapter(replace(adapter, merge=merge), root / "many" / f"k{k}")
+    write_base(root / "carrying", qwen2_config())
+    save_adapter(random_adapter(build(qwen2_config()), 4), root / "carrying" / "kmerge")
+    return root
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Counter:
+    """How often each JSON file of an adapter, and the base's config, was read."""
+    found: Counter = Counter()
+    read_bytes, read_config = Path.read_bytes, base.read_config
+
+    def counted_bytes(path: Path) -> bytes:
+        found[path.name] += 1
+        return read_bytes(path)
+
+    def counted_config(path: Path):
+        found["base config"] += 1
+        return read_config(path)
+
+    monkeypatch.setattr(files.Path, "read_bytes", counted_bytes)
+    monkeypatch.setattr(base, "read_config", counted_config)
+    return found
+
+
+def test_a_load_reads_every_config_once(world, reads):
+    source = Source.find(None, world / "many" / "k4", 4)
+    assert source.config["model_type"] == "qwen2"
+    model, _, _ = load_source(source)
+    assert merged_embedding(model).merge_factor == source.k == 4
+    assert reads == {"merge_config.json": 1, "adapter_config.json": 1, "base config": 1}
+
+
+def test_all_k_of_a_folder_are_found_in_one_pass(world, reads):
+    sources = Source.find_all(None, world / "many")
+    assert [source.k for source in sources] == [2, 4]
+    assert [source.adapter for source in sources] == [world / "many" / "k2", world / "many" / "k4"]
+    assert reads == {"merge_config.json": 2}
+    # Without an adapter for it, K = 1 is the base alone.
+    alone, merging = Source.find_all(None, world / "many", [4, 1])
+    assert (alone.k, alone.adapter, alone.path) == (1, None, world / "base")
+    assert merging.k == 4
+    assert [s.k for s in Source.find_all(str(world / "base"))] == [1]
+
+
+def test_the_base_is_the_named_one_or_the_adapters(world):
+    found = Source.find(None, world / "many", 4)
+    assert (found.model, found.path) == (str(world / "base"), world / "base")
+    assert found.adapter_path == str(world / "many")
+    other = Source.find(str(world / "carrying"), world / "many", 2)
+    assert (other.path, other.k) == (world / "carrying", 2)
+    alone = Source.find(str(world / "base"))
+    assert (alone.adapter, alone.merge, alone.k) == (None, None, 1)
+
+
+def test_a_model_folder_stands_for_the_adapter_it_carries_and_the_other_way_round(world):
+    carrying = world / "carrying"
+    for names in ((str(carrying), None), (None, carrying), (None, carrying / "kmerge")):
+        found = Source.find(*names)
+        assert (found.path, found.adapter) == (carrying, carrying / "kmerge")
+
+
+def test_nothing_named_is_the_bundled_model(reads):
+    for source in (Source.find(), Source.find(bundled.BUNDLED), Source.find(k=4)):
+        assert (source.path, source.k) == (bundled.BASE, 4)
+        assert source.model == source.adapter_path == bundled.BUNDLED
+    assert Source.find(k=2).k == 2
+
+
+def test_what_cannot_be_found_is_one_line(world, tmp_path):
+    with pytest.raises(AdapterError, match="`k` is 4, and there is no merge encoder: give `adap"):
+        Source.find(str(world / "base"), k=4)
+    with pytest.raises(AdapterError, match="`k` is 4, and there is no merge encoder"):
+        Source.find_all(str(world / "base"), ks=[1, 4])
+    for k, text in ((None, "K = 2, 4: choose one with `k`"), (1, "no adapter for `k` 1: it has")):
+        with pytest.raises(AdapterError, match=text):
+            Source.find(None, world / "many", k)
+    with pytest.raises(AdapterError, match="no adapter for `k` 3: it has K = 2, 4"):
+        Source.find_all(None, world / "many", [3])
+    save_adapter(random_adapter(build(qwen2_config()), 4), tmp_path / "nameless")
+    with pytest.raises(ModelError, match="nameless does not name its base model: give `model`"):
+        Source.find(None, tmp_path / "nameless")
+
+
+def test_of_a_hub_repo_only_the_chosen_adapter_and_its_base_are_fetched(world, tmp_path):
+    with running_hub(base=world / "base") as hub, using(hub, tmp_path / "home"):
+        hub.repos["user/many"] = Repo.of(world / "many")
+        found = Source.find("user/base@main", "user/many", 4)
+        assert found.k == 4
+        assert (found.path / "model.safetensors").is_file()
+        assert not (found.adapter.parent / "k2" / "adapters.safetensors").exists()
+        hub.requests.clear()
+        with pytest.raises(AdapterError, match="user/many holds no adapter for `k` 3"):
+            Source.find("user/base", "user/many", 3)
+        assert not [r for r in hub.requests if "safetensors" in r]
