@@ -1,7 +1,4 @@
-"""KV caches of prompts on disk: mlx-lm's file, and what its positions stand for.
-
-Owns the file, which base, adapter and K it belongs to, and whether a new prompt begins with what
-it holds. Does not know templates or the command line.
+"""Reads and writes KV caches of prompts on disk, with the tokens that their positions stand for.
 
 Source: ``mlx_lm.models.cache.save_prompt_cache``; our part is one entry of its metadata, so that
 mlx-lm itself can load the file.
@@ -19,18 +16,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models import cache as host
 from safetensors import safe_open
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters import folder as adapter
+from kmerge_mlx.adapters.folder import MERGE_WEIGHTS, TUNING_CONFIG, TUNING_WEIGHTS
 from kmerge_mlx.errors import PromptError, findings, first_line
 from kmerge_mlx.files import ALL_DTYPES, MAX_HEADER_BYTES, replacing_file, safetensors_shapes
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 ENTRY = "kmerge_mlx"
 VERSION = 1
+_K = "--k"
+"""The file's name for the merge factor."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class CacheFile:
     Args:
         cache: mlx-lm's KV caches, one a layer.
         held: What its positions stand for, in order.
-        about: How the prompt was made; the maker's own.
+        about: How the prompt was made, as given to :func:`save`.
     """
 
     cache: list[Any]
@@ -48,26 +49,19 @@ class CacheFile:
     about: dict[str, Any]
 
 
-def identity(path_or_hf_repo: str, adapter_path: str | None, k: int | None) -> dict[str, Any]:
-    """What a prompt cache belongs to.
+def identity(source: Source) -> dict[str, Any]:
+    """What a prompt cache belongs to, by name: digests of base and adapter, and K.
 
-    Args:
-        path_or_hf_repo: Base model.
-        adapter_path: Adapter, or None.
-        k: Its merge factor, or None for its only one.
-
-    Returns:
-        By name; the weights by what :func:`base.weights_digest` says of them.
+    The base's is that of :func:`base.weights_digest`.
     """
-    found = {"the base model": base.weights_digest(base.resolve(path_or_hf_repo))}
-    if adapter_path is None:
-        return found | {"the adapter": None, "--k": 1}
-    folder = adapter.adapter_folder(adapter_path, k)
-    digest = hashlib.sha256()
-    for name in (adapter.TUNING_CONFIG, adapter.TUNING_WEIGHTS, adapter.MERGE_WEIGHTS):
-        digest.update((folder / name).read_bytes())
-    merge = adapter.read_merge_config(folder)
-    return found | {"the adapter": digest.hexdigest(), "--k": merge.merge_factor}
+    adapter = None
+    if source.adapter is not None:
+        digest = hashlib.sha256()
+        for name in (TUNING_CONFIG, TUNING_WEIGHTS, MERGE_WEIGHTS):
+            digest.update((source.adapter / name).read_bytes())
+        adapter = digest.hexdigest()
+    digests = {"the base model": base.weights_digest(source.path), "the adapter": adapter}
+    return digests | {_K: source.k}
 
 
 def prefill(
@@ -87,13 +81,10 @@ def prefill(
     Returns:
         mlx-lm's KV caches, evaluated.
     """
-    from mlx_lm.generate import generate_step, wired_limit
-
     cache = host.make_prompt_cache(model, max_kv_size)
     with wired_limit(model):
-        for _ in generate_step(
-            mx.array(prompt.ids), model, max_tokens=0, prompt_cache=cache, **options
-        ):
+        ids = mx.array(prompt.ids)
+        for _ in generate_step(ids, model, max_tokens=0, prompt_cache=cache, **options):
             pass
         mx.eval([c.state for c in cache])
     return cache
@@ -135,7 +126,7 @@ def save(
             host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise PromptError(f"cannot write --prompt-cache-file {path}: {reason}") from error
+        raise PromptError(f"cannot write `prompt_cache_file` {path}: {reason}") from error
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -158,14 +149,20 @@ def load(path: Path, used_with: Mapping[str, Any]) -> CacheFile:
         PromptError: Torn, not of this package, or of another base, adapter or K (named).
     """
     entry = _entry(path)
-    differ = [name for name, value in entry["identity"].items() if used_with.get(name) != value]
-    if differ:
-        raise PromptError(findings(str(path), [_differs(n, entry, used_with) for n in differ]))
+    problems = [
+        f"`k` is {used_with.get(name)}, the file was made with {value}"
+        if name == _K
+        else f"{name} is not the one that the file was made with"
+        for name, value in entry["identity"].items()
+        if used_with.get(name) != value
+    ]
+    if problems:
+        raise PromptError(findings(str(path), problems))
     try:
         cache = host.load_prompt_cache(str(path))
         mx.eval([c.state for c in cache])
-    except Exception as error:  # whatever a file that is torn inside makes mlx-lm do
-        raise PromptError(f"{path} is no prompt cache: {first_line(error)}") from error
+    except Exception as error:  # mlx-lm raises anything on a file that is torn inside
+        raise PromptError(f"{path} is not a prompt cache: {first_line(error)}") from error
     held = [Segment(ids, merge) for merge, *ids in entry["held"]]
     return CacheFile(cache, held, entry["about"])
 
@@ -198,22 +195,15 @@ def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
     return start
 
 
-def _differs(name: str, entry: Mapping[str, Any], used_with: Mapping[str, Any]) -> str:
-    if name == "--k":
-        return f"--k is {used_with.get(name)}, the file was made with {entry['identity'][name]}"
-    return f"{name} is another than the one that the file was made with"
-
-
 def _entry(path: Path) -> dict[str, Any]:
-    """Our part of the file's metadata."""
+    """Our part of the file's metadata, checked."""
     safetensors_shapes(path, PromptError, ALL_DTYPES)
     with safe_open(str(path), framework="numpy") as file:
-        metadata = file.metadata() or {}
-    # mlx-lm numbers its parts: the user's metadata come first.
-    text = metadata.get(f"0.{ENTRY}")
+        # mlx-lm numbers its parts: the user's metadata come first.
+        text = (file.metadata() or {}).get(f"0.{ENTRY}")
     if text is None:
         raise PromptError(
-            f"{path} does not say which tokens it holds: make it with `kmerge-mlx cache`"
+            f"{path} does not record which tokens it holds: make it with `kmerge-mlx cache`"
         )
     try:
         entry = json.loads(text)
@@ -225,5 +215,5 @@ def _entry(path: Path) -> dict[str, Any]:
     if version != VERSION:
         raise PromptError(f"{path}: its version is {version!r}, expected {VERSION}: make it again")
     if not good:
-        raise PromptError(f"{path}: what it says of its tokens is torn: make it again")
+        raise PromptError(f"{path}: its record of its tokens is torn: make it again")
     return entry

@@ -1,13 +1,12 @@
-"""Compress a prompt, then mlx-lm's own generation, with honest statistics.
+"""Generates text from merged prompts: ``stream_generate``, ``generate`` and ``batch_generate``.
 
-Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's options (but for
-``verbose``: nothing is printed) and response fields, plus what merging did. The rest is mlx-lm's.
+Options and response fields are mlx-lm's, without ``verbose``, and with what merging did.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
@@ -21,7 +20,7 @@ from mlx_lm.generate import stream_generate as host_stream_generate
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
+from kmerge_mlx.errors import ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment, encode
 from kmerge_mlx.virtual_tokens import CompressedPrompt
@@ -70,8 +69,8 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
     Args:
         model: A model from :func:`kmerge_mlx.load`.
         tokenizer: Its tokenizer.
-        prompt: Text or token ids (all of it merges), or segments (see ``prompt.lay_out``). An
-            already compressed prompt is returned as it is.
+        prompt: Text or token ids (all of it merges), or segments (see ``lay_out``). An already
+            compressed prompt is returned as it is.
 
     Returns:
         The compressed prompt; its blocks stay bound while the object lives.
@@ -132,7 +131,8 @@ def stream_generate(
     """
     if draft_model is not None:
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
-    _check_options(options, [max_tokens], unlimited=True)
+    if max_tokens == 0:
+        raise PromptError("max_tokens is 0: give at least 1, or -1 for no limit")
     start = time.perf_counter()
     tokenizer = _wrapped(tokenizer)
     segments = _segments(tokenizer, prompt)
@@ -200,21 +200,28 @@ def batch_generate(
     tokenizer = _wrapped(tokenizer)
     caches = prompt_caches or [None] * len(prompts)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-    _check_options(options, limits, unlimited=False)
     if not len(caches) == len(limits) == len(prompts):
         raise PromptError(
             f"{len(prompts)} prompts, {len(caches)} prompt_caches and {len(limits)} max_tokens: "
             "expected one of each for every prompt"
         )
-    compressed = _compress_all(model, tokenizer, prompts, caches)
-    processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
+    if min(limits, default=1) < 1:
+        raise PromptError(f"max_tokens is {min(limits)}: give at least 1")
+
+    def checked(prompt: Prompt, cache: list[Any] | None) -> list[Segment] | CompressedPrompt:
+        segments = _segments(tokenizer, prompt)
+        check_context(model, segments, cache)
+        return segments
+
+    fitting = list(_numbered(checked, prompts, caches))  # all fit before the first is merged
+    compressed = list(_numbered(lambda segments: _compress(model, segments), fitting))
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
     try:
         uids = generator.insert(
             [list(prompt.ids) for prompt in compressed],
             limits,
             caches=prompt_caches,
-            logits_processors=processors,
+            logits_processors=[over_original_ids(logits_processors or (), p) for p in compressed],
         )
         with generator.stats() as stats:
             done = _drain(generator, uids, return_logprobs, progress)
@@ -233,37 +240,13 @@ def batch_generate(
     )
 
 
-def _check_options(options: Mapping[str, Any], limits: Sequence[int], unlimited: bool) -> None:
-    """What mlx-lm takes and this project does not, and limits that generate nothing."""
-    if "verbose" in options:
-        raise KMergeError("verbose: this library never prints; print what stream_generate yields")
-    if any(limit == 0 or (limit < 0 and not unlimited) for limit in limits):
-        remedy = ", or -1 for no limit" if unlimited else ""
-        raise PromptError(f"max_tokens is {min(limits)}: give at least 1{remedy}")
-
-
-def _compress_all(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], caches: Sequence[list[Any] | None]
-) -> list[CompressedPrompt]:
-    """Compresses the prompts of a batch, once all of them are known to fit."""
-
-    def checked(prompt: Prompt, cache: list[Any] | None) -> list[Segment] | CompressedPrompt:
-        form = _segments(tokenizer, prompt)
-        check_context(model, form, cache)
-        return form
-
-    return _each(lambda form: _compress(model, form), _each(checked, prompts, caches))
-
-
-def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
-    """Maps a function over a batch; an error says which prompt it is about."""
-    results = []
+def _numbered(function: Callable[..., Any], *rows: Sequence[Any]) -> Iterator[Any]:
+    """Maps a function over the prompts of a batch; an error names the prompt's number."""
     for number, arguments in enumerate(zip(*rows, strict=True)):
         try:
-            results.append(function(*arguments))
+            yield function(*arguments)
         except PromptError as error:
             raise PromptError(f"prompt {number}: {error}") from error
-    return results
 
 
 def over_original_ids(
@@ -274,21 +257,19 @@ def over_original_ids(
     A virtual id would index the logits out of range, and original ids are what a penalty means.
 
     Args:
-        processors: mlx-lm's; the first call tells how many of the ids are the prompt's.
+        processors: mlx-lm's. The ids of the first call are the prompt's; later ones are the answer.
         prompt: The prompt that generation starts from.
-
-    Returns:
-        The same processors, guarded.
     """
     original = mx.array(prompt.original_ids)
 
     def guard(processor: LogitsProcessor) -> LogitsProcessor:
-        read: list[int] = []
+        prompt_size: int | None = None
 
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            read[:] = read or [len(tokens)]
-            generated = tokens[read[0] :].astype(original.dtype)
-            return processor(mx.concatenate([original, generated]), logits)
+            nonlocal prompt_size
+            prompt_size = len(tokens) if prompt_size is None else prompt_size
+            answer = tokens[prompt_size:].astype(original.dtype)
+            return processor(mx.concatenate([original, answer]), logits)
 
         return guarded
 
@@ -370,14 +351,14 @@ def _wrapped(tokenizer: Any) -> TokenizerWrapper:
 
 
 def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:
-    """Every form of a prompt but the compressed one, as segments of plain ints."""
+    """A prompt as segments of plain ints; a compressed one as it is."""
     if isinstance(prompt, CompressedPrompt):
         return prompt
     if isinstance(prompt, str):
         try:
             return [Segment(encode(tokenizer, prompt))]
         except TypeError as error:  # a lone surrogate, say
-            raise PromptError(f"the prompt is no text: {first_line(error)}") from error
+            raise PromptError(f"the prompt is not text: {first_line(error)}") from error
     parts = [prompt] if isinstance(prompt, Segment) else _listed(prompt)
     if parts and all(isinstance(part, Segment) for part in parts):
         return [Segment(_ids(part.ids), part.merge) for part in parts]
@@ -385,7 +366,7 @@ def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPromp
 
 
 def _listed(values: Any) -> list[Any]:
-    """A list of whatever a prompt is: an array of MLX or NumPy, or any sequence but bytes."""
+    """A list of what an array of MLX or NumPy, or any sequence but bytes, holds."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, bytes | bytearray | Mapping) or not isinstance(values, Iterable):
         raise PromptError(f"the prompt is of type {type(values).__name__}, {_EXPECTED}")
@@ -393,8 +374,8 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _ids(values: Any) -> list[int]:
-    try:
-        return [index(value) for value in _listed(values)]
-    except TypeError:
-        other = next(v for v in _listed(values) if not hasattr(v, "__index__"))
-        raise PromptError(f"the prompt holds a {type(other).__name__}, {_EXPECTED}") from None
+    values = _listed(values)
+    for value in values:
+        if not hasattr(value, "__index__"):
+            raise PromptError(f"the prompt holds a {type(value).__name__}, {_EXPECTED}")
+    return [index(value) for value in values]

@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import ChatTemplate
 from kmerge_mlx.prompts.lay_out import decode_text, lay_out
 from kmerge_mlx.prompts.policy import ALL, Layout
 from kmerge_mlx.prompts.segments import encode
