@@ -98,15 +98,15 @@ def cache(settings: CacheFileSettings) -> None:
         raise PromptError("there is nothing to keep: give a FILE, or a `prompt`")
     check_context(opened.model, held)
     compressed = compress(opened.model, opened.tokenizer, held)
-    with one_line_refusals(), prefill_bar(settings.prefill_step_size) as progress:
+    with one_line_refusals():
         read = prompt_cache.prefill(
             opened.model,
             compressed,
             settings.max_kv_size,
-            prompt_progress_callback=progress,
+            prompt_progress_callback=prefill_bar(settings.prefill_step_size),
             **settings.cache_options(),
         )
-    prompt_cache.save(path, read, held, prompt_cache.identity(source), about)
+    prompt_cache.CacheFile(path, prompt_cache.identity(source), held, about).save(read)
     if settings.kv_bits is not None and not any(hasattr(each, "bits") for each in read):
         print(
             f"note: not quantized: the {len(compressed.ids):,} positions are no more than "
@@ -137,28 +137,29 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import compress
 
-    about = prompt_cache.read_about(path)
+    file = prompt_cache.CacheFile.read(path)
+    about = file.about
     named = {"k": about["k"] if settings.k is None else settings.k}
     if settings.model is None and settings.adapter_path is None:
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
     opened = open_model(replace(settings, **named), context=False, chat=ChatTemplate())
-    found = prompt_cache.load(path, prompt_cache.identity(opened.source))
-    bits = getattr(found.cache[0], "bits", None)
+    cache = file.load(prompt_cache.identity(opened.source))
+    bits = getattr(cache[0], "bits", None)
     if bits is not None and settings.kv_bits not in (None, bits):
         raise PromptError(f"`kv_bits` is {settings.kv_bits}, {path} was made with {bits}")
     spans = parse(about["context"] or "")
     segments = _lay_out(opened.tokenizer, about, spans, question, settings.prefill_response)
-    if not prompt_cache.begins_with(segments, found.held):
+    if not prompt_cache.begins_with(segments, file.held):
         raise PromptError(
             f"this `prompt` changes how the end of {path} is read: begin it differently"
         )
     whole = compress(opened.model, opened.tokenizer, segments)
-    start = compress(opened.model, opened.tokenizer, found.held)
+    start = compress(opened.model, opened.tokenizer, file.held)
     print(
         f"Cache: {len(start.original_ids):,} tokens in {len(start.ids):,} positions",
         file=sys.stderr,
     )
-    return opened, whole.after(len(start.ids)), found.cache
+    return opened, whole.after(len(start.ids)), cache
 
 
 def _lay_out(

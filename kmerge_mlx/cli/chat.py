@@ -100,7 +100,8 @@ def _take(talk: Conversation, line: str, options: dict[str, Any]) -> None:
 def _answer(talk: Conversation, question: str, options: dict[str, Any]) -> None:
     """Prints an answer as it streams; Ctrl-C stops it, and it stays as far as it went."""
     last: GenerationResponse | None = None
-    with one_line_refusals(), prefill_bar(options["prefill_step_size"]) as progress:
+    progress = prefill_bar(options["prefill_step_size"])
+    with one_line_refusals():
         answer = talk.ask(question, prompt_progress_callback=progress, **options)
         with contextlib.closing(answer):
             try:

@@ -164,7 +164,7 @@ def generate(settings: GenerateSettings) -> None:
         frequency_context_size=settings.frequency_context_size,
     )
     names = ("min_p", "top_k", "min_tokens_to_keep")
-    with one_line_refusals(), prefill_bar(settings.prefill_step_size) as progress:
+    with one_line_refusals():
         responses = stream_generate(
             opened.model,
             opened.tokenizer,
@@ -174,7 +174,7 @@ def generate(settings: GenerateSettings) -> None:
             logits_processors=processors,
             prompt_cache=cache,
             max_kv_size=settings.max_kv_size,
-            prompt_progress_callback=progress,
+            prompt_progress_callback=prefill_bar(settings.prefill_step_size),
             **settings.cache_options(),
         )
         print_answer(responses, settings.json)

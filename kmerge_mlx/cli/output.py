@@ -51,31 +51,17 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         print(f"note: this adapter was trained {' and '.join(found)}", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def prefill_bar(step_size: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal while a prompt of several prefill steps is read.
+def prefill_bar(step_size: int) -> Callable[[int, int], None]:
+    """Progress while a prompt of several prefill steps is read.
 
     Args:
         step_size: Positions prefilled at once.
 
-    Yields:
+    Returns:
         mlx-lm's ``prompt_progress_callback``: called with (positions read, positions in all).
     """
-    bar: Any = None
-    # Whatever ends the block, Ctrl-C included, gives the terminal its cursor back.
-    with contextlib.ExitStack() as shown:
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if done == 0 and total > step_size and sys.stderr.isatty():
-                bar = typer.progressbar(length=total, label="Reading", file=sys.stderr)
-                shown.enter_context(bar)
-            if bar is not None:
-                bar.update(done - bar.pos)
-            if done == total:
-                shown.close()
-
-        yield progress
+    progress = bars()("Reading")
+    return lambda done, total: progress(done, total) if total > step_size else None
 
 
 def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
