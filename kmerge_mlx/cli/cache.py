@@ -20,7 +20,7 @@ from kmerge_mlx.cli.inputs import (
 from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import option
 
@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 QUESTIONS = ("0", "\n0", " z", "Z")
 """A cache holds what the prompts of all of these begin with, so that any question can follow."""
+
+_ABOUT = {
+    "context": str,
+    "prompt": str,
+    "layout": dict,
+    "system_prompt": str,
+    "options": dict,
+    "templated": bool,
+    "model": str,
+    "adapter_path": str,
+    "k": int,
+}
+"""What a file records of its prompt; each may be null."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,9 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
     from kmerge_mlx.generation.stream import compress
 
     file = prompt_cache.CacheFile.read(path)
-    about = file.about
+    about = {name: file.about.get(name) for name in _ABOUT}
+    if not all(isinstance(about[name], kind | None) for name, kind in _ABOUT.items()):
+        raise PromptError(f"{path}: its record of its prompt is torn: make it again")
     named = {"k": about["k"] if settings.k is None else settings.k}
     if settings.model is None and settings.adapter_path is None:
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
@@ -172,9 +187,10 @@ def _lay_out(
     """A prompt that begins with what a file holds."""
     chat = None
     if about["templated"]:
-        chat = ChatTemplate(about["system_prompt"], prefill_response, about["options"])
+        chat = ChatTemplate(about["system_prompt"], prefill_response, about["options"] or {})
     prompt = (about["prompt"] or "") + question
-    return lay_out(tokenizer, context, prompt, chat, Layout(**about["layout"]))
+    layout = Layout.from_json(about["layout"]) or DEFAULT_LAYOUT
+    return lay_out(tokenizer, context, prompt, chat, layout)
 
 
 def _lasting(adapter_path: str | None) -> str | None:
