@@ -159,17 +159,17 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
     opened = open_model(replace(settings, **named), context=False, chat=ChatTemplate())
     cache = file.load(prompt_cache.identity(opened.source))
-    bits = getattr(cache[0], "bits", None)
+    bits = next((each.bits for each in cache if hasattr(each, "bits")), None)
     if bits is not None and settings.kv_bits not in (None, bits):
         raise PromptError(f"`kv_bits` is {settings.kv_bits}, {path} was made with {bits}")
     spans = parse(about["context"] or "")
     segments = _lay_out(opened.tokenizer, about, spans, question, settings.prefill_response)
-    if not prompt_cache.begins_with(segments, file.held):
+    whole = compress(opened.model, opened.tokenizer, segments)
+    start = compress(opened.model, opened.tokenizer, file.held)
+    if whole.ids[: len(start.ids)] != start.ids:
         raise PromptError(
             f"this `prompt` changes how the end of {path} is read: begin it differently"
         )
-    whole = compress(opened.model, opened.tokenizer, segments)
-    start = compress(opened.model, opened.tokenizer, file.held)
     print(
         f"Cache: {len(start.original_ids):,} tokens in {len(start.ids):,} positions",
         file=sys.stderr,

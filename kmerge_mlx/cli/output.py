@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import typer
-
 from kmerge_mlx.errors import KMergeError, of_mlx_lm
 from kmerge_mlx.prompts.policy import CONTEXTS, Layout
 

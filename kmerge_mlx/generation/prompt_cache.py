@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import index
@@ -177,15 +177,14 @@ class CacheFile:
         return cache
 
 
-def begins_with(segments: Sequence[Segment], held: Sequence[Segment]) -> bool:
-    """Whether a prompt begins with the segments that a file holds; a raw run may go on."""
-    start = _units(held)
-    return _units(segments)[: len(start)] == start
-
-
 def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
     """What several prompts begin with alike: whole merged runs, and tokens that are raw."""
-    columns = zip(*map(_units, prompts), strict=False)
+    # A raw token may be held alone, a merged run as a whole.
+    units = [
+        [unit for s in segments for unit in ([tuple(s.ids)] if s.merge else s.ids)]
+        for segments in prompts
+    ]
+    columns = zip(*units, strict=False)
     alike = [units[0] for units in takewhile(lambda units: len(set(units)) == 1, columns)]
     start: list[Segment] = []
     for unit in alike:
@@ -196,9 +195,3 @@ def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
         else:
             start.append(Segment([unit], False))
     return start
-
-
-def _units(segments: Iterable[Segment]) -> list[int | tuple[int, ...]]:
-    """What is either held whole or not at all: a raw token, or all of a merged run."""
-    parts = ([tuple(s.ids)] if s.merge else s.ids for s in segments)
-    return [unit for part in parts for unit in part]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -43,12 +43,9 @@ class ChatTemplate:
 
     def messages(self, content: Any) -> list[dict[str, Any]]:
         """The conversation of one user message."""
-        texts = {
-            "system": self.system_prompt,
-            "user": content,
-            "assistant": self.prefill_response,
-        }
-        return [{"role": role, "content": c} for role, c in texts.items() if c is not None]
+        texts = (self.system_prompt, content, self.prefill_response)
+        roles = zip(("system", "user", "assistant"), texts, strict=True)
+        return [{"role": role, "content": text} for role, text in roles if text is not None]
 
     def render(self, tokenizer: Any, text: str) -> str:
         """The full prompt text for one user message.
@@ -78,11 +75,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     Raises:
         PromptError: A message of another form, or tags that do not pair.
     """
-    spans = [_spans(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    return [
-        message | ({} if message.get("content") is None else {"content": text_of(message_spans)})
-        for message, message_spans in zip(_without_merge(messages), spans, strict=True)
-    ]
+    return [_given(m, text_of(_spans(m, f"messages[{i}]"))) for i, m in enumerate(messages)]
 
 
 def lay_out(
@@ -201,10 +194,7 @@ def lay_out_chat(
         for spans in filter(None, contents):
             paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans
         return _lay_out_bare(tokenizer, paragraphs, outside)
-    given = [
-        message if message.get("content") is None else message | {"content": spans}
-        for message, spans in zip(_without_merge(messages), contents, strict=True)
-    ]
+    given = [_given(message, spans) for message, spans in zip(messages, contents, strict=True)]
     text, runs = _rendered(tokenizer, given, options, prefilled)
     if runs is None and specified:
         raise PromptError(
@@ -227,11 +217,13 @@ def _lay_out_bare(tokenizer: Any, spans: Sequence[Span], outside: bool) -> list[
 
 def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:
     """Spans, with a default for those that tags do not decide."""
-    return [Span(span.text, merge if span.merge is None else span.merge) for span in spans]
+    return [replace(span, merge=merge) if span.merge is None else span for span in spans]
 
 
-def _without_merge(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: v for name, v in message.items() if name != "merge"} for message in messages]
+def _given(message: Mapping[str, Any], content: Any) -> dict[str, Any]:
+    """A message for the template: with another content if it has one, and without ``merge``."""
+    kept = {name: value for name, value in message.items() if name != "merge"}
+    return kept if message.get("content") is None else kept | {"content": content}
 
 
 def _spans(message: Mapping[str, Any], name: str) -> list[Span]:
@@ -317,12 +309,7 @@ def _rendered(
 
     def render(mark: str) -> str:
         numbers = count()
-        marked = [
-            message | {"content": _marked(message["content"], mark, numbers)}
-            if "content" in message
-            else message
-            for message in messages
-        ]
+        marked = [_given(m, _marked(m.get("content"), mark, numbers)) for m in messages]
         return _render(tokenizer, marked, options, prefilled)
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]

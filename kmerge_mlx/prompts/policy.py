@@ -78,14 +78,7 @@ def chosen(
     threshold: int | None = None,
     chat_template: bool | None = None,
 ) -> Layout:
-    """The layout to use: what is asked for, else what the adapter was trained with.
-
-    Args:
-        stored: The adapter's, or None where it is not recorded.
-        merges: Asked for, or None; so the others.
-        threshold: Fewest tokens of a context.
-        chat_template: Whether the tokenizer's template is applied.
-    """
+    """The layout to use: what is asked for, else ``stored``, as the adapter was trained."""
     asked = {"merges": merges, "threshold": threshold, "chat_template": chat_template}
     asked = {name: value for name, value in asked.items() if value is not None}
     return replace(stored or DEFAULT_LAYOUT, **asked)
