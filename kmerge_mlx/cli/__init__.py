@@ -1,4 +1,4 @@
-"""The command line: parse, call the library, print. Nothing else in the package prints.
+"""The command line: every command, and how its errors become one message and an exit code.
 
 Generated text and ``--json`` objects go to stdout; statistics, progress, notes and errors go to
 stderr. Exit code 1 is the input's fault, 2 the command line's, 130 is Ctrl-C. Heavy imports stay
@@ -40,20 +40,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(bench)
-app.command()(cache)
-app.command()(chat)
-app.command()(convert)
-app.command()(data)
-app.command()(evaluate)
-app.command()(export)
-app.command()(fuse)
-app.command()(generate)
-app.command()(info)
-app.command()(quantize)
-app.command()(serve)
-app.command()(train)
-app.command()(upload)
+for _command in (
+    *(bench, cache, chat, convert, data, evaluate, export),
+    *(fuse, generate, info, quantize, serve, train, upload),
+):
+    app.command()(_command)
 
 
 def _print_version(wanted: bool) -> None:

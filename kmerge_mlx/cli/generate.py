@@ -5,61 +5,131 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli import options as opt
-from kmerge_mlx.cli.cache import read_held
-from kmerge_mlx.cli.opening import one_line_refusals, open_model, template_of
-from kmerge_mlx.cli.reading import Files, json_object, prefill_bar, read_prompt
-from kmerge_mlx.config import GenerationConfig
-from kmerge_mlx.prompts.chat_template import ChatTemplate
-from kmerge_mlx.prompts.lay_out import lay_out
+from kmerge_mlx.cli.cache import CacheFileSettings, go_on
+from kmerge_mlx.cli.inputs import (
+    Opened,
+    PromptSettings,
+    command,
+    open_model,
+    parse_files,
+    read_prompt,
+)
+from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
+from kmerge_mlx.errors import PromptError
+from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
+from kmerge_mlx.settings import SamplingSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation.stream import GenerationResponse
+    from kmerge_mlx.prompts.segments import Segment
 
-DEFAULTS = GenerationConfig()
+_LOOKS_BACK = "How many original tokens it looks back."
 
 
-def generate(
-    files: Files = None,
-    prompt: opt.Prompt = None,
-    model: opt.Model = None,
-    adapter_path: opt.AdapterPath = None,
-    k: opt.MergeFactor = None,
-    max_tokens: opt.MaxTokens = DEFAULTS.max_tokens,
-    temp: opt.Temp = DEFAULTS.temp,
-    top_p: opt.TopP = DEFAULTS.top_p,
-    min_p: opt.MinP = DEFAULTS.min_p,
-    top_k: opt.TopK = DEFAULTS.top_k,
-    min_tokens_to_keep: opt.MinTokensToKeep = DEFAULTS.min_tokens_to_keep,
-    xtc_probability: opt.XtcProbability = DEFAULTS.xtc_probability,
-    xtc_threshold: opt.XtcThreshold = DEFAULTS.xtc_threshold,
-    seed: opt.Seed = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    repetition_context_size: opt.RepetitionContextSize = DEFAULTS.penalty_context_size,
-    presence_penalty: opt.PresencePenalty = None,
-    presence_context_size: opt.PresenceContextSize = DEFAULTS.penalty_context_size,
-    frequency_penalty: opt.FrequencyPenalty = None,
-    frequency_context_size: opt.FrequencyContextSize = DEFAULTS.penalty_context_size,
-    prompt_cache_file: opt.PromptCacheFile = None,
-    max_kv_size: opt.MaxKvSize = None,
-    kv_bits: opt.KvBits = None,
-    kv_group_size: opt.KvGroupSize = DEFAULTS.kv_group_size,
-    quantized_kv_start: opt.QuantizedKvStart = DEFAULTS.quantized_kv_start,
-    prefill_step_size: opt.PrefillStepSize = DEFAULTS.prefill_step_size,
-    system_prompt: opt.SystemPrompt = None,
-    prefill_response: opt.PrefillResponse = None,
-    chat_template_config: opt.ChatTemplateConfig = None,
-    merges: opt.Merges = None,
-    chat_template: opt.UseChatTemplate = None,
-    extra_eos_token: opt.ExtraEosToken = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    as_json: opt.Json = False,
-) -> None:
+@dataclass(frozen=True)
+class AnswerSettings(PromptSettings):
+    """What ``generate`` and ``chat`` share; the defaults are mlx-lm's."""
+
+    max_tokens: int = option(
+        100,
+        int,
+        "Most tokens to generate; -1 for no limit.",
+        low=-1,
+        flags=("--max-tokens", "-m"),
+    )
+    temp: float = SamplingSettings.setting("temp")
+    top_p: float = SamplingSettings.setting("top_p")
+    xtc_probability: float = option(0.0, float, "How often XTC sampling happens.", low=0, high=1)
+    xtc_threshold: float = option(
+        0.1, float, "Probability from which XTC drops tokens.", low=0, high=0.5
+    )
+    extra_eos_token: tuple[str, ...] = option(
+        (), str, "Stop at this token too; give the option again for another.", many=True
+    )
+
+    def clashes(self) -> list[str]:
+        zero = ["`max_tokens` is 0, which generates nothing; -1 is no limit"]
+        return super().clashes() + (zero if self.max_tokens == 0 else [])
+
+    def add_eos_tokens(self, tokenizer: Any) -> None:
+        """Lets ``extra_eos_token``, tokens or their numbers, end an answer too.
+
+        Raises:
+            PromptError: The tokenizer does not have one of them.
+        """
+        known = tokenizer.get_vocab() if self.extra_eos_token else {}
+        for token in self.extra_eos_token:
+            # mlx-lm would take the unknown token, or a number that no token has, for any other.
+            if token not in known and not (token.isdecimal() and int(token) < len(tokenizer)):
+                raise PromptError(f"`extra_eos_token` {token}: the tokenizer has no such token")
+            tokenizer.add_eos_token(token)
+
+    def sampler(self, tokenizer: Any, **more: Any) -> Any:
+        """mlx-lm's sampler with these settings, and with more of its options."""
+        from mlx_lm.sample_utils import make_sampler
+
+        return make_sampler(
+            self.temp,
+            self.top_p,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class GenerateSettings(AnswerSettings):
+    """Settings of ``kmerge-mlx generate``."""
+
+    prompt: str | None = CacheFileSettings.setting("prompt")
+    min_p: float = SamplingSettings.setting("min_p")
+    top_k: int = SamplingSettings.setting("top_k")
+    min_tokens_to_keep: int = option(1, int, "Tokens that min-p always keeps.", low=1)
+    seed: int | None = option(
+        None, int, "Seed of the sampling: the same one gives the same text.", low=0
+    )
+    repetition_penalty: float | None = option(
+        None, float, "Divides the logits of tokens already read; 1 is off.", low=0
+    )
+    repetition_context_size: int = option(20, int, _LOOKS_BACK, low=1)
+    presence_penalty: float | None = option(
+        None, float, "Subtracted from the logits of tokens already read."
+    )
+    presence_context_size: int = option(20, int, _LOOKS_BACK, low=1)
+    frequency_penalty: float | None = option(
+        None, float, "The same, once for every time a token was read."
+    )
+    frequency_context_size: int = option(20, int, _LOOKS_BACK, low=1)
+    prompt_cache_file: str | None = CacheFileSettings.setting(
+        "prompt_cache_file",
+        help="KV cache made by `kmerge-mlx cache`: the --prompt goes on where it ends.",
+        required=False,
+    )
+    prefill_response: str | None = option(
+        None, str, "Beginning of the answer, for the chat template."
+    )
+    json: bool = option(False, bool, "Print one JSON object on stdout.")
+
+    def clashes(self) -> list[str]:
+        found = super().clashes()
+        if self.prompt_cache_file is None:
+            return found
+        if self.prompt is None:
+            found.append("`prompt_cache_file` needs a `prompt`: what is asked of what it holds")
+        held = ("system_prompt", "chat_template_config", "merges", "chat_template", "max_kv_size")
+        again = [f"`{name}`" for name in held if getattr(self, name) is not None]
+        if again := ["FILE"] * bool(self.files) + again:
+            found.append(f"`prompt_cache_file` holds it already: leave {', '.join(again)} out")
+        return found
+
+
+@command(GenerateSettings)
+def generate(settings: GenerateSettings) -> None:
     """Generate text from a compressed prompt.
 
     The FILEs are the context and are merged, K tokens to a position; the --prompt is the question
@@ -71,85 +141,59 @@ def generate(
       kmerge-mlx generate --adapter-path A --k 4 report.txt -p "What changed in May?"
       cat log.txt | kmerge-mlx generate --adapter-path A --k 4 - --json
     """
-    if max_tokens == 0:
-        raise typer.BadParameter("0 generates nothing; -1 is no limit", param_hint="--max-tokens")
-    opt.check_kv(kv_bits, max_kv_size)
-    template_options = json_object(chat_template_config)
-    shape = (merges, None, chat_template)
-    if prompt_cache_file is None:
-        context, question = read_prompt(files or [], prompt)
-        held = None
+    cache = None
+    if settings.prompt_cache_file is None:
+        opened, prompt = _read(settings)
     else:
-        belongs = [files, max_kv_size, system_prompt, chat_template_config, *shape]
-        held = read_held(prompt_cache_file, belongs, prompt)
-        model, adapter_path, k = held.model(model, adapter_path, k)
-    if held is None:
-        opt.check_merges(model, adapter_path, context)
+        opened, prompt, cache = go_on(settings)
+    settings.add_eos_tokens(opened.tokenizer)
 
-    # The heavy imports wait until the command line and the files are known to be good.
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+    from mlx_lm.sample_utils import make_logits_processors
 
     from kmerge_mlx.generation.stream import stream_generate
 
-    opened = open_model(model, adapter_path, k, trust_remote_code, extra_eos_token or [])
-    llm, tokenizer = opened.model, opened.tokenizer
-    if held is None:
-        layout = opened.layout(*shape)
-        chat = ChatTemplate(system_prompt, prefill_response, template_options)
-        chat = template_of(tokenizer, chat, layout)
-        segments, cache = lay_out(tokenizer, context, question, chat, layout), None
-        if opened.base == BUNDLED and (question or context).endswith("\n"):
-            print(
-                "note: the prompt ends with a line end, and the bundled model knows none that do: "
-                "see kmerge_mlx/bundled/README.md",
-                file=sys.stderr,
-            )
-    else:
-        segments, cache = held.go_on(opened, prefill_response, kv_bits)
-    if seed is not None:
-        mx.random.seed(seed % 2**64)
-    sampler = make_sampler(
-        temp,
-        top_p,
-        min_p,
-        min_tokens_to_keep,
-        top_k=top_k,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
     processors = make_logits_processors(
-        repetition_penalty=repetition_penalty,
-        repetition_context_size=repetition_context_size,
-        presence_penalty=presence_penalty,
-        presence_context_size=presence_context_size,
-        frequency_penalty=frequency_penalty,
-        frequency_context_size=frequency_context_size,
+        repetition_penalty=settings.repetition_penalty,
+        repetition_context_size=settings.repetition_context_size,
+        presence_penalty=settings.presence_penalty,
+        presence_context_size=settings.presence_context_size,
+        frequency_penalty=settings.frequency_penalty,
+        frequency_context_size=settings.frequency_context_size,
     )
-    with prefill_bar(prefill_step_size) as progress:
+    names = ("min_p", "top_k", "min_tokens_to_keep")
+    with one_line_refusals():
         responses = stream_generate(
-            llm,
-            tokenizer,
-            segments,
-            max_tokens,
-            sampler=sampler,
+            opened.model,
+            opened.tokenizer,
+            prompt,
+            settings.max_tokens,
+            sampler=settings.sampler(opened.tokenizer, **{n: getattr(settings, n) for n in names}),
             logits_processors=processors,
             prompt_cache=cache,
-            max_kv_size=max_kv_size,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-            prefill_step_size=prefill_step_size,
-            prompt_progress_callback=progress,
+            max_kv_size=settings.max_kv_size,
+            prompt_progress_callback=prefill_bar(settings.prefill_step_size),
+            **settings.cache_options(),
         )
-        print_answer(_one_line_errors(responses), as_json)
+        print_answer(responses, settings.json)
 
 
-def _one_line_errors(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResponse]:
-    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into this project's errors."""
-    with one_line_refusals():
-        yield from responses
+def _read(settings: GenerateSettings) -> tuple[Opened, list[Segment]]:
+    """The model, and the prompt as it is laid out for it."""
+    context, question = read_prompt(settings.files, settings.prompt)
+    spans = parse_files(context, settings.files)
+    options = settings.chat_template_config or {}
+    chat = ChatTemplate(settings.system_prompt, settings.prefill_response, options)
+    opened = open_model(settings, bool(spans), chat)
+    if opened.source.model == BUNDLED and (question or context or "").endswith("\n"):
+        print(
+            "note: the prompt ends with a line end, which the bundled model was not trained on: "
+            "see kmerge_mlx/bundled/README.md",
+            file=sys.stderr,
+        )
+    return opened, lay_out(opened.tokenizer, spans, question, opened.chat, opened.layout)
 
 
 def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None:

@@ -1,18 +1,44 @@
-"""Makes a command of a settings class: its flags, its YAML file, and flags in its errors."""
+"""What commands read: their flags and YAML file, made from a settings class, and their prompts."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
-from typing import Annotated, Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmerge_mlx.errors import KMergeError, SettingsError
-from kmerge_mlx.settings import SIZE, Option, Settings, flags_of, option_of
+from kmerge_mlx.cli.output import note_layout
+from kmerge_mlx.config import CONTEXT_SEPARATOR
+from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
+from kmerge_mlx.prompts.lay_out import ChatTemplate
+from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.prompts.tags import Span, parse
+from kmerge_mlx.settings import (
+    SIZE,
+    CacheSettings,
+    LayoutSettings,
+    ModelSettings,
+    Option,
+    Settings,
+    argument,
+    flags_of,
+    option,
+    option_of,
+)
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from kmerge_mlx.source import Source
+
+STDIN = "-"
 
 # What the command line reads for each kind; a list is text with commas, a mapping is JSON.
 _TYPES = {int: int, float: float, str: str, bool: bool, SIZE: str, list: str, dict: str}
@@ -99,26 +125,24 @@ def _parameters(settings: type[Settings], config_file: bool) -> list[inspect.Par
 
 def _parameter(field: Field) -> inspect.Parameter:
     """The command line's view of a setting; None means that it was not given."""
-    option = option_of(field)
-    kind: Any = _TYPES[option.kind]
-    kind = list[kind] if option.many else kind
-    if option.argument:
-        info = typer.Argument(metavar=option.argument, help=option.help, show_default=False)
+    own = option_of(field)
+    kind: Any = _TYPES[own.kind]
+    kind = list[kind] if own.many else kind
+    if own.argument:
+        info = typer.Argument(metavar=own.argument, help=own.help, show_default=False)
     else:
-        limits = {"min": option.low, "max": option.high} if kind in (int, float) else {}
+        limits = {"min": own.low, "max": own.high} if kind in (int, float) else {}
         info = typer.Option(
             *flags_of(field),
-            help=option.help + _default(field, option),
+            help=own.help + _default(field, own),
             show_default=False,
-            rich_help_panel=option.group,
+            rich_help_panel=own.group,
             # Not a choice of Typer's: the settings' own check says more, for YAML too.
-            metavar=f"<{'|'.join(map(str, option.choices))}>" if option.choices else None,
+            metavar=f"<{'|'.join(map(str, own.choices))}>" if own.choices else None,
             **limits,
         )
-    default = ... if option.required else None
-    annotation = Annotated[kind if option.required else kind | None, info]
-    if option.required:
-        return inspect.Parameter(field.name, _KEYWORD, annotation=annotation)
+    annotation = Annotated[kind if own.required else kind | None, info]
+    default = inspect.Parameter.empty if own.required else None
     return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
 
 
@@ -183,3 +207,175 @@ def as_yaml(settings: Settings) -> str:
     values = {name: getattr(settings, name) for name in ours}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
     return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class PromptSettings(CacheSettings, ModelSettings):
+    """What ``generate``, ``chat`` and ``cache`` share."""
+
+    files: tuple[str, ...] = argument(
+        "FILE",
+        "Text to compress; `-` is stdin. Several are joined by a blank line.",
+        many=True,
+        required=False,
+    )
+    max_kv_size: int | None = option(
+        None, int, "Most positions the KV cache keeps; older ones are overwritten.", low=1
+    )
+    system_prompt: str | None = option(None, str, "System message for the chat template.")
+    chat_template_config: dict[str, Any] | None = option(
+        None, dict, "Further chat template arguments, a JSON object."
+    )
+    merges: str | None = LayoutSettings.setting("merges")
+    chat_template: bool | None = LayoutSettings.setting("chat_template")
+
+    def clashes(self) -> list[str]:
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            return ["mlx-lm cannot quantize a cache with `max_kv_size`: leave `kv_bits` out"]
+        return []
+
+    def cache_options(self) -> dict[str, Any]:
+        """The options of mlx-lm's ``generate_step`` that :class:`CacheSettings` holds."""
+        return {f.name: getattr(self, f.name) for f in fields(CacheSettings)}
+
+
+def read_prompt(files: Sequence[str], prompt: str | None) -> tuple[str | None, str | None]:
+    """The text to merge and the text to keep raw, with their tags.
+
+    Args:
+        files: Names of files, ``-`` for stdin.
+        prompt: The ``--prompt`` text with mlx-lm's conventions: ``-`` is stdin, and a written
+            ``\\n`` or ``\\t`` means the character.
+
+    Raises:
+        PromptError: Nothing to read, or a file that is missing, empty or not UTF-8.
+    """
+    if [*files, prompt].count(STDIN) > 1:
+        raise PromptError("`-` is given more than once, but stdin can be read only once")
+    if prompt == "":
+        raise PromptError("`prompt` is empty: leave it out, or give it text")
+    context = CONTEXT_SEPARATOR.join(read_text(name) for name in files) or None
+    if prompt == STDIN:
+        return context, read_text(STDIN)
+    if prompt is not None:
+        return context, prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if context is None:
+        raise PromptError("the prompt is empty: give a FILE to compress, or `prompt`")
+    return context, None
+
+
+def parse_files(context: str | None, files: Sequence[str]) -> list[Span]:
+    """The spans of what files hold.
+
+    Raises:
+        PromptError: Tags that do not pair; names the file.
+    """
+    return parse(context or "", files[0] if len(files) == 1 else "the FILEs, one after the other")
+
+
+def read_text(name: str) -> str:
+    """The text of a file, or of stdin for ``-``, without a byte-order mark.
+
+    Raises:
+        PromptError: It cannot be read, is not UTF-8, or is empty.
+    """
+    shown = "stdin" if name == STDIN else name
+    if name == STDIN and sys.stdin is None:
+        raise PromptError("cannot read stdin: it is closed")
+    try:
+        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise PromptError(f"cannot read {shown}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{shown} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
+            "save the file as UTF-8"
+        ) from None
+    if not text:
+        raise PromptError(f"{shown} is empty: put the text to compress in it")
+    return text
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model, and how its prompts are read.
+
+    Args:
+        model: The base model, with its adapter if there is one.
+        tokenizer: Its tokenizer.
+        source: Where they came from.
+        layout: What merges where nothing is specified.
+        chat: The chat template with its options, or None if it is not applied.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    source: Source
+    layout: Layout
+    chat: ChatTemplate | None
+
+
+def open_model(
+    settings: PromptSettings,
+    context: bool,
+    chat: ChatTemplate | None = None,
+    threshold: int | None = None,
+) -> Opened:
+    """Finds and loads what a command's settings name, with notes about its adapter on stderr.
+
+    Args:
+        settings: The command's.
+        context: Whether there is a context to merge.
+        chat: How the chat template would wrap a prompt. Default: as the settings say.
+        threshold: Fewest tokens of a context, or None: as the adapter was trained.
+
+    Raises:
+        ModelError: The base cannot be loaded.
+        AdapterError: The adapter is torn, has no such K, or is for another base.
+        PromptError: A context without a merge encoder, or options of a chat template that is not
+            applied.
+    """
+    from kmerge_mlx.adapters.folder import base_of
+    from kmerge_mlx.model import load_source
+    from kmerge_mlx.source import Source
+
+    adapter = settings.adapter_path
+    try:
+        source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
+        if context and source.merge is None:
+            name = source.model
+            raise PromptError(f"FILEs need a merge encoder for {name}: give `adapter_path`")
+        model, tokenizer, _ = load_source(source)
+    except ModelError as error:
+        if settings.model is not None or adapter is None or base_of(adapter) is None:
+            raise
+        hint = f"({adapter} names this base; `model` gives another)"
+        raise ModelError(f"{error} {hint}") from error
+    stored = None
+    if source.merge is not None:
+        stored, made_for = source.merge.layout, source.merge.base
+        if not made_for.fields and made_for.id not in (None, source.model):
+            print(
+                f"note: this adapter names {made_for.id} as its base and was converted without "
+                f"--model, so only sizes show that it fits {source.model}",
+                file=sys.stderr,
+            )
+    layout = chosen(stored, settings.merges, threshold, settings.chat_template)
+    note_layout(stored, layout, tokenizer.has_chat_template)
+    chat = chat or ChatTemplate(settings.system_prompt, None, settings.chat_template_config or {})
+    return Opened(model, tokenizer, source, layout, _applied(tokenizer, chat, layout))
+
+
+def _applied(tokenizer: Any, chat: ChatTemplate, layout: Layout) -> ChatTemplate | None:
+    """The chat template if it applies; options that would be lost without one are refused."""
+    if tokenizer.has_chat_template and layout.chat_template:
+        return chat
+    names = ("system_prompt", "prefill_response", "chat_template_config")
+    values = (chat.system_prompt, chat.prefill_response, chat.options)
+    if lost := [f"`{name}`" for name, value in zip(names, values, strict=True) if value]:
+        reason = "this tokenizer has none"
+        if tokenizer.has_chat_template:
+            reason = "it is left out here; --apply-chat-template applies it"
+        raise PromptError(f"{' and '.join(lost)} cannot be used without a chat template: {reason}")
+    return None

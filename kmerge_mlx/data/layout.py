@@ -17,8 +17,13 @@ from typing import Any
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import DataError, first_line
-from kmerge_mlx.prompts.chat_template import ChatTemplate
-from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, plain_messages, without_tags
+from kmerge_mlx.prompts.lay_out import (
+    ChatTemplate,
+    lay_out,
+    lay_out_chat,
+    plain_messages,
+    without_tags,
+)
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
 

@@ -1,12 +1,8 @@
-"""A conversation whose history is read in compressed form, and each part of it once.
-
-Owns: the messages, the KV cache between the turns, and what of it a new turn can go on from. Does
-not know terminals. Templates and layouts are ``prompt.py``'s.
-"""
+"""A conversation whose history is read in merged form, and each part of it once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -23,7 +19,7 @@ from kmerge_mlx.generation.stream import (
 )
 from kmerge_mlx.prompts.lay_out import lay_out_chat
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
-from kmerge_mlx.prompts.tags import parse
+from kmerge_mlx.prompts.tags import Span, parsed
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 
@@ -55,11 +51,14 @@ class Conversation:
     Args:
         model: A model from :func:`kmerge_mlx.load`.
         tokenizer: Its tokenizer.
-        layout: What merges where nothing is said, and whether a chat template applies.
-        context: Text that stands before the first question and merges, or None.
+        layout: What merges where nothing is specified, and whether a chat template applies.
+        context: Text that stands before the first question and merges (or its spans), or None.
         system_prompt: Content of a leading system message, or None.
         template_options: Further arguments of ``apply_chat_template``.
         max_kv_size: Most positions that the KV cache keeps, or None: all.
+
+    Raises:
+        PromptError: Tags in the context that do not pair.
     """
 
     def __init__(
@@ -68,13 +67,13 @@ class Conversation:
         tokenizer: Any,
         layout: Layout = DEFAULT_LAYOUT,
         *,
-        context: str | None = None,
+        context: str | Sequence[Span] | None = None,
         system_prompt: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         max_kv_size: int | None = None,
     ):
         self._model, self._tokenizer, self._layout = model, tokenizer, layout
-        self._context, self._options = context, dict(template_options or {})
+        self._context, self._options = parsed(context, "the context"), dict(template_options or {})
         self._system_prompt, self._max_kv_size = system_prompt, max_kv_size
         self.reset()
 
@@ -89,15 +88,11 @@ class Conversation:
 
     @property
     def history(self) -> History:
-        """What it holds."""
-        prompt = self._prompt
-        return History(
-            self._turns,
-            0 if prompt is None else len(prompt.original_ids),
-            0 if prompt is None else len(prompt.ids),
-            self._cached,
-            sum(cache.nbytes for cache in self._cache),
-        )
+        """What it holds now."""
+        prompt = self._prompt or CompressedPrompt([], [], [])
+        kv_bytes = sum(cache.nbytes for cache in self._cache)
+        tokens, positions = len(prompt.original_ids), len(prompt.ids)
+        return History(self._turns, tokens, positions, self._cached, kv_bytes)
 
     def ask(self, question: str, **options: Any) -> Iterator[GenerationResponse]:
         """Answers a question.
@@ -115,38 +110,34 @@ class Conversation:
             PromptError: Tags that do not pair, a template that refuses, or a conversation that is
                 longer than the model's context; nothing has changed then.
         """
-        asked = {"role": "user", "content": self._content(question)}
-        messages = [*self.messages, asked]
+        messages = [*self.messages, {"role": "user", "content": self._content(question)}]
         segments = lay_out_chat(self._tokenizer, messages, self._layout, self._options)
         check_context(self._model, segments)
         prompt = compress(self._model, self._tokenizer, segments)
         self._cached = self._keep_common(prompt.ids)
         self._prompt, self._turns = prompt, self._turns + 1
+        rest = prompt.after(self._cached)
         texts, tokens = [], []
         try:
             for response in stream_generate(
-                self._model,
-                self._tokenizer,
-                prompt.after(self._cached),
-                prompt_cache=self._cache,
-                **options,
+                self._model, self._tokenizer, rest, prompt_cache=self._cache, **options
             ):
                 texts.append(response.text)
                 tokens.append(response.token)
                 yield response
         finally:
-            # A prompt that was not read to its end leaves no token; its cache is as far as it is.
+            # If the prompt was not read to its end, the cache holds as much of it as was read.
             self._held = [*prompt.ids, *tokens][: self._offset()]
             answer = {"role": "assistant", "content": "".join(texts)}
             self.messages = [*messages, answer] if texts else self.messages
 
     def _content(self, question: str) -> str | list[dict[str, Any]]:
-        """A question as its message says it: after the context, if it is the first."""
-        if self._context is None or any(m["role"] == "user" for m in self.messages):
+        """The content of a question's message: after the context, if it is the first."""
+        if not self._context or any(m["role"] == "user" for m in self.messages):
             return question
         parts = [
             {"type": "text", "text": span.text, "merge": span.merge is not False}
-            for span in parse(self._context, "the context")
+            for span in self._context
         ]
         return [*parts, {"type": "text", "text": CONTEXT_SEPARATOR + question}]
 

@@ -1,7 +1,4 @@
-"""KV caches of prompts on disk: mlx-lm's file, and what its positions stand for.
-
-Owns the file, which base, adapter and K it belongs to, and whether a new prompt begins with what
-it holds. Does not know templates or the command line.
+"""Reads and writes KV caches of prompts on disk, with the tokens that their positions stand for.
 
 Source: ``mlx_lm.models.cache.save_prompt_cache``; our part is one entry of its metadata, so that
 mlx-lm itself can load the file.
@@ -14,67 +11,47 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models import cache as host
 from safetensors import safe_open
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters import folder as adapter
+from kmerge_mlx.adapters.folder import MERGE_WEIGHTS, TUNING_CONFIG, TUNING_WEIGHTS
 from kmerge_mlx.errors import PromptError, findings, first_line
 from kmerge_mlx.files import ALL_DTYPES, MAX_HEADER_BYTES, replacing_file, safetensors_shapes
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 ENTRY = "kmerge_mlx"
 VERSION = 1
+_K = "--k"
+"""The file's name for the merge factor."""
 
 
-@dataclass(frozen=True)
-class CacheFile:
-    """What a prompt cache file holds.
+def identity(source: Source) -> dict[str, Any]:
+    """What a prompt cache belongs to, by name: digests of base and adapter, and K.
 
-    Args:
-        cache: mlx-lm's KV caches, one a layer.
-        held: What its positions stand for, in order.
-        about: How the prompt was made; the maker's own.
+    The base's is that of :func:`base.weights_digest`.
     """
-
-    cache: list[Any]
-    held: list[Segment]
-    about: dict[str, Any]
-
-
-def identity(path_or_hf_repo: str, adapter_path: str | None, k: int | None) -> dict[str, Any]:
-    """What a prompt cache belongs to.
-
-    Args:
-        path_or_hf_repo: Base model.
-        adapter_path: Adapter, or None.
-        k: Its merge factor, or None for its only one.
-
-    Returns:
-        By name; the weights by what :func:`base.weights_digest` says of them.
-    """
-    found = {"the base model": base.weights_digest(base.resolve(path_or_hf_repo))}
-    if adapter_path is None:
-        return found | {"the adapter": None, "--k": 1}
-    folder = adapter.adapter_folder(adapter_path, k)
-    digest = hashlib.sha256()
-    for name in (adapter.TUNING_CONFIG, adapter.TUNING_WEIGHTS, adapter.MERGE_WEIGHTS):
-        digest.update((folder / name).read_bytes())
-    merge = adapter.read_merge_config(folder)
-    return found | {"the adapter": digest.hexdigest(), "--k": merge.merge_factor}
+    adapter = None
+    if source.adapter is not None:
+        digest = hashlib.sha256()
+        for name in (TUNING_CONFIG, TUNING_WEIGHTS, MERGE_WEIGHTS):
+            digest.update((source.adapter / name).read_bytes())
+        adapter = digest.hexdigest()
+    digests = {"the base model": base.weights_digest(source.path), "the adapter": adapter}
+    return digests | {_K: source.k}
 
 
 def prefill(
-    model: nn.Module,
-    prompt: CompressedPrompt,
-    max_kv_size: int | None = None,
-    **options: Any,
+    model: nn.Module, prompt: CompressedPrompt, max_kv_size: int | None = None, **options: Any
 ) -> list[Any]:
     """Reads a prompt into a new KV cache.
 
@@ -87,143 +64,134 @@ def prefill(
     Returns:
         mlx-lm's KV caches, evaluated.
     """
-    from mlx_lm.generate import generate_step, wired_limit
-
     cache = host.make_prompt_cache(model, max_kv_size)
     with wired_limit(model):
-        for _ in generate_step(
-            mx.array(prompt.ids), model, max_tokens=0, prompt_cache=cache, **options
-        ):
+        ids = mx.array(prompt.ids)
+        for _ in generate_step(ids, model, max_tokens=0, prompt_cache=cache, **options):
             pass
         mx.eval([c.state for c in cache])
     return cache
 
 
-def save(
-    path: Path,
-    cache: Sequence[Any],
-    held: Sequence[Segment],
-    made_with: Mapping[str, Any],
-    about: Mapping[str, Any],
-) -> None:
-    """Writes a prompt cache file, whole or not at all.
+@dataclass(frozen=True)
+class CacheFile:
+    """A prompt cache file.
 
     Args:
         path: The file.
-        cache: mlx-lm's KV caches.
-        held: What their positions stand for.
-        made_with: What the file belongs to, from :func:`identity`.
+        identity: What it belongs to, from :func:`identity`.
+        held: What its positions stand for.
         about: How the prompt was made, for whoever goes on with it.
-
-    Raises:
-        PromptError: It cannot be written.
     """
-    entry = {
-        "version": VERSION,
-        "identity": dict(made_with),
-        "held": [[segment.merge, *segment.ids] for segment in held],
-        "about": dict(about),
-    }
-    text = json.dumps(entry)
-    if len(text) > MAX_HEADER_BYTES // 2:
-        raise PromptError(
-            f"the prompt is too long for a prompt cache file: its tokens take {len(text):,} bytes "
-            f"of its header, which holds {MAX_HEADER_BYTES // 2:,}"
-        )
-    try:
-        with replacing_file(path) as new:
-            host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise PromptError(f"cannot write --prompt-cache-file {path}: {reason}") from error
 
+    path: Path
+    identity: Mapping[str, Any]
+    held: Sequence[Segment]
+    about: Mapping[str, Any]
 
-def read_about(path: Path) -> dict[str, Any]:
-    """How the prompt of a prompt cache file was made; the cache itself is not read.
+    def save(self, cache: Sequence[Any]) -> None:
+        """Writes the file with mlx-lm's KV caches, whole or not at all.
 
-    Raises:
-        PromptError: Torn, or not of this package.
-    """
-    return _entry(path)["about"]
+        Raises:
+            PromptError: It cannot be written.
+        """
+        entry = {
+            "version": VERSION,
+            "identity": dict(self.identity),
+            "held": [[segment.merge, *segment.ids] for segment in self.held],
+            "about": dict(self.about),
+        }
+        text = json.dumps(entry)
+        if len(text) > MAX_HEADER_BYTES // 2:
+            raise PromptError(
+                f"the prompt is too long for a prompt cache file: its tokens take {len(text):,} "
+                f"bytes of its header, which holds {MAX_HEADER_BYTES // 2:,}"
+            )
+        try:
+            with replacing_file(self.path) as new:
+                host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise PromptError(f"cannot write `prompt_cache_file` {self.path}: {reason}") from error
 
+    @classmethod
+    def read(cls, path: Path) -> CacheFile:
+        """Reads what a file records, but not the KV caches.
 
-def load(path: Path, used_with: Mapping[str, Any]) -> CacheFile:
-    """Reads a prompt cache file.
+        Raises:
+            PromptError: Torn, or not of this package.
+        """
+        safetensors_shapes(path, PromptError, ALL_DTYPES)
+        with safe_open(str(path), framework="numpy") as file:
+            # mlx-lm numbers its parts: the user's metadata come first.
+            text = (file.metadata() or {}).get(f"0.{ENTRY}")
+        if text is None:
+            raise PromptError(
+                f"{path} does not record which tokens it holds: make it with `kmerge-mlx cache`"
+            )
+        try:
+            entry = json.loads(text)
+            version, found = (
+                entry["version"],
+                cls(
+                    path,
+                    dict(entry["identity"]),
+                    [
+                        Segment([index(i) for i in ids], bool(merge))
+                        for merge, *ids in entry["held"]
+                    ],
+                    dict(entry["about"]),
+                ),
+            )
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
+        if version != VERSION:
+            raise PromptError(
+                f"{path}: its version is {version!r}, expected {VERSION}: make it again"
+            )
+        return found
 
-    Args:
-        path: The file.
-        used_with: What the model at hand is, from :func:`identity`.
+    def load(self, used_with: Mapping[str, Any]) -> list[Any]:
+        """mlx-lm's KV caches of the file, evaluated.
 
-    Raises:
-        PromptError: Torn, not of this package, or of another base, adapter or K (named).
-    """
-    entry = _entry(path)
-    differ = [name for name, value in entry["identity"].items() if used_with.get(name) != value]
-    if differ:
-        raise PromptError(findings(str(path), [_differs(n, entry, used_with) for n in differ]))
-    try:
-        cache = host.load_prompt_cache(str(path))
-        mx.eval([c.state for c in cache])
-    except Exception as error:  # whatever a file that is torn inside makes mlx-lm do
-        raise PromptError(f"{path} is no prompt cache: {first_line(error)}") from error
-    held = [Segment(ids, merge) for merge, *ids in entry["held"]]
-    return CacheFile(cache, held, entry["about"])
+        Args:
+            used_with: What the model at hand is, from :func:`identity`.
 
-
-def begins_with(segments: Sequence[Segment], held: Sequence[Segment]) -> bool:
-    """Whether a prompt begins with the segments that a file holds; a raw run may go on."""
-    for number, part in enumerate(held):
-        if number >= len(segments) or segments[number].merge != part.merge:
-            return False
-        ids = list(segments[number].ids)
-        goes_on = number == len(held) - 1 and not part.merge
-        if (ids[: len(part.ids)] if goes_on else ids) != list(part.ids):
-            return False
-    return True
+        Raises:
+            PromptError: Torn, or of another base, adapter or K (named).
+        """
+        problems = [
+            f"`k` is {used_with.get(name)}, the file was made with {value}"
+            if name == _K
+            else f"{name} is not the one that the file was made with"
+            for name, value in self.identity.items()
+            if used_with.get(name) != value
+        ]
+        if problems:
+            raise PromptError(findings(str(self.path), problems))
+        try:
+            cache = host.load_prompt_cache(str(self.path))
+            mx.eval([c.state for c in cache])
+        except Exception as error:  # mlx-lm raises anything on a file that is torn inside
+            raise PromptError(f"{self.path} is not a prompt cache: {first_line(error)}") from error
+        return cache
 
 
 def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
     """What several prompts begin with alike: whole merged runs, and tokens that are raw."""
+    # A raw token may be held alone, a merged run as a whole.
+    units = [
+        [unit for s in segments for unit in ([tuple(s.ids)] if s.merge else s.ids)]
+        for segments in prompts
+    ]
+    columns = zip(*units, strict=False)
+    alike = [units[0] for units in takewhile(lambda units: len(set(units)) == 1, columns)]
     start: list[Segment] = []
-    for parts in zip(*prompts, strict=False):
-        if len({part.merge for part in parts}) > 1:
-            break
-        columns = zip(*(part.ids for part in parts), strict=False)
-        ids = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
-        whole = all(list(part.ids) == ids for part in parts)
-        if ids and (whole or not parts[0].merge):
-            start.append(Segment(ids, parts[0].merge))
-        if not whole:
-            break
+    for unit in alike:
+        if isinstance(unit, tuple):
+            start.append(Segment(list(unit)))
+        elif start and not start[-1].merge:
+            start[-1].ids.append(unit)
+        else:
+            start.append(Segment([unit], False))
     return start
-
-
-def _differs(name: str, entry: Mapping[str, Any], used_with: Mapping[str, Any]) -> str:
-    if name == "--k":
-        return f"--k is {used_with.get(name)}, the file was made with {entry['identity'][name]}"
-    return f"{name} is another than the one that the file was made with"
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """Our part of the file's metadata."""
-    safetensors_shapes(path, PromptError, ALL_DTYPES)
-    with safe_open(str(path), framework="numpy") as file:
-        metadata = file.metadata() or {}
-    # mlx-lm numbers its parts: the user's metadata come first.
-    text = metadata.get(f"0.{ENTRY}")
-    if text is None:
-        raise PromptError(
-            f"{path} does not say which tokens it holds: make it with `kmerge-mlx cache`"
-        )
-    try:
-        entry = json.loads(text)
-        version, held = entry["version"], entry["held"]
-        good = isinstance(entry["identity"], dict) and isinstance(entry["about"], dict)
-        good &= all(isinstance(s[0], bool) and all(type(i) is int for i in s[1:]) for s in held)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        good, version = False, VERSION
-    if version != VERSION:
-        raise PromptError(f"{path}: its version is {version!r}, expected {VERSION}: make it again")
-    if not good:
-        raise PromptError(f"{path}: what it says of its tokens is torn: make it again")
-    return entry

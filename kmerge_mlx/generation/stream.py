@@ -1,13 +1,12 @@
-"""Compress a prompt, then mlx-lm's own generation, with honest statistics.
+"""Generates text from merged prompts: ``stream_generate``, ``generate`` and ``batch_generate``.
 
-Owns the public ``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's options (but for
-``verbose``: nothing is printed) and response fields, plus what merging did. The rest is mlx-lm's.
+Options and response fields are mlx-lm's, without ``verbose``, and with what merging did.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
@@ -21,12 +20,10 @@ from mlx_lm.generate import stream_generate as host_stream_generate
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kmerge_mlx.errors import KMergeError, ModelError, PromptError, first_line
+from kmerge_mlx.errors import ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment, encode
 from kmerge_mlx.virtual_tokens import CompressedPrompt
-
-_EXPECTED = "expected text, token ids, or segments"
 
 Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
 
@@ -70,8 +67,8 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
     Args:
         model: A model from :func:`kmerge_mlx.load`.
         tokenizer: Its tokenizer.
-        prompt: Text or token ids (all of it merges), or segments (see ``prompt.lay_out``). An
-            already compressed prompt is returned as it is.
+        prompt: Text or token ids (all of it merges), or segments (see ``lay_out``). An already
+            compressed prompt is returned as it is.
 
     Returns:
         The compressed prompt; its blocks stay bound while the object lives.
@@ -81,11 +78,7 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
             for another model.
         BlockTableFullError: Too many blocks in use at once.
     """
-    return _compress(model, _segments(tokenizer, prompt))
-
-
-def _compress(model: nn.Module, segments: list[Segment] | CompressedPrompt) -> CompressedPrompt:
-    embedding = merged_embedding(model)
+    embedding, segments = merged_embedding(model), _segments(tokenizer, prompt)
     if isinstance(segments, CompressedPrompt):
         if segments.table is not (None if embedding is None else embedding.table):
             raise PromptError("the prompt was compressed for another model: compress it for this")
@@ -132,12 +125,13 @@ def stream_generate(
     """
     if draft_model is not None:
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
-    _check_options(options, [max_tokens], unlimited=True)
+    if max_tokens == 0:
+        raise PromptError("max_tokens is 0: give at least 1, or -1 for no limit")
     start = time.perf_counter()
     tokenizer = _wrapped(tokenizer)
     segments = _segments(tokenizer, prompt)
     check_context(model, segments, options.get("prompt_cache"))
-    compressed = _compress(model, segments)
+    compressed = compress(model, tokenizer, segments)
     if logits_processors:
         options["logits_processors"] = over_original_ids(logits_processors, compressed)
     first: float | None = None
@@ -198,72 +192,58 @@ def batch_generate(
         BlockTableFullError: Too many blocks in use at once.
     """
     tokenizer = _wrapped(tokenizer)
-    caches = prompt_caches or [None] * len(prompts)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-    _check_options(options, limits, unlimited=False)
-    if not len(caches) == len(limits) == len(prompts):
-        raise PromptError(
-            f"{len(prompts)} prompts, {len(caches)} prompt_caches and {len(limits)} max_tokens: "
-            "expected one of each for every prompt"
-        )
-    compressed = _compress_all(model, tokenizer, prompts, caches)
-    processors = [over_original_ids(logits_processors or (), prompt) for prompt in compressed]
+    compressed = _compress_all(model, tokenizer, prompts, prompt_caches, limits)
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
     try:
         uids = generator.insert(
             [list(prompt.ids) for prompt in compressed],
             limits,
             caches=prompt_caches,
-            logits_processors=processors,
+            logits_processors=[over_original_ids(logits_processors or (), p) for p in compressed],
         )
         with generator.stats() as stats:
-            done = _drain(generator, uids, return_logprobs, progress)
+            rows = _drain(generator, uids, return_logprobs, progress)
     finally:
         generator.close()
-    rows = [done[uid] for uid in uids]
     return BatchResponse(
-        texts=[tokenizer.decode(row.tokens) for row in rows],
-        stats=stats,
-        caches=[row.cache for row in rows] if return_prompt_caches else None,
-        token_ids=[row.tokens for row in rows] if return_token_ids else None,
-        logprobs=[row.logprobs for row in rows] if return_logprobs else None,
-        prompt_tokens=[len(prompt.original_ids) for prompt in compressed],
-        compressed_tokens=[len(prompt.ids) for prompt in compressed],
-        finish_reasons=[row.finish_reason for row in rows],
+        [tokenizer.decode(row.tokens) for row in rows],
+        stats,
+        [row.cache for row in rows] if return_prompt_caches else None,
+        [row.tokens for row in rows] if return_token_ids else None,
+        [row.logprobs for row in rows] if return_logprobs else None,
+        [len(prompt.original_ids) for prompt in compressed],
+        [len(prompt.ids) for prompt in compressed],
+        [row.finish_reason for row in rows],
     )
 
 
-def _check_options(options: Mapping[str, Any], limits: Sequence[int], unlimited: bool) -> None:
-    """What mlx-lm takes and this project does not, and limits that generate nothing."""
-    if "verbose" in options:
-        raise KMergeError("verbose: this library never prints; print what stream_generate yields")
-    if any(limit == 0 or (limit < 0 and not unlimited) for limit in limits):
-        remedy = ", or -1 for no limit" if unlimited else ""
-        raise PromptError(f"max_tokens is {min(limits)}: give at least 1{remedy}")
-
-
 def _compress_all(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], caches: Sequence[list[Any] | None]
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    prompt_caches: list[list[Any]] | None,
+    limits: Sequence[int],
 ) -> list[CompressedPrompt]:
-    """Compresses the prompts of a batch, once all of them are known to fit."""
-
-    def checked(prompt: Prompt, cache: list[Any] | None) -> list[Segment] | CompressedPrompt:
-        form = _segments(tokenizer, prompt)
-        check_context(model, form, cache)
-        return form
-
-    return _each(lambda form: _compress(model, form), _each(checked, prompts, caches))
-
-
-def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
-    """Maps a function over a batch; an error says which prompt it is about."""
-    results = []
-    for number, arguments in enumerate(zip(*rows, strict=True)):
-        try:
-            results.append(function(*arguments))
-        except PromptError as error:
-            raise PromptError(f"prompt {number}: {error}") from error
-    return results
+    """The prompts of a batch, merged once all of them are known to fit; an error names the one."""
+    caches = prompt_caches or [None] * len(prompts)
+    if not len(caches) == len(limits) == len(prompts):
+        raise PromptError(
+            f"{len(prompts)} prompts, {len(caches)} prompt_caches and {len(limits)} max_tokens: "
+            "expected one of each for every prompt"
+        )
+    if min(limits, default=1) < 1:
+        raise PromptError(f"max_tokens is {min(limits)}: give at least 1")
+    number, fitting, compressed = 0, [], []
+    try:
+        for number, prompt in enumerate(prompts):
+            fitting.append(_segments(tokenizer, prompt))
+            check_context(model, fitting[number], caches[number])
+        for number in range(len(prompts)):
+            compressed.append(compress(model, tokenizer, fitting[number]))
+    except PromptError as error:
+        raise PromptError(f"prompt {number}: {error}") from error
+    return compressed
 
 
 def over_original_ids(
@@ -274,21 +254,19 @@ def over_original_ids(
     A virtual id would index the logits out of range, and original ids are what a penalty means.
 
     Args:
-        processors: mlx-lm's; the first call tells how many of the ids are the prompt's.
+        processors: mlx-lm's. The ids of the first call are the prompt's; later ones are the answer.
         prompt: The prompt that generation starts from.
-
-    Returns:
-        The same processors, guarded.
     """
     original = mx.array(prompt.original_ids)
 
     def guard(processor: LogitsProcessor) -> LogitsProcessor:
-        read: list[int] = []
+        prompt_size: int | None = None
 
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            read[:] = read or [len(tokens)]
-            generated = tokens[read[0] :].astype(original.dtype)
-            return processor(mx.concatenate([original, generated]), logits)
+            nonlocal prompt_size
+            prompt_size = len(tokens) if prompt_size is None else prompt_size
+            answer = tokens[prompt_size:].astype(original.dtype)
+            return processor(mx.concatenate([original, answer]), logits)
 
         return guarded
 
@@ -308,12 +286,12 @@ def check_context(
         cache: KV cache that the prompt continues, or None.
 
     Raises:
-        PromptError: Says how long it is and what the model takes.
+        PromptError: Gives the prompt's length and the model's limit.
     """
     limit = getattr(model, "context_length", None)
     if limit is None:
         return
-    cached = max((int(getattr(c, "offset", 0)) for c in cache), default=0) if cache else 0
+    cached = max((int(getattr(c, "offset", 0)) for c in cache or ()), default=0)
     if isinstance(prompt, CompressedPrompt):
         tokens, positions = len(prompt.original_ids), len(prompt.ids)
     else:
@@ -323,8 +301,9 @@ def check_context(
         positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
     if cached + positions <= limit:
         return
-    merged = f" after merging {tokens:,} tokens" if positions < tokens else ""
-    remedy = ", or use an adapter with a larger K" if positions < tokens else ""
+    merged, remedy = "", ""
+    if positions < tokens:
+        merged, remedy = f" after merging {tokens:,} tokens", ", or use an adapter with a larger K"
     before = f" on top of {cached:,} in the cache" if cached else ""
     raise PromptError(
         f"the prompt has {positions:,} positions{merged}{before}, and the model's context is "
@@ -345,10 +324,9 @@ def _drain(
     uids: list[int],
     want_logprobs: bool,
     progress: Callable[[int, int], None] | None,
-) -> dict[int, _Row]:
+) -> list[_Row]:
     """Runs a batch to its end."""
-    rows = {uid: _Row() for uid in uids}
-    finished = 0
+    rows, finished = {uid: _Row() for uid in uids}, 0
     while responses := generator.next_generated():
         for response in responses:
             row = rows[response.uid]
@@ -361,7 +339,7 @@ def _drain(
                 finished += 1
                 if progress is not None:
                     progress(finished, len(uids))
-    return rows
+    return list(rows.values())
 
 
 def _wrapped(tokenizer: Any) -> TokenizerWrapper:
@@ -370,31 +348,23 @@ def _wrapped(tokenizer: Any) -> TokenizerWrapper:
 
 
 def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:
-    """Every form of a prompt but the compressed one, as segments of plain ints."""
+    """A prompt as segments of plain ints; a compressed one as it is."""
     if isinstance(prompt, CompressedPrompt):
         return prompt
-    if isinstance(prompt, str):
-        try:
+    try:
+        if isinstance(prompt, str):
             return [Segment(encode(tokenizer, prompt))]
-        except TypeError as error:  # a lone surrogate, say
-            raise PromptError(f"the prompt is no text: {first_line(error)}") from error
-    parts = [prompt] if isinstance(prompt, Segment) else _listed(prompt)
-    if parts and all(isinstance(part, Segment) for part in parts):
-        return [Segment(_ids(part.ids), part.merge) for part in parts]
-    return [Segment(_ids(parts))]
-
-
-def _listed(values: Any) -> list[Any]:
-    """A list of whatever a prompt is: an array of MLX or NumPy, or any sequence but bytes."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, bytes | bytearray | Mapping) or not isinstance(values, Iterable):
-        raise PromptError(f"the prompt is of type {type(values).__name__}, {_EXPECTED}")
-    return list(values)
+        parts = [prompt] if isinstance(prompt, Segment) else prompt
+        if isinstance(parts, list | tuple) and parts and isinstance(parts[0], Segment):
+            return [Segment(_ids(part.ids), part.merge) for part in parts]
+        return [Segment(_ids(parts))]
+    except (TypeError, AttributeError) as error:  # a lone surrogate in a text, too
+        reason = f"{type(prompt).__name__}: {first_line(error)}"
+        raise PromptError(f"the prompt is not text, token ids or segments: {reason}") from error
 
 
 def _ids(values: Any) -> list[int]:
-    try:
-        return [index(value) for value in _listed(values)]
-    except TypeError:
-        other = next(v for v in _listed(values) if not hasattr(v, "__index__"))
-        raise PromptError(f"the prompt holds a {type(other).__name__}, {_EXPECTED}") from None
+    """The ints that an array of MLX or NumPy, or any sequence but bytes, holds."""
+    if isinstance(values, bytes):
+        raise TypeError("bytes are not token ids")
+    return [index(i) for i in (values.tolist() if hasattr(values, "tolist") else values)]

@@ -1,82 +1,87 @@
-"""What of a prompt is merged and what stays raw.
+"""Lays out prompts and conversations: which token ids, and which of them merge.
 
-Owns: text and conversations to token ids with mlx-lm's rules (special tokens, chat template), what
-merges where nothing is said, and the split of the ids into segments. The ids are always those of
-the whole text, exactly as mlx-lm makes them; a segment only says which of them to merge. Does not
-know models, blocks or how tags are written (``spans.py``).
+The ids are always those of the whole text, exactly as mlx-lm makes them.
 
 Source: mlx_lm.generate for templates and special tokens; arXiv 2604.15153 for "all of it merges".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import PromptError, short
-from kmerge_mlx.prompts.chat_template import ChatTemplate, rendered
+from kmerge_mlx.errors import PromptError, first_line, short
 from kmerge_mlx.prompts.policy import ALL, DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Run, Segment, segments_of, wants_special_tokens
-from kmerge_mlx.prompts.tags import Span, parse
+from kmerge_mlx.prompts.tags import Span, parse, parsed, text_of
 
 _RAW_ROLES = ("system", "developer")
 _WRITERS = ("system", "developer", "user")
-"""Who may say what merges by tags: what a model or a tool wrote is text."""
+"""Roles whose texts may hold tags. In what a model or a tool wrote, a tag is text."""
+
+# Marks the borders of spans in what a template is given: the first that its text does not hold.
+_MARKS = "\ue000\ue001\ue002\ue003\uf8ff"
 
 
-def decode_text(data: bytes, name: str) -> str:
-    """Bytes of a prompt file to text, unchanged but for a leading byte-order mark.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How ``mlx_lm.generate`` wraps one user message, with its options.
 
     Args:
-        data: The file's content.
-        name: What to call it in an error.
-
-    Raises:
-        PromptError: Not UTF-8 (says which byte), or empty.
+        system_prompt: Content of a leading system message, or None.
+        prefill_response: Beginning of the answer, or None.
+        options: Further arguments of ``apply_chat_template``.
     """
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
-            "save the file as UTF-8"
-        ) from None
-    if not text:
-        raise PromptError(f"{name} is empty: put the text to compress in it")
-    return text
+
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self, content: Any) -> list[dict[str, Any]]:
+        """The conversation of one user message."""
+        texts = (self.system_prompt, content, self.prefill_response)
+        roles = zip(("system", "user", "assistant"), texts, strict=True)
+        return [{"role": role, "content": text} for role, text in roles if text is not None]
+
+    def render(self, tokenizer: Any, text: str) -> str:
+        """The full prompt text for one user message.
+
+        Raises:
+            PromptError: The template refuses the messages or its options.
+        """
+        return _render(tokenizer, self.messages(text), self.options, self.prefilled)
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the conversation ends with the beginning of an answer."""
+        return self.prefill_response is not None
 
 
 def without_tags(text: str) -> str:
-    """A text as it is read: its tags taken out."""
-    return "".join(span.text for span in parse(text))
+    """A text with its tags taken out."""
+    return text_of(parse(text))
 
 
-def plain_messages(
-    messages: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """Messages as a chat template is given them: texts without tags, and no ``merge``.
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them: texts without tags, and without ``merge``.
 
     Args:
         messages: As for :func:`lay_out_chat`.
 
     Raises:
-        PromptError: A message that is none, or tags that do not pair.
+        PromptError: A message of another form, or tags that do not pair.
     """
-    plain = []
-    for i, message in enumerate(messages):
-        kept = {name: value for name, value in message.items() if name != "merge"}
-        if message.get("content") is not None:
-            spans = _spans(message, f"messages[{i}]")
-            kept["content"] = "".join(span.text for span in spans)
-        plain.append(kept)
-    return plain
+    return [_given(m, text_of(_spans(m, f"messages[{i}]"))) for i, m in enumerate(messages)]
 
 
 def lay_out(
     tokenizer: Any,
-    context: str | None,
-    prompt: str | None,
+    context: str | Sequence[Span] | None,
+    prompt: str | Sequence[Span] | None,
     chat: ChatTemplate | None = None,
     layout: Layout = DEFAULT_LAYOUT,
 ) -> list[Segment]:
@@ -87,8 +92,8 @@ def lay_out(
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
-        context: Text to merge, or None.
-        prompt: Text to read raw, after the context, or None.
+        context: Text to merge, its spans if it was parsed already, or None.
+        prompt: Text to read raw, after the context, or its spans, or None.
         chat: Chat template to apply, or None for the bare text.
         layout: What else merges.
 
@@ -99,41 +104,36 @@ def lay_out(
         PromptError: Neither context nor prompt, tags that do not pair, or a chat template that
             rewrites the text.
     """
-    before = parse(context, "the context" if prompt else "the prompt") if context else []
-    after = parse(prompt, "the prompt") if prompt else []
+    before = parsed(context, "the context" if prompt else "the prompt")
+    after = parsed(prompt, "the prompt")
     if not before and not after:
         raise PromptError("the prompt is empty: there is nothing to read")
     outside = bool(before) and not after and (chat is None or layout.merges == ALL)
-    spans = before if outside else _said(before, True)
-    if before and after:
-        spans = [*spans, Span(CONTEXT_SEPARATOR)]
-    spans = [*spans, *_said(after, False)]
-    if not before and not any(span.merge for span in after):
-        spans = [Span("".join(span.text for span in spans))]  # all of it is raw, as around it
-    if chat is not None:
-        messages = chat.around(spans)
-        text, runs = rendered(tokenizer, messages, chat.options, chat.prefilled)
-        if runs is None:
-            raise PromptError(
-                "the chat template rewrites the text, so its tokens cannot be told from the "
-                "template's: use --ignore-chat-template"
-            )
-        return segments_of(tokenizer, text, False, runs, outside)
-    text = "".join(span.text for span in spans)
-    special = wants_special_tokens(tokenizer, text)
-    return segments_of(tokenizer, text, special, list(_runs(spans)), outside)
+    spans = before if outside else _filled(before, True)
+    spans += [Span(CONTEXT_SEPARATOR)] * bool(before and after) + _filled(after, False)
+    if not outside and not any(span.merge for span in spans):
+        spans = [Span(text_of(spans))]  # all of it is raw, so no border needs to be found
+    if chat is None:
+        return _lay_out_bare(tokenizer, spans, outside)
+    text, runs = _rendered(tokenizer, chat.messages(spans), chat.options, chat.prefilled)
+    if runs is None:
+        raise PromptError(
+            "the chat template rewrites the text, so its tokens cannot be told from the "
+            "template's: use --ignore-chat-template"
+        )
+    return segments_of(tokenizer, text, False, runs, outside)
 
 
 def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> list[Segment]:
-    """Splits a text of which nobody says what is context and what is question.
+    """Splits a text that does not specify what is context and what is question.
 
     Tags decide. Where there are none and the layout merges contexts, the last paragraph stays raw,
     and what is before it merges if it has at least ``layout.threshold`` tokens.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
-        text: The whole prompt; no chat template is applied.
-        layout: What merges where nothing is said.
+        text: The whole prompt; a chat template is not applied.
+        layout: What merges where nothing is specified.
 
     Returns:
         Segments whose ids, laid end to end, are the ids of the whole text.
@@ -141,13 +141,8 @@ def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> 
     Raises:
         PromptError: Tags that do not pair.
     """
-    spans = parse(text)
-    if layout.merges != ALL and all(span.merge is None for span in spans):
-        whole = "".join(span.text for span in spans)
-        spans = _by_default(tokenizer, {"role": "user"}, whole, True, layout)
-    text = "".join(span.text for span in spans)
-    special = wants_special_tokens(tokenizer, text)
-    return segments_of(tokenizer, text, special, list(_runs(spans)), layout.merges == ALL)
+    spans = _by_layout(tokenizer, parse(text), "user", True, layout)
+    return _lay_out_bare(tokenizer, spans, layout.merges == ALL)
 
 
 def lay_out_chat(
@@ -160,10 +155,10 @@ def lay_out_chat(
     """Splits a conversation into merged and raw segments.
 
     A message's ``merge`` (true or false), or that of a part of its content, decides for all of it,
-    tags and all; else tags do, in what a person writes (system, developer and user messages; in
-    those of a model or a tool they are text). Where neither says anything and the layout merges
-    contexts: the template, system messages and the question (the last paragraph of the last user
-    message) stay raw, and every other text of at least ``layout.threshold`` tokens merges.
+    and tags in it are text. Otherwise tags decide, in system, developer and user messages; in those
+    of a model or a tool they are text. Where neither specifies it and the layout merges contexts:
+    the template, system messages and the question (the last paragraph of the last user message)
+    stay raw, and every other text of at least ``layout.threshold`` tokens merges.
 
     Without a chat template, because there is none or the layout leaves it out, the contents stand
     one after the other as paragraphs: what ``generate`` makes of a file and a prompt.
@@ -171,7 +166,7 @@ def lay_out_chat(
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
         messages: With ``role`` and ``content`` (a text, or a list of text parts).
-        layout: What merges where nothing is said.
+        layout: What merges where nothing is specified.
         options: Further arguments of ``apply_chat_template`` (``tools``, for one).
         prefilled: Whether the last message is the beginning of the answer.
 
@@ -179,93 +174,92 @@ def lay_out_chat(
         Segments whose ids, laid end to end, are those of the rendered conversation.
 
     Raises:
-        PromptError: A message that is none, tags that do not pair, a template that refuses, or one
-            that rewrites a text of which something was said; template options without a template.
+        PromptError: A message of another form, tags that do not pair, a template that refuses, or
+            one that rewrites a text that specifies what merges; template options without a
+            template.
     """
+    options = options or {}
     users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
-    spoken, spans_of = False, []
+    specified, contents = False, []
     for i, message in enumerate(messages):
-        said = _spans(message, f"messages[{i}]")
-        spoken |= any(span.merge is not None for span in said)
-        if layout.merges != ALL and all(span.merge is None for span in said):
-            text = "".join(span.text for span in said)
-            said = _by_default(tokenizer, message, text, [i] == users[-1:], layout)
-        spans_of.append(said)
+        spans = _spans(message, f"messages[{i}]")
+        specified |= any(span.merge is not None for span in spans)
+        last = [i] == users[-1:]
+        contents.append(_by_layout(tokenizer, spans, message.get("role"), last, layout))
+    outside = layout.merges == ALL
     if not (layout.chat_template and tokenizer.has_chat_template):
-        return _lay_out_paragraphs(tokenizer, spans_of, layout, options)
-    given = [
-        message if message.get("content") is None else message | {"content": spans}
-        for message, spans in zip(plain_messages(messages), spans_of, strict=True)
-    ]
-    text, runs = rendered(tokenizer, given, options or {}, prefilled)
-    if runs is None:
-        if spoken:
-            raise PromptError(
-                "the chat template rewrites the messages, so it cannot be told which tokens are "
-                "those that are said to merge or stay raw: leave the tags and `merge` out"
-            )
-        runs = []  # what cannot be told from the template is read raw, as the template is
-    return segments_of(tokenizer, text, False, runs, layout.merges == ALL)
+        if named := ", ".join(name for name, value in options.items() if value):
+            raise PromptError(f"{named}: needs a chat template, and none is applied")
+        paragraphs: list[Span] = []
+        for spans in filter(None, contents):
+            paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans
+        return _lay_out_bare(tokenizer, paragraphs, outside)
+    given = [_given(message, spans) for message, spans in zip(messages, contents, strict=True)]
+    text, runs = _rendered(tokenizer, given, options, prefilled)
+    if runs is None and specified:
+        raise PromptError(
+            "the chat template rewrites the messages, so it is not known which tokens are those "
+            "that should merge or stay raw: leave the tags and `merge` out"
+        )
+    # What cannot be told from the template is read raw, as the template is.
+    return segments_of(tokenizer, text, False, runs or [], outside)
 
 
-def _lay_out_paragraphs(
-    tokenizer: Any,
-    spans_of: Iterable[list[Span]],
-    layout: Layout,
-    options: Mapping[str, Any] | None,
-) -> list[Segment]:
-    """A conversation without a template: its contents, one after the other."""
-    if any((options or {}).values()):
-        named = ", ".join(name for name, value in (options or {}).items() if value)
-        raise PromptError(f"{named}: needs a chat template, and none is applied")
-    spans: list[Span] = []
-    for said in filter(None, spans_of):
-        spans += [Span(CONTEXT_SEPARATOR), *said] if spans else said
-    text = "".join(span.text for span in spans)
-    special = wants_special_tokens(tokenizer, text)
-    return segments_of(tokenizer, text, special, list(_runs(spans)), layout.merges == ALL)
+def _lay_out_bare(tokenizer: Any, spans: Sequence[Span], outside: bool) -> list[Segment]:
+    """Segments of spans without a chat template."""
+    text, runs, end = text_of(spans), [], 0
+    for span in spans:
+        start, end = end, end + len(span.text)
+        if span.merge is not None:
+            runs.append((start, end, span.merge))
+    return segments_of(tokenizer, text, wants_special_tokens(tokenizer, text), runs, outside)
 
 
-def _said(spans: Iterable[Span], merge: bool) -> list[Span]:
-    """Spans of which nothing was said, said."""
-    return [Span(span.text, merge if span.merge is None else span.merge) for span in spans]
+def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:
+    """Spans, with a default for those that tags do not decide."""
+    return [replace(span, merge=merge) if span.merge is None else span for span in spans]
+
+
+def _given(message: Mapping[str, Any], content: Any) -> dict[str, Any]:
+    """A message for the template: with another content if it has one, and without ``merge``."""
+    kept = {name: value for name, value in message.items() if name != "merge"}
+    return kept if message.get("content") is None else kept | {"content": content}
 
 
 def _spans(message: Mapping[str, Any], name: str) -> list[Span]:
-    """What a message says of its content."""
+    """A message's content, cut as its ``merge``, its parts and its tags say."""
     content, whole = message.get("content"), message.get("merge")
     if content is None:
         return []
     parts = [{"text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
-        raise PromptError(f"{name}: content is no text and no list of parts")
-    tagged = message.get("role") in _WRITERS
+        raise PromptError(f"{name}: content is neither text nor a list of parts")
     spans: list[Span] = []
-    for part in [{"text": "", "merge": whole}, *parts]:
+    for part in [{"text": ""}, *parts]:  # a message's own merge is checked without parts, too
         text = part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type", "text") != "text":
             raise PromptError(f"{name}: expected text parts, {{type: text, text: ...}}")
         merge = part.get("merge", whole)
         if merge is not None and not isinstance(merge, bool):
             raise PromptError(f"{name}: merge is {short(merge)}, expected true or false")
-        plain = [Span(text, merge)] * bool(text)
-        spans += parse(text, name) if merge is None and tagged else plain
+        if merge is None and message.get("role") in _WRITERS:
+            spans += parse(text, name)
+        elif text:
+            spans.append(Span(text, merge))
     return spans
 
 
-def _by_default(
-    tokenizer: Any, message: Mapping[str, Any], text: str, last_user: bool, layout: Layout
+def _by_layout(
+    tokenizer: Any, spans: list[Span], role: str | None, last_user: bool, layout: Layout
 ) -> list[Span]:
-    """What merges of a message that says nothing of it, in a layout that merges contexts."""
-    context, question = text, ""
-    if message.get("role") in _RAW_ROLES:
-        context, question = "", text
-    elif last_user:
-        cut = _last_paragraph(text)
-        context, question = text[:cut], text[cut:]
-    if len(tokenizer.encode(context, add_special_tokens=False)) < layout.threshold:
-        context, question = "", text
-    return [span for span in (Span(context, True), Span(question)) if span.text]
+    """The spans of a message; where none specifies it, what a layout of contexts merges."""
+    if layout.merges == ALL or any(span.merge is not None for span in spans):
+        return spans
+    text = text_of(spans)
+    cut = 0 if role in _RAW_ROLES else _last_paragraph(text) if last_user else len(text)
+    if len(tokenizer.encode(text[:cut], add_special_tokens=False)) < layout.threshold:
+        cut = 0
+    return [span for span in (Span(text[:cut], True), Span(text[cut:])) if span.text]
 
 
 def _last_paragraph(text: str) -> int:
@@ -278,10 +272,87 @@ def _last_paragraph(text: str) -> int:
     return 0
 
 
-def _runs(spans: Iterable[Span]) -> Iterator[Run]:
-    """Where spans of which something is said lie in their text."""
-    end = 0
-    for span in spans:
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    prefilled: bool,
+) -> str:
+    """A conversation as text."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefilled,
+            add_generation_prompt=not prefilled,
+            **options,
+        )
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise PromptError(
+            f"the chat template refused ({first_line(error)})",
+            "change what it is given, or use --ignore-chat-template",
+        ) from error
+
+
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    prefilled: bool,
+) -> tuple[str, list[Run] | None]:
+    """A conversation whose contents are spans (or texts) as text, and where the spans are.
+
+    The template gets the contents with marks at the borders, and without. If the results differ in
+    more than the marks, the template rewrites its text, and the runs are None. A span that the
+    template leaves out has no run.
+    """
+
+    def render(mark: str) -> str:
+        numbers = count()
+        marked = [_given(m, _marked(m.get("content"), mark, numbers)) for m in messages]
+        return _render(tokenizer, marked, options, prefilled)
+
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    merges = [span.merge for spans in contents for span in spans if span.merge is not None]
+    plain = render("")
+    if not merges:
+        return plain, []
+    mark = next((c for c in _MARKS if c not in plain), None)
+    if mark is None:
+        return plain, None
+    pieces = re.split(rf"{mark}(\d+){mark}", render(mark))
+    if "".join(pieces[::2]) != plain:
+        return plain, None
+    begun: dict[int, int] = {}
+    runs, place = [], 0
+    for text, number in zip(pieces[::2], pieces[1::2], strict=False):
+        place += len(text)
+        span, closing = divmod(int(number), 2)
+        if not closing:
+            begun[span] = place
+        elif span in begun:
+            runs.append((begun.pop(span), place, merges[span]))
+    return plain, sorted(run for run in runs if run[0] < run[1])
+
+
+def _marked(content: Any, mark: str, numbers: Iterator[int]) -> Any:
+    """A content with a numbered mark at each border of a span that specifies what merges.
+
+    Many templates trim a message, so outer white space stays outside the marks.
+    """
+    if not isinstance(content, list):
+        return content
+    text = text_of(content)
+    if not mark:
+        return text
+    first = len(text) - len(text.lstrip())
+    last = max(first, len(text.rstrip()))
+    pieces, end, written = [], 0, 0
+    for span in content:
         start, end = end, end + len(span.text)
         if span.merge is not None:
-            yield start, end, span.merge
+            low, high = (min(max(place, first), last) for place in (start, end))
+            for upto in (low, high):
+                pieces += [text[written:upto], f"{mark}{next(numbers)}{mark}"]
+                written = upto
+    return "".join([*pieces, text[written:]])

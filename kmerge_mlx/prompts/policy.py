@@ -1,7 +1,4 @@
-"""How prompts are laid out: what of them merges where nobody says it, and the chat template.
-
-Owns: the settings, as ``merge_config.json`` holds them, and which of them apply when an adapter and
-a user both say something. Does not know prompts (``prompt.py`` lays them out).
+"""How prompts are laid out: what merges where tags do not say it, and whether a template applies.
 
 Source: arXiv 2604.15153, where everything merges; instructions and questions stay exact otherwise.
 """
@@ -16,12 +13,12 @@ from kmerge_mlx.errors import AdapterError, findings, short
 
 ALL, CONTEXTS = "all", "contexts"
 MERGES = (ALL, CONTEXTS)
-"""What of a conversation merges where nothing is said: see :class:`Layout`."""
+"""What of a conversation merges where nothing is specified: see :class:`Layout`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What merges where neither tags nor a message say it; stored in ``merge_config.json``.
+    """What merges where neither tags nor a message specify it; stored in ``merge_config.json``.
 
     Args:
         merges: ``contexts``: long texts of a conversation, but not its template, its system
@@ -30,7 +27,7 @@ class Layout:
         chat_template: Whether the tokenizer's template is applied, where it has one.
 
     Raises:
-        AdapterError: A setting that is none of those there are.
+        AdapterError: Every setting that is not valid, listed.
     """
 
     merges: str = CONTEXTS
@@ -53,26 +50,26 @@ class Layout:
         """Reads the layout of ``merge_config.json``.
 
         Returns:
-            The layout, or None where nothing is known of it. Earlier releases merged everything,
-            and named the template alone (and what is ``merged``: the prompt).
+            The layout, or None where it is empty. Earlier releases merged everything, and wrote
+            ``chat_template`` alone (and ``merged``, always the prompt).
 
         Raises:
-            AdapterError: An entry that no layout has, or a value that it cannot have.
+            AdapterError: An unknown entry, or a value that is not valid.
         """
         if not data:
             return None
         names = {f.name for f in fields(cls)}
-        known = {name: value for name, value in data.items() if name in names}
-        if extra := sorted(set(data) - set(known) - {"merged"}):
+        if extra := sorted(set(data) - names - {"merged"}):
             raise AdapterError(
                 f"merge_config.json: layout has {', '.join(extra)}, which this release "
                 "does not know: update kmerge-mlx"
             )
+        known = {name: value for name, value in data.items() if name in names}
         return cls(**({"merges": ALL} | known))
 
 
 DEFAULT_LAYOUT = Layout()
-"""Where an adapter does not know how it was trained."""
+"""Where an adapter does not record how it was trained."""
 
 
 def chosen(
@@ -81,34 +78,7 @@ def chosen(
     threshold: int | None = None,
     chat_template: bool | None = None,
 ) -> Layout:
-    """The layout to use: what is asked for, else what the adapter was trained with.
-
-    Args:
-        stored: The adapter's, or None: that is not known.
-        merges: Asked for, or None; so the others.
-        threshold: Fewest tokens of a context.
-        chat_template: Whether the tokenizer's template is applied.
-    """
+    """The layout to use: what is asked for, else ``stored``, as the adapter was trained."""
     asked = {"merges": merges, "threshold": threshold, "chat_template": chat_template}
     asked = {name: value for name, value in asked.items() if value is not None}
     return replace(stored or DEFAULT_LAYOUT, **asked)
-
-
-def differences(stored: Layout | None, used: Layout, has_template: bool) -> list[str]:
-    """How a layout differs from the one an adapter was trained with, a phrase each.
-
-    Args:
-        stored: The adapter's; None is not known and differs from nothing.
-        used: The other.
-        has_template: Whether the tokenizer has a chat template at all.
-    """
-    if stored is None:
-        return []
-    found = []
-    if has_template and stored.chat_template != used.chat_template:
-        found.append("with a chat template" if stored.chat_template else "without a chat template")
-    if stored.merges != used.merges:
-        found.append(f"with --merges {stored.merges}")
-    elif stored.threshold != used.threshold and used.merges == CONTEXTS:
-        found.append(f"with --merge-threshold {stored.threshold}")
-    return found

@@ -1,22 +1,17 @@
-"""Text to token ids, cut where what merges begins or ends.
-
-Owns: special tokens as mlx-lm adds them, and which tokens lie in which run of characters. Does not
-know why a run merges, chat templates or blocks.
-"""
+"""Turns text into token ids, cut where what merges begins or ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.errors import PromptError
 
 Run = tuple[int, int, bool]
-"""First and last character of a text, past the end, and whether what lies between merges."""
+"""First character of a run, the one past its last, and whether the run merges."""
 
-
-_ADVICE = "put all of it in one FILE, without tags"
+_OUTSIDE, _BORDER = -1, -2
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def wants_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether mlx-lm adds special tokens to a text: unless it begins with one."""
     bos = tokenizer.bos_token
     return bos is None or not text.startswith(bos)
 
@@ -47,63 +43,50 @@ def segments_of(
 ) -> list[Segment]:
     """A text's ids, cut where what merges begins or ends.
 
-    A token that lies wholly in a run goes with it, one that touches none with the outside. One that
-    lies across a border stays raw.
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper, or Hugging Face's tokenizer.
+        text: The whole text.
+        special: Whether special tokens are added.
+        runs: Which characters merge or stay raw; ascending, without overlap.
+        outside: Whether the rest merges.
+
+    Returns:
+        A token in a run goes with it. A token in none goes with the rest. One that lies across a
+        border stays raw.
+
+    Raises:
+        PromptError: There are runs, and the tokenizer does not report offsets.
     """
-    ids = list(tokenizer.encode(text, add_special_tokens=special))
     if not runs:
-        return [Segment(ids, outside)]
-    segments: list[tuple[int, bool, list[int]]] = []
-    for token, (key, merge) in zip(
-        ids, _regions(_offsets(tokenizer, text, special, ids), runs, outside), strict=True
-    ):
-        if segments and (segments[-1][0] == key or not (segments[-1][1] or merge)):
-            segments[-1][2].append(token)  # raw beside raw is one run of tokens
+        return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]
+    owners = [_OUTSIDE] * len(text)
+    for number, (start, end, _) in enumerate(runs):
+        owners[start:end] = [number] * (end - start)
+    parts: list[tuple[int, bool, list[int]]] = []
+    for token, (start, end) in _tokens(tokenizer, text, special):
+        touched = set(owners[start:end]) or {_OUTSIDE}
+        owner = touched.pop() if len(touched) == 1 else _BORDER
+        merge = runs[owner][2] if owner >= 0 else outside and owner == _OUTSIDE
+        if parts and (parts[-1][0] == owner or not (parts[-1][1] or merge)):
+            parts[-1][2].append(token)  # raw beside raw is one segment
         else:
-            segments.append((key, merge, [token]))
-    return [Segment(tokens, merge) for _, merge, tokens in segments]
+            parts.append((owner, merge, [token]))
+    return [Segment(ids, merge) for _, merge, ids in parts]
 
 
-def _regions(
-    offsets: Iterable[tuple[int, int]], runs: Sequence[Run], outside: bool
-) -> Iterator[tuple[int, bool]]:
-    """For each token the number of its region, and whether it merges.
+def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[int, int]]]:
+    """Each token of a text, and which characters it stands for."""
+    from transformers import PreTrainedTokenizerBase
 
-    -1 is the outside, -2 what lies across a border.
-    """
-    first = 0
-    for start, end in offsets:
-        while first < len(runs) and runs[first][1] <= start:
-            first += 1
-        touched = []
-        for number in range(first, len(runs)):
-            if runs[number][0] >= end:
-                break
-            touched.append(number)
-        if start == end or not touched:
-            yield -1, outside
-        elif runs[touched[0]][0] <= start and end <= runs[touched[0]][1]:
-            yield touched[0], runs[touched[0]][2]
-        else:
-            yield -2, False
-
-
-def _offsets(
-    tokenizer: Any, text: str, special: bool, ids: Sequence[int]
-) -> Sequence[tuple[int, int]]:
-    """The characters that each token stands for."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "encode"):
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    try:
+        if getattr(type(inner), "encode", None) is not PreTrainedTokenizerBase.encode:
+            raise NotImplementedError  # its offsets would be those of other tokens
+        found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
+    except NotImplementedError:
         raise PromptError(
-            "this tokenizer does not say where its tokens lie in the text, so a part of it cannot "
-            "be merged beside a raw one",
-            _ADVICE,
-        )
-    encoding = backend.encode(text, add_special_tokens=special)
-    if encoding.ids != ids:
-        raise PromptError(
-            "this tokenizer changes its tokens after the fact, so a part of a text cannot be "
-            "merged beside a raw one",
-            _ADVICE,
-        )
-    return encoding.offsets
+            "this tokenizer does not report where its tokens lie in the text, so a part of it "
+            "cannot be merged beside a raw one",
+            "put all of it in one FILE, without tags",
+        ) from None
+    return zip(found["input_ids"], found["offset_mapping"], strict=True)

@@ -1,7 +1,4 @@
-"""``<merge>`` and ``<raw>`` in a text: which of its characters merge, and which stay raw.
-
-Owns the markup alone: finding tags, checking that they pair, taking them out. Does not know
-tokens, templates or models.
+"""Reads ``<merge>`` and ``<raw>`` tags: which characters of a text merge, and which stay raw.
 
 A tag is ``<merge>``, ``</merge>``, ``<raw>`` or ``</raw>``, exactly so. Tags nest, and the inner
 one decides. A backslash before a tag makes it text: ``\\<raw>`` is ``<raw>``, and ``\\\\<raw>`` is
@@ -11,7 +8,7 @@ a backslash and a tag; every other backslash is an ordinary character.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kmerge_mlx.errors import PromptError
@@ -25,7 +22,7 @@ class Span:
 
     Args:
         text: The characters.
-        merge: Whether they merge; None: nothing was said.
+        merge: Whether they merge; None: not specified.
     """
 
     text: str
@@ -40,25 +37,28 @@ def parse(text: str, name: str = "the prompt") -> list[Span]:
         name: What to call it in an error.
 
     Returns:
-        Spans in order, none empty, neighbours told apart by a border even where both are treated
-        alike: ``<merge>a</merge><merge>b</merge>`` is two spans, and no block straddles them.
+        Spans in order, each with characters. ``<merge>a</merge><merge>b</merge>`` is two spans:
+        a block never crosses a tag.
 
     Raises:
-        PromptError: A tag that closes nothing, the wrong one, or is never closed.
+        PromptError: A tag that closes nothing, closes the wrong one, or is never closed.
     """
     spans: list[Span] = []
     opened: list[tuple[str, int]] = []
-    pieces: list[str] = []
-    end = 0
+    run, end = "", 0
+
+    def close_run(rest: str) -> None:
+        if run + rest:
+            spans.append(Span(run + rest, opened[-1][0] == "merge" if opened else None))
+
     for found, before, backslashes in _tags(text):
-        tag, (closing, kind) = found[0], found.groups()
-        end = found.end()
-        pieces += [before, "\\" * (backslashes // 2)]
+        tag, (closing, kind), end = found[0], found.groups(), found.end()
+        before += "\\" * (backslashes // 2)
         if backslashes % 2:
-            pieces.append(tag)
+            run += before + tag
             continue
-        spans += _span(pieces, opened)
-        pieces = []
+        close_run(before)
+        run = ""
         if not closing:
             opened.append((kind, found.start()))
         elif opened and opened[-1][0] == kind:
@@ -69,7 +69,18 @@ def parse(text: str, name: str = "the prompt") -> list[Span]:
     if opened:
         kind, place = opened[-1]
         raise _malformed(text, place, f"<{kind}>", "is never closed", name)
-    return spans + _span([*pieces, text[end:]], opened)
+    close_run(text[end:])
+    return spans
+
+
+def parsed(text: str | Sequence[Span] | None, name: str) -> list[Span]:
+    """The spans of a text, which may have been parsed before; none for None."""
+    return parse(text, name) if isinstance(text, str) else list(text or ())
+
+
+def text_of(spans: Iterable[Span]) -> str:
+    """The characters of spans, end to end."""
+    return "".join(span.text for span in spans)
 
 
 def escape(text: str) -> str:
@@ -82,7 +93,7 @@ def escape(text: str) -> str:
 
 
 def cuts_tag(text: str, place: int) -> bool:
-    """Whether a tag stands on both sides of a place in a text."""
+    """Whether a place in a text lies inside a tag."""
     return any(f.start() < place < f.end() for f in _TAG.finditer(text, max(0, place - 16)))
 
 
@@ -96,15 +107,8 @@ def _tags(text: str) -> Iterator[tuple[re.Match[str], str, int]]:
         end = found.end()
 
 
-def _span(pieces: Sequence[str], opened: Sequence[tuple[str, int]]) -> list[Span]:
-    """The span that ends here, if it has any characters."""
-    text = "".join(pieces)
-    return [Span(text, opened[-1][0] == "merge" if opened else None)] if text else []
-
-
 def _malformed(text: str, place: int, tag: str, what: str, name: str) -> PromptError:
-    line = text.count("\n", 0, place) + 1
-    column = place - (text.rfind("\n", 0, place) + 1) + 1
+    line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
     return PromptError(
         f"{name}: {tag} at line {line}, column {column} {what}; write \\{tag} for the characters "
         "themselves"

@@ -6,25 +6,18 @@ import json
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import fields
 from importlib.metadata import entry_points
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
-from kmerge_mlx.cli.generate import prefill_bar
-from tests.cli_runner import (
-    Stream,
-    change_json,
-    command,
-    copy_base,
-    environment,
-    run,
-    run_process,
-)
+from kmerge_mlx.cli.generate import GenerateSettings
+from tests.cli_runner import change_json, command, copy_base, environment, run, run_process
 from tests.conftest import UPSTREAM
 from tests.tiny import qwen2_config, write_base
 
@@ -35,6 +28,10 @@ KEYS = {
     *("time_to_first_token", "prompt_tps", "generation_tokens", "generation_tps"),
     *("peak_memory", "finish_reason"),
 }
+COMMANDS = (
+    *("bench", "cache", "chat", "convert", "data", "evaluate", "export"),
+    *("fuse", "generate", "info", "quantize", "serve", "train", "upload"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,85 +61,78 @@ def ask(endless, adapter_path):
     """Runs ``generate --json`` on the endless base; returns the object."""
 
     def run_json(*args, **how):
-        result = run(
-            *("generate", "--model", endless, "--adapter-path", adapter_path, "--json"),
-            *args,
-            **how,
-        )
-        assert result.code == 0, result.err
-        assert result.err == ""
-        assert result.out.count("\n") == 1
+        named = ("generate", "--model", endless, "--adapter-path", adapter_path, "--json")
+        result = run(*named, *args, **how)
+        assert (result.code, result.err, result.out.count("\n")) == (0, "", 1), result.err
         return json.loads(result.out)
 
     return run_json
 
 
-@pytest.mark.parametrize(
-    "args", [(), ("bench",), ("convert",), ("evaluate",), ("generate",), ("info",)]
-)
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_every_command_explains_itself_with_examples(args, flag):
-    result = run(*args, flag)
+@pytest.mark.parametrize("args", [(), *((name,) for name in COMMANDS)], ids=" ".join)
+def test_every_command_explains_itself_with_examples(args):
+    result = run(*args, "-h")
     assert (result.code, result.err) == (0, "")
+    assert result.out == run(*args, "--help").out
     examples = result.out.split("Examples:\n")[1].split("\n\n")[0].splitlines()
     assert len(examples) >= 2
-    assert all("kmerge-mlx " in line for line in examples)
-    assert "..." not in result.out.split("Commands:")[-1].replace("[FILE]...", "")
+    assert all("kmerge-mlx " in line for line in examples if not line.startswith("     "))
 
 
 def test_help_imports_neither_mlx_nor_transformers():
     code = (
         "import sys\n"
         "from kmerge_mlx.cli import main\n"
-        "for command in ([], ['generate'], ['convert'], ['info'], "
-        "['bench'], ['evaluate']):\n"
+        f"for command in ([], *([name] for name in {COMMANDS})):\n"
         "    sys.argv = ['kmerge-mlx', *command, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'torch'}\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'torch', 'tqdm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_the_version_is_printed_and_the_script_is_installed():
+def test_the_script_is_installed_and_needs_a_command():
     assert run("--version").out == f"kmerge-mlx {__version__}\n"
     (script,) = entry_points(group="console_scripts", name="kmerge-mlx")
     assert script.value == "kmerge_mlx.cli:main"
-
-
-def test_without_a_command_the_help_goes_to_stderr():
     result = run()
     assert (result.code, result.out) == (2, "")
     assert "Commands:" in result.err
 
 
-def test_the_text_is_alone_on_stdout_and_the_statistics_are_on_stderr(
-    base_path, adapter_path, tree
-):
-    args = ("generate", "--model", base_path, "--adapter-path", adapter_path, tree)
-    result = run_process(*args)
+def test_the_defaults_are_mlx_lms():
+    theirs = vars(setup_arg_parser().parse_args([]))
+    ours = {f.name: f.default for f in fields(GenerateSettings)}
+    differ = {n for n, value in ours.items() if n in theirs and theirs[n] not in (value, None)}
+    assert differ <= {"prompt", "extra_eos_token"}  # mlx-lm's is "hello", and a list
+    assert len(set(ours) & set(theirs)) > 18
+
+
+def test_the_text_is_alone_on_stdout_and_the_statistics_are_on_stderr(adapter_path, tree):
+    result = run("generate", "--adapter-path", adapter_path, tree)  # which names its base
     assert (result.code, result.out) == (0, "false\n")
     lines = result.err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["Prompt", "Generation", "Peak memory"]
     assert lines[0].startswith("Prompt: 15 tokens in 4 positions (3.75x), ")
 
 
-def test_the_text_streams_and_ctrl_c_ends_it_promptly(endless, adapter_path, tree):
+@pytest.mark.slow
+def test_the_text_streams_and_ctrl_c_ends_it(endless, adapter_path, tree):
     args = ("generate", "--model", endless, "--adapter-path", adapter_path, tree, "-m", -1)
     pipe = subprocess.PIPE
     with subprocess.Popen(command(*args), stdout=pipe, stderr=pipe, env=environment()) as process:
         assert process.stdout.read(len("false<|")) == b"false<|"
         assert process.poll() is None  # it had no end to wait for
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=20)
-    assert time.monotonic() - start < 10
+        rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == b""
     assert rest.endswith(b"\n")  # the shell's prompt begins a line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_reader_that_leaves_early_causes_no_complaint(endless, adapter_path, tree, as_json):
     args = ["generate", "--model", endless, "--adapter-path", adapter_path, tree]
@@ -157,8 +147,10 @@ def test_a_reader_that_leaves_early_causes_no_complaint(endless, adapter_path, t
     assert errors == b""
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_exactly_the_promised_keys(base_path, adapter_path, tree):
-    result = run("generate", "--model", base_path, "--adapter-path", adapter_path, tree, "--json")
+    args = ("generate", "--model", base_path, "--adapter-path", adapter_path, tree, "--json")
+    result = run_process(*args)
     assert (result.code, result.err) == (0, "")
     answer = json.loads(result.out)
     assert set(answer) == KEYS
@@ -171,15 +163,10 @@ def test_json_is_one_object_with_exactly_the_promised_keys(base_path, adapter_pa
     assert answer["prompt_tps"] == pytest.approx(15 / answer["time_to_first_token"])
 
 
-def test_the_adapter_names_its_base(base_path, adapter_path, tree):
-    result = run("generate", "--adapter-path", adapter_path, tree)
-    assert (result.code, result.out) == (0, "false\n")
-
-
 @pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda c: c["prompt"][:12].strip())
 def test_greedy_tokens_are_those_of_the_authors_code(ask, tmp_path, case):
     path = tmp_path / "prompt.txt"
-    path.write_text(case["prompt"], encoding="utf-8")
+    path.write_text(case["prompt"], encoding="utf-8-sig")  # with a byte-order mark
     answer = ask(path, "-m", 16)
     assert answer["tokens"] == case["greedy"]
     assert answer["finish_reason"] == "length"
@@ -190,15 +177,16 @@ def test_greedy_tokens_are_those_of_the_authors_code(ask, tmp_path, case):
 @pytest.mark.parametrize(
     ("args", "stdin", "context", "prompt"),
     [
-        (["a.txt"], b"", "One two three.\n", None),
-        (["a.txt", "b.txt"], b"", "One two three.\n\n\nFour five.", None),
-        (["a.txt", "-p", "Which?"], b"", "One two three.\n", "Which?"),
-        (["a.txt", "b.txt", "--prompt", "Which?"], b"", "One two three.\n\n\nFour five.", "Which?"),
-        (["-"], b"Six seven.", "Six seven.", None),
-        (["a.txt", "-"], b"Six seven.", "One two three.\n\n\nSix seven.", None),
-        (["a.txt", "-p", "-"], b"Which \\n?", "One two three.\n", "Which \\n?"),
-        (["-p", "Which of them?"], b"", None, "Which of them?"),
-        (["-p", "-"], b"Which of them?", None, "Which of them?"),
+        (["a.txt"], b"", "One two three.\r\n", None),
+        (["a.txt", "b.txt"], b"", "One two three.\r\n\n\nFour five.", None),
+        (
+            ["a.txt", "b.txt", "--prompt", "Which?"],
+            b"",
+            "One two three.\r\n\n\nFour five.",
+            "Which?",
+        ),
+        (["a.txt", "-"], b"Six seven.", "One two three.\r\n\n\nSix seven.", None),
+        (["a.txt", "-p", "-"], b"Which \\n?", "One two three.\r\n", "Which \\n?"),
         (["-p", r"Which\nof\tthem?"], b"", None, "Which\nof\tthem?"),
     ],
 )
@@ -206,7 +194,7 @@ def test_files_are_merged_and_the_prompt_is_not(
     ask, llm, tmp_path, monkeypatch, args, stdin, context, prompt
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("One two three.\n")
+    (tmp_path / "a.txt").write_bytes(b"One two three.\r\n")
     (tmp_path / "b.txt").write_text("Four five.")
     model, tokenizer = llm
     expected = compress(model, tokenizer, lay_out(tokenizer, context, prompt))
@@ -217,59 +205,34 @@ def test_files_are_merged_and_the_prompt_is_not(
 
 
 @pytest.mark.parametrize(
-    ("args", "sampling", "penalties"),
+    ("sampling", "penalties"),
     [
-        ("--temp 0.8 --top-k 3", {"temp": 0.8, "top_k": 3}, {}),
-        ("--temp 1.5 --top-p 0.9", {"temp": 1.5, "top_p": 0.9}, {}),
-        (
-            "--temp 2 --min-p 0.01 --min-tokens-to-keep 5",
-            {"temp": 2.0, "min_p": 0.01, "min_tokens_to_keep": 5},
-            {},
-        ),
-        (
-            "--temp 1 --xtc-probability 1 --xtc-threshold 0.05",
-            {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.05},
-            {},
-        ),
-        (
-            "--repetition-penalty 1.7 --repetition-context-size 9",
-            {},
-            {"repetition_penalty": 1.7, "repetition_context_size": 9},
-        ),
-        (
-            "--presence-penalty 4 --presence-context-size 7",
-            {},
-            {"presence_penalty": 4.0, "presence_context_size": 7},
-        ),
-        (
-            "--frequency-penalty 2 --frequency-context-size 11",
-            {},
-            {"frequency_penalty": 2.0, "frequency_context_size": 11},
-        ),
+        ({"temp": 0.8, "top_k": 3}, {}),
+        ({"temp": 1.5, "top_p": 0.9}, {}),
+        ({"temp": 2.0, "min_p": 0.01, "min_tokens_to_keep": 5}, {}),
+        ({"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.05}, {}),
+        ({}, {"repetition_penalty": 1.7, "repetition_context_size": 9}),
+        ({}, {"presence_penalty": 4.0, "presence_context_size": 7}),
+        ({}, {"frequency_penalty": 2.0, "frequency_context_size": 11}),
     ],
+    ids=str,
 )
-def test_sampling_options_are_mlx_lms(ask, llm, tree, args, sampling, penalties):
-    answer = ask(tree, "-m", 24, "--seed", 7, *args.split())
+def test_sampling_options_are_mlx_lms(ask, llm, tree, sampling, penalties):
+    options = sampling | penalties
+    args = [x for n, v in options.items() for x in (f"--{n.replace('_', '-')}", v)]
+    answer = ask(tree, "-m", 24, "--seed", 7, *args)
     model, tokenizer = llm
     special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
     sampler = make_sampler(**({"temp": 0.0} | sampling), xtc_special_tokens=special)
-    prompt = lay_out(tokenizer, TREE, None)
     mx.random.seed(7)
     responses = stream_generate(
-        *(model, tokenizer, prompt, 24),
+        *(model, tokenizer, lay_out(tokenizer, TREE, None), 24),
         sampler=sampler,
         logits_processors=make_logits_processors(**penalties),
     )
     assert answer["tokens"] == [r.token for r in responses if r.finish_reason != "stop"]
+    assert ask(tree, "-m", 24, "--seed", 7, *args)["tokens"] == answer["tokens"]
     assert answer["tokens"][:8] != [284, 287, 0, 287, 0, 287, 0, 287]  # what greedy writes
-
-
-def test_a_seed_repeats_the_text(ask, tree):
-    hot = (tree, "-m", 24, "--temp", 1.2)
-    first = ask(*hot, "--seed", 1)["tokens"]
-    assert ask(*hot, "--seed", 1)["tokens"] == first
-    assert ask(*hot, "--seed", 2)["tokens"] != first
-    assert ask(*hot, "--seed", 2**64 + 1)["tokens"] == first  # MLX's seeds have 64 bits
 
 
 def test_max_kv_size_forgets_the_oldest_positions(ask, llm, tmp_path):
@@ -292,10 +255,8 @@ def test_kv_bits_quantize_the_cache(tmp_path, monkeypatch):
     config = qwen2_config(num_attention_heads=1, num_key_value_heads=1)
     base = write_base(tmp_path / "base", config)
     calls = []
-    to_quantized = KVCache.to_quantized
-    monkeypatch.setattr(
-        KVCache, "to_quantized", lambda s, **o: calls.append(o) or to_quantized(s, **o)
-    )
+    quantize = KVCache.to_quantized
+    monkeypatch.setattr(KVCache, "to_quantized", lambda s, **o: calls.append(o) or quantize(s, **o))
     args = ("generate", "--model", base, "-p", TREE, "--kv-bits", 4, "--kv-group-size", 32, "-m", 4)
     assert run(*args).code == 0
     assert calls == []  # from position 5,000 on, as in mlx-lm
@@ -310,7 +271,7 @@ def test_an_extra_end_of_text_token_ends_the_text(ask, tree, token):
     assert answer["finish_reason"] == "stop"
 
 
-def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(endless, tmp_path):
+def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(endless):
     args = ("generate", "--model", endless, "-p", "漢", "--temp", 3, "--seed", 5, "-m", 60)
     text = run(*args).out
     assert not text.isascii()
@@ -319,30 +280,11 @@ def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(endless, tmp_path):
     assert narrow.out == text.encode("ascii", "replace").decode()
 
 
-def test_a_long_prompt_shows_its_progress_on_a_terminal_alone(endless, tmp_path):
+def test_a_long_prompt_shows_its_progress_on_a_terminal_alone(endless):
     args = ("generate", "--model", endless, "-p", TREE * 20, "-m", 2, "--prefill-step-size", 50)
     shown = run(*args, terminal=True)
     assert shown.code == 0
-    assert "Reading" in shown.err
-    assert "100%" in shown.err
-    assert shown.err.count("\x1b[?25l") >= 1  # the cursor is hidden ...
-    assert shown.err.rindex("\x1b[?25h") > shown.err.rindex("\x1b[?25l")  # ... and given back
+    assert "Reading:  " in shown.err
     for result in (run(*args), run(*args[:-1], 5000, terminal=True)):
         assert result.code == 0
         assert "Reading" not in result.err
-        assert "\x1b" not in result.err
-
-
-def test_ctrl_c_while_reading_gives_the_terminal_its_cursor_back(monkeypatch):
-    terminal = Stream(terminal=True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-
-    def read_and_stop():
-        with prefill_bar(8) as progress:
-            progress(0, 100)
-            progress(8, 100)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        read_and_stop()
-    assert terminal.text().endswith("\x1b[?25h\n")

@@ -14,7 +14,7 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import DataError, KMergeError, PromptError
-from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import ChatTemplate
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import ALL, Layout
 from tests.cli_runner import CHATML as THINKING

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import NewlineTokenizer
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.chat_template import ChatTemplate
-from kmerge_mlx.prompts.lay_out import decode_text, lay_out
+from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
 from kmerge_mlx.prompts.policy import ALL, Layout
 from kmerge_mlx.prompts.segments import encode
+from kmerge_mlx.prompts.tags import parse
 from tests.conftest import UPSTREAM
 
 CHATML = (
@@ -21,6 +22,7 @@ CHATML = (
 )
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 COUNTING = CHATML.replace("{{ m['content'] }}", "{{ m['content']|length }} {{ m['content'] }}")
+TREE = "Tree: JN\n+WO"
 
 
 def tokenizer_with(template: str | None = None):
@@ -37,34 +39,23 @@ def merged_text(tokenizer, segments):
     return "".join(tokenizer.decode(list(s.ids)) for s in segments if s.merge)
 
 
-def test_a_context_alone_merges_whole():
+def test_a_context_merges_and_a_prompt_does_not():
     tokenizer = tokenizer_with()
-    (segment,) = lay_out(tokenizer, "Tree: JN\n+WO", None)
-    assert segment.merge
-    assert segment.ids == tokenizer.encode("Tree: JN\n+WO")
-
-
-def test_a_prompt_alone_stays_raw():
-    (segment,) = lay_out(tokenizer_with(), None, "Child: WO")
+    (segment,) = lay_out(tokenizer, TREE, None)
+    assert (segment.merge, segment.ids) == (True, tokenizer.encode(TREE))
+    assert lay_out(tokenizer, parse(TREE), None) == [segment]
+    (segment,) = lay_out(tokenizer, None, "Child: WO")
     assert not segment.merge
-
-
-def test_beside_a_prompt_only_the_contexts_own_tokens_merge():
-    tokenizer = tokenizer_with()
-    segments = lay_out(tokenizer, "Tree: JN\n+WO", "Child: WO, Answer: ")
+    segments = lay_out(tokenizer, TREE, "Child: WO, Answer: ")
     assert [segment.merge for segment in segments] == [True, False]
-    assert "Tree: JN\n+WO".startswith(merged_text(tokenizer, segments))
-    whole = f"Tree: JN\n+WO{CONTEXT_SEPARATOR}Child: WO, Answer: "
-    assert flat(segments) == tokenizer.encode(whole)
-
-
-def test_nothing_to_read_is_refused():
+    assert TREE.startswith(merged_text(tokenizer, segments))
+    assert flat(segments) == tokenizer.encode(f"{TREE}{CONTEXT_SEPARATOR}Child: WO, Answer: ")
     with pytest.raises(PromptError, match="prompt is empty"):
-        lay_out(tokenizer_with(), None, None)
+        lay_out(tokenizer, None, None)
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING])
-@pytest.mark.parametrize("context", ["Tree: JN\n+WO", "  \n padded", "user", "<|im_start|>user\n"])
+@pytest.mark.parametrize("context", [TREE, "  \n padded", "user", "<|im_start|>user\n"])
 def test_a_chat_template_stays_raw_around_the_context(template, context):
     tokenizer = tokenizer_with(template)
     chat = ChatTemplate(system_prompt="Answer in one word.")
@@ -89,10 +80,6 @@ def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
     segments = lay_out(tokenizer, "Tree: JN", None, ChatTemplate())
     assert [segment.merge for segment in segments] == [False, True, False]
     assert merged_text(tokenizer, segments) == "Tree: JN"
-
-
-def test_a_prefilled_answer_ends_the_prompt():
-    tokenizer = tokenizer_with(CHATML)
     segments = lay_out(tokenizer, None, "Child?", ChatTemplate(prefill_response="It is"))
     assert tokenizer.decode(flat(segments)).endswith("<|im_start|>assistant\nIt is")
 
@@ -108,7 +95,7 @@ ALPHABET = st.text(alphabet="Tre: JNWO+\n é漢🙂<|im_start>user", min_size=1,
 
 
 @given(ALPHABET, ALPHABET, st.sampled_from([None, CHATML, TRIMMING]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_segments_laid_end_to_end_are_the_whole_texts_ids(context, prompt, template):
     tokenizer = tokenizer_with(template)
     chat = None if template is None else ChatTemplate()
@@ -139,22 +126,9 @@ def test_special_tokens_are_added_unless_the_text_has_them():
     assert encode(tokenizer_with(), "A") == tokenizer_with().encode("A")
 
 
-def test_a_tokenizer_without_offsets_is_refused_beside_a_raw_prompt():
-    assert lay_out(WithBos(), "tree", None)[0].merge
-    with pytest.raises(PromptError, match="put all of it in one FILE"):
-        lay_out(WithBos(), "tree", "child")
-
-
-def test_undecodable_bytes_are_named():
-    with pytest.raises(PromptError, match=r"a\.txt is not UTF-8: byte 3 is 0xff"):
-        decode_text(b"abc\xff", "a.txt")
-
-
-def test_text_is_kept_as_it_is_but_for_a_byte_order_mark():
-    assert decode_text("\ufeffa\r\n b\n".encode(), "a.txt") == "a\r\n b\n"
-
-
-@pytest.mark.parametrize("data", [b"", "\ufeff".encode()])
-def test_an_empty_file_is_refused(data):
-    with pytest.raises(PromptError, match=r"a\.txt is empty"):
-        decode_text(data, "a.txt")
+def test_a_tokenizer_without_offsets_of_its_own_tokens_is_refused_beside_a_raw_prompt():
+    newline = NewlineTokenizer(tokenizer_object=tokenizer_with().backend_tokenizer)
+    for tokenizer in (WithBos(), newline):
+        assert lay_out(tokenizer, "tree", None)[0].merge
+        with pytest.raises(PromptError, match="put all of it in one FILE"):
+            lay_out(tokenizer, "tree", "child")

@@ -1,0 +1,120 @@
+"""What commands show besides their result: progress bars, notes on stderr, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from kmerge_mlx.errors import KMergeError, of_mlx_lm
+from kmerge_mlx.prompts.policy import CONTEXTS, Layout
+
+SECONDS_BETWEEN_LINES = 30
+"""How often long work reports its progress where stderr is not a terminal."""
+
+
+@contextlib.contextmanager
+def one_line_refusals() -> Iterator[None]:
+    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into this project's errors.
+
+    Raises:
+        KMergeError: mlx-lm's reason.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise KMergeError(of_mlx_lm(error)) from error
+
+
+def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:
+    """Notes when prompts are laid out in another way than in training.
+
+    Args:
+        stored: The adapter's layout, or None where it is not recorded.
+        used: The layout in use.
+        has_template: Whether the tokenizer has a chat template at all.
+    """
+    if stored is None:
+        return
+    found = []
+    if has_template and stored.chat_template != used.chat_template:
+        found.append("with a chat template" if stored.chat_template else "without a chat template")
+    if stored.merges != used.merges:
+        found.append(f"with --merges {stored.merges}")
+    elif stored.threshold != used.threshold and used.merges == CONTEXTS:
+        found.append(f"with --merge-threshold {stored.threshold}")
+    if found:
+        print(f"note: this adapter was trained {' and '.join(found)}", file=sys.stderr)
+
+
+def prefill_bar(step_size: int) -> Callable[[int, int], None]:
+    """Progress while a prompt of several prefill steps is read.
+
+    Args:
+        step_size: Positions prefilled at once.
+
+    Returns:
+        mlx-lm's ``prompt_progress_callback``: called with (positions read, positions in all).
+    """
+    progress = bars()("Reading")
+    return lambda done, total: progress(done, total) if total > step_size else None
+
+
+def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
+    """Progress of long work: a bar on a terminal, and elsewhere a line now and then.
+
+    Args:
+        quiet: Whether another machine shows it.
+
+    Returns:
+        Called with a label; what it returns is called with (work done, work in all).
+    """
+
+    def begin(label: str) -> Callable[[int, int], None]:
+        bar: Any = None
+        reported = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar, reported
+            if quiet:
+                return
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                bar = bar or tqdm(total=total, desc=label, leave=False)
+                bar.update(done - bar.n)
+                if done >= total:
+                    bar.close()
+            elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+                reported = time.monotonic()
+                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+        return progress
+
+    return begin
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table: the first column is flush left, the others flush right.
+
+    Args:
+        lines: The cells of each line, the heads' included; as many in each.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        rows.append("  ".join(cells).rstrip())
+    return "\n".join(rows)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:  # more would be rounded to 1e+03
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
