@@ -31,8 +31,8 @@ FURTHER = {
     "adapters.schema": ("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
     "adapters.tuning": ("LoRAConfig", "FullConfig"),
     "convert.checkpoint": ("convert_checkpoint",),
-    "serving.settings": ("ServeConfig",),
-    "serving.run": ("Server",),
+    "serving.settings": ("ServeSettings",),
+    "serving.app": ("Server",),
     "errors": (
         *("KMergeError", "CheckpointError", "AdapterError", "ModelError", "PromptError"),
         *("DataError", "TrainError", "EvaluateError", "PlotError", "ServeError"),

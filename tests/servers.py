@@ -17,8 +17,8 @@ from typing import Any
 
 from openai import OpenAI
 
-from kmerge_mlx.serving.run import Server
-from kmerge_mlx.serving.settings import ServeConfig
+from kmerge_mlx.serving.app import Server
+from kmerge_mlx.serving.settings import ServeSettings
 from tests.cli_runner import command, environment
 
 FIXTURE_EOS = 0
@@ -39,6 +39,11 @@ class Answer:
     status: int
     headers: dict[str, str]
     body: bytes
+
+    @classmethod
+    def of(cls, response: http.client.HTTPResponse) -> Answer:
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return cls(response.status, headers, response.read())
 
     @property
     def json(self) -> Any:
@@ -77,9 +82,7 @@ class Address:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         try:
             connection.request(method, path, body, headers or {})
-            got = connection.getresponse()
-            known = {name.lower(): value for name, value in got.getheaders()}
-            return Answer(got.status, known, got.read())
+            return Answer.of(connection.getresponse())
         finally:
             connection.close()
 
@@ -105,9 +108,7 @@ class Address:
     def open_stream(self, until: bytes = b"data: {", **body: Any) -> socket.socket:
         """Begins a streamed completion, and returns once its first token is here."""
         connection = self.connect()
-        raw = json.dumps({"stream": True} | body).encode()
-        head = f"POST /v1/completions HTTP/1.0\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
-        connection.sendall(head + raw)
+        connection.sendall(post({"stream": True} | body))
         got = b""
         while until not in got:
             piece = connection.recv(4096)
@@ -128,8 +129,8 @@ def serving(
     base: Path | str, adapter: Path | str | None, k: int | None = None, **settings: Any
 ) -> Iterator[Address]:
     """A server in this process."""
-    config = ServeConfig(**{"port": 0, "log_level": "ERROR"} | settings)
-    with Server(config, str(base), adapter and str(adapter), k) as server:
+    source = {"model": str(base), "adapter_path": adapter and str(adapter), "k": k}
+    with Server(ServeSettings(**{"port": 0} | source | settings)) as server:
         address = Address(server.port)
         address.server = server
         yield address
@@ -193,15 +194,32 @@ def head(path: str = "/v1/completions", **headers: object) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def exchange(server: Address, raw: bytes) -> tuple[int, dict[str, Any]]:
-    """Sends bytes as they are; returns the status and the error of the answer."""
+def post(body: dict[str, Any], **headers: object) -> bytes:
+    """A completion's request as it is sent."""
+    raw = json.dumps(body).encode()
+    return head(Content_Length=len(raw), **headers) + raw
+
+
+def read_answer(connection: socket.socket) -> Answer:
+    """Reads the next answer of a connection that may stay open."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return Answer.of(response)
+
+
+def exchange(server: Address, raw: bytes) -> Answer:
+    """Sends bytes as they are."""
     with server.connect() as connection:
         connection.sendall(raw)
-        got = b""
-        while piece := connection.recv(65_536):
-            got += piece
-    begin, _, body = got.partition(b"\r\n\r\n")
-    return int(begin.split()[1]), json.loads(body)["error"]
+        return read_answer(connection)
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """All that comes until the other side ends."""
+    got = b""
+    while piece := connection.recv(65_536):
+        got += piece
+    return got
 
 
 def eventually(condition: Callable[[], bool]) -> None:

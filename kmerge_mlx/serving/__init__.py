@@ -1,1 +1,1 @@
-"""``kmerge-mlx serve``: mlx-lm's OpenAI-compatible server over merged prompts."""
+"""``kmerge-mlx serve``: an OpenAI-compatible server over merged prompts."""

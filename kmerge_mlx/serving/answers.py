@@ -1,19 +1,34 @@
-"""What goes wrong, as OpenAI's API says it: a status, and a JSON object with one error.
+"""What the server answers, in OpenAI's JSON: completions, chunks of a stream, errors.
 
-Owns: the error form, and which of this project's exceptions means which status. Does not know
-sockets or models.
-
-Source: https://platform.openai.com/docs/guides/error-codes
+Source: https://platform.openai.com/docs/api-reference, guides/error-codes
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlx_lm.generate import TextStateMachine
+from mlx_lm.server import GenerationContext, Response, ToolCallFormatter
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kmerge_mlx.errors import BlockTableFullError, KMergeError
 
+if TYPE_CHECKING:
+    from kmerge_mlx.serving.requests import Completion
+
 RETRY_SECONDS = 1
+LEFT = 499
+"""nginx's status for a client that left; only the metrics show it."""
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_LOWEST = -9999.0
+"""OpenAI's log-probability of an impossible token: JSON has no minus infinity."""
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The letters that byte-level tokenizers write bytes with."""
 
 
 class ApiError(Exception):
@@ -31,7 +46,6 @@ class ApiError(Exception):
         self,
         status: int,
         message: str,
-        *,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -51,26 +65,187 @@ class ApiError(Exception):
 
 
 class ClientGone(Exception):
-    """Nobody reads the answer any more."""
+    """The client left, or does not read its answer."""
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The answer to a request that cannot be right."""
-    return ApiError(400, message, param=param, code=code)
+    """The answer to a request that is wrong."""
+    return ApiError(400, message, param, code)
 
 
 def busy(status: int, message: str, code: str) -> ApiError:
-    """The answer to a request that may be right later."""
+    """The answer to a request that may succeed later."""
     return ApiError(status, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Any exception as an answer; what nobody foresaw is a 500 that says nothing of the inside."""
+def as_api_error(error: BaseException) -> ApiError:
+    """Any exception as an answer; an unforeseen one is a 500 without details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BlockTableFullError):
         message = "the prompts have more blocks at once than the server has slots: try again"
         return busy(503, message, "blocks_exhausted")
     if isinstance(error, KMergeError):
-        return refused(str(error))
+        return refused(str(error).replace("`", ""))
     return ApiError(500, "the server failed to answer: its log says why", code="internal_error")
+
+
+class Answer:
+    """The answer to one request, made from mlx-lm's tokens as they come.
+
+    Args:
+        completion: The request.
+        context: mlx-lm's.
+        tokenizer: Its tokenizer.
+        known: Further fields that each piece has.
+    """
+
+    def __init__(
+        self,
+        completion: Completion,
+        context: GenerationContext,
+        tokenizer: Any,
+        known: dict[str, Any],
+    ):
+        self._chat, self._stream = completion.chat, completion.stream
+        self._stops, self._top = completion.stop, completion.top
+        self._longest, self._seen = max(map(len, self._stops), default=0), ""
+        name, kind = ("chatcmpl", "chat.completion") if self._chat else ("cmpl", "text_completion")
+        kind += ".chunk" if self._chat and self._stream else ""
+        self._head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
+        self._head |= known
+        self._tokenizer = tokenizer
+        self._state = context.text_sm.make_state(context.initial_state)
+        self._previous = context.initial_state
+        parser, tools = context.tool_parser, completion.offered_tools
+        self._format_calls = ToolCallFormatter(parser, tools, self._stream)
+        self._text = self._reasoning = self._tool = ""
+        self._calls: list[str] = []
+        self._called = False
+        self._untold: list[Response] = []
+        self.finish_reason: str | None = None
+
+    def add(self, response: Response) -> None:
+        """Takes a token in; the answer has ended when :attr:`finish_reason` is set."""
+        self._untold.append(response)
+        text, stopped = self._until_stop(response.text)
+        finish = "stop" if stopped else response.finish_reason
+        self._state, pieces = TextStateMachine.split(self._state, text)
+        if finish == "length":
+            self._state, rest, state = TextStateMachine.flush(self._state)
+            pieces.append((state, rest))
+        for state, piece in pieces:
+            if state == "reasoning":
+                self._reasoning += piece
+            elif state == "tool":
+                self._tool += piece
+            elif state == "normal":
+                if self._previous == "tool":
+                    self._end_call()
+                self._text += piece
+            self._previous = state
+        if finish is not None and self._previous == "tool" and self._tool:
+            self._end_call()
+        self.finish_reason = "tool_calls" if finish == "stop" and self._called else finish
+
+    def _until_stop(self, text: str) -> tuple[str, bool]:
+        """A token's text up to the first stop text, and whether there is one.
+
+        mlx-lm looks for a stop text's tokens; here the same text in other tokens counts too.
+        """
+        window = self._seen + text
+        if ends := [window.find(stop) + len(stop) for stop in self._stops if stop in window]:
+            return window[len(self._seen) : min(ends)], True
+        self._seen = window[-self._longest :] if self._longest else ""
+        return text, False
+
+    def _end_call(self) -> None:
+        self._calls.append(self._tool)
+        self._tool, self._called = "", True
+
+    def chunk(self) -> dict[str, Any] | None:
+        """What has come since the last chunk, or None where there is nothing to send yet."""
+        ready = self._previous != "tool" and (self._text or self._calls or self._reasoning)
+        return self._taken() if ready or self.finish_reason is not None else None
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer in one piece."""
+        return self._taken() | {"usage": usage}
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream whose client asked for it."""
+        return self._head | {"choices": [], "usage": usage}
+
+    def _taken(self) -> dict[str, Any]:
+        calls = self._format_calls(self._calls)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
+        if not self._chat:
+            choice["text"] = self._text
+        else:
+            # OpenAI's content is null beside tool calls alone.
+            content = self._text or (None if calls or self._stream else "")
+            message = {"role": "assistant", "content": content, "reasoning": self._reasoning}
+            message["tool_calls"] = calls
+            always = () if self._stream else ("content",)
+            kept = {k: v for k, v in message.items() if v or k in always}
+            choice["delta" if self._stream else "message"] = kept
+        if self._top is not None:
+            form = chat_logprobs if self._chat else text_logprobs
+            choice["logprobs"] = form(self._untold, self._tokenizer, self._top)
+        self._text = self._reasoning = ""
+        self._calls, self._untold = [], []
+        return self._head | {"choices": [choice]}
+
+
+def chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
+    """Log-probabilities of a conversation's answer.
+
+    Args:
+        tokens: mlx-lm's responses.
+        tokenizer: Its tokenizer.
+        top: How many of the likeliest tokens to list for each token.
+    """
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text, data = _token(tokenizer, token)
+        known = {"token": text, "logprob": max(logprob, _LOWEST)}
+        return known | {"bytes": list(data), "id": token}
+
+    content = []
+    for response in tokens:
+        likeliest = [entry(t["id"], t["logprob"]) for t in _sorted(response, top)]
+        content.append(entry(response.token, response.logprob) | {"top_logprobs": likeliest})
+    return {"content": content}
+
+
+def text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
+    """Log-probabilities of a completion; see :func:`chat_logprobs`."""
+    likeliest = [
+        {_token(tokenizer, t["id"])[0]: max(t["logprob"], _LOWEST) for t in _sorted(r, top)}
+        for r in tokens
+    ]
+    return {
+        "tokens": [_token(tokenizer, response.token)[0] for response in tokens],
+        "token_logprobs": [max(response.logprob, _LOWEST) for response in tokens],
+        "top_logprobs": likeliest if top else None,
+    }
+
+
+def _sorted(response: Response, top: int) -> list[dict[str, Any]]:
+    """The likeliest tokens, which mlx-lm lists in any order."""
+    return sorted(response.top_tokens, key=lambda t: -t["logprob"])[:top]
+
+
+def _token(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """A token's text and bytes; a part of a character is written ``bytes:\\xf0\\x9f``."""
+    text = tokenizer.decode([token])
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" not in text:
+        return text or piece or "", text.encode("utf-8")
+    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece or ""):
+        data = bytes([int(found[1], 16)])
+    elif piece and all(c in _BYTE_OF for c in piece):
+        data = bytes(_BYTE_OF[c] for c in piece)
+    else:
+        return text, text.encode("utf-8")
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data

@@ -1,361 +1,408 @@
-"""One connection: one request in, one answer out, mlx-lm's own but for what is said here.
-
-Owns: routes, keys and origins, reading a body, usage and log-probabilities in OpenAI's form, and
-turning whatever goes wrong into an answer. Parsing texts, streaming, tools: mlx-lm's handler.
-"""
+"""The HTTP server: routes, keys and origins, connections, and how it starts and ends."""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import hmac
-import io
 import json
-import logging
+import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from collections.abc import Callable, Coroutine
+from functools import partial
+from http import HTTPStatus
+from threading import Thread
+from typing import Any, Self
 
-from mlx_lm.server import APIHandler, CompletionRequest
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, refused
-from kmerge_mlx.serving.generator import Job
-from kmerge_mlx.serving.http import DeadlineReader, is_gone
-from kmerge_mlx.serving.logprobs import chat_logprobs, text_logprobs
-from kmerge_mlx.serving.requests import DEFAULT_MODEL, read_body, read_completion
+from kmerge_mlx.errors import KMergeError, ServeError, first_line
+from kmerge_mlx.serving.answers import LEFT, ApiError, ClientGone, as_api_error, busy, refused
+from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.service import Service
+from kmerge_mlx.serving.settings import ServeSettings
 
-_log = logging.getLogger(__name__)
-_COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
-_READS = ("/v1/models", "/health", "/metrics")
-_ROUTES = dict.fromkeys(_COMPLETIONS, "POST") | dict.fromkeys(_READS, "GET")
-_OPEN = ("/health",)
-_MOST_DISCARDED = 64 * 2**20
-_GONE = 499  # nginx's; nobody sees it but the metrics
-_MODELS = "/v1/models"
+_MOST_PIPELINED = 2**16
+_LINGER_SECONDS = 1.0
+_STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
-class Handler(APIHandler):
-    """Answers one request.
+def make_app(service: Service) -> FastAPI:
+    """The routes.
 
     Args:
-        service: What it serves.
-        arguments: The socket server's: socket, address, server.
+        service: What they serve.
     """
+    check, started = [Depends(partial(_check_client, service))], int(time.time())
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    for kind in (ApiError, KMergeError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _as_response)
+    if origins := list(service.settings.allowed_origins):
+        own = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **own)
+    app.add_middleware(_Counting, service=service)
+    get = partial(app.api_route, methods=["GET", "HEAD"], dependencies=check)
+    post = partial(app.post, dependencies=check)
 
-    default_request_version = "HTTP/1.0"  # before it, answers had no status
-    # What an answer to a request needs that never arrived.
-    requestline, command, path, request_version, headers = "-", "-", "", "HTTP/1.0", {}
+    @get("/health")
+    async def health() -> Response:
+        found = service.health
+        return JSONResponse({"status": found}, 200 if found == "ok" else 503)
 
-    def __init__(self, service: Service, *arguments: Any):
-        self.service = service
-        self._started = time.monotonic()
-        self._streaming = self._body_read = False
-        self._status = _GONE
-        self._job: Job | None = None
-        super().__init__(service.generator, *arguments, system_fingerprint=service.fingerprint)
+    @get("/metrics")
+    async def metrics() -> Response:
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    def setup(self) -> None:
-        """Puts a deadline on what the client sends."""
-        super().setup()
-        self.rfile.close()
-        seconds = self.service.config.read_timeout
-        self.rfile = io.BufferedReader(DeadlineReader(self.connection, seconds))
-
-    def handle(self) -> None:
-        """Answers, and answers that nothing came in time."""
-        self._answer(super().handle)
-
-    def do_POST(self) -> None:
-        """A completion."""
-        self._answer(self._complete)
-
-    def do_GET(self) -> None:
-        """Models, health or metrics."""
-        self._answer(self._look_up)
-
-    def do_HEAD(self) -> None:
-        """The same without its body."""
-        self._answer(self._look_up)
-
-    def do_OPTIONS(self) -> None:
-        """What a browser asks before it lets a page call."""
-        self._answer(super().do_OPTIONS)
-
-    def send_error(self, code: int, message: str | None = None, explain: Any = None) -> None:
-        """What the standard library refuses by itself: a bad request line, say."""
-        if code == 501:
-            self._check_route()
-        malformed = code == 400 or message is None  # its own words hold what was sent
-        self._refuse(ApiError(code, "the request is malformed" if malformed else message))
-
-    def _answer(self, action: Callable[[], Any]) -> None:
-        self._started = time.monotonic()
-        try:
-            action()
-        except (ClientGone, ConnectionError, TimeoutError, BrokenPipeError):
-            self._status = _GONE
-        except Exception as error:
-            answer = as_api_error(error)
-            if answer.status == 500:
-                _log.exception("a request failed")
-            try:
-                self._refuse(answer)
-            except OSError:
-                self._status = _GONE
-
-    def finish(self) -> None:
-        """Counts the request, and lets the client go."""
-        if self._job is not None:
-            self._count(self._job)
-        if self.requestline != Handler.requestline:
-            known = self._route if self._route in _ROUTES else "other"
-            self.service.metrics.add("requests_total", 1, known, str(self._status))
-        try:
-            super().finish()
-        except OSError:
-            _log.debug("a client left before the end of its answer")
-
-    @property
-    def _route(self) -> str:
-        try:
-            return urlsplit(self.path).path
-        except ValueError:  # no URL at all
-            return self.path
-
-    # What clients are told ---------------------------------------------------------------------
-
-    def _refuse(self, error: ApiError) -> None:
-        said = json.dumps(error.as_json()).encode()
-        self._status = error.status
-        if self._streaming:
-            self.wfile.write(b"data: " + said + b"\n\n")
-            return
-        self._headers_buffer = []  # mlx-lm prepares an answer before it has one
-        self._send(error.status, said, error.headers)
-        self._discard()
-
-    def _send(
-        self,
-        status: int,
-        said: bytes,
-        headers: Mapping[str, str] = MappingProxyType({}),
-        kind: str = "application/json",
-    ) -> None:
-        self.send_response(status)
-        self._set_cors_headers()
-        for name, value in {"Content-Type": kind, "Content-Length": len(said), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(said)
-
-    def _discard(self) -> None:
-        """Reads on for a while: a client that still sends would not see the answer."""
-        if self._body_read:
-            return
-        seconds = self.service.config.read_timeout
-        end, left = time.monotonic() + seconds, _MOST_DISCARDED
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(min(1.0, seconds))
-            while left > 0 and time.monotonic() < end and (got := self.connection.recv(2**16)):
-                left -= len(got)
-
-    def _look_up(self) -> None:
-        self._check_client()
-        self._check_route()
-        if self._route == "/health":
-            health = self.service.health
-            said = json.dumps({"status": health}).encode()
-            self._send(200 if health == "ok" else 503, said)
-        elif self._route == "/metrics":
-            text = self.service.metrics_text().encode()
-            self._send(200, text, kind="text/plain; version=0.0.4; charset=utf-8")
-        else:
-            self._send(200, json.dumps(self._models()).encode())
-
-    def _models(self) -> dict[str, Any]:
-        name = self.service.model_name
-        known = {"id": name, "object": "model", "created": self.created, "owned_by": "kmerge-mlx"}
-        wanted = unquote(self._route.removeprefix(_MODELS).removeprefix("/"))
+    @get("/v1/models")
+    @get("/v1/models/{wanted:path}")
+    async def models(wanted: str = "") -> Response:
+        name = service.provider.name
+        known = {"id": name, "object": "model", "created": started, "owned_by": "kmerge-mlx"}
         if wanted not in ("", name, DEFAULT_MODEL):
             message = f"the model {wanted[:60]!a} is not served here, only {name} is"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return known if wanted else {"object": "list", "data": [known]}
+            raise ApiError(404, message, "model", "model_not_found")
+        return JSONResponse(known if wanted else {"object": "list", "data": [known]})
 
-    def _count(self, job: Job) -> None:
-        metrics, now = self.service.metrics, time.monotonic()
-        metrics.observe("request_duration_seconds", now - self._started)
-        if job.first_token_at is not None:
-            metrics.observe("time_to_first_token_seconds", job.first_token_at - self._started)
-        metrics.add("prompt_tokens_total", sum(job.lengths))
-        metrics.add("compressed_tokens_total", len(job.lengths))
-        metrics.add("cached_tokens_total", job.cached_tokens)
-        metrics.add("generated_tokens_total", job.generated)
+    @post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return _Completing(service, await _read_body(request, service.settings), chat=False)
 
-    def version_string(self) -> str:
-        """What the Server header says."""
-        return "kmerge-mlx"
+    @post("/v1/chat/completions")
+    @post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        return _Completing(service, await _read_body(request, service.settings), chat=True)
 
-    def log_message(self, form: str, *args: Any) -> None:
-        """Logs, instead of writing to stderr."""
-        said = (form % args).translate(self._control_char_table)
-        _log.info("%s %s", self.address_string(), said)
+    return app
 
-    def send_response(self, code: int, message: str | None = None) -> None:
-        """Begins an answer."""
-        self._status = code
-        super().send_response(code, message)
 
-    def _set_cors_headers(self) -> None:
-        if self.service.config.allowed_origins:
-            super()._set_cors_headers()
+async def _as_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=LEFT)
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, error.detail, headers=error.headers)
+    answer = as_api_error(error)
+    return JSONResponse(answer.as_json(), answer.status, answer.headers)
 
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
-        self._streaming = True
 
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        """Every error that mlx-lm's handler answers comes through here: it is answered in one way.
+class _Counting:
+    """Counts requests by route and status."""
 
-        mlx-lm says 404 whatever the generator raised.
-        """
-        if status_code < 400:
-            super()._set_completion_headers(status_code)
-            return
-        error = sys.exception()
-        raise refused(str(error)) if error is None or status_code == 400 else error
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.metrics = app, service.metrics
 
-    # The way in ---------------------------------------------------------------------------------
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = LEFT
 
-    def _check_route(self) -> None:
-        path = _MODELS if self._route.startswith(f"{_MODELS}/") else self._route
-        if path not in _ROUTES:
-            raise ApiError(404, f"there is no {self._route[:60]!a} here", code="not_found")
-        if ("GET" if self.command == "HEAD" else self.command) != _ROUTES[path]:
-            headers = {"Allow": _ROUTES[path]}
-            raise ApiError(405, f"{path} takes {_ROUTES[path]} alone", headers=headers)
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
 
-    def _check_client(self) -> None:
-        """A page that a browser shows says where it is from; others say a key."""
-        origin, allowed = self.headers.get("Origin"), self.service.config.allowed_origins
-        if origin is not None and origin not in allowed and "*" not in allowed:
-            message = "this origin may not call the server: see --allowed-origins"
-            raise ApiError(403, message, code="origin_not_allowed")
-        key = self.service.config.api_key
-        if key is None or self._route in _OPEN:
-            return
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
-        if kind.lower() != "bearer" or not same:
-            headers = {"WWW-Authenticate": "Bearer"}
-            message = "the API key is missing or wrong"
-            raise ApiError(401, message, code="invalid_api_key", headers=headers)
-
-    def _body_length(self) -> int:
-        lengths = self.headers.get_all("Content-Length", [])
-        if not lengths or "Transfer-Encoding" in self.headers:
-            message = "the body must have a Content-Length, and no Transfer-Encoding"
-            raise ApiError(411, message, code="length_required")
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise ApiError(415, "the body must not be compressed")
-        length = lengths[0]
-        if len({*lengths}) > 1:
-            raise refused("there are several Content-Length headers")
-        if not (length.isascii() and length.isdigit() and len(length) < 16):
-            raise refused("the Content-Length header is no number of bytes")
-        return int(length)
-
-    def _read(self) -> bytes:
-        length, most = self._body_length(), self.service.config.max_body_bytes
-        if length > most:
-            message = f"the body has {length:,} bytes, the server takes {most:,}"
-            raise ApiError(413, message, code="body_too_large")
-        self._body_read = True
-        raw = self.rfile.read(length)
-        if len(raw) < length:
-            raise ClientGone("the body ended early")
-        return raw
-
-    def _complete(self) -> None:
-        self._check_client()
-        self._check_route()
-        body = read_body(self._read())
-        self._deadline = self._started + self.service.config.request_timeout
-        self.connection.settimeout(self.service.config.read_timeout)
-        with self.service.admitted():
-            chat = self._route != "/v1/completions"
-            served, vocab_size = self.service.model_name, self.service.vocab_size
-            completion = read_completion(body, chat, served, vocab_size)
-            self._job = self.service.job(completion, self._check_wanted)
-            try:
-                self._hand_over(completion.options | ({"messages": []} if chat else {"prompt": ""}))
-            finally:
-                self._job.cancel()
-
-    def _hand_over(self, body: dict[str, Any]) -> None:
-        """Lets mlx-lm read what is known to be good."""
-        raw = json.dumps(body).encode()
-        del self.headers["Content-Length"]
-        self.headers["Content-Length"] = str(len(raw))
-        self.path = self._route
-        sent, self.rfile = self.rfile, io.BytesIO(raw)
         try:
-            super().do_POST()
+            await self.app(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
         finally:
-            self.rfile = sent
+            status = LEFT if scope["state"].get("left") else status
+            # FastAPI leaves the route here: what a client made up is not a label.
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.count("requests", 1, route, str(status))
 
-    def _check_wanted(self) -> None:
-        if is_gone(self.connection):
+
+def _check_client(service: Service, request: Request) -> None:
+    """A page in a browser names its origin; other clients send a key."""
+    origin, allowed = request.headers.get("Origin"), service.settings.allowed_origins
+    if origin is not None and origin not in allowed and "*" not in allowed:
+        message = "this origin may not call the server: see --allowed-origins"
+        raise ApiError(403, message, code="origin_not_allowed")
+    if service.key is None or request.url.path == "/health":
+        return
+    kind, _, given = request.headers.get("Authorization", "").partition(" ")
+    same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), service.key.encode())
+    if kind.lower() != "bearer" or not same:
+        headers = {"WWW-Authenticate": "Bearer"}
+        message = "the API key is missing or wrong"
+        raise ApiError(401, message, code="invalid_api_key", headers=headers)
+
+
+async def _read_body(request: Request, settings: ServeSettings) -> bytes:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ApiError(415, "the body must not be compressed")
+    size, most = int(request.headers.get("Content-Length", 0)), settings.max_body_bytes
+    body = bytearray()
+    try:
+        async with asyncio.timeout_at(request.state.connection.arrived + settings.read_timeout):
+            if size <= most:
+                async for piece in request.stream():
+                    body += piece
+                    if (size := len(body)) > most:
+                        break
+    except TimeoutError:
+        raise _too_slow() from None
+    if size > most:
+        message = f"the body is larger than the {most:,} bytes that the server takes"
+        raise ApiError(413, message, code="body_too_large")
+    return bytes(body)
+
+
+def _too_slow() -> ApiError:
+    headers = {"Connection": "close"}
+    return ApiError(408, "the request took too long to arrive", code="timeout", headers=headers)
+
+
+class _Completing(Response):
+    """Answers one completion; unlike FastAPI's responses it sees the client leave at any moment.
+
+    Args:
+        service: What answers.
+        asked: The request's body.
+        chat: Whether it came to the chat endpoint.
+    """
+
+    def __init__(self, service: Service, asked: bytes, chat: bool):
+        super().__init__()
+        self.service, self.asked, self.chat = service, asked, chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers, unless the client leaves first."""
+        connection, begun = scope["state"]["connection"], False
+
+        async def put(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.service.settings.read_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGone("the client does not read") from None
+
+        async def write(text: str, last: bool = False) -> None:
+            nonlocal begun
+            if not begun:
+                await put({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                begun = True
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
+            await put(body)
+
+        try:
+            work = self.service.answer(self.asked, self.chat, connection.arrived, write)
+            whole = await _unless_left(receive, work)
+            await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
+        except ClientGone:
+            scope["state"]["left"] = True
+            connection.transport.abort()
+            await asyncio.sleep(0)  # uvicorn sees the end of the connection
+        except Exception as error:
+            if not begun:
+                raise
+            await write(f"data: {json.dumps(as_api_error(error).as_json())}\n\n", last=True)
+
+
+async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of work that ends when the client leaves.
+
+    Raises:
+        ClientGone: It did.
+    """
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientGone("the client closed the connection")
-        if time.monotonic() > self._deadline:
-            seconds = self.service.config.request_timeout
-            raise ApiError(504, f"the answer took more than {seconds:g} s", code="timeout")
-        self.service.check()
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
-    # What mlx-lm's handler asks for -------------------------------------------------------------
 
-    def handle_chat_completions(self) -> CompletionRequest:
-        """The request, laid out before."""
-        super().handle_chat_completions()
-        return self._job
+class Connection(H11Protocol):
+    """uvicorn's connection, with limits on how many there are and how long a request may take.
 
-    def handle_text_completions(self) -> CompletionRequest:
-        """The request, laid out before."""
-        super().handle_text_completions()
-        return self._job
+    Args:
+        service: What is served.
+        options: uvicorn's.
+    """
 
-    def generate_response(self, *args: Any, **options: Any) -> dict:
-        """mlx-lm's answer, or a piece of one, with usage and log-probabilities in OpenAI's form."""
-        answer = super().generate_response(*args, **options)
-        choice = answer["choices"][0]
-        choice.pop("logprobs", None)
-        if self.logprobs:
-            form = text_logprobs if self.object_type == "text_completion" else chat_logprobs
-            tokens, self._job.unsaid = self._job.unsaid, []
-            choice["logprobs"] = form(tokens, self.service.tokenizer, max(self.top_logprobs, 0))
-        if "usage" in answer:
-            answer["usage"] = self._usage()
-        message = choice.get("message")
-        if message is not None and not message.get("tool_calls"):
-            message["content"] = message.get("content") or ""  # OpenAI's null is for tool calls
-        return answer
+    def __init__(self, service: Service, **options: Any):
+        super().__init__(**options)
+        self.service = service
+        self.arrived = 0.0
+        self.app_state = {"connection": self}
+        self._timer: asyncio.TimerHandle | None = None
+        self._refused = False
 
-    def completion_usage_response(self, *args: Any, **options: Any) -> dict:
-        """The last piece of a stream whose client asked for it."""
-        answer = super().completion_usage_response(*args, **options)
-        return answer | {"object": self.object_type, "usage": self._usage()}
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begins to wait for a request, or refuses the connection."""
+        super().connection_made(transport)
+        if len(self.connections) > self.service.settings.max_connections:
+            self._refuse(busy(503, "too many connections", "too_many_connections"))
+        else:
+            self._begin_timer()
 
-    def _usage(self) -> dict[str, Any]:
-        prompt = sum(self._job.lengths)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self._job.generated,
-            "total_tokens": prompt + self._job.generated,
-            "compressed_tokens": len(self._job.lengths),
-            "prompt_tokens_details": {"cached_tokens": self._job.cached_tokens},
-        }
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the connection."""
+        self._end_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Reads on while a request is answered: otherwise nobody would see the client leave."""
+        if self._refused:
+            return
+        if self._timer is None and not self._answering:
+            self._begin_timer()
+        super().data_received(data)
+        if self._answering:
+            self._end_timer()
+            if not self.cycle.more_body:
+                self.flow.resume_reading()
+                if len(self.conn.trailing_data[0]) > _MOST_PIPELINED:
+                    self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """Bounds the time for the rest of a body that was not read to its end."""
+        self.arrived, unread = self.loop.time(), self.cycle.more_body
+        super().on_response_complete()
+        if unread and not self.transport.is_closing():
+            self._begin_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP."""
+        self._refuse(refused("the request is malformed"))
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _begin_timer(self) -> None:
+        self._end_timer()
+        self.arrived = self.loop.time()
+        seconds = self.service.settings.read_timeout
+        self._timer = self.loop.call_later(seconds, lambda: self._refuse(_too_slow()))
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers without the app, unless an answer has begun, and ends the connection."""
+        self._end_timer()
+        self._unset_keepalive_if_required()
+        self._refused, cycle = True, self.cycle
+        begun = cycle is not None and cycle.response_started
+        if not begun or (cycle.response_complete and not cycle.more_body):
+            body = json.dumps(error.as_json()).encode()
+            headers = {"Content-Type": "application/json", "Content-Length": len(body)}
+            headers |= error.headers | {"Connection": "close"}
+            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            self.service.metrics.count("requests", 1, "other", str(error.status))
+        # A client that still sends sees the answer only if what it sends is read.
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
+
+class Server:
+    """A running server; leaving its ``with`` block ends it without waiting for its requests.
+
+    Args:
+        settings: Its settings.
+
+    Raises:
+        KMergeError: The address, the key, the model or the adapter cannot be used.
+    """
+
+    def __init__(self, settings: ServeSettings):
+        listener = _listen(settings.host, settings.port)  # it is known at once whether it is free
+        try:
+            self.service = Service(settings)
+        except BaseException:
+            listener.close()
+            raise
+        host, self.port = settings.host, listener.getsockname()[1]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        config = uvicorn.Config(
+            make_app(self.service),
+            http=partial(Connection, self.service),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            headers=[("Server", "kmerge-mlx")],
+            timeout_keep_alive=settings.read_timeout,
+            timeout_graceful_shutdown=2,
+        )
+        self._http = uvicorn.Server(config)
+        connections = self._http.server_state.connections
+        self.service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
+        self._thread = Thread(target=self._http.run, args=([listener],), name="http")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends it; requests in flight are given up."""
+        self.service.close()
+        self._http.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {reason}; choose another `host` or `port`"
+        ) from None
+
+
+def serve(
+    settings: ServeSettings, started: Callable[[Server], None], draining: Callable[[], None]
+) -> None:
+    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
+
+    Args:
+        settings: The settings.
+        started: Called when requests are taken.
+        draining: Called when the signal has come.
+
+    Raises:
+        KMergeError: The server cannot start.
+    """
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    kept = [signal.signal(s, lambda number, frame: received.append(number)) for s in signals]
+    try:
+        with Server(settings) as server:
+            started(server)
+            # A signal may reach another thread: this one must wake up by itself to see it.
+            while not received:
+                time.sleep(0.1)
+            draining()
+            server.service.drain(enough=lambda: len(received) > 1)
+    finally:
+        for number, handler in zip(signals, kept, strict=True):
+            signal.signal(number, handler)

@@ -1,87 +1,131 @@
-"""mlx-lm's response generator over merged prompts.
+"""mlx-lm's batching and caching of prompts that are merged: everything we override of it.
 
-Owns: when a prompt is merged and for how long its blocks stay bound, logits processors over
-original ids, and how an answer is waited for and given up. Batching, caching and decoding are
-mlx-lm's.
-
-MLX works in the generation thread alone. Blocks are freed there too, and only when a prompt is
-merged, so a prompt may be let go of at any point before the next one: the KV cache that is then
-kept names its blocks by itself.
+MLX works in mlx-lm's generation thread alone. Blocks are freed there too, and only while a prompt
+is merged.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from asyncio import AbstractEventLoop, Queue
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from queue import Empty, Queue
-from types import FunctionType
+from importlib.metadata import version
 from typing import Any
+from weakref import WeakSet
 
 from mlx_lm import server as host
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
-    CompletionRequest,
     GenerationArguments,
     GenerationContext,
+    ModelProvider,
     Response,
     ResponseGenerator,
 )
 
-from kmerge_mlx.errors import BlockTableFullError
+from kmerge_mlx.errors import BlockTableFullError, ServeError
 from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ClientGone, busy, refused
-from kmerge_mlx.serving.caches import PromptCache
-from kmerge_mlx.serving.metrics import Metrics
 from kmerge_mlx.serving.model import PinnedModel
-from kmerge_mlx.serving.stops import cut_at_stops
 from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
-_POLL_SECONDS = 0.2
+_host_processors = host._make_logits_processors
+
+# What is overridden of mlx-lm 0.32.2, with its parameters.
+_SEAM = {
+    (host, "_make_logits_processors"): ("args",),
+    (ResponseGenerator, "_run_generate"): ("self",),
+    (ResponseGenerator, "_serve_single"): ("self", "request", "stream"),
+    (ResponseGenerator, "_tokenize"): ("self", "tokenizer", "request", "args"),
+    (ResponseGenerator, "_log_cache_stats"): ("self",),
+    (LRUPromptCache, "fetch_nearest_cache"): ("self", "model", "tokens"),
+    (LRUPromptCache, "insert_cache"): ("self", "model", "tokens", "prompt_cache", "cache_type"),
+    (ModelProvider, "load_default"): ("self",),
+}
 
 
-@dataclass(kw_only=True)
-class Job(CompletionRequest):
-    """A request on its way through the generator.
+def check_seam() -> None:
+    """Checks that mlx-lm still has what this module overrides.
+
+    Raises:
+        ServeError: Names what is missing or has other parameters.
+    """
+    for (owner, name), expected in _SEAM.items():
+        method = getattr(owner, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            what = "is missing" if found is None else f"takes {', '.join(found)}"
+            raise ServeError(
+                f"mlx-lm {version('mlx-lm')} does not fit this release: {owner.__name__}.{name} "
+                f"{what}, expected ({', '.join(expected)}): pip install 'mlx-lm==0.32.2'"
+            )
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """A request on its way through mlx-lm, and the queue of replies to it.
 
     Args:
-        segments: Its prompt, laid out.
-        check: Called while it waits; raises when its answer is no longer wanted.
+        segments: The prompt, laid out.
+        chat: Whether it is a conversation.
+        loop: The event loop that waits for the replies.
         context: mlx-lm's, once it is being answered.
-        cancelled: Whether to stop.
+        cancelled: Whether the replies are not wanted any more.
+        alone: Whether mlx-lm serves it outside a batch.
+        over: Whether mlx-lm needs its blocks no longer than until it takes up another prompt.
         lengths: How many original tokens each position of the merged prompt stands for.
         generated: Tokens of its answer so far.
         first_token_at: ``time.monotonic()`` of the first, or None.
-        unsaid: Those whose log-probabilities the client was not told yet.
     """
 
     segments: list[Segment]
-    check: Callable[[], None]
+    chat: bool
+    loop: AbstractEventLoop
     context: GenerationContext | None = None
     cancelled: bool = False
+    alone: bool = False
+    over: bool = False
     lengths: list[int] = field(default_factory=list)
     generated: int = 0
     first_token_at: float | None = None
-    unsaid: list[Response] = field(default_factory=list)
+    messages: tuple[()] = ()  # mlx-lm looks for images in them
+    _replies: Queue = field(default_factory=Queue)
 
-    def count(self, response: Response) -> None:
-        """Counts a token; a piece of text that is none has a number below 0."""
-        self.first_token_at = self.first_token_at or time.monotonic()
-        if response.token >= 0:
-            self.generated += 1
-            self.unsaid.append(response)
-
-    def cancel(self) -> None:
-        """Stops it, wherever it is."""
-        self.cancelled = True
-        if self.context is not None:
+    def put(self, reply: Any) -> None:
+        """Takes a reply from mlx-lm: a context, progress, a token, an error, or None at the end."""
+        if isinstance(reply, GenerationContext):
+            self.context = reply
+        elif reply is None or isinstance(reply, Exception):
+            self.over = True
+        elif self.cancelled:
+            if self.alone and isinstance(reply, tuple):
+                # mlx-lm would read the prompt to its end.
+                raise ClientGone("cancelled while its prompt was read")
+            # mlx-lm looks at this next, and takes it out of the batch before another comes in.
             self.context.stop()
+            self.over = True
+        self.tell(reply)
+
+    def tell(self, reply: Any) -> None:
+        """Gives the client's side a reply, from any thread."""
+        self.loop.call_soon_threadsafe(self._replies.put_nowait, reply)
+
+    async def next(self) -> Any:
+        """The next reply; an error is raised."""
+        reply = await self._replies.get()
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, Response):
+            self.generated += 1
+            self.first_token_at = self.first_token_at or time.monotonic()
+        return reply
 
     @property
     def cached_tokens(self) -> int:
@@ -89,185 +133,164 @@ class Job(CompletionRequest):
         positions = self.context.prompt_cache_count if self.context else 0
         return sum(self.lengths[: max(positions, 0)])
 
-
-class _Replies(Queue):
-    """What the generation thread says of one job."""
-
-    def __init__(self, job: Job):
-        super().__init__()
-        self._job = job
-        self.alone = False
-
-    def put(self, item: Any, *args: Any, **options: Any) -> None:
-        # Served alone, a prompt is read to its end before mlx-lm looks up: progress is the chance.
-        if self.alone and self._job.cancelled and isinstance(item, tuple):
-            raise ClientGone("cancelled while its prompt was read")
-        super().put(item, *args, **options)
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The counts that a client gets."""
+        prompt = sum(self.lengths)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": prompt + self.generated,
+            "compressed_tokens": len(self.lengths),
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
 
-class _Batch(BatchGenerator):
-    """mlx-lm's batch; what is in it keeps its blocks."""
+@dataclass(kw_only=True)
+class Arguments(GenerationArguments):
+    """mlx-lm's arguments of a request; they carry the merged prompt to the logits processors."""
 
-    def __init__(self, arriving: Callable[[], CompressedPrompt], *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._arriving = arriving
-        self._held: dict[int, CompressedPrompt] = {}
+    prompt: CompressedPrompt | None = None
 
-    def insert_segments(self, *args: Any, **options: Any) -> list[int]:
-        uids = super().insert_segments(*args, **options)
-        self._held.update(dict.fromkeys(uids, self._arriving()))
-        return uids
 
-    def remove(self, uids: list[int], *args: Any, **options: Any) -> Any:
-        removed = super().remove(uids, *args, **options)
-        for uid in uids:
-            self._held.pop(uid, None)
-        return removed
+def _processors(args: GenerationArguments) -> list[Any]:
+    """mlx-lm's logits processors; a merged prompt's see its original ids, never virtual ones."""
+    made = _host_processors(args)
+    return over_original_ids(made, args.prompt) if isinstance(args, Arguments) else made
 
-    def next(self) -> Any:
-        prompts, answers = super().next()
-        for answer in answers:
-            if answer.finish_reason is not None:
-                self._held.pop(answer.uid, None)
-        return prompts, answers
+
+class _Kept(list):
+    """The KV caches of a prefix, with the ids that they hold; only the prompt cache has it."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, caches: Iterable[Any], ids: Sequence[int]):
+        super().__init__(caches)
+        self.ids = ids
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's cache of prefixes, which leaves something of every prompt to read.
+
+    Args:
+        max_size: Most caches.
+        max_bytes: Most memory, or None for no limit.
+        looked_up: Called with ``hit`` or ``miss``.
+    """
+
+    def __init__(self, max_size: int, max_bytes: int | None, looked_up: Callable[[str], None]):
+        super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
+        self._looked_up = looked_up
+        self._kept: WeakSet[_Kept] = WeakSet()
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """The longest cached prefix of a prompt, and the rest, which is never empty.
+
+        mlx-lm's generation thread dies of an empty rest.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if not rest:
+            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+            rest = [*rest, tokens[-1]]
+        self._looked_up("hit" if len(rest) < len(tokens) else "miss")
+        return cache, rest
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
+    ) -> None:
+        """Keeps the KV caches of a prefix."""
+        kept = _Kept(prompt_cache, tokens)
+        self._kept.add(kept)
+        super().insert_cache(model, tokens, kept, **options)
+
+    def cached_ids(self) -> Iterable[Sequence[int]]:
+        """The ids of every cached prefix: their blocks stay bound."""
+        return [kept.ids for kept in self._kept]
 
 
 class CompressingGenerator(ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged.
 
     Args:
-        provider: The model.
-        metrics: What is counted.
+        provider: The model; loading begins now, in the generation thread.
+        looked_up: See :class:`PromptCache`.
+
+    Raises:
+        ServeError: Another mlx-lm than this release was made for.
     """
 
-    def __init__(self, provider: PinnedModel, metrics: Metrics):
-        config = provider.config
-        self.metrics = metrics
-        self._arriving: CompressedPrompt | None = None
-        cache = PromptCache(config.prompt_cache_size, config.prompt_cache_bytes, metrics)
-        super().__init__(provider, cache)
+    def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
+        check_seam()
+        host._make_logits_processors = _processors
+        self.jobs: set[Job] = set()
+        self._held: dict[Job, CompressedPrompt] = {}
+        arguments = provider.cli_args
+        size, limit = arguments.prompt_cache_size, arguments.prompt_cache_bytes
+        super().__init__(provider, PromptCache(size, limit, looked_up))
 
-    def generate(
-        self,
-        request: Job,
-        generation_args: GenerationArguments,
-        progress_callback: Callable[[int, int], None] | None = None,
-    ) -> tuple[GenerationContext, Iterator[Response]]:
-        """Queues a job and waits for its turn.
-
-        Args:
-            request: The job.
-            generation_args: mlx-lm's.
-            progress_callback: Called with (positions read, positions in all).
-
-        Returns:
-            mlx-lm's context, and the tokens as they come.
+    def submit(self, job: Job, args: Arguments) -> None:
+        """Queues a job; it is to be forgotten afterwards.
 
         Raises:
-            ApiError: 503: there is no generation thread any more.
-            Exception: What :attr:`Job.check` or the generation thread raised.
+            ApiError: 503: the generation thread has died.
         """
-        replies = _Replies(request)
-        self._check_alive()
-        self.requests.put((replies, request, generation_args))
+        self.jobs.add(job)  # before the check: whoever is in when the thread dies is told
+        self.check_alive()
+        self.requests.put((job, job, args))
 
-        def tokens() -> Iterator[Response]:
-            while (reply := self._reply(replies, request)) is not None:
-                if not isinstance(reply, tuple):
-                    yield reply
-                elif progress_callback is not None:
-                    progress_callback(*reply)
+    def forget(self, job: Job) -> None:
+        """Stops a job, wherever it is."""
+        job.cancelled = True
+        self.jobs.discard(job)
 
-        def counted() -> Iterator[Response]:
-            for response in cut_at_stops(tokens(), generation_args.stop_words):
-                request.count(response)
-                yield response
-
-        try:
-            context = self._reply(replies, request)
-        except BaseException:
-            request.cancel()
-            raise
-        return context, counted()
-
-    def _reply(self, replies: _Replies, job: Job) -> Any:
-        """The next thing said of a job; what is raised there is raised here."""
-        while True:
-            job.check()
-            try:
-                reply = replies.get(timeout=_POLL_SECONDS)
-            except Empty:
-                self._check_alive()
-                continue
-            if isinstance(reply, Exception):
-                raise reply
-            return reply
-
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises an :class:`ApiError`, 503, if the generation thread has died."""
         if not self.generation_available():
-            raise busy(503, "the model has stopped: the server must be restarted", "unavailable")
+            raise _unavailable()
+
+    def give_up(self, error: Exception) -> None:
+        """Ends every job with an error."""
+        for job in list(self.jobs):
+            job.tell(error)
 
     def _run_generate(self) -> None:
+        provider = self.model_provider
         try:
+            provider.load_once()
+            if (embedding := merged_embedding(provider.model)) is not None:
+                embedding.table.protect(self.prompt_cache.cached_ids)
+            del embedding
             self._generate()
         except Exception:
-            _log.exception("the generation thread died")
             self._generation_failed = True
-        # As at its proper end: what MLX made here must go here.
-        self.model_provider.reset()
-        self.prompt_cache = None
-        gc.collect()
+            if provider.loaded.exception() is None:  # else the starter reports it
+                _log.exception("the generation thread died")
+            self.give_up(_unavailable())
+            # As at its proper end: what MLX made here must go here.
+            provider.reset()
+            self.prompt_cache = None
+            gc.collect()
 
-    def _generate(self) -> None:
-        self.model_provider.load_once()
-        if self.model_provider.loaded.exception() is not None:
-            return  # whoever waits for it says why
-        if (embedding := merged_embedding(self.model_provider.model)) is not None:
-            embedding.table.protect(self.prompt_cache.cached_ids)
-            self.metrics.set("block_slots", embedding.table.capacity)
-        del embedding  # the last reference must go where MLX worked
-        batch = partial(_Batch, lambda: self._arriving)
-        run = _rebound(ResponseGenerator._generate, BatchGenerator=batch, **self._own_names())
-        run(self)
-        self._arriving = None
-
-    def _serve_single(self, request: tuple[_Replies, Job, Any], stream: Any) -> None:
+    def _serve_single(self, request: tuple[Job, Job, Arguments], stream: Any) -> None:
         request[0].alone = True
-        _rebound(ResponseGenerator._serve_single, **self._own_names())(self, request, stream)
+        super()._serve_single(request, stream)
 
-    def _own_names(self) -> dict[str, Any]:
-        return {
-            "_make_logits_processors": self._processors,
-            "GenerationContext": self._context,
-        }
-
-    def _processors(self, args: GenerationArguments) -> list[Any]:
-        """mlx-lm's logits processors: they must never see a virtual id."""
-        return over_original_ids(host._make_logits_processors(args), self._arriving)
-
-    def _context(self, **known: Any) -> GenerationContext:
-        """mlx-lm's context, which a job that was given up meanwhile stops at once."""
-        job, context = self._job, GenerationContext(**known)
-        job.context = context
-        if job.cancelled:
-            context.stop()
-        return context
-
-    def _tokenize(self, tokenizer: Any, request: Job, args: GenerationArguments) -> Any:
-        """Merges a prompt that was laid out when it came in; see mlx-lm's for what it returns."""
-        self._arriving, self._job = None, request
+    def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
+        """Merges a prompt that is laid out already; see mlx-lm's for the result."""
         if request.cancelled:
             raise ClientGone("cancelled before its turn")
-        prompt = self._arriving = self._compress(tokenizer, request.segments)
+        self._held = {job: prompt for job, prompt in self._held.items() if not job.over}
+        prompt = self._compress(tokenizer, request.segments)
+        self._held[request] = args.prompt = prompt
         request.lengths = prompt.lengths
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
-        shared = _shared_end(request.segments, self.model_provider.merge_factor)
+        shared = _shared_end(request.segments, self.model_provider.source.k)
         ids, parts, kinds = list(prompt.ids), [list(prompt.ids)], ["assistant"]
         if 0 < shared < len(ids):
             parts, kinds = [ids[:shared], ids[shared:]], ["user", "assistant"]
-        state = self._initial_state(tokenizer, request, prompt.original_ids)
+        state = _initial_state(tokenizer, request, prompt.original_ids)
         return ids, parts, kinds, state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
@@ -284,25 +307,21 @@ class CompressingGenerator(ResponseGenerator):
                     f"{embedding.table.capacity:,} slots: shorten it",
                     code="context_length_exceeded",
                 ) from None
-            self.prompt_cache.clear()
+            self.prompt_cache.trim_to(n_sequences=0)
             return compress(model, tokenizer, segments)
-        finally:
-            if (embedding := merged_embedding(model)) is not None:
-                self.metrics.set("block_slots_in_use", len(embedding.table))
-
-    def _initial_state(self, tokenizer: Any, job: Job, ids: list[int]) -> str:
-        """Whether an answer begins in the middle of thinking, as mlx-lm finds it."""
-        if job.request_type != "chat":
-            return "normal"
-        state = "normal"
-        if tokenizer.has_thinking and (
-            tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
-        ):
-            state = "reasoning"
-        return tokenizer.response_initial_state or state
 
     def _log_cache_stats(self) -> None:
-        self.prompt_cache.report()
+        """Nothing: /metrics has it."""
+
+
+def _initial_state(tokenizer: Any, job: Job, ids: list[int]) -> str:
+    """Whether an answer begins in the middle of thinking, as mlx-lm finds it."""
+    if not job.chat:
+        return "normal"
+    thinking = tokenizer.has_thinking and (
+        tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
+    )
+    return tokenizer.response_initial_state or ("reasoning" if thinking else "normal")
 
 
 def _shared_end(segments: list[Segment], merge_factor: int) -> int:
@@ -314,18 +333,5 @@ def _shared_end(segments: list[Segment], merge_factor: int) -> int:
     return end
 
 
-def _rebound(method: FunctionType, **names: Any) -> Callable[..., Any]:
-    """A method of mlx-lm's that finds our things under some of its module's names.
-
-    mlx-lm calls these by name and has no hook for them. Its module stays as it is: others in this
-    process may use it.
-    """
-    if missing := names.keys() - set(method.__code__.co_names):
-        raise ImportError(f"mlx-lm's {method.__qualname__} no longer uses {sorted(missing)}")
-    return FunctionType(
-        method.__code__,
-        method.__globals__ | names,
-        method.__name__,
-        method.__defaults__,
-        method.__closure__,
-    )
+def _unavailable() -> Exception:
+    return busy(503, "the model has stopped: the server must be restarted", "unavailable")

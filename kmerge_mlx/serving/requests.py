@@ -1,18 +1,14 @@
-"""A request's body: JSON to settings that mlx-lm's server can be given as they are.
+"""Requests as clients send them: OpenAI's fields, and a clear refusal of what is not supported.
 
-Owns: every check of what clients send, so that nothing past this file meets a value that it cannot
-take. Does not know sockets, tokenizers or models (but how many token ids there are).
-
-Source: https://platform.openai.com/docs/api-reference, and the fields ``mlx_lm.server`` reads.
+Source: https://platform.openai.com/docs/api-reference, and the fields that ``mlx_lm.server`` reads.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import first_line, short
@@ -23,31 +19,11 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOP_LOGPROBS = 11
 COLDEST = 1e-3
-"""A temperature below is greedy: half precision could not hold the logits."""
+"""A lower temperature is greedy: half precision could not hold the logits."""
 
-_INT32 = 2**31 - 1
-# Lowest and highest; mlx-lm takes much more, and some of that makes NaN or ends its thread.
-_NUMBERS = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 100.0),
-    "presence_penalty": (-100.0, 100.0),
-    "frequency_penalty": (-100.0, 100.0),
-    "xtc_probability": (0.0, 1.0),
-    "xtc_threshold": (0.0, 0.5),
-}
-_WHOLE = {
-    "max_tokens": (1, _INT32),
-    "max_completion_tokens": (1, _INT32),
-    "repetition_context_size": (1, _INT32),
-    "presence_context_size": (1, _INT32),
-    "frequency_context_size": (1, _INT32),
-    "seed": (0, 2**64 - 1),
-}
-# What is loaded is chosen at start-up, and what changes the meaning of an answer is not ignored.
+_BOM = b"\xef\xbb\xbf"
+# The model is chosen at start-up, and a field that would change an answer is not ignored.
 _REFUSED = ("adapters", "adapter", "draft_model", "num_draft_tokens", "role_mapping", "suffix")
-_ONLY = {"n": 1, "best_of": 1, "echo": False}
 _TEMPLATE_OWN = (
     *("conversation", "chat_template", "tools", "tokenize", "add_generation_prompt", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -55,250 +31,243 @@ _TEMPLATE_OWN = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A checked request.
-
-    Args:
-        options: What mlx-lm's server reads of a body; the model is the served one.
-        messages: A conversation, or None.
-        prompt: A text, or token ids; None for a conversation.
-        merge: What a completion says of all of its prompt.
-        template_options: Further arguments of the chat template.
-    """
-
-    options: dict[str, Any]
-    messages: list[dict[str, Any]] | None = None
-    prompt: str | list[int] | None = None
-    merge: bool | None = None
-    template_options: Mapping[str, Any] | None = None
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    good = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not good or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
+        limits = f"up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
+        raise ValueError(f"expected {limits}")
+    return stops
 
 
-def read_body(raw: bytes) -> dict[str, Any]:
-    """A body's bytes as a JSON object.
-
-    Raises:
-        ApiError: 400: not UTF-8, not JSON, no object, NaN, or text that is no Unicode.
-    """
-
-    try:
-        body = _loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise refused(f"the body is not JSON: {first_line(error)}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise refused(f"the body is a JSON {type(body).__name__}, expected an object")
-    return body
-
-
-def _loads(text: str) -> Any:
-    """JSON as its standard has it.
-
-    Raises:
-        ValueError: It is none, or holds NaN, or half of a surrogate pair, which is no text.
-        RecursionError: It is nested too deeply.
-    """
-
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    value = json.loads(text, parse_constant=no_number)
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no text") from None
+def _prompt(value: Any) -> str | list[int]:
+    if isinstance(value, list) and len(value) == 1 and not is_int(value[0]):
+        value = value[0]  # a list of one prompt
+    if not isinstance(value, str) and not (isinstance(value, list) and all(map(is_int, value))):
+        raise ValueError("expected text, a list of token ids, or a list with one of these")
+    if not value:
+        raise ValueError("the prompt is empty: there is nothing to read")
     return value
 
 
-def read_completion(
-    body: Mapping[str, Any], chat: bool, served: str, vocab_size: int
-) -> Completion:
-    """Checks a request.
+def _logprobs(value: Any) -> bool | int:
+    if not isinstance(value, bool) and not (is_int(value) and value <= MAX_TOP_LOGPROBS):
+        raise ValueError(f"expected true, false, or 0 to {MAX_TOP_LOGPROBS} for a completion")
+    return value
+
+
+def _content(value: Any) -> str | list[Any]:
+    """A message's content; templates would write a missing text as "None"."""
+    if value is not None and not isinstance(value, str | list):
+        raise ValueError("expected text or a list of parts")
+    return "" if value is None else value
+
+
+def _arguments(value: Any) -> Any:
+    """A tool call's arguments: templates take an object, and clients send its text."""
+    return read_json(value.encode() or b"{}") if isinstance(value, str) else value
+
+
+def _template_options(value: Any) -> Any:
+    if isinstance(value, dict) and (own := [name for name in _TEMPLATE_OWN if name in value]):
+        raise ValueError(f"{own[0]} cannot be chosen by a request")
+    return value
+
+
+class _Part(BaseModel):
+    """A part of a request, in which a null is the same as a field that is left out."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept for name, kept in value.items() if kept is not None}
+        return value
+
+
+class Function(_Part, extra="allow"):
+    """The function of a tool call."""
+
+    arguments: Annotated[Any, BeforeValidator(_arguments)] = None
+
+
+class ToolCall(_Part, extra="allow"):
+    """A tool call in an earlier answer."""
+
+    function: Function | None = None
+
+
+class Message(_Part, extra="allow"):
+    """One message of a conversation."""
+
+    role: str
+    content: Annotated[Any, BeforeValidator(_content)] = ""
+    tool_calls: list[ToolCall] | None = None
+
+
+class StreamOptions(_Part):
+    """What else a stream holds."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Part):
+    """The form of an answer."""
+
+    type: Literal["text"] = "text"
+
+
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Penalty = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Completion(_Part):
+    """The fields that both endpoints have; mlx-lm takes wider ranges, and some end its thread."""
+
+    chat: ClassVar[bool] = False
+    model: str = DEFAULT_MODEL
+    max_tokens: _Size | None = None
+    max_completion_tokens: _Size | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0, le=100)] = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_context_size: _Size = 20
+    presence_context_size: _Size = 20
+    frequency_context_size: _Size = 20
+    xtc_probability: _Share = 0.0
+    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    logit_bias: dict[str, _Penalty] | None = None
+    logprobs: Annotated[Any, BeforeValidator(_logprobs)] = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat = ResponseFormat()
+    n: Literal[1] = 1
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call."""
+        return None
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to list; None leaves log-probabilities out."""
+        wanted = self.logprobs is not False or self.top_logprobs > 0
+        counted = 0 if isinstance(self.logprobs, bool) else self.logprobs
+        return max(counted, self.top_logprobs) if wanted else None
+
+
+class TextCompletion(Completion):
+    """A request to ``/v1/completions``."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    merge: bool | None = None
+
+
+class ChatCompletion(Completion):
+    """A request to ``/v1/chat/completions``."""
+
+    chat: ClassVar[bool] = True
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool = False
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_options)] = {}
+
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call."""
+        return self.tools if self.tools and self.tool_choice == "auto" else None
+
+    def template_options(self) -> dict[str, Any]:
+        """Further arguments of the chat template."""
+        tools = self.offered_tools
+        return self.chat_template_kwargs | ({"tools": tools} if tools else {})
+
+
+def read_json(raw: bytes) -> Any:
+    """JSON as its standard has it.
+
+    Raises:
+        ValueError: Not UTF-8 or not JSON; NaN; half of a surrogate pair; nested too deeply.
+    """
+    return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
+
+
+def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Completion:
+    """Reads and checks the body of a request.
 
     Args:
-        body: Its JSON object.
+        raw: The body.
         chat: Whether it came to the chat endpoint.
         served: Name of the only model there is.
         vocab_size: V: token ids are below.
 
     Raises:
-        ApiError: 400 for the first field that cannot be; 404 for another model.
+        ApiError: 400 for the first field that is wrong; 404 for another model.
     """
-    body = {name: value for name, value in body.items() if value is not None}
-    _check_model(body, served)
-    for name in _REFUSED:
-        if name in body:
-            raise refused(f"{name} is not supported: what is served was chosen at start-up", name)
-    for name, only in _ONLY.items():
-        if body.get(name, only) != only:
-            raise refused(f"{name} is {short(body[name])}, but only {only} is supported", name)
-    if _typed(body, "response_format", dict, {}).get("type", "text") != "text":
-        raise refused("only text is supported", "response_format")
-    options = {"model": served} | _sampling(body, vocab_size) | _logprobs(body, chat)
-    options |= {"stop": _stops(body), "stream": _typed(body, "stream", bool, False)}
-    options["stream_options"] = _stream_options(body)
-    if not chat:
-        prompt, merge = _prompt(body, vocab_size), _typed(body, "merge", bool, None)
-        return Completion(options, prompt=prompt, merge=merge)
-    if (tools := _tools(body)) is not None:
-        options["tools"] = tools
-    return Completion(
-        options, messages=_messages(body), template_options=_template_options(body, tools)
-    )
-
-
-def _check_model(body: Mapping[str, Any], served: str) -> None:
-    name = _typed(body, "model", str, served)
-    if name not in (served, DEFAULT_MODEL):
-        raise ApiError(
-            404,
-            f"the model {short(name)} is not served here, only {served} is",
-            param="model",
-            code="model_not_found",
-        )
-
-
-def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = body.get(name, default)
-    if value is not default and not isinstance(value, kind):
-        raise refused(f"{name} is {short(value)}, expected {_article(kind)}", name)
-    return value
-
-
-def _article(kind: type) -> str:
-    names = {str: "a text", bool: "true or false", dict: "an object", list: "a list"}
-    return names[kind]
-
-
-def _sampling(body: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in _NUMBERS.keys() & body:
-        value, (low, high) = body[name], _NUMBERS[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or not math.isfinite(value):
-            raise refused(f"{name} is {short(value)}, expected {low:g} to {high:g}", name)
-        found[name] = float(value)
-    for name, (low, high) in {**_WHOLE, "top_k": (0, vocab_size - 1)}.items():
-        if name not in body:
-            continue
-        if not is_int(body[name], low) or body[name] > high:
-            whole = f"a whole number of {low} to {high}"
-            raise refused(f"{name} is {short(body[name])}, expected {whole}", name)
-        found[name] = body[name]
-    if found.get("temperature", 1.0) < COLDEST:
-        found["temperature"] = 0.0
-    if 0 < found.get("repetition_penalty", 1.0) < 0.01:
-        raise refused("repetition_penalty is below 0.01: 0 and 1 are off", "repetition_penalty")
-    if "logit_bias" in body:
-        found["logit_bias"] = _logit_bias(body, vocab_size)
-    return found
-
-
-def _logit_bias(body: Mapping[str, Any], vocab_size: int) -> dict[str, float]:
-    biases: dict[str, float] = {}
-    for token, bias in _typed(body, "logit_bias", dict, {}).items():
-        known = token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocab_size
-        number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not known:
-            raise refused(f"{short(token)} is no token id below {vocab_size}", "logit_bias")
-        if not number or not -100 <= bias <= 100:
-            raise refused(f"a bias is {short(bias)}, expected -100 to 100", "logit_bias")
-        biases[str(int(token))] = float(bias)
-    return biases
-
-
-def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    """``logprobs`` and ``top_logprobs`` as mlx-lm takes them; a completion's is a number."""
-    wanted, top = body.get("logprobs", False), body.get("top_logprobs", 0)
-    if not chat and is_int(wanted):
-        wanted, top = True, wanted
-    if not isinstance(wanted, bool):
-        raise refused(f"logprobs is {short(wanted)}, expected true or false", "logprobs")
-    if not is_int(top) or top > MAX_TOP_LOGPROBS:
-        name = "top_logprobs" if "top_logprobs" in body else "logprobs"
-        raise refused(f"{name} is {short(top)}, expected 0 to {MAX_TOP_LOGPROBS}", name)
-    return {"logprobs": wanted or top > 0, "top_logprobs": top or -1}
-
-
-def _stops(body: Mapping[str, Any]) -> list[str]:
-    stops = body.get("stop", [])
-    stops = [stops] if isinstance(stops, str) else stops
-    good = isinstance(stops, list) and len(stops) <= MAX_STOPS
-    if not good or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
-        limits = f"up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
-        raise refused(f"stop is {short(stops)}, expected {limits}", "stop")
-    return stops
-
-
-def _stream_options(body: Mapping[str, Any]) -> dict[str, bool]:
-    options = _typed(body, "stream_options", dict, {})
-    if options and body.get("stream") is not True:
-        raise refused("stream_options needs stream: true", "stream_options")
-    usage = options.get("include_usage") or False
-    if not isinstance(usage, bool):
-        raise refused(f"include_usage is {short(usage)}, expected a bool", "stream_options")
-    return {"include_usage": usage}
-
-
-def _prompt(body: Mapping[str, Any], vocab_size: int) -> str | list[int]:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not is_int(prompt[0]):
-        prompt = prompt[0]  # a list of prompts, of which one can be answered
-    if isinstance(prompt, str) or (isinstance(prompt, list) and all(map(is_int, prompt))):
-        if not prompt:
-            raise refused("prompt is empty: there is nothing to read", "prompt")
-        if not isinstance(prompt, str) and max(prompt) >= vocab_size:
-            raise refused(f"prompt holds a token id that is not below {vocab_size}", "prompt")
-        return prompt
-    raise refused("prompt is missing, or no text, list of token ids, or list of one", "prompt")
-
-
-def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise refused("messages is missing, or no list of messages", "messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _message(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise refused(f"{name} is no object with a role", name)
-    content = message.get("content")
-    if content is not None and not isinstance(content, str | list):
-        raise refused(f"{name}: content is no text and no list of parts", name)
-    # Templates write an absent text as "None".
-    read = message | {"content": "" if content is None else content}
-    if (calls := message.get("tool_calls")) is not None:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise refused(f"{name}: tool_calls is no list of objects", name)
-        read["tool_calls"] = [_tool_call(call, name) for call in calls]
-    return read
-
-
-def _tool_call(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """A call whose arguments are an object, as templates take them, not the text of one."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
     try:
-        arguments = _loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError) as error:
-        raise refused(
-            f"{name}: a tool call's arguments are not JSON: {first_line(error)}", name
-        ) from None
-    return call | {"function": function | {"arguments": arguments}}
+        body = read_json(raw)
+    except ValueError as error:
+        raise refused(f"the body is not JSON: {first_line(error)}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise refused(f"the body is a JSON {type(body).__name__}, expected an object")
+    for name in _REFUSED:
+        if body.get(name) is not None:
+            raise refused(f"{name} is not supported: the model was chosen at start-up", name)
+    try:
+        completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
+    except ValidationError as error:
+        raise _as_api_error(error) from None
+    _check_model(completion.model, served)
+    _check_tokens(completion, vocab_size)
+    if "stream_options" in body and completion.stream_options.include_usage > completion.stream:
+        raise refused("stream_options needs stream: true", "stream_options")
+    if 0 < completion.repetition_penalty < 0.01:
+        raise refused("repetition_penalty is below 0.01: 0 and 1 are off", "repetition_penalty")
+    return completion
 
 
-def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise refused("tools is no list of objects", "tools")
-    if choice not in ("auto", "none"):
-        raise refused("only auto and none are supported", "tool_choice")
-    return tools if tools and choice == "auto" else None
+def _as_api_error(error: ValidationError) -> ApiError:
+    """The first thing that pydantic found, with the field that it is about."""
+    found = error.errors(include_url=False)[0]
+    field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found["loc"])[1:]
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "missing":
+        return refused(f"{field} is missing", field)
+    return refused(f"{field} is {short(found['input'])}: {message}", field)
 
 
-def _template_options(body: Mapping[str, Any], tools: list[Any] | None) -> dict[str, Any]:
-    options = _typed(body, "chat_template_kwargs", dict, {})
-    if own := [name for name in _TEMPLATE_OWN if name in options]:
-        raise refused(f"chat_template_kwargs may not hold {own[0]}", "chat_template_kwargs")
-    return options | ({"tools": tools} if tools else {})
+def _check_model(name: str, served: str) -> None:
+    if name not in (served, DEFAULT_MODEL):
+        message = f"the model {short(name)} is not served here, only {served} is"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+def _check_tokens(completion: Completion, vocab_size: int) -> None:
+    """Token ids index the logits, so each must be below V."""
+    if (completion.top_k or 0) >= vocab_size:
+        raise refused(f"top_k is {completion.top_k}, expected less than {vocab_size}", "top_k")
+    for token in completion.logit_bias or ():
+        if not (
+            token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocab_size
+        ):
+            raise refused(f"{short(token)} is not a token id below {vocab_size}", "logit_bias")
+    prompt = getattr(completion, "prompt", "")
+    if isinstance(prompt, list) and max(prompt) >= vocab_size:
+        raise refused(f"prompt holds a token id that is not below {vocab_size}", "prompt")

@@ -1,62 +1,137 @@
-"""What all of a server's handlers share: the model, the limits, who is in, and whether it drains.
-
-Owns: admission, laying prompts out, and the end. Does not know HTTP.
-"""
+"""What the requests of a server share: the model, the limits, the metrics, and the end."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from threading import Condition, Lock
+from dataclasses import fields
+from threading import Lock
+from typing import Any
 
-from mlx_lm.server import get_system_fingerprint
+from mlx_lm.server import (
+    LogitsProcessorArguments,
+    ModelDescription,
+    SamplingArguments,
+    get_system_fingerprint,
+)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
+from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
+from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.prompts.segments import Segment, encode
-from kmerge_mlx.serving.answers import busy, refused
-from kmerge_mlx.serving.generator import CompressingGenerator, Job
-from kmerge_mlx.serving.metrics import Metrics
+from kmerge_mlx.serving.answers import Answer, ApiError, busy, refused
+from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, Job, PromptCache
 from kmerge_mlx.serving.model import PinnedModel
-from kmerge_mlx.serving.requests import Completion
-from kmerge_mlx.serving.settings import ServeConfig
+from kmerge_mlx.serving.requests import COLDEST, ChatCompletion, Completion, read_completion
+from kmerge_mlx.serving.settings import ServeSettings, read_api_key
+from kmerge_mlx.source import Source
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+_COUNTERS = {
+    "requests": ("Requests answered.", "endpoint", "status"),
+    "prompt_tokens": ("Original tokens of prompts.",),
+    "compressed_tokens": ("Positions that those tokens took.",),
+    "cached_tokens": ("Original tokens that a KV cache held already.",),
+    "generated_tokens": ("Tokens generated.",),
+    "prompt_cache_lookups": ("Prompts looked up in the KV caches.", "result"),
+}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "request_duration_seconds": "From a request's arrival to the end of its answer.",
+}
+
+
+class Metrics:
+    """What a server counts, for Prometheus; names are without their prefix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = {"namespace": "kmerge_mlx", "registry": self.registry}
+        self._known = {
+            n: Counter(n, help, labels, **own) for n, (help, *labels) in _COUNTERS.items()
+        }
+        for name, help in _HISTOGRAMS.items():
+            self._known[name] = Histogram(name, help, buckets=SECONDS, **own)
+
+    def count(self, name: str, amount: float = 1, *labels: str) -> None:
+        """Counts up."""
+        counter = self._known[name]
+        (counter.labels(*labels) if labels else counter).inc(amount)
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Adds a duration to a histogram."""
+        self._known[name].observe(seconds)
+
+    def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Adds a gauge, whose value is asked for when it is read."""
+        Gauge(name, help, namespace="kmerge_mlx", registry=self.registry).set_function(value)
 
 
 class Service:
-    """One model and everybody who asks it.
+    """One model and its requests.
 
     Args:
-        config: The server's settings.
-        provider: The model; loading begins now.
+        settings: The server's settings.
 
     Raises:
-        KMergeError: The model or the adapter cannot be loaded.
+        KMergeError: The key, the model or the adapter cannot be read.
     """
 
-    def __init__(self, config: ServeConfig, provider: PinnedModel):
-        self.config = config
-        self.metrics = Metrics()
-        self.provider = provider
-        self.fingerprint = get_system_fingerprint()
-        self.generator = CompressingGenerator(provider, self.metrics)
-        provider.loaded.result()
+    def __init__(self, settings: ServeSettings):
+        self.settings, self.metrics = settings, Metrics()
+        self.key = read_api_key(settings.api_key)
+        source = Source.find(
+            settings.model, settings.adapter_path, settings.k, settings.trust_remote_code
+        )
+        self.provider = PinnedModel(settings, source)
+        self.generator = CompressingGenerator(
+            self.provider, lambda result: self.metrics.count("prompt_cache_lookups", 1, result)
+        )
+        self.provider.loaded.result()
         # Kept: mlx-lm's thread takes the model with it when it ends.
-        self.tokenizer = provider.tokenizer
-        self.model_name = provider.name
-        self.vocab_size = provider.vocab_size
+        self.tokenizer = self.provider.tokenizer
         self.draining = False
+        self.in_flight = 0
         self._given_up = False
-        self._in_flight = 0
-        self._jobs: weakref.WeakValueDictionary[int, Job] = weakref.WeakValueDictionary()
-        self._changed = Condition()
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
-        self._tokenizer_lock = nullcontext() if _is_fast(self.tokenizer) else Lock()
-        running = config.decode_concurrency if provider.is_batchable else 1
-        self._limit = running + config.max_queue
+        fast = getattr(self.tokenizer, "is_fast", False)
+        self._tokenizer_lock = nullcontext() if fast else Lock()
+        running = settings.decode_concurrency if self.provider.is_batchable else 1
+        self._limit = running + settings.max_queue
+        self._fingerprint = get_system_fingerprint()
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        gauge, generator = self.metrics.gauge, self.generator
+        embedding = merged_embedding(self.provider.model)
+        table = None if embedding is None else embedding.table
+
+        def waiting() -> int:
+            return self.in_flight - sum(job.generated > 0 for job in list(generator.jobs))
+
+        def of_cache(read: Callable[[PromptCache], int]) -> Callable[[], int]:
+            """The cache goes with the generation thread."""
+            return lambda: 0 if (cache := generator.prompt_cache) is None else read(cache)
+
+        in_flight = "Requests admitted and not answered yet."
+        gauge("requests_in_flight", in_flight, lambda: self.in_flight)
+        gauge("requests_waiting", "Of those, requests without a first token.", waiting)
+        gauge("prompt_cache_sequences", "KV caches kept for prefixes.", of_cache(len))
+        gauge("prompt_cache_bytes", "Memory of those.", of_cache(lambda cache: cache.nbytes))
+        used = "Slots of the block table that hold a block."
+        gauge("block_slots_in_use", used, lambda: 0 if table is None else len(table))
+        capacity = 0 if table is None else table.capacity
+        gauge("block_slots", "Slots that there are.", lambda: capacity)
+        gauge("ready", "1 while requests are taken.", lambda: self.health == "ok")
 
     @property
     def health(self) -> str:
@@ -65,117 +140,179 @@ class Service:
             return "unavailable"
         return "draining" if self.draining else "ok"
 
-    def metrics_text(self) -> str:
-        """Everything counted, as Prometheus reads it."""
-        with self._changed:
-            jobs = [job for job in self._jobs.values() if not job.cancelled]
-        waiting = sum(job.first_token_at is None for job in jobs)
-        self.metrics.set("requests_waiting", waiting)
-        self.metrics.set("ready", self.health == "ok")
-        return self.metrics.text()
-
     @contextmanager
-    def admitted(self) -> Iterator[None]:
+    def _admitted(self) -> Iterator[None]:
         """Counts a request in, and out again.
 
         Raises:
             ApiError: 429: too many are in; 503: the server is about to end.
         """
-        with self._changed:
-            if self.draining:
-                raise busy(503, "the server is shutting down", "shutting_down")
-            if self._in_flight >= self._limit:
-                raise busy(429, "too many requests at once: try again", "queue_full")
-            self._in_flight += 1
-            self.metrics.set("requests_in_flight", self._in_flight)
+        if self.draining:
+            raise busy(503, "the server is shutting down", "shutting_down")
+        if self.in_flight >= self._limit:
+            raise busy(429, "too many requests at once: try again", "queue_full")
+        self.in_flight += 1
         try:
             yield
         finally:
-            with self._changed:
-                self._in_flight -= 1
-                self.metrics.set("requests_in_flight", self._in_flight)
-                self._changed.notify_all()
+            self.in_flight -= 1
 
-    def check(self) -> None:
-        """Raises where the server gives a request up before its end.
-
-        Raises:
-            ApiError: 503: it had its time to end.
-        """
-        if self._given_up:
-            raise busy(503, "the server has shut down", "shutting_down")
-
-    def job(self, completion: Completion, check: Callable[[], None]) -> Job:
-        """Lays a request's prompt out.
+    async def answer(
+        self, body: bytes, chat: bool, arrived: float, write: Callable[[str], Awaitable[None]]
+    ) -> dict[str, Any] | None:
+        """Answers one request.
 
         Args:
-            completion: The checked request.
-            check: See :class:`Job`.
+            body: Its body.
+            chat: Whether it came to the chat endpoint.
+            arrived: When it did, in the event loop's time.
+            write: Called with each piece of an answer that is streamed.
+
+        Returns:
+            The whole answer, or None if it was streamed.
 
         Raises:
-            ApiError: 400: the prompt cannot be laid out, or is too long; 503: no model any more.
+            ApiError: As an answer.
         """
-        if self.health == "unavailable":
-            raise busy(503, "the model has stopped: the server must be restarted", "unavailable")
-        field = "prompt" if completion.messages is None else "messages"
+        seconds = self.settings.request_timeout
+        try:
+            with self._admitted():
+                async with asyncio.timeout_at(arrived + seconds):
+                    # Long texts take a while: in another thread, so that others are answered.
+                    completion, segments = await asyncio.to_thread(self._read, body, chat)
+                    return await self._generate(completion, segments, arrived, write)
+        except TimeoutError:
+            message = f"the answer took more than {seconds:g} s"
+            raise ApiError(504, message, code="timeout") from None
+
+    def _read(self, body: bytes, chat: bool) -> tuple[Completion, list[Segment]]:
+        """A checked request, and its prompt laid out."""
+        self.generator.check_alive()
+        provider, field = self.provider, "messages" if chat else "prompt"
+        completion = read_completion(body, chat, provider.name, provider.vocab_size)
+        code = None
         try:
             with self._tokenizer_lock:
                 segments = self._lay_out(completion)
+            tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
+            if not tokens:
+                raise PromptError("the prompt is empty: there is nothing to read")
+            code = "context_length_exceeded"
+            if most is not None and tokens > most:
+                raise PromptError(
+                    f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
+                )
+            check_context(provider.model, segments)
         except PromptError as error:
-            raise refused(error.found, field) from None
-        if not any(segment.ids for segment in segments):
-            raise refused("the prompt is empty: there is nothing to read", field)
-        most, tokens = self.config.max_prompt_tokens, sum(len(s.ids) for s in segments)
-        if most is not None and tokens > most:
-            message = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-            raise refused(message, field, "context_length_exceeded")
-        try:
-            check_context(self.provider.model, segments)
-        except PromptError as error:
-            raise refused(error.found, field, "context_length_exceeded") from None
-        job = Job(
-            request_type="text" if completion.messages is None else "chat",
-            prompt="",
-            messages=[],
-            tools=completion.options.get("tools"),
-            role_mapping=None,
-            segments=segments,
-            check=check,
-        )
-        with self._changed:
-            self._jobs[id(job)] = job
-        return job
+            raise refused(error.found.replace("`", ""), field, code) from None
+        return completion, segments
 
     def _lay_out(self, completion: Completion) -> list[Segment]:
-        layout, prompt = self.provider.layout, completion.prompt
-        if completion.messages is not None:
-            fixed = self.config.chat_template_args
-            options = {**fixed, **(completion.template_options or {})}
-            return lay_out_chat(self.tokenizer, completion.messages, layout, options)
+        layout = self.provider.layout
+        if isinstance(completion, ChatCompletion):
+            options = self.settings.chat_template_args | completion.template_options()
+            return lay_out_chat(self.tokenizer, completion.plain_messages(), layout, options)
+        prompt, merge = completion.prompt, completion.merge
         if isinstance(prompt, list):
-            # Nobody can tell a question from a context in bare ids.
-            whole = layout.merges == "all" if completion.merge is None else completion.merge
-            return [Segment(prompt, whole)]
-        if completion.merge is not None:
-            return [Segment(encode(self.tokenizer, prompt), completion.merge)]
+            # In bare ids, a question looks like a context.
+            return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
+        if merge is not None:
+            return [Segment(encode(self.tokenizer, prompt), merge)]
         return lay_out_text(self.tokenizer, prompt, layout)
 
-    def drain(self) -> None:
-        """Takes no more requests, and waits for those that are in, as long as they may take."""
-        with self._changed:
-            self.draining = True
-            deadline = time.monotonic() + self.config.drain_timeout
-            while self._in_flight and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(min(left, 0.5))
+    async def _generate(
+        self, completion: Completion, segments: list[Segment], arrived: float, write: Any
+    ) -> dict[str, Any] | None:
+        stream, loop = completion.stream, asyncio.get_running_loop()
+        job = Job(segments=segments, chat=completion.chat, loop=loop)
+        try:
+            self.generator.submit(job, self._arguments(completion))
+            if self._given_up:
+                raise _shut_down()
+            known = {"model": self.provider.name, "system_fingerprint": self._fingerprint}
+            answer = Answer(completion, await job.next(), self.tokenizer, known)
+            if stream:
+                await write("")  # the headers: the prompt was accepted
+            while answer.finish_reason is None and (reply := await job.next()) is not None:
+                if isinstance(reply, tuple):
+                    text = f": keepalive {reply[0]}/{reply[1]}\n\n"
+                else:
+                    answer.add(reply)
+                    text = _event(chunk) if stream and (chunk := answer.chunk()) else ""
+                if stream and text:
+                    await write(text)
+        finally:
+            self.generator.forget(job)
+            self._count(job, arrived)
+        if not stream:
+            return answer.whole(job.usage)
+        if completion.stream_options.include_usage:
+            await write(_event(answer.usage_chunk(job.usage)))
+        await write("data: [DONE]\n\n")
+        return None
+
+    def _arguments(self, completion: Completion) -> Arguments:
+        """A request's settings as mlx-lm takes them."""
+        ours = self.settings
+        values = {"temperature": ours.temp, "top_p": ours.top_p, "top_k": ours.top_k}
+        values |= {"min_p": ours.min_p, "max_tokens": ours.max_tokens, "logit_bias": None}
+        values |= {name: value for name, value in completion if value is not None}
+        if values["temperature"] < COLDEST:
+            values["temperature"] = 0.0
+        if biases := values["logit_bias"]:
+            values["logit_bias"] = {int(token): bias for token, bias in biases.items()}
+
+        def some(kind: type) -> Any:
+            return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+        return Arguments(
+            model=ModelDescription(self.provider.name, "default_model", None),
+            sampling=some(SamplingArguments),
+            logits=some(LogitsProcessorArguments),
+            stop_words=completion.stop,
+            max_tokens=completion.max_completion_tokens or values["max_tokens"],
+            num_draft_tokens=0,
+            logprobs=completion.top is not None,
+            top_logprobs=completion.top or -1,
+            seed=completion.seed,
+            chat_template_kwargs=None,
+        )
+
+    def _count(self, job: Job, arrived: float) -> None:
+        metrics = self.metrics
+        metrics.observe("request_duration_seconds", time.monotonic() - arrived)
+        if job.first_token_at is not None:
+            metrics.observe("time_to_first_token_seconds", job.first_token_at - arrived)
+        metrics.count("prompt_tokens", sum(job.lengths))
+        metrics.count("compressed_tokens", len(job.lengths))
+        metrics.count("cached_tokens", job.cached_tokens)
+        metrics.count("generated_tokens", job.generated)
+
+    def drain(self, enough: Callable[[], bool]) -> None:
+        """Takes no more requests, and waits for those that are in.
+
+        Args:
+            enough: Called while it waits; true ends the waiting.
+        """
+        self.draining = True
+        deadline = time.monotonic() + self.settings.drain_timeout
+        while self.in_flight and time.monotonic() < deadline and not enough():
+            time.sleep(0.02)
 
     def close(self) -> None:
-        """Gives up what is left, and ends the generation thread."""
-        with self._changed:
-            self.draining = self._given_up = True
-            self._changed.wait_for(lambda: not self._in_flight, timeout=5)
+        """Gives up the requests that are left, and ends the generation thread."""
+        self.draining = self._given_up = True
+        self.generator.give_up(_shut_down())
+        deadline = time.monotonic() + 5
+        while self.in_flight and time.monotonic() < deadline:
+            time.sleep(0.01)
         self.generator.stop_and_join()
 
 
-def _is_fast(tokenizer: object) -> bool:
-    """Whether texts become tokens outside of Python, where several threads can at once."""
-    return getattr(tokenizer, "is_fast", False)
+def _shut_down() -> ApiError:
+    return busy(503, "the server has shut down", "shutting_down")
+
+
+def _event(value: dict[str, Any]) -> str:
+    """A piece of a stream."""
+    return f"data: {json.dumps(value)}\n\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,8 +15,9 @@ from mlx_lm.server import Response
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
-from tests.servers import Address, eventually, long_answer, serving
+from tests.servers import Address, eventually, serving
 from tests.tiny import qwen2_config, write_base
 
 TOLERANCE = 1e-3
@@ -90,7 +90,7 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
     """Text, log-probabilities and reason of the end, by the openai package."""
     client = server.client()
     create = client.chat.completions.create if kind == "chat" else client.completions.create
-    answer = create(model="default_model", **body)
+    answer = create(**{"model": "default_model"} | body)
     text, logprobs, end = "", [], ""
     for piece in answer if body["stream"] else [answer]:
         (choice,) = piece.choices
@@ -105,6 +105,7 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
     return text, logprobs, end
 
 
+@pytest.mark.slow
 def test_mixed_requests_at_once_equal_the_same_one_at_a_time(chat_base, adapter_path):
     requests = mixed_requests(64)
     with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as server:
@@ -244,21 +245,13 @@ def test_a_quantized_kv_cache_serves_one_at_a_time(tmp_path):
 
 
 def test_a_stop_text_ends_an_answer_whatever_its_tokens(server):
-    body = long_answer(max_tokens=30)
-    whole = server.complete(**body).json["choices"][0]["text"]
+    body = {"model": "default_model", "prompt": [7, 8, 9], "max_tokens": 30}
+    body |= {"extra_body": {"merge": False}, "logit_bias": {"0": -100}, "stream": False}
+    whole, _, _ = ask(server, "text", body)
     for length in (1, 2, 3):
-        place = len(whole) // 2
-        stop = whole[place : place + length]
+        stop = whole[len(whole) // 2 :][:length]
         for stream in (False, True):
-            answer = server.complete(**body, stop=stop, stream=stream)
-            if stream:
-                pieces = answer.body.decode().split("data: ")
-                pieces = [json.loads(p) for p in pieces if p.strip().startswith("{")]
-                text = "".join(p["choices"][0]["text"] for p in pieces)
-                end = pieces[-1]["choices"][0]["finish_reason"]
-            else:
-                text = answer.json["choices"][0]["text"]
-                end = answer.json["choices"][0]["finish_reason"]
+            text, _, end = ask(server, "text", body | {"stop": stop, "stream": stream})
             assert (text, end) == (whole[: whole.index(stop)], "stop")
 
 
@@ -286,6 +279,34 @@ def test_the_likeliest_tokens_come_in_order_with_the_one_that_was_taken(server):
         assert token["token"] == token["top_logprobs"][0]["token"]
 
 
+def test_a_token_that_is_a_part_of_a_character_is_written_as_its_bytes(server):
+    ids = server.server.service.tokenizer.encode("\U0001f600", add_special_tokens=False)
+    found = []
+    for token in ids:
+        bias = {str(token): 100}
+        answer = server.chat("x", logit_bias=bias, max_tokens=1, logprobs=True, top_logprobs=2)
+        (entry,) = answer.json["choices"][0]["logprobs"]["content"]
+        assert entry["id"] == token
+        found += entry["bytes"]
+        assert entry["token"] == "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
+    assert bytes(found).decode() == "\U0001f600"
+
+
+def test_an_answer_without_text_has_a_content_all_the_same(server):
+    answer = server.chat("x", logit_bias={"0": 100}, max_tokens=5)
+    assert answer.json["choices"][0]["message"]["content"] == ""
+
+
+def test_the_same_prompt_again_is_answered_the_same(server):
+    first, *others = (
+        server.complete(prompt="The same again and again", max_tokens=4, logprobs=1).json
+        for _ in range(3)
+    )
+    for other in others:
+        assert other["choices"][0]["text"] == first["choices"][0]["text"]
+        assert other["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
 def test_tools_are_shown_to_the_template_and_calls_are_parsed(
     base_path, adapter_path, tmp_path, monkeypatch
 ):
@@ -293,30 +314,25 @@ def test_tools_are_shown_to_the_template_and_calls_are_parsed(
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     said = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
     with serving(base, adapter_path, chat_template=True) as server:
-        generator = server.server.service.generator
-        generate = generator.generate
+        pieces = [Response(c, 5, 0.0, None, ()) for c in said]
+        script = iter([*pieces, Response("", 0, 0.0, "stop", ())])
 
-        def scripted(request: Any, *args: Any, **options: Any) -> Any:
-            context, _ = generate(request, *args, **options)
-            pieces = [Response(c, 5, 0.0, None, ()) for c in said]
-            return context, iter([*pieces, Response("", 0, 0.0, "stop", ())])
+        async def scripted(job: Job) -> Any:
+            if job not in begun:
+                begun.add(job)
+                return await real(job)
+            return next(script)
 
         plain = server.chat("hi", max_tokens=1).json["usage"]["prompt_tokens"]
         shown = server.chat("hi", max_tokens=1, tools=[tool]).json["usage"]["prompt_tokens"]
         hidden = server.chat("hi", max_tokens=1, tools=[tool], tool_choice="none").json["usage"]
         assert shown > plain == hidden["prompt_tokens"]
-        monkeypatch.setattr(generator, "generate", scripted)
+        real, begun = Job.next, set()
+        monkeypatch.setattr(Job, "next", scripted)
         choice = server.chat("hi", tools=[tool]).json["choices"][0]
         assert choice["finish_reason"] == "tool_calls"
         (call,) = choice["message"]["tool_calls"]
         assert call["function"] == {"name": "look", "arguments": '{"at": 1}'}
-
-
-def test_tools_without_a_template_are_a_400(base_path, adapter_path):
-    with serving(base_path, adapter_path) as server:
-        answer = server.chat("hi", tools=[{"type": "function"}])
-        assert answer.status == 400
-        assert "needs a chat template" in answer.error["message"]
 
 
 def test_metrics_count_what_happened(base_path, adapter_path):

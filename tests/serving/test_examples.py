@@ -13,12 +13,16 @@ import pytest
 from tests.cli_runner import environment
 from tests.servers import serving
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serving("bundled", "bundled", 4, api_key="sesame") as address:
+def server(tmp_path_factory):
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text("sesame")
+    with serving("bundled", "bundled", 4, api_key=str(key)) as address:
         yield address
 
 

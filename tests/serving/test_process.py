@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.cli_runner import assert_one_error, change_json, run, run_process
-from tests.servers import PATIENCE, eventually, long_answer, serving_process
+from tests.servers import PATIENCE, eventually, long_answer, rest_of, serving_process
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -47,13 +49,12 @@ def test_sigterm_lets_requests_in_flight_end_and_refuses_new_ones(model):
 
 
 def test_what_does_not_end_in_time_is_given_up(model):
-    with serving_process(*model, "--drain-timeout", 0.2) as server:
-        with server.address.open_stream(**long_answer()) as stream:
-            assert server.stop() == 0
-            rest = b""
-            while piece := stream.recv(65_536):
-                rest += piece
-        assert b'"shutting_down"' in rest
+    with (
+        serving_process(*model, "--drain-timeout", 0.2) as server,
+        server.address.open_stream(**long_answer()) as stream,
+    ):
+        assert server.stop() == 0
+        assert b'"shutting_down"' in rest_of(stream)
 
 
 def test_a_second_signal_ends_it_at_once(model):
@@ -87,9 +88,8 @@ def test_a_port_in_use_is_one_message(model):
         (("--adapter-path", "/no/such"), "/no/such"),
         (("--host", "203.0.113.7"), "cannot listen on 203.0.113.7:0"),
         (("--api-key", "/no/such"), "cannot read --api-key /no/such"),
-        (("--log-level", "LOUD"), "log_level is 'LOUD'"),
-        (("--chat-template-args", '{"x": 1}'), "--chat-template-args: needs a chat template"),
-        (("--top-k", 99_999), " tokens, give fewer"),
+        (("--chat-template-args", '{"x": 1}'), "--chat-template-args needs a chat template"),
+        (("--top-k", 99_999), " tokens: give fewer"),
         (("--kv-bits", 4, "--kv-group-size", 128), "--kv-bits and --kv-group-size: "),
     ],
 )
@@ -97,10 +97,23 @@ def test_a_server_that_cannot_start_is_one_message(arguments, said):
     assert_one_error(run("serve", "--port", 0, *arguments), 1, said)
 
 
-def test_options_that_cannot_be_are_exit_code_2():
-    for arguments in (("--port", 70_000), ("--chat-template-args", "{"), ("--kv-bits", 7)):
-        assert_one_error(run("serve", *arguments), 2, arguments[0])
-    assert_one_error(run("serve", "--prompt-cache-bytes", "much"), 2, "much is no size")
+def test_options_that_are_wrong_are_exit_code_2():
+    for name, value in (
+        *(("--port", 70_000), ("--chat-template-args", "{"), ("--kv-bits", 7)),
+        *(("--log-level", "LOUD"), ("--prompt-cache-bytes", "much")),
+    ):
+        assert_one_error(run("serve", name, value), 2, name)
+
+
+def test_settings_come_from_a_file_and_are_printed(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 0\nmax_queue: 3\nallowed_origins: [https://a.example]\n")
+    result = run("serve", "-c", file, "--max-queue", 5, "--api-key", "key.txt", "--print-config")
+    assert result.code == 0
+    for line in ("port: 0", "max_queue: 5", "- https://a.example", "api_key: key.txt"):
+        assert line in result.out.splitlines()
+    file.write_text("max_que: 3\n")
+    assert_one_error(run("serve", "-c", file), 2, "did you mean max_queue?")
 
 
 def test_it_warns_when_anybody_may_ask(model, tmp_path):

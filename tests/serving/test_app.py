@@ -1,0 +1,330 @@
+"""What comes over the wire gets its status, within its limits, and the server answers the next."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+
+import pytest
+
+from tests.servers import (
+    eventually,
+    exchange,
+    head,
+    long_answer,
+    post,
+    read_answer,
+    rest_of,
+    serving,
+)
+
+KEY = "sesame-42"
+SHORT = {"prompt": "x", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def server(base_path, adapter_path):
+    with serving(base_path, adapter_path) as address:
+        yield address
+
+
+@pytest.fixture
+def alive(server):
+    """The server, which must be alive after the test."""
+    yield server
+    server.assert_alive()
+    eventually(lambda: server.metric("requests_in_flight") == 0)
+
+
+@pytest.fixture(scope="module")
+def impatient(base_path, adapter_path):
+    with serving(base_path, adapter_path, read_timeout=0.7) as address:
+        yield address
+
+
+# HTTP ----------------------------------------------------------------------------------------
+
+
+def test_a_connection_is_kept_for_the_next_request(alive):
+    with alive.connect() as connection:
+        for body in (SHORT, {}, SHORT | {"stream": True}, SHORT):
+            connection.sendall(post(body))
+            assert read_answer(connection).status == (200 if body else 400)
+        connection.sendall(post(SHORT) + post(SHORT))  # the second one waits for its turn
+        got = b""
+        while got.count(b"HTTP/1.1 200") < 2 or not got.endswith(b"}"):
+            got += connection.recv(65_536)
+        connection.sendall(post(SHORT, Connection="close"))
+        assert rest_of(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_in_chunks_is_read(alive):
+    raw = json.dumps(SHORT).encode()
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (raw[:5], raw[5:]))
+    assert exchange(alive, head(Transfer_Encoding="chunked") + chunks + b"0\r\n\r\n").status == 200
+    broken = exchange(alive, head(Transfer_Encoding="chunked") + b"no number\r\n")
+    assert (broken.status, broken.error["message"]) == (400, "the request is malformed")
+
+
+def test_a_client_that_expects_to_be_asked_for_its_body_is_asked(alive):
+    with alive.connect() as connection:
+        raw = json.dumps(SHORT).encode()
+        connection.sendall(head(Expect="100-continue", Content_Length=len(raw)))
+        assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(raw)
+        assert read_answer(connection).status == 200
+    refused = exchange(alive, head(Expect="100-continue", Content_Length=10**9))
+    assert (refused.status, refused.error["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (head(), 400),
+        (head(Content_Length=-5), 400),
+        (head(Content_Length="9" * 500), 400),
+        (head(Content_Length="5\r\nContent-Length: 6") + b"12345", 400),
+        (head(Content_Length=5, Content_Encoding="gzip") + b"12345", 415),
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+        (b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n", 400),
+        (b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    ],
+)
+def test_a_request_that_is_malformed_gets_its_status(alive, raw, status):
+    answer = exchange(alive, raw)
+    assert answer.status == status
+    assert answer.error["message"].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        *(("GET", "/", 404), ("POST", "/v1/embeddings", 404), ("PATCH", "/nowhere", 404)),
+        *(("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)),
+        *(("DELETE", "/v1/models/x", 405), ("GET", "/v1/models/x", 404)),
+    ],
+)
+def test_another_route_is_a_404_and_another_method_a_405(alive, method, path, status):
+    answer = alive.request(method, path)
+    assert answer.status == status
+    assert answer.error["type"] == "invalid_request_error"
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/default_model", "/metrics"])
+def test_head_is_get_without_a_body(alive, path):
+    got, asked = alive.request("GET", path), alive.request("HEAD", path)
+    assert (got.status, asked.status, asked.body) == (200, 200, b"")
+    assert asked.headers["content-type"] == got.headers["content-type"]
+
+
+def test_an_unforeseen_error_is_a_500_without_details(alive, monkeypatch, caplog):
+    def broken(completion: object) -> None:
+        raise RuntimeError("a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alive.server.service, "_lay_out", broken)
+        answer = alive.complete(**SHORT)
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert b"secret" not in answer.body
+    eventually(lambda: "a secret" in caplog.text)
+
+
+# Prompts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<merge>x", "messages[0]: <merge> at line 1"),
+        ([{"type": "image_url", "image_url": "file:///x"}], "messages[0]: expected text parts"),
+        ("", "the prompt is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_message_names_its_field(alive, content, said):
+    error = alive.chat(content).error
+    assert error["param"] == "messages"
+    assert error["message"].startswith(said)
+
+
+def test_a_refusal_of_the_library_names_fields_without_backticks(alive):
+    answer = alive.chat("hi", tools=[{"type": "function"}])
+    assert answer.status == 400
+    assert "tools" in answer.error["message"]
+    assert "`" not in answer.error["message"]
+
+
+def test_a_prompt_past_the_context_or_the_limit_is_a_400(alive, base_path, adapter_path):
+    answer = alive.complete(prompt="<raw>" + "A " * 3000 + "</raw>")
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    usage = alive.complete(prompt=[5] * 2047, merge=False, max_tokens=50).json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2047, 1)
+    with serving(base_path, adapter_path, max_prompt_tokens=8) as server:
+        answer = server.complete(prompt=[5] * 9)
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert server.complete(prompt=[5] * 8, max_tokens=1).status == 200
+
+
+def test_a_long_text_of_markup_characters_holds_nobody_up(alive):
+    slow = [threading.Thread(target=alive.chat, args=(c * 10**6,)) for c in "\\\n"]
+    for thread in slow:
+        thread.start()
+    for _ in range(20):
+        assert alive.request("GET", "/health").status == 200
+    for thread in slow:
+        thread.join()
+
+
+# Limits --------------------------------------------------------------------------------------
+
+
+def test_a_body_of_50_mb_is_a_413_that_its_sender_sees(alive):
+    answer = alive.request("POST", "/v1/completions", b"x" * (50 * 2**20))
+    assert (answer.status, answer.error["code"]) == (413, "body_too_large")
+    chunk = b"%x\r\n%s\r\n" % (2**20, b"x" * 2**20)
+    with alive.connect() as connection:
+        connection.sendall(head(Transfer_Encoding="chunked") + chunk * 9)
+        assert read_answer(connection).status == 413
+
+
+def test_more_connections_than_allowed_are_a_503(base_path, adapter_path):
+    with serving(base_path, adapter_path, max_connections=3) as server:
+        idle = [server.connect() for _ in range(3)]
+        answer = exchange(server, b"")
+        assert (answer.status, answer.error["code"]) == (503, "too_many_connections")
+        assert "retry-after" in answer.headers
+        for connection in idle:
+            connection.close()
+        eventually(lambda: server.request("GET", "/health").status == 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", [b"", b"POST /v1/comp", head(Content_Length=5000) + b"{"])
+def test_a_client_that_drips_its_request_gets_a_408(impatient, begin):
+    with impatient.connect() as connection:
+        connection.sendall(begin)
+        dripping = threading.Event()
+
+        def drip() -> None:  # a byte now and then does not prolong it
+            while begin and not dripping.wait(0.1):
+                connection.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        answer = read_answer(connection)
+        dripping.set()
+        thread.join()
+    assert (answer.status, answer.error["code"]) == (408, "timeout")
+    impatient.assert_alive()
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_its_answer_is_let_go(impatient):
+    (listener,) = impatient.server._http.servers[0].sockets
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((impatient.host, impatient.port))
+        connection.sendall(post(long_answer(stream=True, logprobs=11)))
+        eventually(lambda: impatient.metric("requests_in_flight") == 1)
+        eventually(lambda: impatient.metric("requests_in_flight") == 0)
+        eventually(lambda: 'status="499"' in impatient.request("GET", "/metrics").body.decode())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_a_504_or_the_end_of_its_stream(
+    base_path, adapter_path, stream
+):
+    with serving(base_path, adapter_path, request_timeout=0.4) as server:
+        answer = server.complete(**long_answer(stream=stream))
+        assert answer.status == (200 if stream else 504)
+        error = json.loads(answer.body.split(b"data: ")[-1])["error"]
+        assert error["code"] == "timeout"
+        eventually(lambda: server.metric("requests_in_flight") == 0)
+        assert server.complete(**SHORT).status == 200
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(base_path, adapter_path):
+    settings = {"decode_concurrency": 1, "prompt_concurrency": 1, "max_queue": 0}
+    with serving(base_path, adapter_path, **settings) as server:
+        with server.open_stream(**long_answer()):
+            answer = server.complete(prompt="x")
+            assert (answer.status, answer.error["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) > 0
+        eventually(lambda: server.metric("requests_in_flight") == 0)
+        server.assert_alive()
+
+
+# Keys and origins ----------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for(base_path, adapter_path, tmp_path):
+    file = tmp_path / "key"
+    file.write_text(KEY + "\n")
+    wrong = ["", "Bearer wrong", KEY, f"Basic {KEY}", "Bearer caf\u00e9"]
+    with serving(base_path, adapter_path, api_key=str(file)) as server:
+        for path in ("/v1/completions", "/v1/models", "/metrics"):
+            for given in wrong:
+                method = "POST" if path.endswith("completions") else "GET"
+                answer = server.request(method, path, None, {"Authorization": given})
+                assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+                assert KEY not in answer.body.decode()
+        assert server.request("GET", "/health").status == 200
+        good = {"Authorization": f"Bearer {KEY}"}
+        assert server.request("GET", "/v1/models", headers=good).status == 200
+        assert server.request("POST", "/v1/completions", SHORT, good).status == 200
+
+
+def test_a_web_page_may_not_call_unless_its_origin_is_allowed(alive, base_path, adapter_path):
+    evil, good = {"Origin": "https://evil.example"}, {"Origin": "https://good.example"}
+    answer = alive.request("POST", "/v1/completions", SHORT, evil)
+    assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+    assert "access-control-allow-origin" not in answer.headers
+    with serving(base_path, adapter_path, allowed_origins=["https://good.example"]) as server:
+        answer = server.request("POST", "/v1/completions", SHORT, good)
+        assert answer.status == 200
+        assert answer.headers["access-control-allow-origin"] == "https://good.example"
+        ask = {"Access-Control-Request-Method": "POST"}
+        assert server.request("OPTIONS", "/v1/completions", headers=good | ask).status == 200
+        assert server.request("OPTIONS", "/v1/completions", headers=evil | ask).status == 400
+        assert server.request("POST", "/v1/completions", SHORT, evil).status == 403
+
+
+# Clients that leave --------------------------------------------------------------------------
+
+
+def test_a_client_that_sends_half_a_body_and_leaves_is_forgotten(alive):
+    with alive.connect() as connection:
+        connection.sendall(head(Content_Length=100) + b"{")
+    eventually(lambda: alive.metric("connections") == 1)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["batched", "alone"])
+def test_a_client_that_leaves_in_mid_stream_ends_its_generation(alive, seed):
+    before = alive.metric("generated_tokens_total")
+    alive.open_stream(**long_answer(seed=seed)).close()
+    eventually(lambda: alive.metric("requests_in_flight") == 0)
+    assert alive.metric("generated_tokens_total") - before < 2000
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n"], ids=["", "after sending more"])
+def test_a_client_that_leaves_without_streaming_ends_its_generation(alive, more):
+    before = alive.metric("generated_tokens_total")
+    with alive.connect() as connection:
+        connection.sendall(post(long_answer()) + more)
+        eventually(lambda: alive.metric("requests_in_flight") == 1)
+        connection.sendall(more)
+    eventually(lambda: alive.metric("requests_in_flight") == 0)
+    assert alive.metric("generated_tokens_total") - before < 1990
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read_alone_ends_that(base_path, adapter_path):
+    with serving(base_path, adapter_path, prefill_step_size=1) as server:
+        slow = long_answer(prompt=[5, 6] * 900, seed=1)
+        server.open_stream(until=b": keepalive", **slow).close()
+        eventually(lambda: server.metric("requests_in_flight") == 0)
+        server.assert_alive()
+        assert server.metric("generated_tokens_total") <= 2
+        assert server.metric("prompt_cache_sequences") == 1  # of the answer just now

@@ -1,0 +1,84 @@
+"""What is overridden of mlx-lm: the seam itself, its prompt cache, blocks, and its thread."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache
+from mlx_lm.server import ResponseGenerator
+
+from kmerge_mlx.errors import ServeError
+from kmerge_mlx.serving.generator import PromptCache, check_seam
+from tests.servers import eventually, long_answer, serving
+
+
+def test_another_mlx_lm_is_one_clear_error(monkeypatch):
+    check_seam()
+    monkeypatch.setattr(ResponseGenerator, "_tokenize", lambda self, tokenizer, request: None)
+    with pytest.raises(ServeError, match=r"_tokenize takes self, tokenizer, request, expected"):
+        check_seam()
+    monkeypatch.delattr(ResponseGenerator, "_tokenize")
+    with pytest.raises(ServeError, match="_tokenize is missing"):
+        check_seam()
+
+
+def test_a_prompt_that_is_cached_whole_leaves_something_to_read():
+    results = []
+    cache = PromptCache(4, None, results.append)
+    kv = KVCache()
+    kv.update_and_fetch(*[mx.zeros((1, 1, 4, 4))] * 2)
+    cache.insert_cache("m", [1, 2, 3, 4], [kv])
+    for tokens in ([1, 2, 3, 4], [1, 2, 3], [1], [1, 2, 3, 4, 5], [9]):
+        kept, rest = cache.fetch_nearest_cache("m", tokens)
+        assert rest == tokens[len(tokens) - len(rest) :]
+        assert len(rest) >= 1
+        assert (kept[0].offset if kept else 0) == len(tokens) - len(rest)
+    assert results == ["hit", "hit", "miss", "hit", "miss"]
+    del kept
+    assert list(cache.cached_ids()) == [[1, 2, 3, 4]]
+    cache.trim_to(n_sequences=0)
+    assert list(cache.cached_ids()) == []
+
+
+def test_slots_that_run_out_are_a_503_and_come_back(base_path, adapter_path):
+    with serving(base_path, adapter_path, max_blocks=20, prompt_cache_size=10) as server:
+        kinds = [list(range(start, start + 60)) for start in (10, 80, 150, 220)]
+        with server.open_stream(**long_answer(prompt=kinds[0], merge=True)):
+            answer = server.complete(prompt=kinds[1], merge=True, max_tokens=1)
+            assert (answer.status, answer.error["code"]) == (503, "blocks_exhausted")
+            assert "retry-after" in answer.headers
+        eventually(lambda: server.metric("requests_in_flight") == 0)
+
+        def answered(ids: list[int]) -> bool:
+            return server.complete(prompt=ids, merge=True, max_tokens=1).status == 200
+
+        # The client that left holds nothing, and every cache gives way.
+        for ids in (*kinds, *kinds):
+            eventually(lambda ids=ids: answered(ids))
+            assert server.metric("block_slots_in_use") <= 20
+        answer = server.complete(prompt=list(range(10, 110)), merge=True)
+        assert answer.status == 400
+        assert "25 distinct blocks, more than the server's 20 slots" in answer.error["message"]
+        server.assert_alive()
+
+
+def test_a_generation_thread_that_dies_is_seen(base_path, adapter_path, caplog):
+    with serving(base_path, adapter_path) as server:
+        generator = server.server.service.generator
+        server.assert_alive()
+        with server.open_stream(**long_answer()) as stream:
+
+            def broken(*args: object, **options: object) -> None:
+                raise RuntimeError("a bug")
+
+            generator.prompt_cache.insert_cache = broken
+            assert server.complete(prompt="x", max_tokens=1).status in (200, 503)
+            eventually(lambda: server.request("GET", "/health").status == 503)
+            stream.settimeout(1)
+            got = b""
+            while b'"unavailable"' not in got:
+                got += stream.recv(65_536)
+        assert "a bug" in caplog.text
+        assert server.request("GET", "/health").json == {"status": "unavailable"}
+        answer = server.complete(prompt="x")
+        assert (answer.status, answer.error["code"]) == (503, "unavailable")

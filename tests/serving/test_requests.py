@@ -1,0 +1,203 @@
+"""What clients ask for: each field's limits, and a thousand requests that are mostly wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from kmerge_mlx.serving.answers import ApiError
+from kmerge_mlx.serving.requests import read_completion
+from tests.cli_runner import CHATML, copy_base
+from tests.servers import serving
+
+VOCABULARY = 700
+
+
+def read(body: Any, chat: bool = False) -> Any:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return read_completion(raw, chat, "base", VOCABULARY)
+
+
+def refusal(body: Any, chat: bool = False) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read(body, chat)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"{", b"", b"[]", b'"text"', b"[" * 100_000, b'{"prompt": "\xff"}'),
+        *(b'{"prompt": "\\ud800"}', b'{"prompt": "x", "temperature": NaN}'),
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_body_that_is_not_a_json_object_is_a_400(raw):
+    error = refusal(raw)
+    assert error.status == 400
+    assert error.as_json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_byte_order_mark_and_nulls_are_fine():
+    completion = read("\ufeff".encode() + b'{"prompt": "x", "seed": null, "stop": null}')
+    assert (completion.prompt, completion.seed, completion.stop) == ("x", None, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("prompt", ["", [], ["a", "b"], [1, 700], [-1], [True], 5, None]),
+        ("temperature", ["hot", -1, 1e9, True]),
+        ("top_k", [700, -1, 1.5]),
+        ("top_p", [1.1]),
+        ("max_tokens", [0, True, 2**31]),
+        ("max_completion_tokens", [1.5]),
+        ("seed", [-1, 2**64]),
+        ("xtc_threshold", [0.6]),
+        ("repetition_penalty", [1e-30]),
+        ("logit_bias", [{"700": 1}, {"-1": 1}, {"1": 1e9}, {"00000000000701": 1}, []]),
+        ("stop", ["", ["a"] * 17, "x" * 300, [5]]),
+        ("n", [2]),
+        ("echo", [True]),
+        ("stream", ["yes"]),
+        ("stream_options", [{"include_usage": True}]),
+        ("logprobs", [99, "x"]),
+        ("response_format", [{"type": "json_object"}]),
+        ("merge", ["yes"]),
+        *((name, ["x"]) for name in ("suffix", "adapters", "adapter", "draft_model")),
+    ],
+)
+def test_a_field_that_is_wrong_is_a_400_that_names_it(field, values):
+    for value in values:
+        error = refusal({"prompt": "x"} | {field: value})
+        assert error.status == 400
+        assert error.param.split(".")[0] == field
+        assert "\n" not in str(error)
+
+
+def test_fields_that_do_not_change_the_answer_are_ignored():
+    read({"prompt": ["x"], "user": "me", "metadata": {}, "n": 1, "response_format": {}})
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("x", "messages"),
+        (["x"], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user"}, {"role": "assistant", "tool_calls": [5]}], "messages[1].tool_calls[0]"),
+    ],
+)
+def test_messages_that_are_wrong_are_a_400(messages, param):
+    error = refusal({"messages": messages}, chat=True)
+    assert (error.status, error.param) == (400, param)
+
+
+def calling(arguments: str) -> dict[str, Any]:
+    """A conversation in which a tool was called with these arguments."""
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+def test_arguments_of_a_tool_call_are_an_object_for_the_template():
+    (message,) = read(calling('{"a": 1}'), chat=True).plain_messages()
+    assert message["content"] == ""
+    assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"a": 1}}
+    for arguments in ('{"a": "\\ud800"}', '{"a": NaN}', "{", "[" * 100_000):
+        assert refusal(calling(arguments), chat=True).param.startswith("messages[0].tool_calls[0]")
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "/etc/passwd", "../base", "Qwen/Qwen2.5-0.5B", ""])
+def test_a_model_that_is_not_served_is_a_404(model):
+    error = refusal({"prompt": "x", "model": model})
+    assert (error.status, error.code) == (404, "model_not_found")
+
+
+TEXTS = ["", "x", "AB CD EF", "\x00", "\ud800", "<merge>a</merge>", "<raw>", "\\<raw>", "é\u200b"]
+NUMBERS = [0, 1, -1, 0.5, 1.0, 2, 1e-30, 1e30, 1e308, 10**30, -0.0, 700, 699, 2**63, True]
+ANYTHING = [None, [], {}, "x", 1, 1.5, True, [[]], {"a": {}}, [None], "1", [1, 2], ["x"]]
+FIELDS: dict[str, list[Any]] = {
+    "model": ["default_model", "base", "/etc", "", 5],
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed"), NUMBERS),
+    **{
+        f"{kind}_{what}": NUMBERS
+        for kind in ("repetition", "presence", "frequency")
+        for what in ("penalty", "context_size")
+    },
+    **dict.fromkeys(("xtc_probability", "xtc_threshold"), NUMBERS),
+    "logit_bias": [{}, {"1": 5}, {"699": -100}, {"700": 1}, {"x": 1}, {"1": "x"}, {"01": 2}],
+    "logprobs": [True, False, 0, 3, 12, -1],
+    "top_logprobs": [0, 5, 11, 12, -1, 2.5],
+    "stop": ["x", "", ["a", "b"], [""], ["\n"] * 16, ["\n"] * 17, [5], "x" * 300],
+    "stream": [True, False, 1],
+    "stream_options": [{}, {"include_usage": True}, {"include_usage": 1}],
+    "n": [1, 2, 0],
+    "response_format": [{"type": "text"}, {"type": "json_object"}, {}],
+    "tools": [[], [{"type": "function", "function": {"name": "f"}}], ["x"]],
+    "tool_choice": ["auto", "none", "required", {"type": "function"}],
+    "chat_template_kwargs": [{}, {"think": False}, {"tokenize": True}, {"chat_template": "x"}],
+    "merge": [True, False, "x"],
+}
+
+
+def message(rng: random.Random) -> Any:
+    if rng.random() < 0.05:
+        return rng.choice(ANYTHING)
+    made: dict[str, Any] = {"role": rng.choice([*("user", "system") * 4, "assistant", "tool", 5])}
+    parts = [
+        {"type": rng.choice(["text", "text", "image_url"]), "text": rng.choice([*TEXTS, 5])}
+        for _ in range(rng.randint(0, 3))
+    ]
+    good = ["AB CD " * 40, "x", [{"type": "text", "text": "AB CD", "merge": True}]]
+    made["content"] = rng.choice([*good, *good, rng.choice(TEXTS), parts, rng.choice(ANYTHING)])
+    if rng.random() < 0.2:
+        made["merge"] = rng.choice([True, False, "yes"])
+    if rng.random() < 0.1:
+        call = {"type": "function", "function": {"name": "f", "arguments": rng.choice(TEXTS)}}
+        made["tool_calls"] = rng.choice([[call], [5], {}, [{"function": 5}]])
+    return made
+
+
+def request(rng: random.Random) -> tuple[str, bytes]:
+    """A path, and a body that is right or wrong."""
+    chat = rng.random() < 0.5
+    body: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 3] * 12 + [0, -1, "1", 1.5])}
+    if chat:
+        body["messages"] = [message(rng) for _ in range(rng.randint(0, 4))]
+    else:
+        ids = [rng.randint(0, VOCABULARY - 1) for _ in range(rng.randint(0, 60))]
+        good = ["AB CD", ids or "x", [ids or [1]], "<merge>AB CD EF</merge> GH"]
+        body["prompt"] = rng.choice([*good, *good, rng.choice(TEXTS), rng.choice(ANYTHING)])
+    for name in rng.sample(list(FIELDS), rng.choice([0, 0, 1, 1, 1, 2, 3, 6])):
+        body[name] = rng.choice(ANYTHING if rng.random() < 0.15 else FIELDS[name])
+    raw = json.dumps(body).encode()
+    if rng.random() < 0.03:
+        raw = raw[: rng.randrange(len(raw))]
+    return "/v1/chat/completions" if chat else "/v1/completions", raw
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_the_schema_get_no_5xx(base_path, adapter_path, tmp_path):
+    base = copy_base(base_path, tmp_path / "base", CHATML)
+    rng = random.Random(2604)
+    requests = [request(rng) for _ in range(1000)]
+    with serving(base, adapter_path, chat_template=True, max_queue=1000) as server:
+
+        def send(made: tuple[str, bytes]) -> int:
+            answer = server.request("POST", *made)
+            assert answer.status < 500, (answer.body, made)
+            assert (b'"error"' in answer.body) == (answer.status >= 400), (answer.body, made)
+            return answer.status
+
+        with ThreadPoolExecutor(8) as pool:
+            statuses = list(pool.map(send, requests))
+        server.assert_alive()
+    assert set(statuses) == {200, 400, 404}
+    assert statuses.count(200) > 200
