@@ -32,7 +32,7 @@ from kmerge_mlx.config import is_int
 from kmerge_mlx.convert.companion import COMPANION, Companion, read_companion
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
-from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch

@@ -22,7 +22,7 @@ from kmerge_mlx import compress, load
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
-from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.files import read_safetensors
 from tests.exports import assert_same_tensors, bits
