@@ -7,6 +7,7 @@ left in SCRATCH for a comparison with torch.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import pickletools
@@ -155,7 +156,7 @@ def main(seed_folder: Path, scratch: Path) -> None:
         assert not read(path, seed.raw)
         assert not read(path, seed.with_pickle(seed.pickle))
     for codec in ("raw_unicode_escape", "cp437"):  # of pickletools and zipfile
-        b"".decode(codec)
+        codecs.lookup(codec)
     sys.addaudithook(audit)
     hostile = {name: read(path, content) for name, content in hostile_files()}
     rng = random.Random(20_260_415)
