@@ -79,8 +79,10 @@ class NameRules:
         return None if chosen else "layers_to_transform leaves it out"
 
     def unused_targets(self) -> list[str]:
-        """Entries of ``target_modules`` that no module has for an end of its path."""
-        return [] if isinstance(self._targets, str) else sorted(set(self._targets) - self._used)
+        """Entries of ``target_modules`` that no module ends with, and nothing may exclude."""
+        if isinstance(self._targets, str) or self._excluded:
+            return []
+        return sorted(set(self._targets) - self._used)
 
     @property
     def picks_layers(self) -> bool:
