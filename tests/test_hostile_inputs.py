@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile_inputs_process", str(tmp_path_factory.mktemp("h"))],
         cwd=ROOT,
@@ -33,7 +31,7 @@ def report(tmp_path_factory) -> dict:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout) | {"seconds": time.perf_counter() - start}
+    return json.loads(done.stdout)
 
 
 def test_every_hostile_file_is_read_or_refused_with_one_clear_line(report):
@@ -42,19 +40,13 @@ def test_every_hostile_file_is_read_or_refused_with_one_clear_line(report):
 
 def test_every_kind_of_file_was_damaged_over_a_thousand_times(report):
     assert report["cases"].keys() == FILES
-    for name, (accepted, refused, *_) in report["cases"].items():
+    for name, (accepted, refused) in report["cases"].items():
         assert accepted + refused > 1000, name
         assert accepted > 10, name  # the mutations are not all absurd
         if name == "src/metrics.json":
             assert refused == 0  # provenance, however damaged, never stands in the way
         else:
             assert refused > 300, name
-
-
-def test_no_file_takes_long(report):
-    """Each within seconds, though a refused pattern may compute for two."""
-    assert max(slowest for _, _, _, slowest, _ in report["cases"].values()) < 5
-    assert report["seconds"] < 120
 
 
 def test_hostile_files_cost_no_more_than_their_limits(report):

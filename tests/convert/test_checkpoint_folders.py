@@ -76,11 +76,10 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, tied):
         assert "\n" not in text
 
 
-@pytest.mark.parametrize("source", ["nobody/nothing", "no/such/folder", "", "a b"])
+@pytest.mark.parametrize("source", ["nobody/nothing", ""])
 def test_a_hub_repo_that_cannot_be_had_is_one_line(tmp_path, source):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    text = refused(tmp_path, source)
-    assert "\n" not in text
+    assert "\n" not in refused(tmp_path, source)
 
 
 # ---- the destination ----
@@ -124,13 +123,6 @@ def test_what_is_no_adapter_is_never_replaced(tmp_path, kind, force):
     assert why in refused(tmp_path, source, kind=AdapterError, force=force)
 
 
-def test_the_checkpoint_itself_is_never_replaced(tmp_path):
-    source = make().write(tmp_path / "src")
-    with pytest.raises(AdapterError, match="is no adapter folder"):
-        convert_checkpoint(str(source), source, force=True)
-    assert (source / "encoder.pth").is_file()
-
-
 def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
     source = make().write(tmp_path / "src")
     (tmp_path / "file").write_text("")
@@ -139,10 +131,3 @@ def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path)
         convert_checkpoint(str(source), tmp_path / "file" / "dst")
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_parents_of_the_destination_are_made(tmp_path):
-    source = make().write(tmp_path / "src")
-    convert_checkpoint(str(source), tmp_path / "a" / "b" / "dst")
-    assert load_adapter(tmp_path / "a" / "b" / "dst")
-    assert os.listdir(tmp_path / "a" / "b") == ["dst"]  # noqa: PTH208

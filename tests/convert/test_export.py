@@ -268,7 +268,7 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
         weights[f"{name}.lora_a"] = mx.zeros((3, spec.rank))
         weights[f"{name}.lora_b"] = mx.zeros((spec.rank, 3))
     adapter = Adapter(MergeConfig(None), LoRAConfig(12, modules=modules), weights, {})
-    peft = lora_to_peft(adapter, adapter.tuning, None)
+    peft = lora_to_peft(adapter, None)
     config = LoraConfig(**json.loads(json.dumps(peft.config)))
     for name in PATHS:
         hit = bool(tuners.check_target_module_exists(config, name))

@@ -96,7 +96,7 @@ def without_lora() -> Adapter:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (full, "full fine-tuning is no LoRA: `kmerge-mlx fuse` writes a whole model"),
+        (full, "full fine-tuning is not LoRA: `kmerge-mlx fuse` writes a whole model"),
         (with_context, "its encoder also reads the 3 tokens before a block"),
         (with_experts, f"{UP} is LoRA on experts"),
         (with_table, "model.embed_tokens is LoRA on the embedding table"),
@@ -316,7 +316,7 @@ def test_the_companions_padding_outlives_the_bases_default(tmp_path, tied):
 def test_export_prints_one_line_and_convert_takes_it_back(adapter_path, base_path, tmp_path):
     result = run("export", adapter_path, tmp_path / "y")
     assert (result.code, result.out) == (0, "")
-    assert result.err == f"{tmp_path}/y: K = 4, 50 tensors, 0.9 MB, base {base_path}\n"
+    assert result.err == f"{tmp_path}/y: K = 4, D = 64, 50 tensors, 0.9 MB, base {base_path}\n"
     assert run("convert", tmp_path / "y", tmp_path / "x", "--k", 4).code == 0
     found = json.loads(run("info", tmp_path / "y", "--json").out)
     assert found["kind"] == "checkpoint"
