@@ -25,8 +25,8 @@ from kmerge_mlx.convert.checkpoint import (
     not_finite,
 )
 from kmerge_mlx.convert.encoder import encoder_to_torch
-from kmerge_mlx.convert.peft import lora_from_peft, place
-from kmerge_mlx.convert.peft_write import PeftAdapter, lora_specs, lora_to_peft
+from kmerge_mlx.convert.peft import place
+from kmerge_mlx.convert.peft_write import PeftAdapter, lora_to_peft
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
@@ -59,11 +59,9 @@ def export_adapter(
         destination, force, "exported adapter", FILES, CheckpointError, marker=COMPANION
     )
     adapter = load_adapter(source, k)
-    if not (problems := _objections(adapter)):
-        peft = lora_to_peft(adapter, _base_model(adapter))
-        problems = _differences(peft)
-    if problems:
+    if problems := _objections(adapter):
         raise AdapterError(findings(f"{source} cannot be exported", problems))
+    peft = lora_to_peft(adapter, _base_model(adapter))
     try:
         with replacing_folder(Path(destination)) as folder:
             _write(adapter, peft, folder)
@@ -109,18 +107,6 @@ def _objections(adapter: Adapter) -> list[str]:
         f"{name} is LoRA on {what}, for which PEFT's files have no place: train it with other "
         "lora_parameters.keys"
         for name, what in sorted(homeless.items())
-    ]
-
-
-def _differences(peft: PeftAdapter) -> list[str]:
-    """What ``convert`` would not read back as it is meant, one line each."""
-    problems: list[str] = []
-    back = lora_from_peft(peft.config, peft.tensors, problems, True, scales=peft.scales)
-    specs = {} if back is None else lora_specs(back.config, back.weights)
-    return problems or [
-        f"{name}: PEFT's rules would give it {specs.get(name)}, not {spec}"
-        for name, spec in peft.specs.items()
-        if specs.get(name) != spec
     ]
 
 

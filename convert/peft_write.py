@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,12 @@ class PeftAdapter:
     Args:
         config: The content of ``adapter_config.json``.
         tensors: The content of ``adapter_model.safetensors``.
-        specs: Module path to the rank and scale that are meant.
         scales: Those scales that no ``lora_alpha`` gives to the last bit, ascending.
     """
 
     config: dict[str, Any]
     tensors: dict[str, mx.array]
-    specs: dict[str, LoRASpec]
     scales: tuple[float, ...]
-
-
-def lora_specs(tuning: LoRAConfig, weights: Iterable[str]) -> dict[str, LoRASpec]:
-    """Rank and scale of each module with LoRA, whichever form the config has."""
-    modules = {name.rpartition(".")[0]: None for name in weights}
-    return {name: tuning.uniform or tuning.modules[name] for name in modules}
 
 
 def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
@@ -55,7 +47,8 @@ def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
         base_model: What PEFT is to call the base: a folder, a repo id, or None.
     """
     tuning, weights = adapter.tuning, dict(adapter.tuning_weights)
-    specs = lora_specs(tuning, weights)
+    modules = {name.rpartition(".")[0] for name in weights}
+    specs = {name: tuning.uniform or tuning.modules[name] for name in sorted(modules)}
     if adapter.merge.head_lora is not None:
         specs[HEAD] = adapter.merge.head_lora
         weights |= {f"{HEAD}.{part}": array for part, array in adapter.head_weights.items()}
@@ -83,7 +76,7 @@ def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
         "modules_to_save": None,
     }
     inexact = {s.scale for name, s in specs.items() if alphas[name] / s.rank != s.scale}
-    return PeftAdapter(config, tensors, specs, tuple(sorted(inexact)))
+    return PeftAdapter(config, tensors, tuple(sorted(inexact)))
 
 
 def _alpha(spec: LoRASpec) -> float:

@@ -56,7 +56,7 @@ def arrays(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(NAMES, arrays(), max_size=5), st.booleans())
-def test_torch_loads_every_name_dtype_shape_and_bit(tmp_path_factory, tensors, mmap):
+def test_torch_and_the_reader_here_load_every_bit(tmp_path_factory, tensors, mmap):
     path = tmp_path_factory.getbasetemp() / "any.pth"
     path.unlink(missing_ok=True)  # the last one may still be mapped
     write_state_dict(path, {name: array_of(*item) for name, item in tensors.items()})
@@ -66,19 +66,13 @@ def test_torch_loads_every_name_dtype_shape_and_bit(tmp_path_factory, tensors, m
         assert found[name].dtype == DTYPES[dtype][1]
         assert tuple(found[name].shape) == bits.shape
         assert bits_of(found[name]).tobytes() == bits.tobytes()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.dictionaries(NAMES.filter(str.isprintable), arrays(), min_size=1, max_size=5))
-def test_the_reader_here_gives_the_same_bits_back(tmp_path_factory, tensors):
-    path = tmp_path_factory.getbasetemp() / "back.pth"
-    write_state_dict(path, {name: array_of(*item) for name, item in tensors.items()})
-    found = read_state_dict(path)
-    assert list(found) == list(tensors)
-    for name, (bits, dtype) in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (dtype, bits.shape)
-        same_width = mx.uint32 if dtype == mx.float32 else mx.uint16
-        assert np.array(found[name].view(same_width)).tobytes() == bits.tobytes()
+    if all(map(str.isprintable, tensors)):
+        ours = read_state_dict(path)
+        assert list(ours) == list(tensors)
+        for name, (bits, dtype) in tensors.items():
+            assert (ours[name].dtype, ours[name].shape) == (dtype, bits.shape)
+            same_width = mx.uint32 if dtype == mx.float32 else mx.uint16
+            assert np.array(ours[name].view(same_width)).tobytes() == bits.tobytes()
 
 
 @pytest.fixture
