@@ -39,7 +39,6 @@ _INNER = "save that dictionary alone: torch.save(torch.load(path, weights_only=T
 _FOREIGN = (  # (offset, the bytes there, what the file is, what to do)
     (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (0, b"\x1f\x8b", "gzip data", "decompress it first"),
-    (257, b"ustar", "a tar, perhaps by PyTorch before 0.1.10", _RESAVE),
     (2, b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "the format of PyTorch before 1.6", _RESAVE),
     (0, b"\x80", "a bare pickle", _RESAVE),
 )
@@ -152,8 +151,8 @@ def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
     if (size := entries["data.pkl"].file_size) > _MAX_PICKLE:
         raise _bad(f"found a pickle of {size} bytes, expected at most {_MAX_PICKLE}", _STATE_DICT)
     order = _content(archive, entries["byteorder"]) if "byteorder" in entries else b"little"
-    if order not in (b"little", b"big"):
-        raise _bad(f"found the byte order {order[:16]}, expected b'little' or b'big'")
+    if order != b"little":
+        raise _bad(f"found the byte order {order[:16]}, expected b'little'")
     try:
         tensors = _flat(_unpickle(_content(archive, entries["data.pkl"])))
     except (ValueError, LookupError, AttributeError) as error:  # of genops, stack, memo, container
@@ -162,7 +161,7 @@ def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
     for entry, names in _users(tensors, entries).items():
         raw = _content(archive, entries[entry])
         for name in names:
-            arrays[name] = _array(raw, tensors[name], ">" if order == b"big" else "<")
+            arrays[name] = _array(raw, tensors[name])
     mx.eval(arrays)  # a view that waits keeps its source
     return {name: arrays[name] for name in tensors}
 
@@ -375,13 +374,13 @@ def _users(tensors: dict[str, Tensor], entries: dict[str, zipfile.ZipInfo]) -> d
     return users
 
 
-def _array(raw: bytes, tensor: Tensor, order: str) -> mx.array:
-    """Copies one view out of its storage's bytes; order is "<" or ">"."""
+def _array(raw: bytes, tensor: Tensor) -> mx.array:
+    """Copies one view out of its storage's bytes."""
     if not tensor.nbytes:
         return mx.zeros(tensor.shape, tensor.dtype)
     width = tensor.dtype.size
     # A stride is never taken along a dimension of one, and torch leaves any value there.
     strides = [s * width if n > 1 else 0 for s, n in zip(tensor.strides, tensor.shape, strict=True)]
-    bits = np.ndarray(tensor.shape, f"{order}u{width}", raw, tensor.offset * width, strides)
-    array = mx.array(bits.astype(f"=u{width}", copy=False))  # as integers: NaNs keep their bits
+    bits = np.ndarray(tensor.shape, f"<u{width}", raw, tensor.offset * width, strides)
+    array = mx.array(bits)  # as integers: NaNs keep their bits
     return array != 0 if tensor.dtype == mx.bool_ else array.view(tensor.dtype)

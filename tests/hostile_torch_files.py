@@ -7,10 +7,8 @@ when needed, ``ZIPS`` and ``FOREIGN`` whole files.
 from __future__ import annotations
 
 import gzip
-import io
 import pickle
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterator
 
@@ -252,20 +250,12 @@ ZIPS = {
 # ---- files of another kind ----
 
 
-def tarred() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-    return file.getvalue()
-
-
 MAGIC = 0x1950A86A20F9469CFC6C
 FOREIGN = {
     "an_empty_file": b"",
     "a_text_file": b"not a checkpoint\n",
     "a_git_lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "gzip": gzip.compress(checkpoint(GOOD)),
-    "tar": tarred(),
     "the_format_before_1_6": pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2),
     "a_bare_pickle": EXECUTING["os_system_by_reduce"],
     "a_safetensors_file": struct.pack("<Q", 2) + b"{}",
