@@ -132,7 +132,7 @@ def test_an_adapter_folder_is_nothing_to_convert(tmp_path):
     assert "is an adapter folder already" in refused(tmp_path, tmp_path / "dst", force=True)
 
 
-def test_metrics_may_be_absent_and_eval_accuracy_is_kept(tmp_path):
+def test_eval_accuracy_is_kept_in_the_place_of_metrics(tmp_path):
     source = make().write(tmp_path / "src")
     (source / "metrics.json").rename(source / "eval_accuracy.json")
     convert_checkpoint(str(source), tmp_path / "dst")
@@ -149,7 +149,7 @@ def rounded(array: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
     made = make()
     adapter = load_adapter(convert(tmp_path, made, dtype=dtype))
@@ -159,8 +159,7 @@ def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
     assert found.keys() == expected(made).keys()
     for name, array in expected(made).items():
         assert str(found[name].dtype) == f"mlx.core.{dtype}"
-        bits = found[name].view(mx.uint32 if dtype == "float32" else mx.uint16)
-        assert np.array(bits).tobytes() == rounded(array, dtype)
+        assert np.array(found[name].view(mx.uint16)).tobytes() == rounded(array, dtype)
 
 
 def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path):
@@ -199,15 +198,9 @@ def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
             lambda e: e.update({"net.4.weight": np.ones((65, 256), "f4")}),
             "net.0.weight (512, 256) and net.4.weight (65, 256) give no whole merge factor",
         ),
-        (
-            lambda e: e.update({"net.4.weight": np.ones((256, 256), "f4")}),
-            "give no whole merge factor of at least 2",
-        ),
-        (lambda e: e.update({"net.4.weight": np.ones((0, 256), "f4")}), "no whole merge factor"),
         (lambda e: e.update({"net.0.weight": np.ones((0, 256), "f4")}), "inner_size is 0"),
-        (lambda e: [e.pop(name) for name in [*e][:5]], "found net.4.bias"),
     ],
-    ids=range(9),
+    ids=range(6),
 )
 def test_an_encoder_that_does_not_fit_itself_is_refused(tmp_path, change, complaint):
     made = make()

@@ -117,8 +117,6 @@ HONOURED_CASES = {
     "exclude_modules": {"target_modules": AUTHORS, "exclude_modules": ["v_proj", "lm_head"]},
     "exclude_modules_by_regex": {"target_modules": AUTHORS, "exclude_modules": r".*\.2\..*"},
     "gaussian_init": {"init_lora_weights": "gaussian"},
-    "orthogonal_init": {"init_lora_weights": "orthogonal"},
-    "no_init": {"init_lora_weights": False},
     "mica_init": {"init_lora_weights": "mica"},
     "loftq_config_that_peft_ignores": {"loftq_config": {"loftq_bits": 4}},
 }
@@ -165,16 +163,12 @@ def test_lora_on_the_embedding_is_refused_by_tensor(real):
 def test_tensors_of_refused_kinds_are_named_even_where_the_config_hides_them():
     name = f"{PREFIX}model.layers.0.{Q}"
     for tensor, why in (
-        (f"{name}.lora_magnitude_vector", "DoRA"),
         (f"{name}.lora_magnitude_vector.default.weight", "DoRA"),
         (f"{name}.modules_to_save.default.weight", "modules_to_save=None"),
-        (f"{name}.lora_B.bias", "lora_bias=False"),
         (f"{name}.lora_B.default.bias", "lora_bias=False"),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", "LoRA on the embedding"),
         (f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        (f"{PREFIX}model.layers.0.self_attn.q_proj.bias", "is not part of a LoRA"),
         (f"{PREFIX}model.embed_tokens.weight", "is not part of a LoRA"),
-        ("prompt_embeddings", "is not part of a LoRA"),
     ):
         (problem,) = refused(config(), layered(Q) | {tensor: mx.zeros((3, 3))})
         assert tensor in problem
@@ -220,7 +214,7 @@ def test_every_option_of_this_peft_is_known_or_refused_when_it_is_set():
         assert f"adapter_config.json: {name} = " in refused(config(**{name: {"x": 1}}))[0]
 
 
-def test_an_option_at_its_off_value_is_no_objection():
+def test_an_option_at_its_off_value_is_not_in_the_way():
     off = {"of_2031": None, "of_2032": False, "of_2033": [], "of_2034": {}, "of_2035": ""}
     assert converted(config(**off), layered(Q))
 
@@ -245,9 +239,9 @@ def test_other_peft_methods_are_refused_by_their_name(kind, tmp_path):
     assert problem == f"adapter_config.json is of type '{kind}'; only LORA adapters convert"
 
 
-@pytest.mark.parametrize("content", [None, [], "LORA", 3])
-def test_a_config_that_is_no_object_is_refused(content):
-    assert refused(content) == ["adapter_config.json does not hold an object"]
+def test_a_config_that_is_not_an_object_is_refused():
+    for content in (None, [], "LORA", 3):
+        assert refused(content) == ["adapter_config.json does not hold an object"]
 
 
 def test_mlx_lms_own_config_is_told_apart():

@@ -111,10 +111,6 @@ def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
         assert_same(read_state_dict(str(path)), tensors)
 
 
-def test_an_empty_state_dict_has_no_arrays(tmp_path):
-    assert read_state_dict(save(tmp_path / "x.pth", {})) == {}
-
-
 def test_a_big_endian_file_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     path.write_bytes(checkpoint(state(), Record("archive/byteorder", b"big")))
