@@ -82,23 +82,25 @@ class Seed:
         )
 
 
-def mutated_bytes(rng: random.Random, data: bytes, others: bytes) -> bytes:
+def mutated_bytes(rng: random.Random, data: bytes, start: int = 0, stop: int = 0) -> bytes:
+    """One to three bytes of a region changed, deleted, repeated, or the rest cut off."""
     out = bytearray(data)
-    at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 16, 64))
-    match rng.choice(("flip", "flip", "byte", "delete", "repeat", "splice", "truncate")):
-        case "flip":
-            out[at] ^= 1 << rng.randrange(8)
-        case "byte":
-            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
-        case "delete":
-            del out[at : at + size]
-        case "repeat":
-            out[at:at] = out[at : at + size]
-        case "splice":
-            start = rng.randrange(len(others))
-            out[at : at + size] = others[start : start + size]
-        case "truncate":
-            del out[at:]
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(start, min(stop or len(out), len(out)))
+        size = rng.choice((1, 2, 4, 16, 64))
+        match rng.choice(("flip", "flip", "byte", "byte", "delete", "repeat", "cut")):
+            case "flip":
+                out[at] ^= 1 << rng.randrange(8)
+            case "byte":
+                out[at] = rng.choice((0, 1, 8, 0x7F, 0x80, 0xFF))
+            case "delete":
+                del out[at : at + size]
+            case "repeat":
+                out[at:at] = out[at : at + size]
+            case _:
+                return bytes(out[:at])
+        if len(out) <= start:
+            break
     return bytes(out)
 
 
@@ -108,15 +110,13 @@ def mutated_opcodes(rng: random.Random, seed: Seed) -> bytes:
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(seed.starts) - 1)
         at, stop = seed.starts[i], seed.starts[i + 1]
-        match rng.choice(("opcode", "opcode", "operand", "operand", "drop", "repeat", "move")):
+        match rng.choice(("opcode", "opcode", "operand", "operand", "drop", "move")):
             case "opcode":
                 out[at : at + 1] = rng.choice(OPCODES).to_bytes()
             case "operand" if stop - at > 1 and stop <= len(out):
                 out[rng.randrange(at + 1, stop)] = rng.randrange(256)
             case "drop":
                 del out[at:stop]
-            case "repeat":
-                out[at:at] = out[at:stop]
             case _:
                 j = rng.choice(seed.starts)
                 out[j:j] = out[at:stop]
@@ -124,18 +124,14 @@ def mutated_opcodes(rng: random.Random, seed: Seed) -> bytes:
 
 
 def mutation(rng: random.Random, seeds: list[Seed]) -> bytes:
-    seed, other = rng.choice(seeds), rng.choice(seeds)
+    seed = rng.choice(seeds)
     match rng.choice(("file", "header", "pickle", "opcodes", "opcodes")):
         case "file":
-            return mutated_bytes(rng, seed.raw, other.raw)
+            return mutated_bytes(rng, seed.raw)
         case "header":
-            start, stop = rng.choice(seed.headers)
-            out = bytearray(seed.raw)
-            for _ in range(rng.randint(1, 3)):
-                out[rng.randrange(start, stop)] = rng.choice((0, 1, 8, 0x7F, 0xFF))
-            return bytes(out)
+            return mutated_bytes(rng, seed.raw, *rng.choice(seed.headers))
         case "pickle":
-            return seed.with_pickle(mutated_bytes(rng, seed.pickle, other.pickle))
+            return seed.with_pickle(mutated_bytes(rng, seed.pickle))
         case _:
             return seed.with_pickle(mutated_opcodes(rng, seed))
 

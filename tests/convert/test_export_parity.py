@@ -30,6 +30,7 @@ from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import Reference, decode, load_reference
 from tests.train_runs import BASE, SMALL_TREES, trained
 
+pytestmark = pytest.mark.slow
 STEPS = 4
 LIVE = {
     spec.name: replace(spec, steps=8)  # enough for a LoRA B that is not zero
