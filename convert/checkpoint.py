@@ -1,18 +1,14 @@
-"""A whole checkpoint folder in the authors' layout to an adapter folder.
+"""Converts a checkpoint of the paper's code, or one that ``export`` wrote, to an adapter folder.
 
-Owns: finding the checkpoint (a folder, its best/last sub-folder, or a hub repo), reading its parts
-without executing anything, the checks that need more than one part, and the report of everything
-wrong at once.
-
-Layout, as the authors' code writes it: one folder with ``encoder.pth``, ``adapter_config.json`` and
-``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json`` beside them. ``export`` writes the
-same, and ``kmerge.json``.
+A checkpoint is a folder with ``encoder.pth``, PEFT's ``adapter_config.json`` and
+``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json``; an exported one has
+``kmerge.json`` too, for what those cannot say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +23,21 @@ from kmerge_mlx.adapters.folder import (
     check_adapter_destination,
     save_adapter,
 )
+from kmerge_mlx.adapters.lora import dtype_problems
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
-from kmerge_mlx.config import is_int
-from kmerge_mlx.convert.companion import COMPANION, Companion, read_companion
+from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.encoder import encoder_from_torch
 from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
-from kmerge_mlx.convert.torch_file import read_state_dict
-from kmerge_mlx.errors import CheckpointError, KMergeError, ModelError, findings, first_line
+from kmerge_mlx.convert.torch_read import read_state_dict
+from kmerge_mlx.errors import (
+    AdapterError,
+    CheckpointError,
+    KMergeError,
+    ModelError,
+    findings,
+    first_line,
+    short,
+)
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch
 from kmerge_mlx.prompts.policy import ALL, Layout
@@ -41,6 +45,7 @@ from kmerge_mlx.prompts.policy import ALL, Layout
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+COMPANION = "kmerge.json"
 PROVENANCE = ("metrics.json", "eval_accuracy.json")
 FETCHED = (*PEFT_WEIGHTS, ENCODER, PEFT_CONFIG, COMPANION, MERGE_CONFIG, *PROVENANCE)
 PATTERNS = (*FETCHED, *(f"*/{name}" for name in FETCHED))
@@ -59,6 +64,53 @@ class Base:
     config: dict[str, Any]
     pad_token_id: int | None
     by: str
+
+
+@dataclass(frozen=True)
+class Companion:
+    """The content of ``kmerge.json``: what encoder.pth and PEFT's files cannot say of an adapter.
+
+    The LoRA may differ from it: it may have been trained on, in PyTorch.
+
+    Args:
+        merge: What the adapter's ``merge_config.json`` said.
+        scales: LoRA scales that PEFT's files give only to within the last bit of a float64.
+    """
+
+    merge: MergeConfig
+    scales: Sequence[float] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {MERGE_CONFIG: self.merge.to_json(), "scales": [*self.scales]}
+
+    @classmethod
+    def read(cls, folder: Path) -> Companion | None:
+        """The companion in a checkpoint folder, or None where there is none.
+
+        Raises:
+            CheckpointError: The file is torn, or one of its entries is wrong.
+        """
+        path = folder / COMPANION
+        if not path.exists():
+            return None
+        try:
+            return cls._from_json(read_json(path, CheckpointError))
+        except AdapterError as error:
+            advice = "remove the file to convert without it"
+            raise CheckpointError(f"{path}: {error}; {advice}") from None
+
+    @classmethod
+    def _from_json(cls, data: Any) -> Companion:
+        if not isinstance(data, dict) or data.keys() != {MERGE_CONFIG, "scales"}:
+            raise AdapterError(f"found {short(data)}, expected {MERGE_CONFIG} and scales")
+        scales = data["scales"]
+        if not isinstance(scales, list) or not all(is_number(scale) for scale in scales):
+            raise AdapterError(f"scales is {short(scales)}, expected a list of numbers")
+        merge = MergeConfig.from_json(data[MERGE_CONFIG])
+        if not (name := merge.base.id or "").isprintable():
+            raise AdapterError(f"base_model.id is {short(name)}, expected a printable name")
+        return cls(merge, scales)
 
 
 def convert_checkpoint(
@@ -89,11 +141,9 @@ def convert_checkpoint(
         AdapterError: The destination exists, or cannot be written.
         ModelError: The base model cannot be read.
     """
-    if dtype is not None and dtype not in base.DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(base.DTYPES)}")
     check_adapter_destination(destination, force)
     folder = find_checkpoint(source)
-    known = None if model is None else read_base(model)
+    known = None if model is None else _read_base(model)
     adapter = read_checkpoint(folder, known, k, source)
     if dtype is not None:
         adapter = _cast(adapter, dtype)
@@ -120,16 +170,14 @@ def find_checkpoint(source: str) -> Path:
             raise CheckpointError(f"{source} is an adapter folder already: nothing to convert")
         if (root / ENCODER).is_file() or (root / PEFT_CONFIG).is_file():
             return root
-        inside = {path.parent for path in root.glob(f"*/{ENCODER}")}
+        inside = {path.parent.name for path in root.glob(f"*/{ENCODER}")}
     except OSError as error:
         raise CheckpointError(f"cannot read {source}: {error.strerror}") from None
-    for name in SUBFOLDERS:
-        if root / name in inside:
-            return root / name
-    if len(inside) == 1:
-        return inside.pop()
+    preferred = [name for name in SUBFOLDERS if name in inside] or sorted(inside)
+    if preferred and (len(inside) == 1 or preferred[0] in SUBFOLDERS):
+        return root / preferred[0]
     if inside:
-        names = ", ".join(sorted(path.name for path in inside))
+        names = ", ".join(preferred)
         raise CheckpointError(f"{source} holds several checkpoints ({names}): name one of them")
     raise CheckpointError(
         f"{source} holds no {ENCODER} and no {PEFT_CONFIG}: expected a checkpoint folder "
@@ -137,12 +185,7 @@ def find_checkpoint(source: str) -> Path:
     )
 
 
-def read_base(model: str) -> Base:
-    """Reads what converting needs of a base model: config and padding token, no weights.
-
-    Raises:
-        ModelError: It cannot be found or read.
-    """
+def _read_base(model: str) -> Base:
     path = base.resolve(model, weights=False)
     config = base.read_config(path)
     try:
@@ -151,7 +194,7 @@ def read_base(model: str) -> Base:
         raise ModelError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from error
     # A folder is recorded so that it can be found from anywhere.
     name = str(path.resolve()) if Path(model).is_dir() else model
-    return Base(name, config, base.default_pad_token_id(tokenizer), f"--model {name}")
+    return Base(name, config, base.default_pad_token_id(tokenizer), f"`model` {name}")
 
 
 def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str) -> Adapter:
@@ -167,80 +210,80 @@ def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str
         CheckpointError: Everything wrong with it, listed.
     """
     problems: list[str] = []
-    companion = _collect(problems, read_companion, folder)
-    facts = known or _companions_base(companion)
+    companion = _collect(problems, Companion.read, folder)
+    facts = known or _base_of(companion)
     encoder, encoder_weights = _read_encoder(folder, k, companion, problems)
     tensors = _collect(problems, _read_peft_tensors, folder)
-    before = len(problems)
     config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
-    if tensors is not None and len(problems) == before:
-        lora = _lora(config, tensors, known, companion, problems)
-    provenance = _provenance(folder, source, config)
+    if tensors is not None and (config is not None or not problems):
+        untied = facts is not None and base.is_tied(facts.config) is False
+        if known is None and companion is not None and companion.merge.head_lora is not None:
+            untied = False  # it may lie beside the encoder for all that
+        layers = facts and base.fingerprint(facts.config).get("num_hidden_layers")
+        scales = companion.scales if companion else ()
+        layers = layers if is_int(layers) else None
+        lora = lora_from_peft(config, tensors, problems, untied, layers, scales)
     problems += not_finite(encoder_weights)
     if lora is not None:
         problems += not_finite(lora.weights | named_head(lora.head_weights))
         problems += _cross_check(encoder, lora, facts)
     if companion is not None:
-        problems += _companion_problems(companion, encoder, known)
+        problems += _companion_problems(companion.merge, encoder, known)
     if problems or lora is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
-    recorded = config.get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not recorded.isprintable():
-        recorded = None
-    # The authors' code merges the whole prompt, and applies no chat template.
-    layout, pad = Layout(ALL, chat_template=False), facts and facts.pad_token_id
-    if companion is not None:
-        layout, provenance = companion.merge.layout, provenance | companion.merge.provenance
-        # What the encoder was trained with, even where that is not the tokenizer's default.
-        pad = pad if companion.merge.pad_token_id is None else companion.merge.pad_token_id
-    name, fields = (facts.id, base.fingerprint(facts.config)) if facts else (None, {})
-    merge = MergeConfig(
-        encoder=encoder,
-        base=BaseModelConfig(name or recorded, fields),
-        pad_token_id=pad,
-        head_lora=lora.head,
-        layout=layout,
-        provenance=provenance,
-    )
+    merge = _merge_config(encoder, lora, facts, companion, config)
+    provenance = _provenance(folder, source, config) | merge.provenance
+    merge = replace(merge, provenance=provenance)
     return Adapter(merge, lora.config, lora.weights, encoder_weights, lora.head_weights)
 
 
-def _lora(
-    config: Any,
-    tensors: Mapping[str, mx.array],
-    known: Base | None,
-    companion: Companion | None,
-    problems: list[str],
-) -> PeftLoRA | None:
-    facts = known or _companions_base(companion)
-    untied = facts is not None and base.is_tied(facts.config) is False
-    if known is None and companion is not None and companion.merge.head_lora is not None:
-        untied = False  # it may lie beside the encoder for all that
-    layers = base.fingerprint(facts.config).get("num_hidden_layers") if facts else None
-    scales = companion.scales if companion else ()
-    return lora_from_peft(
-        config, tensors, problems, untied, layers if is_int(layers) else None, scales
-    )
-
-
-def _companions_base(companion: Companion | None) -> Base | None:
+def _base_of(companion: Companion | None) -> Base | None:
     if companion is None:
         return None
     stated, pad = companion.merge.base, companion.merge.pad_token_id
     return Base(stated.id, dict(stated.fields), pad, f"the base in {COMPANION}")
 
 
+def _merge_config(
+    encoder: EncoderConfig | None,
+    lora: PeftLoRA,
+    facts: Base | None,
+    companion: Companion | None,
+    config: Mapping[str, Any],
+) -> MergeConfig:
+    recorded = config.get("base_model_name_or_path")
+    if not isinstance(recorded, str) or not recorded.isprintable():
+        recorded = None
+    name, fields = (facts.id, base.fingerprint(facts.config)) if facts else (None, {})
+    # The authors' code merges the whole prompt, and applies no chat template.
+    layout, provenance, pad = Layout(ALL, chat_template=False), {}, facts and facts.pad_token_id
+    if companion is not None:
+        layout, provenance = companion.merge.layout, companion.merge.provenance
+        # What the encoder was trained with, even where that is not the tokenizer's default.
+        pad = pad if companion.merge.pad_token_id is None else companion.merge.pad_token_id
+    stated = BaseModelConfig(name or recorded, fields)
+    return MergeConfig(encoder, stated, pad, lora.head, layout, provenance)
+
+
 def _companion_problems(
-    companion: Companion, encoder: EncoderConfig | None, known: Base | None
+    stated: MergeConfig, encoder: EncoderConfig | None, known: Base | None
 ) -> list[str]:
     """Where it contradicts the encoder or the base that are there."""
     differences = []
-    if encoder is not None and (difference := companion.disagreement(encoder)):
-        differences.append(difference)
+    if encoder is not None and stated.encoder is None:
+        k = encoder.merge_factor
+        differences.append(f"found an encoder for K = {k}, the adapter was made for none")
+    elif encoder is not None:
+        found, said = encoder.to_json(), stated.encoder.to_json()
+        differences += [
+            f"the encoder has {name} {found[name]}, not {said[name]}"
+            for name in said
+            if found[name] != said[name]
+        ]
     if known is not None:
         fields = base.fingerprint(known.config)
-        differences += [f"{known.by}: {d}" for d in companion.merge.base.differences(fields)]
+        differences += [f"{known.by}: {d}" for d in stated.base.differences(fields)]
     return [f"{d} (says {COMPANION}; remove it to convert without it)" for d in differences]
 
 
@@ -250,7 +293,7 @@ def _read_encoder(
     merges = companion is None or companion.merge.encoder is not None
     if not merges and not (folder / ENCODER).exists():
         if k not in (None, 1):
-            problems.append(f"{COMPANION} says K = 1, but --k is {k}: give --k 1 or leave it out")
+            problems.append(f"{COMPANION} says K = 1, but `k` is {k}: give 1 or leave it out")
         return None, {}
     state = _collect(problems, read_state_dict, folder / ENCODER)
     found = None if state is None else encoder_from_torch(state, k, problems)
@@ -279,10 +322,10 @@ def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, facts: Base | No
     """What encoder, LoRA and base must agree on."""
     head = named_head(lora.head_weights) or lora.weights
     a, b = (head.get(f"{HEAD}.{name}") for name in ("lora_a", "lora_b"))
+    hidden = encoder and encoder.hidden_size
     problems = []
-    if encoder is not None and a is not None and a.shape[0] != encoder.hidden_size:
-        d = encoder.hidden_size
-        problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {d}")
+    if hidden is not None and a is not None and a.shape[0] != hidden:
+        problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {hidden}")
     if facts is None:
         return problems
     if encoder is not None and base.scales_embeddings(facts.config):
@@ -291,15 +334,12 @@ def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, facts: Base | No
             "unscaled ones: such a checkpoint has no equal here (docs/method.md, Gemma)"
         )
     fields = base.fingerprint(facts.config)
-    checks = (
-        ("hidden_size", encoder and encoder.hidden_size, "the encoder has"),
+    for name, ours, whose in (
+        ("hidden_size", hidden, "the encoder has"),
         ("vocab_size", None if b is None else b.shape[1], "lm_head's LoRA has"),
-    )
-    problems += [
-        f"{facts.by} has {name} {fields[name]}, {whose} {ours}"
-        for name, ours, whose in checks
-        if ours is not None and name in fields and fields[name] != ours
-    ]
+    ):
+        if ours is not None and fields.get(name, ours) != ours:
+            problems.append(f"{facts.by} has {name} {fields[name]}, {whose} {ours}")
     layers, covered = fields.get("num_hidden_layers"), lora.config.num_layers
     if is_int(layers) and covered > layers:
         problems.append(f"{facts.by} has {layers} layers, the LoRA covers {covered}")
@@ -312,46 +352,37 @@ def named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
-    """Which tensors are no numbers to compute with, one line each."""
-    problems = []
-    for name, array in tensors.items():
-        if not mx.issubdtype(array.dtype, mx.floating):
-            problems.append(f"{name} has dtype {array.dtype}, expected a floating-point dtype")
-        elif not mx.isfinite(array).all().item():
-            problems.append(f"{name} holds NaN or infinite values: the training run diverged")
-    return problems
+    """Which tensors are not numbers to compute with, one line each."""
+    return dtype_problems(tensors) + [
+        f"{name} holds NaN or infinite values: the training run diverged"
+        for name, array in tensors.items()
+        if not mx.isfinite(array).all().item()
+    ]
 
 
-def _read_or_say(path: Path) -> Any:
-    """Provenance is for people: a file that a killed run tore must not stand in the way."""
-    try:
-        return read_json(path, CheckpointError)
-    except CheckpointError as error:
-        return f"left out: {error}"
-
-
-def _provenance(folder: Path, source: str, config: Any) -> dict[str, Any]:
+def _provenance(folder: Path, source: str, config: dict[str, Any]) -> dict[str, Any]:
     provenance: dict[str, Any] = {"converter": f"kmerge-mlx {__version__}", "source": source}
-    if isinstance(config, dict) and isinstance(config.get("peft_version"), str):
+    if isinstance(config.get("peft_version"), str):
         provenance["peft_version"] = config["peft_version"]
-    for name in PROVENANCE:
-        if not (folder / name).is_file():
-            continue
-        if (size := (folder / name).stat().st_size) > MAX_PROVENANCE_BYTES:
-            content = f"left out: {size} bytes"
-        else:
-            content = _read_or_say(folder / name)
+    for name in filter(lambda name: (folder / name).is_file(), PROVENANCE):
+        try:
+            size = (folder / name).stat().st_size
+            large = size > MAX_PROVENANCE_BYTES
+            content = (
+                f"left out: {size} bytes" if large else read_json(folder / name, CheckpointError)
+            )
+        except CheckpointError as error:  # for people alone: a torn file is not in the way
+            content = f"left out: {error}"
         provenance[name.removesuffix(".json")] = content
     return provenance
 
 
 def _cast(adapter: Adapter, dtype: str) -> Adapter:
-    parts = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
-    cast = [
-        {name: a.astype(base.DTYPES[dtype]) for name, a in tensors.items()} for tensors in parts
-    ]
-    lora, encoder, head = cast
+    lora, encoder, head = (
+        {name: array.astype(base.DTYPES[dtype]) for name, array in tensors.items()}
+        for tensors in (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
+    )
     if large := not_finite(lora | encoder | named_head(head)):
         names = ", ".join(problem.split()[0] for problem in large)
-        raise CheckpointError(f"--dtype {dtype} cannot hold {names}: give float32 or bfloat16")
-    return Adapter(adapter.merge, adapter.tuning, *cast)
+        raise CheckpointError(f"`dtype` {dtype} cannot hold {names}: give float32 or bfloat16")
+    return Adapter(adapter.merge, adapter.tuning, lora, encoder, head)

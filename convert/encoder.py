@@ -1,8 +1,7 @@
-"""``encoder.pth`` to merge encoder weights, and back.
+"""Converts the tensors of ``encoder.pth`` to merge encoder weights, and back.
 
-Owns the table of names and the reading of K, D and H from the shapes. Source: the authors' state
-dict, ``net.{0,2,4}`` of an ``nn.Sequential`` (arXiv 2604.15153, released code); under
-DistributedDataParallel every name has the prefix ``module.``.
+Source: the authors' state dict, ``net.{0,2,4}`` of an ``nn.Sequential`` (arXiv 2604.15153, released
+code); under DistributedDataParallel every name has the prefix ``module.``.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ def encoder_from_torch(
         problems.append(
             "encoder.pth: some tensors are there with and without the prefix module. (keep one)"
         )
-    state = plain
-    sizes = _sizes(state, problems)
-    if sizes is None:
+    try:
+        sizes = _sizes(plain)
+    except AdapterError as error:
+        problems.append(f"encoder.pth: {error}")
         return None
-    if k is not None and k != sizes.merge_factor:
+    if k not in (None, sizes.merge_factor):
         problems.append(
-            f"encoder.pth merges K = {sizes.merge_factor} tokens, but --k is {k}: "
-            f"give --k {sizes.merge_factor} or leave it out"
+            f"encoder.pth merges K = {sizes.merge_factor} tokens, but `k` is {k}: "
+            f"give {sizes.merge_factor} or leave it out"
         )
-    torch_name = {ours: theirs for theirs, ours in NAMES}
-    expected = {torch_name[ours]: shape for ours, shape in sizes.shapes().items()}
-    found = {name: tuple(array.shape) for name, array in state.items()}
+    expected = {theirs: sizes.shapes()[ours] for theirs, ours in NAMES}
+    found = {name: tuple(array.shape) for name, array in plain.items()}
     problems += [f"encoder.pth: {p}" for p in tensor_problems(expected, found)]
-    return sizes, {ours: state[theirs] for theirs, ours in NAMES if theirs in state}
+    return sizes, {ours: plain[theirs] for theirs, ours in NAMES if theirs in plain}
 
 
 def encoder_to_torch(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -65,23 +64,18 @@ def encoder_to_torch(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return {theirs: weights[ours] for theirs, ours in NAMES}
 
 
-def _sizes(state: Mapping[str, mx.array], problems: list[str]) -> EncoderConfig | None:
+def _sizes(state: Mapping[str, mx.array]) -> EncoderConfig:
     first, last = state.get("net.0.weight"), state.get("net.4.weight")
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
-        problems.append(
-            "encoder.pth is not a merge encoder: expected 2-dimensional net.0.weight and "
-            f"net.4.weight, found {', '.join(sorted(state)[:8]) or 'nothing'}"
+        names = ", ".join(sorted(state)[:8]) or "nothing"
+        raise AdapterError(
+            f"not a merge encoder: found {names}, expected 2-dimensional net.0.weight and "
+            "net.4.weight"
         )
-        return None
     (inner, wide), hidden = first.shape, last.shape[0]
     if hidden == 0 or wide % hidden or wide // hidden < 2:
-        problems.append(
-            f"encoder.pth: net.0.weight {tuple(first.shape)} and net.4.weight "
-            f"{tuple(last.shape)} give no whole merge factor of at least 2"
+        raise AdapterError(
+            f"net.0.weight {tuple(first.shape)} and net.4.weight {tuple(last.shape)} give no "
+            "whole merge factor of at least 2"
         )
-        return None
-    try:
-        return EncoderConfig(wide // hidden, hidden, inner)
-    except AdapterError as error:
-        problems.append(str(error))
-        return None
+    return EncoderConfig(wide // hidden, hidden, inner)

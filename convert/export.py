@@ -1,11 +1,7 @@
-"""An adapter folder to a checkpoint folder for PyTorch: the reverse of ``checkpoint.py``.
+"""Writes an adapter as a checkpoint folder for PyTorch: the reverse of ``checkpoint.py``.
 
-Owns which adapters have an equal in PEFT's format and the paper's code, and what the folder holds:
-``encoder.pth``, PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, ``kmerge.json``
-for what those cannot say, and the ``metrics.json`` of a checkpoint that was converted.
-
-Not written: the copies of base weights (``base_layer``) that PEFT saves for an adapted output head.
-They are the base's, and PEFT loads an adapter without them.
+The copies of base weights (``base_layer``) that PEFT saves for an adapted output head are not
+written: they are the base's, and PEFT loads an adapter without them.
 """
 
 from __future__ import annotations
@@ -18,17 +14,18 @@ from kmerge_mlx import base, bundled
 from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, load_adapter
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
+    COMPANION,
     ENCODER,
     MAX_PROVENANCE_BYTES,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PROVENANCE,
+    Companion,
     named_head,
     not_finite,
 )
-from kmerge_mlx.convert.companion import COMPANION, Companion
 from kmerge_mlx.convert.encoder import encoder_to_torch
-from kmerge_mlx.convert.peft import lora_from_peft, place
+from kmerge_mlx.convert.peft import place
 from kmerge_mlx.convert.peft_write import PeftAdapter, lora_to_peft
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
@@ -62,12 +59,9 @@ def export_adapter(
         destination, force, "exported adapter", FILES, CheckpointError, marker=COMPANION
     )
     adapter = load_adapter(source, k)
-    problems = _objections(adapter)
-    if isinstance(tuning := adapter.tuning, LoRAConfig) and not problems:
-        peft = lora_to_peft(adapter, tuning, _base_model(adapter))
-        problems = _differences(peft)
-    if problems:
+    if problems := _objections(adapter):
         raise AdapterError(findings(f"{source} cannot be exported", problems))
+    peft = lora_to_peft(adapter, _base_model(adapter))
     try:
         with replacing_folder(Path(destination)) as folder:
             _write(adapter, peft, folder)
@@ -83,7 +77,7 @@ def _objections(adapter: Adapter) -> list[str]:
     check_not_quantized(merge, "exported")
     problems = not_finite(adapter.encoder_weights | weights | named_head(adapter.head_weights))
     if not isinstance(adapter.tuning, LoRAConfig):
-        return [*problems, "full fine-tuning is no LoRA: `kmerge-mlx fuse` writes a whole model"]
+        return [*problems, "full fine-tuning is not LoRA: `kmerge-mlx fuse` writes a whole model"]
     if merge.encoder is not None and (context := merge.encoder.context):
         problems.append(
             f"its encoder also reads the {context} tokens before a block, which the paper's "
@@ -99,38 +93,20 @@ def _objections(adapter: Adapter) -> list[str]:
             "it has no LoRA: `kmerge-mlx fuse` put it into the model's weights; export the adapter "
             "that it was made from"
         )
-    modules = {name.rpartition(".")[0]: array for name, array in weights.items()}
-    if merge.head_lora is not None and named_head(adapter.head_weights).keys() & weights.keys():
+    if named_head(adapter.head_weights).keys() & weights.keys():
         problems.append("lm_head has two LoRAs, one beside the encoder")
-    for reason, found in (
-        ("experts", {place(name)[2] for name, array in modules.items() if array.ndim == 3}),
-        ("the embedding table", {name for name in modules if _is_embedding(name)}),
-    ):
-        problems += [
-            f"{name} is LoRA on {reason}, for which PEFT's files have no place: train it with "
-            "other lora_parameters.keys"
-            for name in sorted(found)
-        ]
-    return problems
-
-
-def _is_embedding(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return "embed" in last or last in ("wte", "wpe")
-
-
-def _differences(peft: PeftAdapter) -> list[str]:
-    """What ``convert`` would not read back as it is meant, one line each."""
-    problems: list[str] = []
-    back = lora_from_peft(peft.config, peft.tensors, problems, True, scales=peft.scales)
-    if back is None:
-        return problems
-    specs = {name.rpartition(".")[0]: back.config.uniform for name in back.weights}
-    specs |= back.config.modules
-    return [
-        f"{name}: PEFT's rules would give it {specs.get(name)}, not {spec}"
-        for name, spec in peft.specs.items()
-        if specs.get(name) != spec
+    homeless = {}
+    for name, array in weights.items():
+        module = name.rpartition(".")[0]
+        last = module.rpartition(".")[2]
+        if array.ndim == 3:
+            homeless[place(module)[2]] = "experts"
+        elif "embed" in last or last in ("wte", "wpe"):
+            homeless[module] = "the embedding table"
+    return problems + [
+        f"{name} is LoRA on {what}, for which PEFT's files have no place: train it with other "
+        "lora_parameters.keys"
+        for name, what in sorted(homeless.items())
     ]
 
 

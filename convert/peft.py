@@ -1,8 +1,4 @@
-"""PEFT LoRA adapter to mlx-lm LoRA weights.
-
-Owns the PEFT schema: which options are honoured, which are refused by name, and the table from
-PEFT tensor names to mlx-lm's. Does not know base models: the tensors themselves name the modules
-that were adapted, so no base is needed to convert.
+"""Converts a PEFT LoRA adapter to mlx-lm LoRA weights, without looking at the base model.
 
 Source: LoraConfig of PEFT 0.21 and its saved tensor names
 (``base_model.model.<module>.lora_A.weight``); mlx-lm's ``lora_a`` (in, r), ``lora_b`` (r, out),
@@ -13,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +51,6 @@ HARMLESS = {
     *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "task_type"),
 }
-HONOURED = {
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "target_modules", "exclude_modules"),
-    *("init_lora_weights", "bias"),
-}
 REFUSED_OPTIONS = {
     "use_dora": "DoRA: retrain with use_dora=False, or merge it in PEFT",
     "modules_to_save": "whole trained modules: retrain with modules_to_save=None",
@@ -69,6 +60,40 @@ REFUSED_OPTIONS = {
     "layer_replication": "replicated layers: retrain without it",
     "alora_invocation_tokens": "activated LoRA: retrain without it",
 }
+
+
+def _is_rank(value: Any) -> bool:
+    return is_int(value, 1)
+
+
+def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(good, value))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, lambda name: isinstance(name, str))
+
+
+def _is_pattern(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(good, value.values()))
+
+
+# Option -> (what it must be, in code and in words); all but the first three may be null.
+OPTIONS = {
+    "r": (_is_rank, "a rank"),
+    "lora_alpha": (is_number, "a number"),
+    "target_modules": (_is_names, "a string or a list of strings"),
+    "exclude_modules": (_is_names, "a string or a list of strings"),
+    "layers_pattern": (_is_names, "a string or a list of strings"),
+    "layers_to_transform": (lambda v: is_int(v) or _is_list(v, is_int), "layer numbers"),
+    "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "names and ranks"),
+    "alpha_pattern": (lambda v: _is_pattern(v, is_number), "names and numbers"),
+}
+NEEDED = ("r", "lora_alpha", "target_modules")
+HONOURED = {*OPTIONS, "init_lora_weights", "bias"}
+
 # Ways to start that leave the base model's weights alone; the others (pissa, olora, corda, loftq,
 # lora_ga) change them, so the adapter means nothing on the original base.
 INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -126,7 +151,16 @@ def lora_from_peft(
     specs = {
         name: _spec(name, pair, config, rules, scales, problems) for name, pair in pairs.items()
     }
-    problems += _target_problems(config, pairs, rules)
+    problems += [
+        f"{name} has LoRA tensors, but {objection}"
+        for name in pairs
+        if (objection := rules.objection(name)) is not None
+    ]
+    problems += [
+        f"target_modules names {short(target)}, but no tensor belongs to it (if the base has no "
+        "such module, remove it from adapter_config.json)"
+        for target in rules.unused_targets()
+    ]
     if len(problems) > before:
         return None
     head, head_weights = None, {}
@@ -147,9 +181,7 @@ def _config_problems(config: Any) -> list[str]:
         what = "has no peft_type: it is not PEFT's" if kind is None else f"is of type {short(kind)}"
         return [f"adapter_config.json {what}; only LORA adapters convert"]
     problems = [
-        f"{short(name)[1:-1]} = {short(value)} ({REFUSED_OPTIONS[name]})"
-        if name in REFUSED_OPTIONS
-        else f"{short(name)[1:-1]} = {short(value)} is not supported"
+        f"{short(name)[1:-1]} = {short(value)} ({REFUSED_OPTIONS.get(name, 'not supported')})"
         for name, value in config.items()
         if name not in HARMLESS | HONOURED and value not in (None, False, [], {}, "")
     ]
@@ -161,47 +193,16 @@ def _config_problems(config: Any) -> list[str]:
             f"init_lora_weights = {short(init)} (it may change the base: convert it to plain "
             "LoRA in PEFT, save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    problems += _number_problems(config) + _name_problems(config)
-    return [f"adapter_config.json: {problem}" for problem in problems]
-
-
-def _number_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if not is_int(config.get("r"), 1):
-        problems.append(f"r = {short(config.get('r'))}, expected a rank")
-    if not is_number(alpha := config.get("lora_alpha")):
-        problems.append(f"lora_alpha = {short(alpha)}, expected a number")
-    dropout = config.get("lora_dropout", 0.0)
-    if not is_number(dropout) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout = {short(dropout)}, expected a number in [0, 1)")
-    if not isinstance(rslora := config.get("use_rslora", False), bool | None):
-        problems.append(f"use_rslora = {short(rslora)}, expected true or false")
-    for name, good, kind in (
-        ("rank_pattern", lambda value: is_int(value, 1), "ranks"),
-        ("alpha_pattern", is_number, "numbers"),
+    for name, (good, expected) in OPTIONS.items():
+        value = config.get(name)
+        if not good(value) and (value is not None or name in NEEDED):
+            problems.append(f"{name} = {short(value)}, expected {expected}")
+    if (
+        isinstance(config.get("target_modules"), str)
+        and config.get("layers_to_transform") is not None
     ):
-        pattern = config.get(name)
-        if pattern is not None and not (
-            isinstance(pattern, dict) and all(good(value) for value in pattern.values())
-        ):
-            problems.append(f"{name} = {short(pattern)}, expected names and {kind}")
-    return problems
-
-
-def _name_problems(config: Mapping[str, Any]) -> list[str]:
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    problems = [
-        f"{name} = {short(config.get(name))}, expected a string or a list of strings"
-        for name in ("target_modules", "exclude_modules", "layers_pattern")
-        if not isinstance(config.get(name), str)
-        and not _is_list(config.get(name), lambda item: isinstance(item, str))
-        and (config.get(name) is not None or name == "target_modules")
-    ]
-    if layers is not None and not is_int(layers) and not _is_list(layers, is_int):
-        problems.append(f"layers_to_transform = {short(layers)}, expected layer numbers")
-    elif isinstance(targets, str) and layers is not None:
         problems.append("layers_to_transform does not go with target_modules as one pattern")
-    return problems
+    return [f"adapter_config.json: {problem}" for problem in problems]
 
 
 def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, dict[str, mx.array]]:
@@ -225,19 +226,6 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
             problems.append(f"tensor {name} is there under two names")
         else:
             pairs[module][SUFFIXES[suffix]] = array.T
-    problems += _copy_problems(copies, tensors, pairs)
-    if not pairs and not problems:
-        problems.append("the adapter holds no LoRA tensors")
-    return pairs
-
-
-def _copy_problems(
-    copies: Mapping[str, tuple[str, str]],
-    tensors: Mapping[str, mx.array],
-    pairs: Mapping[str, Mapping[str, mx.array]],
-) -> list[str]:
-    """Copies of the base that do not have the size of the LoRA beside them."""
-    problems = []
     for name, (module, suffix) in copies.items():
         pair, shape = pairs.get(module, {}), tuple(tensors[name].shape)
         if len(pair) < len(LORA_PARTS):
@@ -247,7 +235,9 @@ def _copy_problems(
         expected = (out, inner) if suffix == COPIES[0] else (out,)
         if shape != expected:
             problems.append(f"tensor {name} has shape {shape}, its LoRA expects {expected}")
-    return problems
+    if not pairs and not problems:
+        problems.append("the adapter holds no LoRA tensors")
+    return pairs
 
 
 def _spec(
@@ -275,26 +265,12 @@ def _spec(
         problems.append(f"{name}: the tensors have rank {a.shape[1]}, the config says {rank}")
         return None
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    beside = (scale, math.nextafter(scale, math.inf), math.nextafter(scale, -math.inf))
-    return LoRASpec(rank, next((exact for exact in beside if exact in scales), scale))
+    return LoRASpec(rank, next((near for near in neighbours(scale) if near in scales), scale))
 
 
-def _target_problems(
-    config: Mapping[str, Any], names: Iterable[str], rules: NameRules
-) -> list[str]:
-    """Tensors that PEFT would not apply, and targets without tensors."""
-    problems = [
-        f"{name} has LoRA tensors, but {objection}"
-        for name in names
-        if (objection := rules.objection(name)) is not None
-    ]
-    if not config.get("exclude_modules"):
-        problems += [
-            f"target_modules names {short(target)}, but no tensor belongs to it (if the base has "
-            "no such module, remove it from adapter_config.json)"
-            for target in rules.unused_targets()
-        ]
-    return problems
+def neighbours(value: float) -> tuple[float, float, float]:
+    """A float64 and the two beside it."""
+    return value, math.nextafter(value, math.inf), math.nextafter(value, -math.inf)
 
 
 def place(name: str) -> tuple[str, int | None, str]:
@@ -313,7 +289,7 @@ def _lora_config(
     num_layers: int | None,
 ) -> LoRAConfig:
     """mlx-lm's uniform form where it says the same, else module by module."""
-    dropout = float(config.get("lora_dropout", 0.0))
+    dropout = float(config.get("lora_dropout") or 0.0)
     places = [place(name) for name in specs]
     layers = {layer for _, layer, _ in places if layer is not None}
     covered = max(layers, default=-1) + 1
@@ -335,7 +311,3 @@ def _lora_config(
         # mlx-lm reads 0 layers as all of them; a module outside the layers needs none.
         return LoRAConfig(max(count, min(len(keys), 1)), dropout, spec, tuple(keys))
     return LoRAConfig(covered, dropout, modules=dict(specs))
-
-
-def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(good(item) for item in value)

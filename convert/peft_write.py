@@ -1,15 +1,13 @@
-"""mlx-lm LoRA weights to a PEFT adapter: the reverse of ``peft.py``, whose names it uses.
+"""Writes a LoRA as a PEFT adapter: the reverse of ``peft.py``, whose names it uses.
 
-Owns how ranks, scales and modules are said in a PEFT config. To PEFT, ``lora_alpha / r`` is the
-scale, and an entry of ``target_modules`` or of a pattern means every module whose path ends with
-it: a short entry is written only where that is what is meant.
+To PEFT, ``lora_alpha / r`` is the scale, and an entry of ``target_modules`` or of a pattern means
+every module whose path ends with it: a short entry is written only where that is what is meant.
 
 Source: LoraConfig of PEFT 0.21, and as for ``patterns.py``.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
@@ -21,7 +19,7 @@ import mlx.core as mx
 from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
 from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.adapters.tuning import LoRAConfig
-from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, place
+from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
 
 _MOST_EXACT = 2**53  # integers up to this are float64s as well
 
@@ -33,28 +31,24 @@ class PeftAdapter:
     Args:
         config: The content of ``adapter_config.json``.
         tensors: The content of ``adapter_model.safetensors``.
-        specs: Module path to the rank and scale that are meant.
         scales: Those scales that no ``lora_alpha`` gives to the last bit, ascending.
     """
 
     config: dict[str, Any]
     tensors: dict[str, mx.array]
-    specs: dict[str, LoRASpec]
     scales: tuple[float, ...]
 
 
-def lora_to_peft(adapter: Adapter, tuning: LoRAConfig, base_model: str | None) -> PeftAdapter:
+def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
     """Says an adapter's LoRA in PEFT's terms.
 
     Args:
         adapter: Its LoRA, the output head's included, which PEFT finds as ``lm_head``.
-        tuning: The adapter's: which modules carry LoRA.
         base_model: What PEFT is to call the base: a folder, a repo id, or None.
     """
-    weights, specs = dict(adapter.tuning_weights), {}
-    for name in weights:
-        module = name.rpartition(".")[0]
-        specs[module] = tuning.uniform or tuning.modules[module]
+    tuning, weights = adapter.tuning, dict(adapter.tuning_weights)
+    modules = {name.rpartition(".")[0] for name in weights}
+    specs = {name: tuning.uniform or tuning.modules[name] for name in sorted(modules)}
     if adapter.merge.head_lora is not None:
         specs[HEAD] = adapter.merge.head_lora
         weights |= {f"{HEAD}.{part}": array for part, array in adapter.head_weights.items()}
@@ -82,17 +76,16 @@ def lora_to_peft(adapter: Adapter, tuning: LoRAConfig, base_model: str | None) -
         "modules_to_save": None,
     }
     inexact = {s.scale for name, s in specs.items() if alphas[name] / s.rank != s.scale}
-    return PeftAdapter(config, tensors, specs, tuple(sorted(inexact)))
+    return PeftAdapter(config, tensors, tuple(sorted(inexact)))
 
 
 def _alpha(spec: LoRASpec) -> float:
     """The ``lora_alpha`` that, divided by the rank, is the scale; an integer where it is one.
 
-    There is none for about one scale in six, at ranks that are no power of two: the nearest then.
+    About one scale in six has none, at ranks that are not a power of two: the nearest then.
     """
     alpha = float(spec.scale) * spec.rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    alpha = next((a for a in near if a / spec.rank == spec.scale), alpha)
+    alpha = next((a for a in neighbours(alpha) if a / spec.rank == spec.scale), alpha)
     return int(alpha) if alpha.is_integer() and abs(alpha) < _MOST_EXACT else alpha
 
 

@@ -7,10 +7,8 @@ when needed, ``ZIPS`` and ``FOREIGN`` whole files.
 from __future__ import annotations
 
 import gzip
-import io
 import pickle
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterator
 
@@ -22,7 +20,6 @@ from tests.hostile_torch_parts import (
     checkpoint,
     name,
     number,
-    numbers,
     pack,
     proto,
     state,
@@ -51,12 +48,7 @@ EXECUTING = {
     ),
     "os_system_by_inst": proto(b"(" + text(TOUCH) + pickle.INST + b"os\nsystem\n"),
     "map_by_newobj": proto(MAPPED + pickle.NEWOBJ + pickle.TUPLE1 + pickle.NEWOBJ),
-    "map_by_newobj_ex": proto(
-        MAPPED + b"}" + pickle.NEWOBJ_EX + pickle.TUPLE1 + b"}" + pickle.NEWOBJ_EX
-    ),
-    "map_by_obj": proto(b"(" + MAPPED + pickle.NEWOBJ + pickle.OBJ),
     "os_system_as_a_value": state(text("w"), SYSTEM),
-    "os_system_as_a_key": state(SYSTEM, number(1)),
     "os_system_in_the_metadata": proto(HOOKS + b"}" + text("_metadata") + SYSTEM + b"sb"),
     "os_system_in_a_shape": state(text("w"), tuple_of(SYSTEM)),
     "os_system_before_the_state_dict": proto(SYSTEM + pickle.POP + HOOKS),
@@ -69,128 +61,51 @@ UNTYPED = storage("torch.storage.UntypedStorage", count=16)
 MODULE_ID = (text("module"), name("torch.FloatStorage"), text("0"), text("cpu"), number(4))
 
 BAD = {
-    "a_persistent_id_of_a_string": proto(text("storage") + pickle.BINPERSID),
-    "a_persistent_id_in_text": proto(pickle.PERSID + b"storage\n"),
     "a_persistent_id_of_a_module": view(0, (4,), (1,), tuple_of(*MODULE_ID) + b"Q"),
     "a_storage_typed_by_a_function": view(0, (4,), (1,), storage(V2)),
     "a_storage_key_that_is_a_number": view(0, (4,), (1,), storage(key=number(0))),
     "a_storage_key_that_climbs": view(0, (4,), (1,), storage(key=text("../data.pkl"))),
-    "a_storage_key_that_is_not_there": view(0, (4,), (1,), storage(key=text("7"))),
-    "a_storage_key_of_half_a_million_digits": view(0, (4,), (1,), storage(key=text("0" * 500_000))),
     "a_storage_count_below_zero": view(0, (4,), (1,), storage(count=-4)),
-    "a_storage_count_of_exabytes": view(0, (4,), (1,), storage(count=1 << 62)),
-    "a_storage_count_of_2000_bits": view(0, (4,), (1,), storage(count=1 << 2000)),
     "a_storage_count_that_is_a_float": view(0, (4,), (1,), storage(count=4.0)),
     "a_storage_count_that_is_a_boolean": view(0, (1,), (1,), storage(count=True)),
     "a_storage_count_above_its_bytes": view(0, (4,), (1,), storage(count=5)),
-    "a_storage_count_below_its_bytes": view(0, (3,), (1,), storage(count=3)),
     "a_storage_of_a_narrower_type": view(0, (4,), (1,), storage("torch.HalfStorage")),
-    "a_storage_of_two_types": state(
-        text("a"), tensor(), text("b"), tensor(store=storage("torch.IntStorage"))
-    ),
-    "float64": view(0, (2,), (1,), storage("torch.DoubleStorage", count=2)),
-    "complex64": view(0, (2,), (1,), storage("torch.ComplexFloatStorage", count=2)),
-    "float8": state(text("w"), name("torch.float8_e4m3fn")),
-    "a_quantized_tensor": state(text("w"), call("torch._utils._rebuild_qtensor", number(1))),
-    "a_sparse_tensor": state(text("w"), call("torch._utils._rebuild_sparse_tensor", number(1))),
-    "a_parameter_with_attributes": state(
-        text("w"), call("torch._utils._rebuild_parameter_with_state", tensor())
-    ),
-    "a_parameter_of_a_number": state(
-        text("w"), call("torch._utils._rebuild_parameter", number(1), number(True), HOOKS)
-    ),
-    "a_negated_view": view(0, (4,), (1,), None, b"}" + text("neg") + number(True) + b"s"),
     "a_tensor_of_a_number": view(0, (4,), (1,), number(4)),
     "a_tensor_called_with_a_list": state(text("w"), name(V2) + b"]R"),
-    "a_tensor_called_with_nothing": state(text("w"), call(V2)),
-    "a_tensor_typed_by_a_storage": state(
-        text("w"),
-        call(
-            *(V3, UNTYPED, number(0), numbers([4]), numbers([1])),
-            *(number(False), HOOKS, name("torch.FloatStorage")),
-        ),
-    ),
-    "an_ordered_dict_called_with_items": proto(call("collections.OrderedDict", b"]")),
     "a_call_of_a_string": proto(text("os.system") + tuple_of(text(TOUCH)) + b"R"),
-    "a_call_of_an_ordered_dict": proto(HOOKS + b")R"),
     "a_global_below_an_allowed_module": proto(name("torch._utils.os.system")),
     "a_global_named_by_numbers": proto(number(1) + number(2) + pickle.STACK_GLOBAL),
     "a_global_without_an_end": b"\x80\x02ccollections\nOrderedDict",
     "a_global_that_is_not_utf_8": proto(b"c\xff\n\xff\n"),
-    "an_extension_code": proto(pickle.EXT1 + b"\x01"),
     "an_unknown_opcode": proto(b"\xff"),
-    "protocol_77": b"\x80\x4d" + state()[2:],
-    "a_dup_loop": proto(number(1) + pickle.DUP * 1000),
-    "a_set": state(text("w"), pickle.EMPTY_SET),
-    "bytes": state(text("w"), pickle.SHORT_BINBYTES + b"\x01a"),
-    "an_out_of_band_buffer": state(text("w"), pickle.NEXT_BUFFER),
     "a_negative_offset": view(-1),
     "an_offset_past_the_end": view(1),
-    "an_offset_that_is_a_boolean": view(True, (3,)),
     "a_negative_size": view(0, (-4,)),
-    "two_negative_sizes": view(0, (-2, -2), (2, 1)),
-    "a_size_of_exabytes": view(0, (1 << 62,)),
     "sizes_that_wrap_to_zero": view(0, (1 << 32, 1 << 32), (0, 0)),
     "an_empty_tensor_with_huge_sizes": view(0, (0, *[2**31 - 1] * 4), (1,) * 5),
-    "an_empty_tensor_with_a_64_bit_size": view(0, (0, 1 << 40), (1, 1)),
     "a_float_size": view(0, (4.0,)),
-    "a_nan_size": view(0, (float("nan"),)),
-    "an_infinite_stride": view(0, (4,), (float("inf"),)),
     "a_boolean_size": view(0, (True,)),
-    "a_size_that_is_none": view(0, (None,)),
-    "a_shape_that_is_a_string": state(
-        text("w"), call(V2, storage(), number(0), text("4"), text("1"), number(False), HOOKS)
-    ),
     "a_zero_stride": view(0, (1 << 30,), (0,)),
-    "overlapping_rows": view(0, (2, 3), (1, 1)),
     "a_negative_stride": view(3, (4,), (-1,)),
     "a_stride_of_exabytes": view(0, (2,), (1 << 62,)),
-    "a_stride_too_many": view(0, (4,), (1, 1)),
     "nine_dimensions": view(0, (1,) * 9, (1,) * 9),
     "one_storage_under_a_thousand_names": state(
         *(part for i in range(1000) for part in (text(f"w{i}"), tensor()))
     ),
-    "a_list_as_a_key": state(b"]", tensor()),
-    "a_tuple_as_a_key": state(b")", tensor()),
-    "a_deep_tuple_as_a_key": state(b")" + pickle.TUPLE1 * 1_000_000, tensor()),
+    "a_deep_tuple_as_a_key": state(b")" + pickle.TUPLE1 * 50_000, tensor()),
     "a_number_as_a_name": state(number(1), tensor()),
-    "a_boolean_as_a_name": state(number(True), tensor()),
-    "none_as_a_name": state(number(None), tensor()),
-    "a_name_with_a_newline": state(text("w\nERROR"), tensor()),
     "a_name_with_half_a_surrogate": state(text("\ud800"), tensor()),
-    "a_name_twice": state(text("w"), tensor(), text("w"), tensor()),
     "a_name_without_a_tensor": state(text("w")),
     "a_dictionary_in_itself": proto(b"}q\x00" + text("w") + b"h\x00s"),
-    "a_list_in_itself": proto(b"]q\x00h\x00a"),
-    "a_tuple_around_itself": proto(b"]q\x00h\x00\x85a"),
-    "a_nested_state_dict": state(text("model"), HOOKS, text("epoch"), number(3)),
-    "a_list_of_tensors": proto(b"]" + tensor() + b"a"),
-    "a_tensor_alone": proto(tensor()),
-    "a_storage_alone": proto(storage()),
-    "a_whole_module": proto(name("__main__.Encoder") + b")" + pickle.NEWOBJ),
-    "attributes_for_a_dict": proto(b"}}" + text("w") + number(1) + b"sb"),
-    "attributes_beside_the_metadata": proto(HOOKS + b"}" + text("__class__") + number(1) + b"sb"),
-    "attributes_for_a_tensor": proto(tensor() + b"}b"),
-    "attributes_that_are_a_tuple": proto(HOOKS + b")b"),
     "items_for_a_tuple": proto(b")" + number(1) + number(2) + b"s"),
     "an_append_to_a_dict": proto(b"}" + number(1) + b"a"),
     "a_memo_that_was_never_written": proto(b"h\x05"),
-    "a_memo_of_an_empty_stack": proto(b"q\x00"),
-    "items_for_an_empty_stack": proto(b"s"),
     "a_pop_below_a_mark": proto(number(1) + b"(\x85"),
     "a_group_without_a_mark": proto(b"t"),
-    "an_open_mark_at_the_end": proto(b"(" + HOOKS),
     "a_pickle_without_an_end": state()[:-1],
-    "a_pickle_cut_in_an_operand": b"\x80\x02X\x04\x00\x00\x00ab",
     "a_pickle_of_no_bytes": b"",
-    "a_pickle_after_the_pickle": state() + state(),
-    "a_memo_index_of_4_billion": proto(b"}r\xff\xff\xff\xff"),
-    "a_memo_index_of_2_billion": proto(b"}r\xff\xff\xff\x7f"),
     "an_integer_of_2_gigabytes": proto(pickle.LONG4 + b"\xff\xff\xff\x7f"),
-    "an_integer_in_text": proto(pickle.INT + b"9" * 1_000_000 + b"\n"),
-    "a_string_of_4_gigabytes": proto(pickle.BINUNICODE + b"\xff\xff\xff\xff"),
     "a_string_of_8_exabytes": proto(pickle.BINUNICODE8 + b"\xff" * 7 + b"\x7f"),
-    "a_bytearray_of_8_exabytes": proto(pickle.BYTEARRAY8 + b"\xff" * 7 + b"\x7f"),
 }
 
 
@@ -204,41 +119,15 @@ def filled(start: bytes, repeated: bytes, end: bytes = b".") -> bytes:
     return start + repeated * ((CAP - len(start) - len(end)) // len(repeated)) + end
 
 
-def collisions() -> bytes:
-    """A dictionary with integer keys that all have one hash: quadratic time in CPython."""
-    keys = (b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") for i in range(1, 50_000))
-    return b"\x80\x02}" + b"".join(key + b"Ns" for key in keys) + pickle.STOP
-
-
 BOMBS = {
     "a_pickle_above_the_cap": lambda: state() + b"." * (CAP + 1),
     "one_million_nested_tuples": lambda: filled(b"\x80\x02)", pickle.TUPLE1),
     "one_million_dictionaries_on_the_stack": lambda: filled(b"\x80\x02", b"}"),
     "half_a_million_dictionaries_in_a_list": lambda: filled(b"\x80\x02]", b"}a"),
-    "half_a_million_lists_each_in_the_next": lambda: filled(b"\x80\x02]q\x00", b"]a"),
     "one_million_marks": lambda: filled(b"\x80\x02", b"("),
     "one_million_memos": lambda: filled(b"\x80\x04}", pickle.MEMOIZE),
-    "sparse_memos": lambda: b"".join(
-        [
-            b"\x80\x02]",
-            *(b"r" + struct.pack("<I", i * 9973 % (1 << 18)) for i in range(200_000)),
-            b".",
-        ]
-    ),
-    "a_quarter_million_ordered_dicts": lambda: filled(
-        b"\x80\x02(ccollections\nOrderedDict\nq\x00]", b"h\x00)Ra"
-    ),
-    "a_string_of_one_million_bytes": lambda: proto(text("\U0001f600" + "a" * (CAP - 20))),
     "a_string_doubled_by_the_memo": lambda: filled(
         b"\x80\x02]" + text("a" * 100_000) + b"q\x00a", b"h\x00a"
-    ),
-    "colliding_keys": collisions,
-    "thirty_thousand_empty_tensors": lambda: proto(
-        HOOKS
-        + text("w")
-        + tensor(0, (0,))
-        + b"q\x01s"
-        + b"".join(text(f"{i:x}") + b"h\x01s" for i in range(30_000))
     ),
 }
 
@@ -260,9 +149,6 @@ def rows(*more: Record, **lies) -> bytes:
 
 ZIPS = {
     "a_deflated_bomb": with_entry(data=DEFLATED, method=8, size=50 << 20, packed=len(DEFLATED)),
-    "a_deflated_pickle": pack(
-        [Record("archive/data.pkl", DEFLATED, method=8, size=50 << 20, packed=len(DEFLATED))]
-    ),
     "a_deflated_bomb_called_stored": with_entry(data=DEFLATED, size=50 << 20, packed=len(DEFLATED)),
     "a_size_above_the_data": with_entry(size=1 << 20),
     "a_size_of_4_gigabytes": with_entry(size=WIDE - 1),
@@ -270,19 +156,10 @@ ZIPS = {
     "a_zip64_size_of_exabytes": with_entry(
         size=WIDE, extra=struct.pack("<2H2Q", 1, 16, 1 << 62, 1 << 62)
     ),
-    "a_zip64_size_that_is_missing": with_entry(size=WIDE),
-    "a_zip64_size_cut_short": with_entry(size=WIDE, extra=struct.pack("<2HL", 1, 16, 16)),
     "a_wrong_crc": with_entry(crc=1),
-    "a_wrong_crc_of_the_pickle": pack([Record("archive/data.pkl", GOOD, crc=1), ROWS[1]]),
     "an_encrypted_entry": with_entry(flags=1),
-    "a_strongly_encrypted_entry": with_entry(flags=1 << 6),
-    "a_masked_header": with_entry(flags=1 << 13),
     "another_name_in_the_header": with_entry(local_name="archive/data/1"),
-    "a_longer_name_in_the_header": with_entry(local_name="archive/data/0" + "0" * 60_000),
-    "another_size_in_the_header": with_entry(local_size=8),
-    "an_entry_marked_as_a_folder": with_entry(attributes=0x10),
     "a_header_offset_past_the_end": with_entry(header=WIDE - 1),
-    "a_header_offset_into_the_data": with_entry(header=40),
     "a_zip64_header_offset_of_exabytes": with_entry(
         header=WIDE, extra=struct.pack("<2HQ", 1, 8, 1 << 63)
     ),
@@ -293,46 +170,21 @@ ZIPS = {
             *[Record("archive/data/1", DATA, header=len(BEFORE) + 44)],
         ]
     ),
-    "an_entry_over_the_directory": rows(Record("archive/data/1", b"", size=50)),
-    "a_name_twice": rows(Record("archive/data/0", DATA)),
-    "two_roots": rows(Record("other/version", b"3\n")),
-    "an_absolute_name": rows(Record("/etc/passwd", b"")),
-    "a_name_that_climbs": rows(Record("archive/../../EXECUTED", b"")),
-    "a_name_with_a_backslash": rows(Record("archive/..\\EXECUTED", b"")),
     "a_name_with_a_nul": rows(Record("archive/data/0\0", b"")),
-    "a_name_with_a_newline": rows(Record("archive/\nERROR", b"")),
-    "a_name_without_a_root": rows(Record("EXECUTED", b"")),
-    "an_empty_name": rows(Record("", b"")),
-    "a_folder": rows(Record("archive/data/", b"")),
-    "a_name_that_is_not_utf_8": rows(Record(b"archive/\xff", b"")),
     "a_wrong_byte_order": pack([*ROWS, Record("archive/byteorder", b"middle")]),
-    "an_empty_byte_order": pack([*ROWS, Record("archive/byteorder", b"")]),
     "no_pickle": pack([ROWS[1]]),
     "no_storage": pack([ROWS[0]]),
-    "no_entries": b"PK\3\4" + pack([]),
-    "fewer_entries_than_stated": rows(count=3),
-    "more_entries_than_stated": rows(count=1),
     "a_directory_moved_back": rows(shift=-1),
-    "a_directory_moved_on": rows(shift=1),
-    "a_directory_past_the_end": rows(shift=1 << 30),
-    "a_second_disk": rows(disk=1),
     "a_zip_comment": rows(comment=b"a comment"),
-    "a_zip_comment_that_is_an_empty_zip": rows(comment=b"PK\5\6" + bytes(18)),
     "bytes_after_the_zip": rows() + b"\0",
     "bytes_before_the_zip": b"#!/bin/sh\n" + rows(),
     "a_zip_before_the_zip": rows() + rows(),
-    "a_zip64_record_that_disagrees": rows(zip64=(2, 1 << 20, 0)),
-    "a_zip64_record_of_exabytes": rows(zip64=(1 << 62, 1 << 62, 1 << 62)),
     "a_zip64_record_without_its_magic": rows(zip64=(2, 122, 0)).replace(b"PK\6\6", b"PK\6\0"),
     "a_zip64_locator_of_another_disk": rows(zip64=(2, 122, 0)).replace(
         b"PK\6\7\0\0\0\0", b"PK\6\7\1\0\0\0"
     ),
     "a_truncated_zip": rows()[:-1],
-    "half_a_zip": rows()[: len(rows()) // 2],
-    "only_the_magic": b"PK\3\4",
-    "only_an_end_record": pack([]),
     "torchscript": rows(Record("archive/constants.pkl", b"\x80\x02).")),
-    "torchscript_code": rows(Record("archive/code/__torch__.py", b"")),
     "sixty_thousand_entries": pack(
         [*ROWS, *(Record(f"archive/data/{i}", b"") for i in range(1, 60_000))]
     ),
@@ -345,32 +197,22 @@ ZIPS = {
 # ---- files of another kind ----
 
 
-def tarred() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-    return file.getvalue()
-
-
 MAGIC = 0x1950A86A20F9469CFC6C
 FOREIGN = {
     "an_empty_file": b"",
-    "a_text_file": b"not a checkpoint\n",
-    "a_web_page": b"<!DOCTYPE html><html>Not found</html>",
     "a_git_lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "gzip": gzip.compress(checkpoint(GOOD)),
-    "tar": tarred(),
     "the_format_before_1_6": pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2),
     "a_bare_pickle": EXECUTING["os_system_by_reduce"],
     "a_safetensors_file": struct.pack("<Q", 2) + b"{}",
-    "zeros": bytes(4096),
 }
 
 
-def hostile_files() -> Iterator[tuple[str, bytes]]:
+def hostile_files(bombs: bool = True) -> Iterator[tuple[str, bytes]]:
     """Every hostile file, one at a time: its name and its bytes."""
     for kind, pickles in (("executing", EXECUTING), ("bad", BAD)):
         yield from ((f"{kind}-{key}", checkpoint(value)) for key, value in pickles.items())
-    yield from ((f"bomb-{key}", checkpoint(make())) for key, make in BOMBS.items())
+    if bombs:
+        yield from ((f"bomb-{key}", checkpoint(make())) for key, make in BOMBS.items())
     for kind, files in (("zip", ZIPS), ("foreign", FOREIGN)):
         yield from ((f"{kind}-{key}", value) for key, value in files.items())

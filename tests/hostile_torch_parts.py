@@ -32,23 +32,18 @@ class Record:
     method: int = 0
     packed: int | None = None
     local_name: str | None = None
-    local_size: int | None = None
     header: int | None = None
-    attributes: int = 0
     extra: bytes = b""
-    padding: bytes = b""
 
 
 def pack(
     records: Iterable[Record],
     *,
-    count: int | None = None,
     shift: int = 0,
     comment: bytes = b"",
     zip64: tuple[int, int, int] | None = None,
-    disk: int = 0,
 ) -> bytes:
-    """Writes a zip file; ``count``, ``shift`` (of the directory), ``zip64`` and ``disk`` lie."""
+    """Writes a zip file; ``shift`` (of the directory), ``comment`` and ``zip64`` lie."""
     body, directory, total = bytearray(), bytearray(), 0
     for total, record in enumerate(records, 1):  # noqa: B007 (used after the loop)
         name = record.name.encode() if isinstance(record.name, str) else record.name
@@ -57,20 +52,15 @@ def pack(
         crc = zlib.crc32(record.data) if record.crc is None else record.crc
         header = len(body) if record.header is None else record.header
         local_name = name if record.local_name is None else record.local_name.encode()
-        local_size = size if record.local_size is None else record.local_size
         fields = (0, record.flags, record.method, 0, 0, crc)
-        sizes = (local_size if record.packed is None else packed, local_size)
+        sizes = (packed, size)
         if record.header is None:
             body += struct.pack("<4s5H3L", b"PK\3\4", *fields, *sizes)
-            body += struct.pack("<2H", len(local_name), len(record.padding)) + local_name
-            body += record.padding + record.data
+            body += struct.pack("<2H", len(local_name), 0) + local_name + record.data
         directory += struct.pack("<4s6H3L", b"PK\1\2", 0, *fields, packed, size)
-        directory += struct.pack(
-            "<5H2L", len(name), len(record.extra), 0, 0, 0, record.attributes, header
-        )
+        directory += struct.pack("<5H2L", len(name), len(record.extra), 0, 0, 0, 0, header)
         directory += name + record.extra
-    at, count = len(body) + shift, total if count is None else count
-    end = b""
+    at, end = len(body) + shift, b""
     if zip64:
         n, size, offset = zip64
         wide_at = len(body) + len(directory)
@@ -78,9 +68,8 @@ def pack(
         end += struct.pack("<4sLQL", b"PK\6\7", 0, wide_at, 1)
         end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
         return bytes(body + directory + end)
-    end += struct.pack(
-        "<4s4H2LH", b"PK\5\6", disk, disk, count, count, len(directory), at, len(comment)
-    )
+    counts = (0, 0, total & 0xFFFF, total & 0xFFFF)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", *counts, len(directory), at, len(comment))
     return bytes(body + directory + end) + comment
 
 

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
+from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
-from kmerge_mlx.cli import options as opt
 
+@dataclass(frozen=True)
+class ConvertSettings(Settings):
+    """What to convert, and where to."""
 
-def convert(
-    source: Annotated[
+    source: str = argument("SRC", "Checkpoint folder, or hub repo id (user/name@revision).")
+    destination: str = argument("DST", "Adapter folder to write.")
+    model: str | None = option(
+        None,
         str,
-        typer.Argument(
-            metavar="SRC", help="Checkpoint folder, or hub repo id (user/name@revision)."
-        ),
-    ],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Adapter folder to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Base model, a folder or repo id: checks the fit and records what it says.",
-            show_default=False,
-        ),
-    ] = None,
-    k: opt.MergeFactor = None,
-    dtype: Annotated[
-        opt.Dtype | None,
-        typer.Option("--dtype", help="Cast the weights. Default: keep.", show_default=False),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at DST.")] = False,
-) -> None:
+        "Base model, a folder or repo id: checks the fit and records what it says.",
+    )
+    k: int | None = ModelSettings.setting("k")
+    dtype: str | None = option(
+        None,
+        str,
+        "Cast the weights. Default: keep.",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    force: bool = option(False, bool, "Replace an adapter at DST.")
+
+
+@command(ConvertSettings)
+def convert(settings: ConvertSettings) -> None:
     """Turn a PyTorch checkpoint into an MLX adapter folder.
 
     The checkpoint is a folder with encoder.pth and a PEFT LoRA, or a hub repo of one. Needs no
@@ -46,19 +45,29 @@ def convert(
     """
     from kmerge_mlx.convert.checkpoint import convert_checkpoint
 
-    adapter = convert_checkpoint(source, destination, model, k, dtype, force)
-    merge = adapter.merge
-    encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
-    tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
-    size = sum(array.nbytes for array in tensors.values())
-    print(
-        f"{destination}: K = {merge.merge_factor}, {encoder}"
-        f"{len(tensors)} tensors, {size / 1e6:.1f} MB, "
-        f"base {merge.base.id or 'not named'}",
-        file=sys.stderr,
+    adapter = convert_checkpoint(
+        settings.source,
+        settings.destination,
+        settings.model,
+        settings.k,
+        settings.dtype,
+        settings.force,
     )
-    if model is None and not merge.base.fields:
+    print(summary(adapter, settings.destination), file=sys.stderr)
+    if settings.model is None and not adapter.merge.base.fields:
         print(
             "note: without --model, only sizes tell a wrong base when the adapter is loaded",
             file=sys.stderr,
         )
+
+
+def summary(adapter, destination: str) -> str:
+    """One line on an adapter that was written."""
+    merge = adapter.merge
+    tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
+    size = sum(array.nbytes for array in tensors.values())
+    encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
+    return (
+        f"{destination}: K = {merge.merge_factor}, {encoder}{len(tensors)} tensors, "
+        f"{size / 1e6:.1f} MB, base {merge.base.id or 'not named'}"
+    )

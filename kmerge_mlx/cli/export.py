@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from kmerge_mlx.cli.convert import summary
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
@@ -36,15 +37,8 @@ def export(settings: ExportSettings) -> None:
     from kmerge_mlx.prompts.policy import ALL
 
     adapter = export_adapter(settings.source, settings.destination, settings.k, settings.force)
+    print(summary(adapter, settings.destination), file=sys.stderr)
     merge = adapter.merge
-    tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
-    size = sum(array.nbytes for array in tensors.values())
-    print(
-        f"{settings.destination}: K = {merge.merge_factor}, {len(tensors)} tensors, "
-        f"{size / 1e6:.1f} MB, "
-        f"base {merge.base.id or 'not named'}",
-        file=sys.stderr,
-    )
     if merge.encoder is None:
         print("note: K = 1 merges nothing: there is no encoder.pth", file=sys.stderr)
     elif merge.layout is not None and (merge.layout.merges != ALL or merge.layout.chat_template):

@@ -23,8 +23,13 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
 )
 from kmerge_mlx.adapters.tuning import LoRAConfig
-from kmerge_mlx.convert.checkpoint import ENCODER, FETCHED, find_checkpoint, read_checkpoint
-from kmerge_mlx.convert.companion import COMPANION
+from kmerge_mlx.convert.checkpoint import (
+    COMPANION,
+    ENCODER,
+    FETCHED,
+    find_checkpoint,
+    read_checkpoint,
+)
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.hub.fetch import fetch, is_namespaced
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress

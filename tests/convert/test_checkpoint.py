@@ -71,18 +71,7 @@ def test_every_tensor_is_there_bit_for_bit(tmp_path, tied, dtype, bin_file):
         assert found[name].tobytes() == array.tobytes()
 
 
-def test_the_authors_own_checkpoint_converts_bit_for_bit(adapter_path, checkpoint_path):
-    torch = pytest.importorskip("torch")
-    state = torch.load(checkpoint_path / "encoder.pth", weights_only=True)
-    peft = load_file(checkpoint_path / "adapter_model.safetensors")
-    wanted = expected(Checkpoint({n: t.numpy() for n, t in state.items()}, {}, peft))
-    found = stored(adapter_path)
-    assert found.keys() == wanted.keys()
-    assert all(found[name].tobytes() == array.tobytes() for name, array in wanted.items())
-
-
-@pytest.mark.parametrize("k", [2, 3, 4, 5])
-@pytest.mark.parametrize("h", [None, 7, 200])
+@pytest.mark.parametrize(("k", "h"), [(2, None), (3, 7), (5, 200)])
 def test_k_d_and_h_are_read_from_the_shapes(tmp_path, k, h):
     sizes = load_adapter(convert(tmp_path, make(k=k, d=16, h=h))).merge.encoder
     assert (sizes.merge_factor, sizes.hidden_size, sizes.inner_size) == (k, 16, h or 2 * k * 16)
@@ -123,21 +112,19 @@ def test_metrics_with_nan_are_kept_and_the_file_stays_json(tmp_path):
     assert merge["provenance"]["metrics"] == {"loss": "NaN", "best": "-Infinity"}
 
 
-def test_endless_metrics_are_left_out_and_said_so(tmp_path):
-    made = make()
-    made.metrics = {"log": ["x" * 100] * 30_000}
-    path = convert(tmp_path, made)
-    assert load_adapter(path).merge.provenance["metrics"].startswith("left out: 3")
-
-
-def test_torn_metrics_are_left_out_and_said_so(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "not valid JSON"), (json.dumps(["x" * 100] * 30_000), "left out: 3")],
+    ids=["torn", "endless"],
+)
+def test_metrics_that_cannot_be_kept_are_left_out_and_said_so(tmp_path, content, said):
     """A killed run leaves such a file, and it is for people alone."""
     source = make().write(tmp_path / "src")
-    (source / "metrics.json").write_text("{")
+    (source / "metrics.json").write_text(content)
     convert_checkpoint(str(source), tmp_path / "dst")
     kept = load_adapter(tmp_path / "dst").merge.provenance["metrics"]
     assert kept.startswith("left out: ")
-    assert "not valid JSON" in kept
+    assert said in kept
 
 
 def test_an_adapter_folder_is_nothing_to_convert(tmp_path):
@@ -145,7 +132,7 @@ def test_an_adapter_folder_is_nothing_to_convert(tmp_path):
     assert "is an adapter folder already" in refused(tmp_path, tmp_path / "dst", force=True)
 
 
-def test_metrics_may_be_absent_and_eval_accuracy_is_kept(tmp_path):
+def test_eval_accuracy_is_kept_in_the_place_of_metrics(tmp_path):
     source = make().write(tmp_path / "src")
     (source / "metrics.json").rename(source / "eval_accuracy.json")
     convert_checkpoint(str(source), tmp_path / "dst")
@@ -162,7 +149,7 @@ def rounded(array: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
     made = make()
     adapter = load_adapter(convert(tmp_path, made, dtype=dtype))
@@ -172,21 +159,15 @@ def test_dtype_rounds_every_tensor_to_the_nearest(tmp_path, dtype):
     assert found.keys() == expected(made).keys()
     for name, array in expected(made).items():
         assert str(found[name].dtype) == f"mlx.core.{dtype}"
-        bits = found[name].view(mx.uint32 if dtype == "float32" else mx.uint16)
-        assert np.array(bits).tobytes() == rounded(array, dtype)
+        assert np.array(found[name].view(mx.uint16)).tobytes() == rounded(array, dtype)
 
 
 def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path):
     made = make()
     made.encoder["net.2.weight"][3, 3] = 1e6
     text = refused(tmp_path, made, dtype="float16")
-    assert text == "--dtype float16 cannot hold w2.weight: give float32 or bfloat16"
+    assert text == "`dtype` float16 cannot hold w2.weight: give float32 or bfloat16"
     assert convert(tmp_path, made, dtype="bfloat16").is_dir()
-
-
-def test_an_unknown_dtype_is_refused_with_the_choices(tmp_path):
-    text = refused(tmp_path, make(), dtype="float64")
-    assert text == "dtype is 'float64', expected one of float32, float16, bfloat16"
 
 
 # ---- encoder.pth ----
@@ -212,20 +193,14 @@ def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
             lambda e: e.update({"net.0.bias": np.ones(5, "f4")}),
             "net.0.bias has shape (5,), expected (512,)",
         ),
-        (lambda e: e.pop("net.0.weight"), "not a merge encoder: expected 2-dimensional"),
+        (lambda e: e.pop("net.0.weight"), "not a merge encoder: found"),
         (
             lambda e: e.update({"net.4.weight": np.ones((65, 256), "f4")}),
             "net.0.weight (512, 256) and net.4.weight (65, 256) give no whole merge factor",
         ),
-        (
-            lambda e: e.update({"net.4.weight": np.ones((256, 256), "f4")}),
-            "give no whole merge factor of at least 2",
-        ),
-        (lambda e: e.update({"net.4.weight": np.ones((0, 256), "f4")}), "no whole merge factor"),
         (lambda e: e.update({"net.0.weight": np.ones((0, 256), "f4")}), "inner_size is 0"),
-        (lambda e: [e.pop(name) for name in [*e][:5]], "found net.4.bias"),
     ],
-    ids=range(9),
+    ids=range(6),
 )
 def test_an_encoder_that_does_not_fit_itself_is_refused(tmp_path, change, complaint):
     made = make()
@@ -235,10 +210,10 @@ def test_an_encoder_that_does_not_fit_itself_is_refused(tmp_path, change, compla
 
 def test_another_k_than_expected_is_refused_with_both(tmp_path):
     text = refused(tmp_path, make(k=3), k=4)
-    assert "merges K = 3 tokens, but --k is 4: give --k 3 or leave it out" in text
+    assert "merges K = 3 tokens, but `k` is 4: give 3 or leave it out" in text
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_diverged_run_is_refused_by_tensor(tmp_path, value):
     made = make()
     made.encoder["net.2.weight"][-1, -1] = value
@@ -258,5 +233,5 @@ def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
     source = made.write(tmp_path / "src")
     lines = refused(tmp_path, source, k=4).splitlines()
     assert lines[0] == f"{source} cannot be converted: 4 problems"
-    for part in ("--k is 4", "net.0.bias has shape", "use_dora", "w1.bias holds"):
+    for part in ("`k` is 4", "net.0.bias has shape", "use_dora", "w1.bias holds"):
         assert sum(part in line for line in lines[1:]) == 1

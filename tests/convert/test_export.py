@@ -10,22 +10,19 @@ import math
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
+from kmerge_mlx.adapters.folder import Adapter, save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.convert.peft import lora_from_peft
 from kmerge_mlx.convert.peft_write import lora_to_peft
-from kmerge_mlx.prompts.policy import CONTEXTS, Layout
-from tests.checkpoints import PREFIX
 from tests.checkpoints import make as make_checkpoint
 from tests.exports import assert_same_tensors, back, bits, exported, specs
 from tests.saved_adapters import UP, D, Q, R, V, make
@@ -37,18 +34,13 @@ def config_of(path) -> dict:
     return json.loads((path / "adapter_config.json").read_text())
 
 
-def unmerged() -> Adapter:
-    """An adapter with K = 1."""
-    made = make()
-    return replace(made, merge=replace(made.merge, encoder=None), encoder_weights={})
-
-
 # ---- adapter -> checkpoint -> adapter ----
 
 
-@pytest.mark.parametrize(("k", "dtype"), [(2, mx.float32), (3, mx.float16), (4, mx.bfloat16)])
-@pytest.mark.parametrize("head", [True, False])
-@pytest.mark.parametrize("by_module", [True, False])
+@pytest.mark.parametrize(
+    ("k", "dtype", "head", "by_module"),
+    [(2, mx.float32, True, True), (3, mx.float16, False, False), (4, mx.bfloat16, True, False)],
+)
 def test_an_exported_adapter_converts_back_to_itself(tmp_path, k, dtype, head, by_module):
     made = make(k, head, by_module, dtype)
     exported(made, tmp_path)
@@ -106,15 +98,6 @@ def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
     assert (merge.base, merge.layout, merge.pad_token_id) == (BaseModelConfig(), None, None)
 
 
-def test_layout_and_padding_come_back(tmp_path):
-    made = make()
-    layout = Layout(CONTEXTS, 77, chat_template=True)
-    made = replace(made, merge=replace(made.merge, layout=layout, pad_token_id=11))
-    exported(made, tmp_path)
-    merge = back(tmp_path).merge
-    assert (merge.layout, merge.pad_token_id) == (layout, 11)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_heads_lora_comes_back_to_the_file_it_was_in(tmp_path, tied):
     made = make()
@@ -134,7 +117,8 @@ def test_the_heads_lora_comes_back_to_the_file_it_was_in(tmp_path, tied):
 
 
 def test_without_merging_there_is_no_encoder_and_it_comes_back(tmp_path):
-    made = unmerged()
+    made = make()
+    made = replace(made, merge=replace(made.merge, encoder=None), encoder_weights={})
     path = exported(made, tmp_path)
     assert {file.name for file in path.iterdir()} == FILES - {"encoder.pth"} | {"metrics.json"}
     found = back(tmp_path)
@@ -167,7 +151,7 @@ def test_metrics_too_large_to_be_read_from_their_file_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("k", "dtype", "bin_file"),
-    [(2, "float32", False), (3, "float16", False), (4, "float32", True)],
+    [(3, "float16", False), (4, "float32", True)],
 )
 def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, bin_file):
     torch = pytest.importorskip("torch")
@@ -219,12 +203,6 @@ def test_a_plain_adapter_has_a_plain_config(tmp_path):
     }
 
 
-def test_a_name_that_no_disk_takes_stays_a_name(tmp_path):
-    made, name = make(), "a/" + "b" * 300
-    made = replace(made, merge=replace(made.merge, base=BaseModelConfig(name)))
-    assert config_of(exported(made, tmp_path))["base_model_name_or_path"] == name
-
-
 def test_a_base_in_a_folder_is_named_so_that_it_can_be_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
@@ -268,7 +246,7 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
         weights[f"{name}.lora_a"] = mx.zeros((3, spec.rank))
         weights[f"{name}.lora_b"] = mx.zeros((spec.rank, 3))
     adapter = Adapter(MergeConfig(None), LoRAConfig(12, modules=modules), weights, {})
-    peft = lora_to_peft(adapter, adapter.tuning, None)
+    peft = lora_to_peft(adapter, None)
     config = LoraConfig(**json.loads(json.dumps(peft.config)))
     for name in PATHS:
         hit = bool(tuners.check_target_module_exists(config, name))
@@ -294,8 +272,8 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
     assert bits(found.weights) == bits(weights)
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.7])
-def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path, scale):
+def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path):
+    scale = 0.7
     rank, nearest = 6, scale * 6
     alphas = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, 0))
     assert all(alpha / rank != scale for alpha in alphas)
@@ -308,23 +286,3 @@ def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path, scale)
     )
     exported(made, tmp_path)
     assert back(tmp_path).tuning.uniform == LoRASpec(rank, scale)
-
-
-def test_an_encoder_of_any_width_comes_back(tmp_path):
-    sizes = EncoderConfig(5, D, 3)
-    weights = {name: mx.random.normal(shape) for name, shape in sizes.shapes().items()}
-    made = make()
-    made = replace(made, merge=replace(made.merge, encoder=sizes), encoder_weights=weights)
-    exported(made, tmp_path)
-    assert_same_tensors(back(tmp_path), made)
-
-
-def test_peft_tensors_are_laid_out_as_peft_has_them(tmp_path):
-    made = make()
-    found = load_file(exported(made, tmp_path) / "adapter_model.safetensors")
-    name = f"model.layers.1.{Q}"
-    a, b = (np.array(made.tuning_weights[f"{name}.{part}"]) for part in ("lora_a", "lora_b"))
-    np.testing.assert_array_equal(found[f"{PREFIX}{name}.lora_A.weight"], a.T)
-    np.testing.assert_array_equal(found[f"{PREFIX}{name}.lora_B.weight"], b.T)
-    assert len(found) == len(made.tuning_weights) + len(made.head_weights)
-    assert load_adapter(tmp_path / "x")

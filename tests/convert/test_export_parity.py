@@ -2,8 +2,8 @@
 
 The adapters are checkpoints that PyTorch trained and ``convert`` brought here, and one trained
 here. Tolerance: float32 on both sides, so what remains is the order of summation; log-probabilities
-agree within 1e-4 (what was seen: under 5e-6), and with PyTorch's own answers before the round trip
-to the bit.
+agree within 1e-4 (what was seen: under 5e-6). PyTorch's logits after the round trip are those
+before it within 1e-5: two runs may sum in another order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kmerge_mlx import compress, load
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
-from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.files import read_safetensors
 from tests.exports import assert_same_tensors, bits
@@ -30,6 +30,7 @@ from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import Reference, decode, load_reference
 from tests.train_runs import BASE, SMALL_TREES, trained
 
+pytestmark = pytest.mark.slow
 STEPS = 4
 LIVE = {
     spec.name: replace(spec, steps=8)  # enough for a LoRA B that is not zero
@@ -117,7 +118,7 @@ def test_peft_loads_it_strictly_and_the_logits_are_ours_within_1e_4(case):
     assert gap(reference, case.base, case.adapter, case.prompts) < 1e-4
     for prompt, expected in zip(case.prompts, case.steps, strict=True):
         _, found = decode(reference.model, reference.merge(reference.ids(prompt)), STEPS)
-        np.testing.assert_array_equal(found.numpy(), expected)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_both_round_trips_keep_every_bit_with_and_without_the_base(case, tmp_path):

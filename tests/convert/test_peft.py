@@ -117,8 +117,6 @@ HONOURED_CASES = {
     "exclude_modules": {"target_modules": AUTHORS, "exclude_modules": ["v_proj", "lm_head"]},
     "exclude_modules_by_regex": {"target_modules": AUTHORS, "exclude_modules": r".*\.2\..*"},
     "gaussian_init": {"init_lora_weights": "gaussian"},
-    "orthogonal_init": {"init_lora_weights": "orthogonal"},
-    "no_init": {"init_lora_weights": False},
     "mica_init": {"init_lora_weights": "mica"},
     "loftq_config_that_peft_ignores": {"loftq_config": {"loftq_bits": 4}},
 }
@@ -165,16 +163,12 @@ def test_lora_on_the_embedding_is_refused_by_tensor(real):
 def test_tensors_of_refused_kinds_are_named_even_where_the_config_hides_them():
     name = f"{PREFIX}model.layers.0.{Q}"
     for tensor, why in (
-        (f"{name}.lora_magnitude_vector", "DoRA"),
         (f"{name}.lora_magnitude_vector.default.weight", "DoRA"),
         (f"{name}.modules_to_save.default.weight", "modules_to_save=None"),
-        (f"{name}.lora_B.bias", "lora_bias=False"),
         (f"{name}.lora_B.default.bias", "lora_bias=False"),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", "LoRA on the embedding"),
         (f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        (f"{PREFIX}model.layers.0.self_attn.q_proj.bias", "is not part of a LoRA"),
         (f"{PREFIX}model.embed_tokens.weight", "is not part of a LoRA"),
-        ("prompt_embeddings", "is not part of a LoRA"),
     ):
         (problem,) = refused(config(), layered(Q) | {tensor: mx.zeros((3, 3))})
         assert tensor in problem
@@ -184,58 +178,32 @@ def test_tensors_of_refused_kinds_are_named_even_where_the_config_hides_them():
 # ---- options, by hand ----
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "lora_ga"),
-        ("init_lora_weights", "pissa_niter_16"),
-        ("init_lora_weights", "of_2031"),
-        ("init_lora_weights", []),
-        ("megatron_config", {"a": 1}),
-        ("arrow_config", {"top_k": 3}),
-        ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
-        ("kasa_config", {"beta": 1.0}),
-        ("velora_config", {"num_groups": 1}),
-        ("monteclora_config", {"num_samples": 1}),
-        ("of_2031", True),
-        ("of_2031", {"nested": [1]}),
-        ("bias", "lora_only"),
-        ("bias", None),
-        ("r", 0),
-        ("r", 2.5),
-        ("r", None),
-        ("r", True),
-        ("lora_alpha", "16"),
-        ("lora_alpha", None),
-        ("lora_alpha", 10**400),
-        ("lora_dropout", 1.0),
-        ("lora_dropout", -0.1),
-        ("lora_dropout", "0.05"),
-        ("use_rslora", "false"),
-        ("rank_pattern", {"q_proj": 0}),
-        ("rank_pattern", {"q_proj": 2.0}),
-        ("rank_pattern", ["q_proj"]),
-        ("alpha_pattern", {"q_proj": "8"}),
-        ("alpha_pattern", {"q_proj": None}),
-        ("target_modules", None),
-        ("target_modules", {"q_proj": 1}),
-        ("target_modules", ["q_proj", 7]),
-        ("exclude_modules", [None]),
-        ("layers_pattern", 3),
-        ("layers_to_transform", "all"),
-        ("layers_to_transform", [0, "1"]),
-        ("layers_to_transform", [True]),
-        ("layers_to_transform", -1),
-    ],
-)
-def test_an_option_that_cannot_be_honoured_is_refused_by_name(option, value):
-    problems = refused(config(**{option: value}))
-    assert [p for p in problems if p.startswith(f"adapter_config.json: {option} = ")]
+BAD_VALUES = {
+    "target_parameters": [["mlp.experts.gate_up_proj"]],
+    "init_lora_weights": ["olora", "corda", "loftq", "lora_ga", "pissa_niter_16", "of_2031", []],
+    "megatron_config": [{"a": 1}],
+    "use_qalora": [True],
+    "kasa_config": [{"beta": 1.0}],
+    "of_2031": [True, {"nested": [1]}],
+    "bias": ["lora_only", None],
+    "r": [0, 2.5, None, True],
+    "lora_alpha": ["16", None, 10**400],
+    "lora_dropout": [1.0, -0.1, "0.05"],
+    "use_rslora": ["false"],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": 2.0}, ["q_proj"]],
+    "alpha_pattern": [{"q_proj": "8"}, {"q_proj": None}],
+    "target_modules": [None, {"q_proj": 1}, ["q_proj", 7]],
+    "exclude_modules": [[None]],
+    "layers_pattern": [3],
+    "layers_to_transform": ["all", [0, "1"], [True], -1],
+}
+
+
+@pytest.mark.parametrize("option", BAD_VALUES)
+def test_an_option_that_cannot_be_honoured_is_refused_by_name(option):
+    for value in BAD_VALUES[option]:
+        problems = refused(config(**{option: value}))
+        assert [p for p in problems if p.startswith(f"adapter_config.json: {option} = ")], value
 
 
 def test_every_option_of_this_peft_is_known_or_refused_when_it_is_set():
@@ -246,7 +214,7 @@ def test_every_option_of_this_peft_is_known_or_refused_when_it_is_set():
         assert f"adapter_config.json: {name} = " in refused(config(**{name: {"x": 1}}))[0]
 
 
-def test_an_option_at_its_off_value_is_no_objection():
+def test_an_option_at_its_off_value_is_not_in_the_way():
     off = {"of_2031": None, "of_2032": False, "of_2033": [], "of_2034": {}, "of_2035": ""}
     assert converted(config(**off), layered(Q))
 
@@ -271,9 +239,9 @@ def test_other_peft_methods_are_refused_by_their_name(kind, tmp_path):
     assert problem == f"adapter_config.json is of type '{kind}'; only LORA adapters convert"
 
 
-@pytest.mark.parametrize("content", [None, [], "LORA", 3])
-def test_a_config_that_is_no_object_is_refused(content):
-    assert refused(content) == ["adapter_config.json does not hold an object"]
+def test_a_config_that_is_not_an_object_is_refused():
+    for content in (None, [], "LORA", 3):
+        assert refused(content) == ["adapter_config.json does not hold an object"]
 
 
 def test_mlx_lms_own_config_is_told_apart():

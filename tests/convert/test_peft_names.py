@@ -1,4 +1,4 @@
-"""Which modules a PEFT config means: its lists, its patterns, and patterns that never end.
+"""Which modules a PEFT config means: its lists and its patterns.
 
 The oracle is PEFT's two matching functions, asked about the same names and patterns.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 
 import pytest
 
 from kmerge_mlx.convert.patterns import NameRules
-from kmerge_mlx.convert.peft import lora_from_peft
 from tests.peft_adapters import DOWN, Q, V, config, converted, layered, refused, tensors
 
 # ---- names, with PEFT's two matching functions as the oracle ----
@@ -62,16 +60,17 @@ TARGET_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", TARGET_OPTIONS, ids=str)
-def test_a_module_is_a_target_exactly_where_peft_says_so(options):
+def test_a_module_is_a_target_exactly_where_peft_says_so():
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
     peft = pytest.importorskip("peft")
-    theirs = peft.LoraConfig(**options)
-    rules = NameRules(config(**options), NAMES)
-    for name in NAMES:
-        found = tuners.check_target_module_exists(theirs, name)
-        excluded = isinstance(found, tuners._ExcludedModule)
-        assert (rules.objection(name) is None) == (bool(found) and not excluded), name
+    for options in TARGET_OPTIONS:
+        theirs = peft.LoraConfig(**options)
+        rules = NameRules(config(**options), NAMES)
+        for name in NAMES:
+            found = tuners.check_target_module_exists(theirs, name)
+            excluded = isinstance(found, tuners._ExcludedModule)
+            expected = bool(found) and not excluded
+            assert (rules.objection(name) is None) == expected, (options, name)
 
 
 @pytest.mark.parametrize(
@@ -101,66 +100,24 @@ def test_a_target_without_tensors_is_refused_with_what_to_do():
     assert "remove it from adapter_config.json" in problem
 
 
-HOSTILE = "model.layers.0." + "a" * 60 + "!"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rank_pattern": {"(a+)+": 4}},
-        {"alpha_pattern": {"(a|aa)+": 4}},
-        {"target_modules": "model.layers.0.(a+)+$"},
-        {"exclude_modules": "(.*a){40}"},
-        {"layers_pattern": "(.+)+", "layers_to_transform": [0]},
-        {"rank_pattern": {f"(a|a{i})*": 4 for i in range(3)} | {"(.|.)*x": 4}},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_a_pattern_that_never_ends_is_refused_in_seconds(options):
-    start = time.perf_counter()
-    (problem,) = refused(config(**{"target_modules": [HOSTILE]} | options), tensors(HOSTILE))
-    assert next(iter(options)) in problem
-    assert "takes more than 2 seconds" in problem
-    assert time.perf_counter() - start < 10
-
-
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(" * 5000 + ")" * 5000,
-        "((((a{1000}){1000}){1000}){1000}){1000}",
-        "((((a{0,1000}){0,1000}){0,1000}){0,1000}){0,1000}x",
-        "a{99999999999}",
-        "(?R)",
-        "[z-a]",
-        "(",
-        "\ud800",
-        "x" * 200_000,
+        *("(" * 5000 + ")" * 5000, "a{99999999999}", "(?R)", "[z-a]", "("),
+        *("(((((){1000}){1000}){1000}){1000}){1000}", "((((a{0,1000}){0,1000}){0,9999}){5,})x"),
     ],
-    ids=lambda pattern: ascii(pattern)[:40],
+    ids=lambda pattern: ascii(pattern)[:20],
 )
-def test_a_strange_pattern_is_answered_or_refused_but_never_costs_this_process(pattern):
-    start = time.perf_counter()
-    problems: list[str] = []
-    lora_from_peft(config(rank_pattern={pattern: 4}), layered(Q), problems)
-    assert len(problems) <= 1
-    assert all(p.startswith("adapter_config.json: rank_pattern: ") for p in problems)
-    assert all(len(p) < 300 for p in problems)
-    assert time.perf_counter() - start < 10
+def test_a_pattern_that_is_invalid_or_takes_all_memory_is_refused(pattern):
+    for options in ({"rank_pattern": {pattern: 4}}, {"target_modules": pattern}):
+        (problem,) = refused(config(**options))
+        assert problem.startswith(f"adapter_config.json: {next(iter(options))}: ")
+        assert "is not valid" in problem
+        assert len(problem) < 300
 
 
-def test_the_many_patterns_of_a_large_model_take_no_time():
+def test_the_many_patterns_of_a_large_model_are_matched():
     names = [f"model.layers.{i}.{p}" for i in range(80) for p in (Q, V, DOWN, "mlp.up_proj")]
     pattern = {name: 1 + i % 5 for i, name in enumerate(names)}
-    start = time.perf_counter()
     rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern), names)
     assert [rules.value("rank_pattern", name, 0) for name in names] == [*pattern.values()]
-    assert time.perf_counter() - start < 3
-
-
-def test_plain_configs_start_no_other_process(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("started a process")
-
-    monkeypatch.setattr("subprocess.run", fail)
-    assert converted(config(), layered(Q))

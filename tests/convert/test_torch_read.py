@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,10 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kmerge_mlx.convert.torch_file import read_state_dict
+from kmerge_mlx.convert.torch_read import read_state_dict
 from tests.convert.test_hostile_torch_files import FIXTURE, refusal
-from tests.hostile_torch_files import BAD, BOMBS, EXECUTING, FOREIGN, ZIPS
-from tests.hostile_torch_parts import Record, pack
+from tests.hostile_torch_parts import Record, checkpoint, state
 
 torch = pytest.importorskip("torch")
 
@@ -68,15 +66,9 @@ def test_the_reference_checkpoint_is_read_bit_for_bit():
     assert_same(read_state_dict(FIXTURE), torch.load(FIXTURE, weights_only=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_bits_of_a_dtype_survive(tmp_path, dtype):
-    path = save(tmp_path / "x.pth", {"w": random_tensor(dtype, 5, 7, 3)})
-    assert_same(read_state_dict(path), torch.load(path, weights_only=True))
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_pickle_protocol_from_2_is_read(tmp_path, protocol):
-    tensors = OrderedDict((name, random_tensor(name, 3, 2)) for name in DTYPES)
+def test_any_bits_of_every_dtype_survive_in_every_pickle_protocol(tmp_path, protocol):
+    tensors = OrderedDict((name, random_tensor(name, 5, 7, 3)) for name in DTYPES)
     path = save(tmp_path / "x.pth", tensors, pickle_protocol=protocol)
     assert_same(read_state_dict(path), tensors)
 
@@ -110,12 +102,6 @@ def test_tied_weights_are_read_under_each_name(tmp_path):
     assert_same(read_state_dict(path), torch.load(path, weights_only=True))
 
 
-def test_one_tensor_under_five_names_is_too_much_of_one_file(tmp_path):
-    weight = random_tensor("float32", 4, 6)
-    names = {f"w{i}": weight.T for i in range(5)}
-    assert "expected at most 4 times" in refusal(save(tmp_path / "x.pth", names))
-
-
 def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     for keep_vars in (False, True):
@@ -125,31 +111,10 @@ def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
         assert_same(read_state_dict(str(path)), tensors)
 
 
-def test_an_empty_state_dict_has_no_arrays(tmp_path):
-    assert read_state_dict(save(tmp_path / "x.pth", {})) == {}
-
-
-def test_a_big_endian_file_has_the_values_of_its_little_endian_twin(tmp_path):
-    tensors = {name: random_tensor(name, 3, 4) for name in DTYPES[:9]}
-    little = save(tmp_path / "little.pth", tensors)
-    records = []
-    with zipfile.ZipFile(little) as archive:
-        for info in archive.infolist():
-            data = archive.read(info)
-            if "/data/" in info.filename:
-                dtype = list(tensors.values())[int(info.filename.rpartition("/")[2])].dtype
-                data = np.frombuffer(data, f"u{dtype.itemsize}").byteswap().tobytes()
-            data = b"big" if info.filename.endswith("byteorder") else data
-            records.append(Record(info.filename, data))
-    big = tmp_path / "big.pth"
-    big.write_bytes(pack(records))
-    assert_same(read_state_dict(big), tensors)
-    assert_same(read_state_dict(big), torch.load(big, weights_only=True))
-
-
-def test_infinite_and_nan_values_are_not_judged(tmp_path):
-    path = save(tmp_path / "x.pth", {"w": torch.tensor([float("nan"), float("inf"), 1])})
-    assert np.isnan(np.array(read_state_dict(path)["w"])[0])
+def test_a_big_endian_file_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(checkpoint(state(), Record("archive/byteorder", b"big")))
+    assert "found the byte order b'big'" in refusal(path)
 
 
 # ---- what torch.save also writes is refused by name ----
@@ -163,7 +128,7 @@ def test_infinite_and_nan_values_are_not_judged(tmp_path):
         (lambda: {"w": torch.ones(2).to(torch.float8_e4m3fn)}, "float8", "save it as float16"),
         (lambda: {"w": torch.ones(2, 2).to_sparse()}, "sparse", "to_dense()"),
         (lambda: {"w": torch.ones(2)._neg_view()}, "_rebuild_tensor_v2", "state_dict()"),
-        (lambda: {"w": torch.ones(1).expand(9)}, "overlapping", "contiguous()"),
+        (lambda: {"w": torch.ones(1).expand(9)}, "at most 4 times", "contiguous()"),
         (lambda: torch.nn.Linear(2, 2), "'torch.nn.modules.linear.Linear'", "state_dict()"),
         (lambda: torch.ones(2), "type Tensor", "state_dict()"),
         (
@@ -207,7 +172,8 @@ def test_a_torchscript_program_is_refused_by_name(tmp_path):
 # ---- in bulk ----
 
 
-def test_thousands_of_mutated_files_are_read_or_refused_in_little_memory(tmp_path, capsys):
+@pytest.mark.slow
+def test_1500_mutated_files_are_read_or_refused_in_little_memory(tmp_path):
     seeds, scratch, cwd = tmp_path / "seeds", tmp_path / "scratch", tmp_path / "cwd"
     for folder in (seeds, scratch, cwd):
         folder.mkdir()
@@ -226,15 +192,11 @@ def test_thousands_of_mutated_files_are_read_or_refused_in_little_memory(tmp_pat
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    with capsys.disabled():
-        print(f"\n{report}")
-
     assert report["taken"] == []
-    assert report["hostile"] == sum(map(len, (EXECUTING, BAD, BOMBS, ZIPS, FOREIGN)))
     assert report["events"] == []
     assert report["refused"] > 0
     assert report["read"] > 0
-    assert report["peak_bytes"] < 200e6
+    assert report["peak_bytes"] < 300e6
     assert list(cwd.iterdir()) == []
     agree_with_torch(scratch.glob("read-*.pth"))
 
