@@ -45,8 +45,8 @@ def load(
     Args:
         path_or_hf_repo: Base model: a folder, a hub repo id (``user/name@revision``), or
             ``bundled``.
-        adapter_path: Adapter folder, a hub repo id, or ``bundled``. None takes the adapter that
-            the base's folder carries; without one the base is loaded alone, and prompts are read
+        adapter_path: Adapter folder, a hub repo id, or ``bundled``; for the adapter that the base's
+            folder carries, that folder again. None loads the base alone, and prompts are then read
             unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
@@ -63,7 +63,12 @@ def load(
         ModelError: The base cannot be found, loaded or given virtual ids.
         AdapterError: The adapter is torn, has no such K, or is for another base.
     """
-    source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
+    if adapter_path is not None:
+        source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
+    elif k in (None, 1):
+        source = Source.alone(path_or_hf_repo, trust_remote_code, revision)
+    else:
+        raise AdapterError(f"`k` is {k}, and there is no merge encoder: give `adapter_path`")
     model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
