@@ -95,15 +95,8 @@ def read_tokenizer(
 ) -> TokenizerWrapper:
     """The tokenizer of a base, with its config's end-of-text tokens.
 
-    Args:
-        path: Its folder.
-        config: Its config.
-        name: What to call the base in an error.
-        trust_remote_code: Let its own Python files run.
-        options: Further arguments for the tokenizer.
-
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: It cannot be loaded; the base is called ``name`` then.
     """
     settings = {"trust_remote_code": trust_remote_code, **(options or {})}
     try:
@@ -133,9 +126,6 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes ``rope_parameters`` (and gemma3's layer pattern as ``layer_types``);
     several mlx-lm models read only the older names and silently fall back to their defaults,
     which moves the logits without changing the argmax.
-
-    Args:
-        config: The content of ``config.json``.
 
     Returns:
         A copy with the older names filled in where they were missing; nothing is removed.
@@ -214,10 +204,6 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """The one table that turns token ids into embeddings: its path in the model, and the module.
 
-    Args:
-        model: A freshly loaded mlx-lm model.
-        name: What to call it in an error.
-
     Raises:
         ModelError: No table, or a second one that is looked up by token id as well (gemma3n's and
             gemma4's per-layer inputs, n-gram embeddings): it could not read a virtual id.
@@ -246,12 +232,6 @@ def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
     One forward pass over two one-token rows. It runs at load for architectures that the tests do
     not cover, because some look at ids in places that the module tree does not show.
 
-    Args:
-        model: The wrapped model.
-        token_id: An ordinary id.
-        virtual_id: A virtual id whose row equals the ordinary id's embedding.
-        name: What to call the model in an error.
-
     Raises:
         ModelError: The logits differ.
     """
@@ -265,13 +245,10 @@ def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 by which a resumed run knows its base model again, in moments for any size.
+    """SHA-256 by which a resumed run knows the base model in a folder again, quick for any size.
 
     It reads the name and length of each weights file, its beginning (the header) and 64 samples of
     the rest, not every byte.
-
-    Args:
-        path: A base model's folder.
 
     Raises:
         ModelError: A file cannot be read.

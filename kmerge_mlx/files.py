@@ -33,17 +33,12 @@ ALL_DTYPES = (*FLOAT_DTYPES, "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64
 def read_json(path: Path, error: type[KMergeError]) -> Any:
     """Reads a small JSON file.
 
-    Args:
-        path: The file.
-        error: Kind of error to raise.
-
-    Returns:
-        Its content. Numbers that other JSON readers have no place for (``NaN``, ``1e999``, integers
-        of 20 digits) are left as strings, so they fail wherever a number is expected, and can be
-        written again.
+    Numbers that other JSON readers have no place for (``NaN``, ``1e999``, integers of 20 digits)
+    are left as strings, so they fail wherever a number is expected, and can be written again.
 
     Raises:
-        KMergeError: Missing, unreadable, larger than 1 MiB, not JSON, or nested over 32 deep.
+        KMergeError: (of the kind ``error``) Missing, unreadable, larger than 1 MiB, not JSON, or
+            nested over 32 deep.
     """
     try:
         if _regular_size(path, error) > MAX_JSON_BYTES:
@@ -56,11 +51,13 @@ def read_json(path: Path, error: type[KMergeError]) -> Any:
     except (ValueError, RecursionError) as e:
         reason = first_line(e) if isinstance(e, json.JSONDecodeError) else "unreadable"
         raise error(f"{path} is not valid JSON ({reason})") from None
-    level = [data]
+    boxes = [data]
     for _ in range(MAX_JSON_DEPTH):
-        boxes = [box for box in level if isinstance(box, dict | list)]
-        level = [item for b in boxes for item in (b.values() if isinstance(b, dict) else b)]
-    if any(isinstance(item, dict | list) for item in level):
+        inside = (
+            b.values() if isinstance(b, dict) else b for b in boxes if isinstance(b, dict | list)
+        )
+        boxes = [item for items in inside for item in items]
+    if any(isinstance(item, dict | list) for item in boxes):
         raise error(f"{path} is nested more than {MAX_JSON_DEPTH} deep: not a config file")
     return data
 
@@ -86,14 +83,9 @@ def safetensors_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file, from its checked header alone.
 
-    Args:
-        path: The file.
-        error: Kind of error to raise.
-        dtypes: What its tensors may be.
-
     Raises:
-        KMergeError: Missing, torn or not safetensors, or tensors (all are listed) of other dtypes,
-            or that MLX cannot hold.
+        KMergeError: (of the kind ``error``) Missing, torn or not safetensors, or tensors (all are
+            listed) of dtypes other than ``dtypes``, or that MLX cannot hold.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -156,10 +148,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: str = "mlx") -> None:
     """Writes tensors, the same bytes for the same tensors, and flushes them to the disk.
 
-    Args:
-        path: The file.
-        tensors: By name.
-        framework: The framework that the file names: ``mlx``, or ``pt`` for PyTorch.
+    The file names the framework that it is for: ``mlx``, or ``pt`` for PyTorch.
 
     Raises:
         OSError: It cannot be written.
@@ -190,16 +179,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` when the block ends without an error.
+    """Yields a temporary file that becomes ``path`` when the block ends without an error.
 
     Killed at any moment, ``path`` is what it was, or absent, or whole. What killed runs left beside
-    it is cleared.
-
-    Args:
-        path: The file to create, or to replace.
-
-    Yields:
-        The file to write; its name ends as ``path``'s does.
+    it is cleared. The temporary file has the suffix of ``path``.
     """
     for leftover in _leftovers(path, "new"):
         if not _is_folder(leftover):
@@ -216,16 +199,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends without an error.
+    """Yields a temporary folder that becomes ``path`` when the block ends without an error.
 
     Killed at any moment, ``path`` is what it was, or absent, or whole. What a killed run left
     beside it is cleared by the next run.
-
-    Args:
-        path: The folder to create, or to replace if it exists.
-
-    Yields:
-        The folder to write into.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,13 +249,12 @@ def check_destination(
         path: Where the folder is to be written.
         force: Whether a folder of the same kind there may be replaced.
         kind: What kind that is, for the errors.
-        names: Files that such a folder may hold; more than these is never deleted.
+        names: Files that such a folder may hold; a folder with more is never deleted.
         error: Kind of error to raise.
-        marker: A file that it must hold, or None.
+        marker: A file that the folder must hold, or None.
 
     Raises:
-        KMergeError: Something is there and ``force`` is off, or it is of another kind, or holds
-            more.
+        KMergeError: Something is there and ``force`` is off, or it is not such a folder.
     """
     path = Path(path)
     try:
@@ -291,7 +267,7 @@ def check_destination(
         if path.is_symlink():
             raise error(f"{path} is a symbolic link, and `force` replaces only a folder")
         if not path.is_dir() or (marker is not None and not (path / marker).is_file()):
-            raise error(f"{path} is not a folder of {kind} files, and `force` replaces nothing else")
+            raise error(f"{path} is not a folder of {kind} files: `force` replaces nothing else")
         more = sorted(child.name for child in path.iterdir() if child.name not in names)
     except OSError as e:
         raise error(f"cannot write {path}: {e.strerror}") from None
@@ -304,9 +280,6 @@ def check_destination(
 
 def clear_leftovers(path: Path) -> None:
     """Removes what killed runs left beside a folder; gives it back if one was about to replace it.
-
-    Args:
-        path: The folder, which need not be there.
 
     Raises:
         OSError: The folder around it cannot be read or changed.

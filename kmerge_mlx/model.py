@@ -45,8 +45,8 @@ def load(
     Args:
         path_or_hf_repo: Base model: a folder, a hub repo id (``user/name@revision``), or
             ``bundled``.
-        adapter_path: Adapter folder, a hub repo id, or ``bundled``. None takes the adapter that
-            the base's folder carries; without one the base is loaded alone, and prompts are read
+        adapter_path: Adapter folder, a hub repo id, or ``bundled``; for the adapter that the base's
+            folder carries, that folder again. None loads the base alone, and prompts are then read
             unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
@@ -63,7 +63,12 @@ def load(
         ModelError: The base cannot be found, loaded or given virtual ids.
         AdapterError: The adapter is torn, has no such K, or is for another base.
     """
-    source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
+    if adapter_path is not None:
+        source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
+    elif k in (None, 1):
+        source = Source.alone(path_or_hf_repo, trust_remote_code, revision)
+    else:
+        raise AdapterError(f"`k` is {k}, and there is no merge encoder: give `adapter_path`")
     model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -74,11 +79,7 @@ def load_source(
     lazy: bool = False,
     max_blocks: int = MAX_BLOCKS,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """Loads the base model and the adapter of a source, as :func:`load` does.
-
-    Returns:
-        The model, its tokenizer, and the base's config as mlx-lm reads it.
-    """
+    """Loads a source, as :func:`load` does: the model, its tokenizer, and the base's config."""
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     path, name, trust = source.path, source.model, source.trust_remote_code
     config = source.config
@@ -106,11 +107,7 @@ def padding_of(adapter: Adapter, tokenizer: Any) -> int:
 def widen(model: nn.Module, path: Path) -> None:
     """Makes the bundled model compute in float32, its adapter too; other models stay as they are.
 
-    Its weights are stored as float16, so that the wheel stays small.
-
-    Args:
-        model: A loaded model.
-        path: The base's folder.
+    Its weights are stored as float16, so that the wheel stays small. ``path`` is the base's folder.
     """
     if path == bundled.BASE:
         model.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
@@ -119,12 +116,7 @@ def widen(model: nn.Module, path: Path) -> None:
 
 
 def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
-    """Refuses a base model, called ``name``, that an adapter was not made for.
-
-    Args:
-        adapter: The adapter.
-        config: The base's normalised config.
-        name: What to call the base.
+    """Refuses a base model, with this config and this name, that an adapter was not made for.
 
     Raises:
         AdapterError: Every difference, listed.
@@ -142,14 +134,9 @@ def attach(
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
 ) -> None:
-    """Puts an adapter on a loaded base model, in place, ready to generate.
+    """Puts an adapter on a freshly loaded base model, in place, ready to generate.
 
-    Args:
-        model: A freshly loaded mlx-lm model.
-        adapter: What to put on it.
-        pad_token_id: Token that fills the last block.
-        name: What to call the base in an error.
-        max_blocks: Slots of the block table.
+    The other arguments are those of :func:`wire`.
 
     Raises:
         ModelError: The model cannot take virtual ids.

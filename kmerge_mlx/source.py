@@ -43,7 +43,6 @@ class Source:
         k: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
-        weights: bool = True,
     ) -> Source:
         """Finds both, downloading what is on the hub.
 
@@ -55,13 +54,12 @@ class Source:
             k: Merge factor, or None: the only one there is.
             trust_remote_code: Let the base's own Python files run.
             revision: Hub revision of the base, where its id names none.
-            weights: Whether the base's weights are wanted too.
 
         Raises:
             ModelError: The adapter does not name its base, or the model cannot be found.
             AdapterError: No adapter, or no such K.
         """
-        name, path, folders = _look_up(model, adapter_path, revision, weights)
+        name, path, folders = _look_up(model, adapter_path, revision)
         if folders is None:
             if k not in (None, 1):
                 raise AdapterError(
@@ -69,8 +67,19 @@ class Source:
                 )
             return cls(name, path, trust_remote_code=trust_remote_code)
         folder, merge = folders.choose(k)
-        path = path or base.resolve(name, revision, weights)
+        path = path or base.resolve(name, revision)
         return cls(name, path, folders.name, folder, merge, trust_remote_code)
+
+    @classmethod
+    def alone(
+        cls, model: str, trust_remote_code: bool = False, revision: str | None = None
+    ) -> Source:
+        """Finds a base model, without the adapter that its folder may carry.
+
+        Raises:
+            ModelError: It cannot be found.
+        """
+        return cls(model, base.resolve(model, revision), trust_remote_code=trust_remote_code)
 
     @classmethod
     def find_all(
@@ -124,17 +133,14 @@ class Source:
 
 
 def _look_up(
-    model: str | None,
-    adapter_path: str | Path | None,
-    revision: str | None = None,
-    weights: bool = True,
+    model: str | None, adapter_path: str | Path | None, revision: str | None = None
 ) -> tuple[str, Path | None, AdapterFolders | None]:
     """The base's name, its folder where that had to be opened, and the adapters."""
     if adapter_path is None and model in (None, BUNDLED):
         model = adapter_path = BUNDLED
     path = None
     if adapter_path is None:
-        path = base.resolve(model, revision, weights)
+        path = base.resolve(model, revision)
         adapter_path = carried_by(path)
     folders = None if adapter_path is None else look_up(adapter_path)
     name = model if model is not None else folders.base

@@ -12,7 +12,7 @@ from kmerge_mlx import base, bundled, files
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.errors import AdapterError, ModelError
-from kmerge_mlx.model import load_source, merged_embedding
+from kmerge_mlx.model import load, load_source, merged_embedding
 from kmerge_mlx.source import Source
 from tests.hub_runs import using
 from tests.hub_server import Repo, running_hub
@@ -122,3 +122,11 @@ def test_of_a_hub_repo_only_the_chosen_adapter_and_its_base_are_fetched(world, t
         with pytest.raises(AdapterError, match="user/many holds no adapter for `k` 3"):
             Source.find("user/base", "user/many", 3)
         assert not [r for r in hub.requests if "safetensors" in r]
+
+
+def test_in_python_a_base_is_loaded_alone_unless_its_adapter_is_named(world):
+    carrying = str(world / "carrying")
+    assert merged_embedding(load(carrying)[0]) is None
+    assert merged_embedding(load(carrying, carrying)[0]).merge_factor == 4
+    assert merged_embedding(load(bundled.BUNDLED)[0]) is None
+    assert Source.alone(carrying).adapter is None

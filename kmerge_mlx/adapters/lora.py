@@ -60,10 +60,6 @@ def default_keys(model: nn.Module, num_layers: int = -1) -> tuple[str, ...]:
 def attach(model: nn.Module, config: LoRAConfig) -> None:
     """Replaces the modules that ``config`` names by mlx-lm's LoRA layers, in place.
 
-    Args:
-        model: An mlx-lm model.
-        config: Which modules, with which rank and scale.
-
     Raises:
         AdapterError: Modules that the covered layers do not have, or that cannot carry LoRA; all
             are listed.
