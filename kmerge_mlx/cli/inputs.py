@@ -345,7 +345,9 @@ def open_model(
         source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
         if context and source.merge is None:
             name = source.model
-            raise PromptError(f"FILEs need a merge encoder for {name}: give `adapter_path`")
+            raise PromptError(
+                f"FILEs need a merge encoder, and {name} carries none: give `adapter_path`"
+            )
         model, tokenizer, _ = load_source(source)
     except ModelError as error:
         if settings.model is not None or adapter is None or base_of(adapter) is None:
