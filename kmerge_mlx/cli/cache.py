@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli.inputs import (
-    Opened,
-    PromptSettings,
-    command,
-    open_model,
-    parse_files,
-    read_prompt,
-)
+from kmerge_mlx.cli import inputs
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command
 from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
@@ -33,15 +27,10 @@ SUFFIX = ".safetensors"
 QUESTIONS = ("0", "\n0", " z", "Z")
 """A cache holds what the prompts of all of these begin with, so that any question can follow."""
 
-_ABOUT = {
-    "context": str,
-    "prompt": str,
+_ABOUT = dict.fromkeys(("context", "prompt", "system_prompt", "model", "adapter_path"), str) | {
     "layout": dict,
-    "system_prompt": str,
     "options": dict,
     "templated": bool,
-    "model": str,
-    "adapter_path": str,
     "k": int,
 }
 """What a file records of its prompt; each may be null."""
@@ -82,8 +71,8 @@ def cache(settings: CacheFileSettings) -> None:
       kmerge-mlx cache report.txt --adapter-path A --k 4 --prompt-cache-file report.safetensors
       kmerge-mlx generate --prompt-cache-file report.safetensors -p "What changed in May?"
     """
-    context, begun = read_prompt(settings.files, settings.prompt)
-    spans = parse_files(context, settings.files)
+    context, begun = inputs.read_prompt(settings.files, settings.prompt)
+    spans = inputs.parse_files(context, settings.files)
     path = Path(settings.prompt_cache_file)
     if not path.resolve().parent.is_dir():
         raise PromptError(f"`prompt_cache_file` {path}: there is no such folder")
@@ -91,7 +80,7 @@ def cache(settings: CacheFileSettings) -> None:
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import check_context, compress
 
-    opened = open_model(settings, bool(spans))
+    opened = inputs.open_model(settings, bool(spans))
     source = opened.source
     about = {
         "context": context,
@@ -137,15 +126,11 @@ def cache(settings: CacheFileSettings) -> None:
 def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[Any]]:
     """The model of a prompt cache file, what is left to read of a prompt, and its KV cache.
 
-    Args:
-        settings: With the file, and a prompt that goes on where it ends.
-
     Raises:
-        PromptError: The file is torn, or of another model, or the question changes what is
-            before it.
+        PromptError: The file is torn or of another model, or the prompt changes what is before it.
     """
     path = Path(settings.prompt_cache_file)
-    _, question = read_prompt([], settings.prompt)
+    _, question = inputs.read_prompt([], settings.prompt)
 
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import compress
@@ -157,7 +142,7 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
     named = {"k": about["k"] if settings.k is None else settings.k}
     if settings.model is None and settings.adapter_path is None:
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
-    opened = open_model(replace(settings, **named), context=False, chat=ChatTemplate())
+    opened = inputs.open_model(replace(settings, **named), context=False, chat=ChatTemplate())
     cache = file.load(prompt_cache.identity(opened.source))
     bits = next((each.bits for each in cache if hasattr(each, "bits")), None)
     if bits is not None and settings.kv_bits not in (None, bits):

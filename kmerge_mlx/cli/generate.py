@@ -9,15 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
+from kmerge_mlx.cli import inputs
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
-from kmerge_mlx.cli.inputs import (
-    Opened,
-    PromptSettings,
-    command,
-    open_model,
-    parse_files,
-    read_prompt,
-)
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command
 from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
@@ -35,11 +29,7 @@ class AnswerSettings(PromptSettings):
     """What ``generate`` and ``chat`` share; the defaults are mlx-lm's."""
 
     max_tokens: int = option(
-        100,
-        int,
-        "Most tokens to generate; -1 for no limit.",
-        low=-1,
-        flags=("--max-tokens", "-m"),
+        100, int, "Most tokens to generate; -1 for no limit.", low=-1, flags=("--max-tokens", "-m")
     )
     temp: float = SamplingSettings.setting("temp")
     top_p: float = SamplingSettings.setting("top_p")
@@ -155,14 +145,9 @@ def generate(settings: GenerateSettings) -> None:
 
     if settings.seed is not None:
         mx.random.seed(settings.seed)
-    processors = make_logits_processors(
-        repetition_penalty=settings.repetition_penalty,
-        repetition_context_size=settings.repetition_context_size,
-        presence_penalty=settings.presence_penalty,
-        presence_context_size=settings.presence_context_size,
-        frequency_penalty=settings.frequency_penalty,
-        frequency_context_size=settings.frequency_context_size,
-    )
+    kinds = ("repetition", "presence", "frequency")
+    penalties = [f"{kind}_{what}" for kind in kinds for what in ("penalty", "context_size")]
+    processors = make_logits_processors(**{name: getattr(settings, name) for name in penalties})
     names = ("min_p", "top_k", "min_tokens_to_keep")
     with one_line_refusals():
         responses = stream_generate(
@@ -182,11 +167,11 @@ def generate(settings: GenerateSettings) -> None:
 
 def _read(settings: GenerateSettings) -> tuple[Opened, list[Segment]]:
     """The model, and the prompt as it is laid out for it."""
-    context, question = read_prompt(settings.files, settings.prompt)
-    spans = parse_files(context, settings.files)
+    context, question = inputs.read_prompt(settings.files, settings.prompt)
+    spans = inputs.parse_files(context, settings.files)
     options = settings.chat_template_config or {}
     chat = ChatTemplate(settings.system_prompt, settings.prefill_response, options)
-    opened = open_model(settings, bool(spans), chat)
+    opened = inputs.open_model(settings, bool(spans), chat)
     if opened.source.model == BUNDLED and (question or context or "").endswith("\n"):
         print(
             "note: the prompt ends with a line end, which the bundled model was not trained on: "

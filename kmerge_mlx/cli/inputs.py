@@ -108,17 +108,12 @@ def _parameters(settings: type[Settings], config_file: bool) -> list[inspect.Par
     shown.sort(key=lambda f: option_of(f).argument is None)
     parameters = [_parameter(f) for f in shown]
     if config_file:
-        config = typer.Option(
-            "-c", "--config", help="A YAML file with settings.", show_default=False
-        )
+        file = typer.Option("-c", "--config", help="A YAML file with settings.", show_default=False)
         show = typer.Option("--print-config", help="Print the settings as YAML, and do no more.")
+        more = {"config": Annotated[str | None, file], "print_config": Annotated[bool, show]}
         parameters += [
-            inspect.Parameter(
-                "config", _KEYWORD, default=None, annotation=Annotated[str | None, config]
-            ),
-            inspect.Parameter(
-                "print_config", _KEYWORD, default=False, annotation=Annotated[bool, show]
-            ),
+            inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation)
+            for name, annotation in more.items()
         ]
     return parameters
 
@@ -242,10 +237,7 @@ class PromptSettings(CacheSettings, ModelSettings):
 def read_prompt(files: Sequence[str], prompt: str | None) -> tuple[str | None, str | None]:
     """The text to merge and the text to keep raw, with their tags.
 
-    Args:
-        files: Names of files, ``-`` for stdin.
-        prompt: The ``--prompt`` text with mlx-lm's conventions: ``-`` is stdin, and a written
-            ``\\n`` or ``\\t`` means the character.
+    As in mlx-lm, ``-`` is stdin, and a written ``\\n`` or ``\\t`` in ``prompt`` is the character.
 
     Raises:
         PromptError: Nothing to read, or a file that is missing, empty or not UTF-8.
@@ -345,7 +337,9 @@ def open_model(
         source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
         if context and source.merge is None:
             name = source.model
-            raise PromptError(f"FILEs need a merge encoder for {name}: give `adapter_path`")
+            raise PromptError(
+                f"FILEs need a merge encoder, and {name} carries none: give `adapter_path`"
+            )
         model, tokenizer, _ = load_source(source)
     except ModelError as error:
         if settings.model is not None or adapter is None or base_of(adapter) is None:

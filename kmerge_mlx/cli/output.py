@@ -17,11 +17,7 @@ SECONDS_BETWEEN_LINES = 30
 
 @contextlib.contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into this project's errors.
-
-    Raises:
-        KMergeError: mlx-lm's reason.
-    """
+    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into a ``KMergeError``."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
@@ -29,16 +25,10 @@ def one_line_refusals() -> Iterator[None]:
 
 
 def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:
-    """Notes when prompts are laid out in another way than in training.
-
-    Args:
-        stored: The adapter's layout, or None where it is not recorded.
-        used: The layout in use.
-        has_template: Whether the tokenizer has a chat template at all.
-    """
+    """Notes when prompts are laid out in another way than in training, where that is recorded."""
+    found: list[str] = []
     if stored is None:
         return
-    found = []
     if has_template and stored.chat_template != used.chat_template:
         found.append("with a chat template" if stored.chat_template else "without a chat template")
     if stored.merges != used.merges:
@@ -50,14 +40,7 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
 
 
 def prefill_bar(step_size: int) -> Callable[[int, int], None]:
-    """Progress while a prompt of several prefill steps is read.
-
-    Args:
-        step_size: Positions prefilled at once.
-
-    Returns:
-        mlx-lm's ``prompt_progress_callback``: called with (positions read, positions in all).
-    """
+    """mlx-lm's ``prompt_progress_callback``: progress where a prompt takes several steps."""
     progress = bars()("Reading")
     return lambda done, total: progress(done, total) if total > step_size else None
 

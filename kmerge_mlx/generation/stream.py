@@ -128,7 +128,6 @@ def stream_generate(
     if max_tokens == 0:
         raise PromptError("max_tokens is 0: give at least 1, or -1 for no limit")
     start = time.perf_counter()
-    tokenizer = _wrapped(tokenizer)
     segments = _segments(tokenizer, prompt)
     check_context(model, segments, options.get("prompt_cache"))
     compressed = compress(model, tokenizer, segments)
@@ -191,7 +190,8 @@ def batch_generate(
         PromptError: A prompt is empty, or longer than the model's context.
         BlockTableFullError: Too many blocks in use at once.
     """
-    tokenizer = _wrapped(tokenizer)
+    if not isinstance(tokenizer, TokenizerWrapper):  # a plain Hugging Face one, as in mlx-lm
+        tokenizer = TokenizerWrapper(tokenizer)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     compressed = _compress_all(model, tokenizer, prompts, prompt_caches, limits)
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
@@ -340,11 +340,6 @@ def _drain(
                 if progress is not None:
                     progress(finished, len(uids))
     return list(rows.values())
-
-
-def _wrapped(tokenizer: Any) -> TokenizerWrapper:
-    """A plain Hugging Face tokenizer will do, as in mlx-lm."""
-    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
 def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPrompt:

@@ -162,7 +162,7 @@ def test_other_faults_are_one_message(world):
         (("convert", "no/such", "dst"), "no/such is "),
         (("convert", "p.txt", "dst"), "p.txt is a file"),
         (("convert", "bare", "dst"), "holds no encoder.pth and no adapter_config.json"),
-        (("convert", "lora", "peft"), "choose another folder, or give --force"),
+        (("convert", "lora", "peft"), "choose another folder"),
         (("info", "no"), "no is not a folder"),
         (("info", "x" * 5000), "File name too long"),
     ],
