@@ -369,8 +369,10 @@ def _users(tensors: dict[str, Tensor], entries: dict[str, zipfile.ZipInfo]) -> d
     made = sum(tensor.nbytes for tensor in tensors.values())
     stored = sum(entries[entry].file_size for entry in users)
     if made > _MAX_ALIASES * stored:
-        found = f"found {made} bytes of tensors over {stored} bytes of storage, expected at most"
-        raise _bad(f"{found} {_MAX_ALIASES} times as many", "save tensor.contiguous()")
+        found = f"found {made} bytes of tensors over {stored} bytes of storage"
+        raise _bad(
+            f"{found}, expected at most {_MAX_ALIASES} times as many", "save tensor.contiguous()"
+        )
     return users
 
 
