@@ -190,38 +190,31 @@ class Answer:
             kept = {k: v for k, v in message.items() if v or k in always}
             choice["delta" if self._stream else "message"] = kept
         if self._top is not None:
-            form = chat_logprobs if self._chat else text_logprobs
+            form = _chat_logprobs if self._chat else _text_logprobs
             choice["logprobs"] = form(self._untold, self._tokenizer, self._top)
         self._text = self._reasoning = ""
         self._calls, self._untold = [], []
         return self._head | {"choices": [choice]}
 
 
-def chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
-    """Log-probabilities of a conversation's answer.
-
-    Args:
-        tokens: mlx-lm's responses.
-        tokenizer: Its tokenizer.
-        top: How many of the likeliest tokens to list for each token.
-    """
-
+def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, data = _token(tokenizer, token)
         known = {"token": text, "logprob": max(logprob, _LOWEST)}
         return known | {"bytes": list(data), "id": token}
 
-    content = []
-    for response in tokens:
-        likeliest = [entry(t["id"], t["logprob"]) for t in _sorted(response, top)]
-        content.append(entry(response.token, response.logprob) | {"top_logprobs": likeliest})
-    return {"content": content}
+    return {
+        "content": [
+            entry(response.token, response.logprob)
+            | {"top_logprobs": [entry(*likely) for likely in _likeliest(response, top)]}
+            for response in tokens
+        ]
+    }
 
 
-def text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
-    """Log-probabilities of a completion; see :func:`chat_logprobs`."""
+def _text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
     likeliest = [
-        {_token(tokenizer, t["id"])[0]: max(t["logprob"], _LOWEST) for t in _sorted(r, top)}
+        {_token(tokenizer, token)[0]: max(lp, _LOWEST) for token, lp in _likeliest(r, top)}
         for r in tokens
     ]
     return {
@@ -231,9 +224,10 @@ def text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[
     }
 
 
-def _sorted(response: Response, top: int) -> list[dict[str, Any]]:
-    """The likeliest tokens, which mlx-lm lists in any order."""
-    return sorted(response.top_tokens, key=lambda t: -t["logprob"])[:top]
+def _likeliest(response: Response, top: int) -> list[tuple[int, float]]:
+    """The likeliest tokens and their log-probabilities, which mlx-lm lists in any order."""
+    found = [(token["id"], token["logprob"]) for token in response.top_tokens]
+    return sorted(found, key=lambda likely: -likely[1])[:top]
 
 
 def _token(tokenizer: Any, token: int) -> tuple[str, bytes]:

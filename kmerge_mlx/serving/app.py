@@ -161,20 +161,13 @@ def _too_slow() -> ApiError:
 
 
 class _Completing(Response):
-    """Answers one completion; unlike FastAPI's responses it sees the client leave at any moment.
-
-    Args:
-        service: What answers.
-        asked: The request's body.
-        chat: Whether it came to the chat endpoint.
-    """
+    """Answers one completion; unlike FastAPI's responses it sees the client leave at any moment."""
 
     def __init__(self, service: Service, asked: bytes, chat: bool):
         super().__init__()
         self.service, self.asked, self.chat = service, asked, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers, unless the client leaves first."""
         connection, begun = scope["state"]["connection"], False
 
         async def put(message: Message) -> None:
@@ -207,11 +200,7 @@ class _Completing(Response):
 
 
 async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of work that ends when the client leaves.
-
-    Raises:
-        ClientGone: It did.
-    """
+    """The result of work; a ClientGone when the client leaves first."""
 
     async def left() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -229,13 +218,8 @@ async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-class Connection(H11Protocol):
-    """uvicorn's connection, with limits on how many there are and how long a request may take.
-
-    Args:
-        service: What is served.
-        options: uvicorn's.
-    """
+class _Connection(H11Protocol):
+    """uvicorn's connection, with limits on how many there are and how long a request may take."""
 
     def __init__(self, service: Service, **options: Any):
         super().__init__(**options)
@@ -246,7 +230,6 @@ class Connection(H11Protocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begins to wait for a request, or refuses the connection."""
         super().connection_made(transport)
         if len(self.connections) > self.service.settings.max_connections:
             self._refuse(busy(503, "too many connections", "too_many_connections"))
@@ -254,7 +237,6 @@ class Connection(H11Protocol):
             self._begin_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the connection."""
         self._end_timer()
         super().connection_lost(exc)
 
@@ -339,7 +321,7 @@ class Server:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         config = uvicorn.Config(
             make_app(self.service),
-            http=partial(Connection, self.service),
+            http=partial(_Connection, self.service),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -351,7 +333,7 @@ class Server:
         )
         self._http = uvicorn.Server(config)
         connections = self._http.server_state.connections
-        self.service.metrics.gauge("connections", "Open connections.", lambda: len(connections))
+        self.service.metrics.read(connections=lambda: len(connections))
         self._thread = Thread(target=self._http.run, args=([listener],), name="http")
         self._thread.start()
 

@@ -7,13 +7,13 @@ is merged.
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import time
 from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 from weakref import WeakSet
 
@@ -38,16 +38,15 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
 
-# What is overridden of mlx-lm 0.32.2, with its parameters.
+# What is overridden of mlx-lm, with its parameters.
 _SEAM = {
-    (host, "_make_logits_processors"): ("args",),
-    (ResponseGenerator, "_run_generate"): ("self",),
-    (ResponseGenerator, "_serve_single"): ("self", "request", "stream"),
-    (ResponseGenerator, "_tokenize"): ("self", "tokenizer", "request", "args"),
-    (ResponseGenerator, "_log_cache_stats"): ("self",),
-    (LRUPromptCache, "fetch_nearest_cache"): ("self", "model", "tokens"),
-    (LRUPromptCache, "insert_cache"): ("self", "model", "tokens", "prompt_cache", "cache_type"),
-    (ModelProvider, "load_default"): ("self",),
+    (host, "_make_logits_processors"): "args",
+    (ResponseGenerator, "_run_generate"): "self",
+    (ResponseGenerator, "_serve_single"): "self, request, stream",
+    (ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
+    (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
+    (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
+    (ModelProvider, "load_default"): "self",
 }
 
 
@@ -58,13 +57,11 @@ def check_seam() -> None:
         ServeError: Names what is missing or has other parameters.
     """
     for (owner, name), expected in _SEAM.items():
-        method = getattr(owner, name, None)
-        found = tuple(inspect.signature(method).parameters) if method else None
+        found = ", ".join(signature(getattr(owner, name, lambda: None)).parameters)
         if found != expected:
-            what = "is missing" if found is None else f"takes {', '.join(found)}"
             raise ServeError(
                 f"mlx-lm {version('mlx-lm')} does not fit this release: {owner.__name__}.{name} "
-                f"{what}, expected ({', '.join(expected)}): pip install 'mlx-lm==0.32.2'"
+                f"takes ({found}), expected ({expected}): install the mlx-lm of pyproject.toml"
             )
 
 

@@ -33,8 +33,7 @@ class PinnedModel(ModelProvider):
     def __init__(self, settings: ServeSettings, source: Source):
         super().__init__(_host_arguments(settings))
         self.settings, self.source = settings, source
-        folder = Path(source.model)
-        self.name = folder.resolve().name if folder.is_dir() else source.model
+        self.name = source.path.resolve().name if Path(source.model).is_dir() else source.model
         self.stored_layout = None if source.merge is None else source.merge.layout
         self.layout = chosen(
             self.stored_layout, settings.merges, settings.merge_threshold, settings.chat_template

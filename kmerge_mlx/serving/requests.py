@@ -31,13 +31,8 @@ _TEMPLATE_OWN = (
 )
 
 
-def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    good = isinstance(stops, list) and len(stops) <= MAX_STOPS
-    if not good or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
-        limits = f"up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
-        raise ValueError(f"expected {limits}")
-    return stops
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -87,39 +82,30 @@ class _Part(BaseModel):
         return value
 
 
-class Function(_Part, extra="allow"):
-    """The function of a tool call."""
-
+class _Function(_Part, extra="allow"):
     arguments: Annotated[Any, BeforeValidator(_arguments)] = None
 
 
-class ToolCall(_Part, extra="allow"):
-    """A tool call in an earlier answer."""
-
-    function: Function | None = None
+class _ToolCall(_Part, extra="allow"):
+    function: _Function | None = None
 
 
-class Message(_Part, extra="allow"):
-    """One message of a conversation."""
-
+class _Message(_Part, extra="allow"):
     role: str
     content: Annotated[Any, BeforeValidator(_content)] = ""
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[_ToolCall] | None = None
 
 
-class StreamOptions(_Part):
-    """What else a stream holds."""
-
+class _StreamOptions(_Part):
     include_usage: bool = False
 
 
-class ResponseFormat(_Part):
-    """The form of an answer."""
-
+class _ResponseFormat(_Part):
     type: Literal["text"] = "text"
 
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
 
@@ -147,10 +133,10 @@ class Completion(_Part):
     logit_bias: dict[str, _Penalty] | None = None
     logprobs: Annotated[Any, BeforeValidator(_logprobs)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = []
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    response_format: ResponseFormat = ResponseFormat()
+    stream_options: _StreamOptions = _StreamOptions()
+    response_format: _ResponseFormat = _ResponseFormat()
     n: Literal[1] = 1
     best_of: Literal[1] = 1
     echo: Literal[False] = False
@@ -179,7 +165,7 @@ class ChatCompletion(Completion):
     """A request to ``/v1/chat/completions``."""
 
     chat: ClassVar[bool] = True
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1)]
     logprobs: bool = False
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["auto", "none"] = "auto"
@@ -234,7 +220,9 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
         completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
     except ValidationError as error:
         raise _as_api_error(error) from None
-    _check_model(completion.model, served)
+    if completion.model not in (served, DEFAULT_MODEL):
+        message = f"the model {short(completion.model)} is not served here, only {served} is"
+        raise ApiError(404, message, "model", "model_not_found")
     _check_tokens(completion, vocab_size)
     if "stream_options" in body and completion.stream_options.include_usage > completion.stream:
         raise refused("stream_options needs stream: true", "stream_options")
@@ -251,12 +239,6 @@ def _as_api_error(error: ValidationError) -> ApiError:
     if found["type"] == "missing":
         return refused(f"{field} is missing", field)
     return refused(f"{field} is {short(found['input'])}: {message}", field)
-
-
-def _check_model(name: str, served: str) -> None:
-    if name not in (served, DEFAULT_MODEL):
-        message = f"the model {short(name)} is not served here, only {served} is"
-        raise ApiError(404, message, "model", "model_not_found")
 
 
 def _check_tokens(completion: Completion, vocab_size: int) -> None:

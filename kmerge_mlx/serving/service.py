@@ -34,45 +34,54 @@ from kmerge_mlx.source import Source
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-
-_COUNTERS = {
-    "requests": ("Requests answered.", "endpoint", "status"),
+# Of each metric that is counted up: its help, and its labels or buckets.
+_COUNTED = {
+    "requests": ("Requests answered.", ("endpoint", "status")),
     "prompt_tokens": ("Original tokens of prompts.",),
     "compressed_tokens": ("Positions that those tokens took.",),
     "cached_tokens": ("Original tokens that a KV cache held already.",),
     "generated_tokens": ("Tokens generated.",),
-    "prompt_cache_lookups": ("Prompts looked up in the KV caches.", "result"),
+    "prompt_cache_lookups": ("Prompts looked up in the KV caches.", ("result",)),
 }
-_HISTOGRAMS = {
+_TIMED = {
     "time_to_first_token_seconds": "From a request's arrival to its first token.",
     "request_duration_seconds": "From a request's arrival to the end of its answer.",
+}
+_READ = {
+    "requests_in_flight": "Requests admitted and not answered yet.",
+    "requests_waiting": "Of those, requests without a first token.",
+    "connections": "Open connections.",
+    "prompt_cache_sequences": "KV caches kept for prefixes.",
+    "prompt_cache_bytes": "Memory of those.",
+    "block_slots_in_use": "Slots of the block table that hold a block.",
+    "block_slots": "Slots that there are.",
+    "ready": "1 while requests are taken.",
 }
 
 
 class Metrics:
-    """What a server counts, for Prometheus; names are without their prefix."""
+    """What a server counts, for Prometheus; names are without their prefix and suffix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own = {"namespace": "kmerge_mlx", "registry": self.registry}
-        self._known = {
-            n: Counter(n, help, labels, **own) for n, (help, *labels) in _COUNTERS.items()
-        }
-        for name, help in _HISTOGRAMS.items():
-            self._known[name] = Histogram(name, help, buckets=SECONDS, **own)
+        self._known = {name: Counter(name, *about, **own) for name, about in _COUNTED.items()}
+        self._known |= {n: Histogram(n, h, buckets=SECONDS, **own) for n, h in _TIMED.items()}
+        self._known |= {name: Gauge(name, help, **own) for name, help in _READ.items()}
 
     def count(self, name: str, amount: float = 1, *labels: str) -> None:
         """Counts up."""
-        counter = self._known[name]
-        (counter.labels(*labels) if labels else counter).inc(amount)
+        metric = self._known[name]
+        (metric.labels(*labels) if labels else metric).inc(amount)
 
     def observe(self, name: str, seconds: float) -> None:
-        """Adds a duration to a histogram."""
+        """Adds a duration."""
         self._known[name].observe(seconds)
 
-    def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Adds a gauge, whose value is asked for when it is read."""
-        Gauge(name, help, namespace="kmerge_mlx", registry=self.registry).set_function(value)
+    def read(self, **values: Callable[[], float]) -> None:
+        """Says where the values of gauges are read when a client asks for them."""
+        for name, value in values.items():
+            self._known[name].set_function(value)
 
 
 class Service:
@@ -108,30 +117,27 @@ class Service:
         running = settings.decode_concurrency if self.provider.is_batchable else 1
         self._limit = running + settings.max_queue
         self._fingerprint = get_system_fingerprint()
-        self._add_gauges()
+        self._read_gauges()
 
-    def _add_gauges(self) -> None:
-        gauge, generator = self.metrics.gauge, self.generator
-        embedding = merged_embedding(self.provider.model)
-        table = None if embedding is None else embedding.table
+    def _read_gauges(self) -> None:
+        generator, embedding = self.generator, merged_embedding(self.provider.model)
+        table = () if embedding is None else embedding.table
 
-        def waiting() -> int:
-            return self.in_flight - sum(job.generated > 0 for job in list(generator.jobs))
+        def cached(read: Callable[[PromptCache], int]) -> int:
+            cache = getattr(generator, "prompt_cache", None)  # it goes with its thread
+            return 0 if cache is None else read(cache)
 
-        def of_cache(read: Callable[[PromptCache], int]) -> Callable[[], int]:
-            """The cache goes with the generation thread."""
-            return lambda: 0 if (cache := generator.prompt_cache) is None else read(cache)
-
-        in_flight = "Requests admitted and not answered yet."
-        gauge("requests_in_flight", in_flight, lambda: self.in_flight)
-        gauge("requests_waiting", "Of those, requests without a first token.", waiting)
-        gauge("prompt_cache_sequences", "KV caches kept for prefixes.", of_cache(len))
-        gauge("prompt_cache_bytes", "Memory of those.", of_cache(lambda cache: cache.nbytes))
-        used = "Slots of the block table that hold a block."
-        gauge("block_slots_in_use", used, lambda: 0 if table is None else len(table))
-        capacity = 0 if table is None else table.capacity
-        gauge("block_slots", "Slots that there are.", lambda: capacity)
-        gauge("ready", "1 while requests are taken.", lambda: self.health == "ok")
+        self.metrics.read(
+            requests_in_flight=lambda: self.in_flight,
+            requests_waiting=lambda: (
+                self.in_flight - sum(job.generated > 0 for job in list(generator.jobs))
+            ),
+            prompt_cache_sequences=lambda: cached(len),
+            prompt_cache_bytes=lambda: cached(lambda cache: cache.nbytes),
+            block_slots_in_use=lambda: len(table),
+            block_slots=lambda: getattr(table, "capacity", 0),
+            ready=lambda: self.health == "ok",
+        )
 
     @property
     def health(self) -> str:

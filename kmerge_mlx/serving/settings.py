@@ -113,8 +113,6 @@ def read_api_key(file: str | None) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise ServeError(f"cannot read {source}: {reason}") from None
-    if key is not None and not key.strip():
-        raise ServeError(f"{source} is empty: put the key in it")
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise ServeError(f"{source} has characters that an HTTP header cannot hold")
+    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+        raise ServeError(f"{source} is empty, or has characters that an HTTP header cannot hold")
     return key

@@ -15,10 +15,7 @@ from tests.servers import eventually, long_answer, serving
 def test_another_mlx_lm_is_one_clear_error(monkeypatch):
     check_seam()
     monkeypatch.setattr(ResponseGenerator, "_tokenize", lambda self, tokenizer, request: None)
-    with pytest.raises(ServeError, match=r"_tokenize takes self, tokenizer, request, expected"):
-        check_seam()
-    monkeypatch.delattr(ResponseGenerator, "_tokenize")
-    with pytest.raises(ServeError, match="_tokenize is missing"):
+    with pytest.raises(ServeError, match=r"_tokenize takes \(self, tokenizer, request\), expected"):
         check_seam()
 
 

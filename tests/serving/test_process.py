@@ -20,58 +20,36 @@ def model(base_path, adapter_path):
     return ("--model", base_path, "--adapter-path", adapter_path)
 
 
-def test_it_says_what_it_serves_and_where_and_ends_with_sigterm(model):
-    with serving_process(*model) as server:
-        (line,) = server.said
-        assert line == (
-            f"Serving base (K=4, merges all) at http://127.0.0.1:{server.address.port}/v1"
-        )
-        server.address.assert_alive()
-        assert server.stop() == 0
-    assert server.said[1:] == ["Ending: requests in flight end first (again: at once)"]
-
-
 def test_sigterm_lets_requests_in_flight_end_and_refuses_new_ones(model):
     with serving_process(*model) as server, ThreadPoolExecutor(4) as pool:
         address = server.address
+        (line,) = server.said
+        assert line == f"Serving base (K=4, merges all) at http://127.0.0.1:{address.port}/v1"
         asked = [pool.submit(address.complete, **long_answer(max_tokens=1500)) for _ in range(3)]
         eventually(lambda: address.metric("requests_in_flight") == 3)
-        with address.open_stream(**long_answer(prompt=[1, 2], max_tokens=600)):
-            server.process.send_signal(signal.SIGTERM)
-            eventually(lambda: address.request("GET", "/health").status == 503)
-            assert address.request("GET", "/health").json == {"status": "draining"}
-            refused = address.complete(prompt="x")
-            assert (refused.status, refused.error["code"]) == (503, "shutting_down")
-            assert "retry-after" in refused.headers
-        answers = [future.result(PATIENCE) for future in asked]
-        assert [answer.status for answer in answers] == [200] * 3
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: address.request("GET", "/health").status == 503)
+        assert address.request("GET", "/health").json == {"status": "draining"}
+        refused = address.complete(prompt="x")
+        assert (refused.status, refused.error["code"]) == (503, "shutting_down")
+        assert "retry-after" in refused.headers
+        assert [future.result(PATIENCE).status for future in asked] == [200] * 3
         assert server.wait() == 0
+    assert server.said[1:] == ["Ending: requests in flight end first (again: at once)"]
 
 
-def test_what_does_not_end_in_time_is_given_up(model):
+@pytest.mark.parametrize("drain", [0.2, 500])
+def test_what_does_not_end_in_time_or_by_a_second_signal_is_given_up(model, drain):
     with (
-        serving_process(*model, "--drain-timeout", 0.2) as server,
+        serving_process(*model, "--drain-timeout", drain) as server,
         server.address.open_stream(**long_answer()) as stream,
     ):
-        assert server.stop() == 0
-        assert b'"shutting_down"' in rest_of(stream)
-
-
-def test_a_second_signal_ends_it_at_once(model):
-    with (
-        serving_process(*model, "--drain-timeout", 500) as server,
-        server.address.open_stream(**long_answer()),
-    ):
         server.process.send_signal(signal.SIGINT)
-        eventually(lambda: server.address.request("GET", "/health").status == 503)
-        assert server.stop(signal.SIGINT) == 0
-
-
-def test_it_ends_cleanly_right_after_many_requests(model):
-    with serving_process(*model) as server, ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: server.address.complete(prompt=f"AB {i}"), range(24)))
-        assert server.stop() == 0
-        assert len(server.said) == 2
+        if drain == 500:
+            eventually(lambda: server.address.request("GET", "/health").status == 503)
+            server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
+        assert b'"shutting_down"' in rest_of(stream)
 
 
 def test_a_port_in_use_is_one_message(model):
