@@ -16,7 +16,7 @@ from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
-from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.loss import answer_logits, answer_loss
 from kmerge_mlx.train.rows import make_batch
 from tests.tiny import PAD, PROJECTIONS, build, qwen2_config
 from tests.train.test_loss import examples
@@ -54,11 +54,11 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def train(model: nn.Module, merge: MergeConfig, steps: int = 2) -> None:
-    """A few steps over the training loss, which replaces the class of the head for one thing."""
-    optimizer, head = optim.Adam(0.01), AnswerHead(model)
+    """A few steps over the training loss."""
+    optimizer = optim.Adam(0.01)
     context = merge.encoder.context if merge.encoder else 0
     batch = make_batch(examples(3), merge.merge_factor, PAD, V, context)
-    loss_and_gradients = nn.value_and_grad(model, lambda m: answer_loss(head, m, batch))
+    loss_and_gradients = nn.value_and_grad(model, lambda m: answer_loss(m, batch))
     for _ in range(steps):
         _, gradients = loss_and_gradients(model)
         optimizer.update(model, gradients)
@@ -151,7 +151,7 @@ def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
     with merged.reading(mx.zeros((1, D), mx.float32)):
         assert merged(mx.array([V, 3])).dtype == dtype
     batch = make_batch(examples(2), 4, PAD, V)
-    assert AnswerHead(model).logits(model, batch).dtype == dtype
+    assert answer_logits(model, batch).dtype == dtype
 
 
 def test_a_seed_decides_the_fresh_tensors():

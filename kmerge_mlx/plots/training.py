@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.plots.common import COLOURS, write
-from kmerge_mlx.train.checkpoint import TRAINING
-from kmerge_mlx.train.log import read_log
-from kmerge_mlx.train.loop import Watcher
+from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 
-class TrainingPlot(Watcher):
+class TrainingPlot:
     """Draws a run anew at every save.
 
     Args:

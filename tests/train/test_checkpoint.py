@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.cli.progress import TrainingBar
+from kmerge_mlx.cli.train import TrainingBar
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.checkpoint import Identity, read_state
 from tests.cli_runner import assert_one_error, change_json

@@ -15,13 +15,12 @@ from mlx_lm.sample_utils import make_sampler
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.distill import Teacher, divergence
-from kmerge_mlx.train.engine import Engine
-from kmerge_mlx.train.order import Place, Rows
-from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.train.loss import divergence
+from kmerge_mlx.train.prepare import Run, prepare
+from kmerge_mlx.train.rows import Place, Rows, make_batch
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.setup import Run, prepare
+from kmerge_mlx.train.step import Engine
+from kmerge_mlx.train.teacher import Teacher
 from tests.cli_runner import assert_one_error, copy_base
 from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
 
@@ -35,14 +34,10 @@ def plain_base():
     return mlx_lm.load(str(BASE), model_config={"rope_theta": 10_000.0})
 
 
-def silent(label: str):
-    return lambda done, total: None
-
-
 def prepared(tmp_path: Path, rows, **settings: object) -> Run:
     given = {"model": str(BASE), "data": str(write_data(tmp_path / "data", rows)), "batch_size": 4}
     config = TrainSettings.of(given | {"adapter_path": str(tmp_path / "run")} | settings)
-    return prepare(config, silent, Ranks())
+    return prepare(config)
 
 
 def distributions(count: int, spread: float, seed: int = 0) -> mx.array:
@@ -149,9 +144,10 @@ def test_the_teacher_stays_what_it_was_while_whole_layers_are_trained(tmp_path):
     run = prepared(tmp_path, rows_of(8), teacher="base", fine_tune_type="full", learning_rate=1e-2)
     examples = [run.stages[0].train[i] for i in range(4)]
     before = np.array(run.teacher.targets(examples)[1])
-    engine = Engine(run, Ranks())
-    for iteration in (1, 2, 3):
-        engine.step(Rows([0, 1, 2, 3], examples, Place()), iteration)
+    engine = Engine(run)
+    for _ in range(3):
+        run.state.iteration += 1
+        engine.step(Rows([0, 1, 2, 3], examples, Place()))
     assert (np.array(run.teacher.targets(examples)[1]) == before).all()
     assert engine.read_window()[0] > 0
 
@@ -245,7 +241,7 @@ def test_the_file_holds_the_tokens_of_every_answer_position_in_order(stored):
         model=str(BASE), data=str(stored / "data"), teacher="base", teacher_top_k=5,
         adapter_path=str(stored / "none"),
     )  # fmt: skip
-    run = prepare(config, silent, Ranks())
+    run = prepare(config)
     for split, data in (("train", run.stages[0].train), ("valid", run.stages[0].valid)):
         ids, logprobs = run.teacher.targets(list(data))
         count = sum(len(example.answer_ids) for example in data)
@@ -342,7 +338,7 @@ def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):
     trained(whole, *options, "--iters", 4)
     trained(parts, *options, "--iters", 2)
     saved = (parts / "training" / "answers.json").read_bytes()
-    monkeypatch.setattr("kmerge_mlx.train.session.write_answers", None)
+    monkeypatch.setattr("kmerge_mlx.train.prepare.write_answers", None)
     trained(parts, *options, "--iters", 4, "--resume")
     assert (parts / "training" / "answers.json").read_bytes() == saved
     assert same(tensors_of(parts), tensors_of(whole), atol=1e-6)

@@ -18,7 +18,7 @@ from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.setup import prepare
+from kmerge_mlx.train.prepare import prepare
 from tests.conftest import UPSTREAM
 
 OPTIONS = (
@@ -151,7 +151,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     ranks.size = 2
     settings = {"model": str(UPSTREAM / "base"), "batch_size": 3, "adapter_path": f"{tmp_path}/run"}
     with pytest.raises(TrainError, match="--batch-size 3 is not divisible by 2 machines"):
-        prepare(TrainSettings.of(settings), lambda label: lambda done, total: None, ranks)
+        prepare(TrainSettings.of(settings), ranks=ranks)
 
 
 def wait_for(path: Path, iteration: int, processes: list[subprocess.Popen]) -> None:

@@ -23,7 +23,7 @@ from tests.conftest import UPSTREAM
 # Trains, once told to; at the n-th step on the disk in the run's folder it kills itself (0: never).
 CHILD = """
 import os, signal, sys
-import kmerge_mlx.cli.progress
+import kmerge_mlx.train.loop
 from kmerge_mlx.cli import main
 
 folder, at = sys.argv[1], int(sys.argv[2])

@@ -18,12 +18,11 @@ from kmerge_mlx.adapters.folder import FILES
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import unfreeze
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.loss import AnswerHead, answer_loss
-from kmerge_mlx.train.order import Place, shuffled
+from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.train.rows import Place, make_batch, shuffled
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.setup import prepare
+from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.validate import Figures, Validator
 from tests.cli_runner import assert_one_error, run
 from tests.train_runs import (
@@ -145,7 +144,7 @@ def test_what_is_saved_is_what_was_validated(whole, folder, which):
         for row in labelled(20, 64)
     ]
     measure = Validator(
-        *(model, AnswerHead(model), rows, 4, 4),
+        *(model, rows, 4, 4),
         make_batch=lambda indices, found: make_batch(found, 4, pad, 700),
         ranks=Ranks(),
     )
@@ -308,16 +307,16 @@ def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_s
     data, rate = write_data(tmp_path / "data", rows), 0.05
     given = {"model": str(BASE), "data": str(data), "batch_size": 4, "max_grad_norm": 0.0}
     given |= {"lora_parameters": {"dropout": 0.0}, "adapter_path": str(tmp_path / "none")}
-    hand = prepare(TrainSettings.of(given), lambda label: lambda done, total: None, Ranks())
+    hand = prepare(TrainSettings.of(given))
     unfreeze(hand.model, hand.tuning)
-    head, losses = AnswerHead(hand.model), []
+    losses = []
     batches = shuffled(hand.stages[0].train, 4, 4, (0, 0), Place())
     examples = [next(batches).examples for _ in range(5)]
     for group in (examples[:3], examples[3:]):
         merged = make_batch([e for part in group for e in part], 4, hand.merge.pad_token_id, 700)
 
         def mean(model: nn.Module, batch=merged) -> mx.array:
-            total, tokens = answer_loss(head, model, batch)
+            total, tokens = answer_loss(model, batch)
             return total / tokens
 
         loss, gradients = nn.value_and_grad(hand.model, mean)(hand.model)

@@ -11,11 +11,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.errors import TrainError
-from kmerge_mlx.train.optimizer import load_state, make_optimizer, state_tensors
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch
 from kmerge_mlx.train.settings import OPTIMIZERS, TrainSettings
-from kmerge_mlx.train.step import Stepper
+from kmerge_mlx.train.step import Stepper, make_optimizer, refill
 from tests.cli_runner import assert_one_error
 from tests.train_runs import SMALL_TREES, log_of, train, trained
 

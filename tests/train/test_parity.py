@@ -25,7 +25,7 @@ from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.rows import Batch, make_batch
 from tests.conftest import UPSTREAM
 from tests.reference.make_checkpoints import SPECS, make_checkpoint
@@ -74,11 +74,8 @@ class Case:
         return loss.item(), dict(tree_flatten(gradients))
 
     def _mean_loss(self, model: nn.Module) -> mx.array:
-        total, tokens = answer_loss(self.head, model, self.batch)
+        total, tokens = answer_loss(model, self.batch)
         return total / tokens
-
-    def __post_init__(self):
-        self.head = AnswerHead(self.model)
 
 
 def make_case(folder: Path, adapter: Path, k: int) -> Case:

@@ -12,7 +12,6 @@ from kmerge_mlx import load
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.train.loss import AnswerHead
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.train.validate import Figures, Validator
@@ -28,8 +27,8 @@ def figures_of(model, rows, batch_size=4, k=K, progress=None) -> Figures:
         assert [rows[i] for i in indices] == list(examples)
         return make_batch(examples, k, PAD, V)
 
-    validator = Validator(model, AnswerHead(model), rows, batch_size, k, batches, Ranks())
-    return validator(progress)
+    validator = Validator(model, rows, batch_size, k, batches, Ranks())
+    return validator(progress) if progress else validator()
 
 
 def greedy(model, rows: list[TokenizedExample], tokens: int) -> list[list[int]]:
@@ -126,7 +125,7 @@ def test_progress_counts_batches():
 def test_validating_changes_no_weight_and_no_random_number():
     model, rows = model_of(True), examples(4)
     validator = Validator(
-        *(model, AnswerHead(model), rows, 4, K),
+        *(model, rows, 4, K),
         make_batch=lambda indices, found: make_batch(found, K, PAD, V),
         ranks=Ranks(),
     )

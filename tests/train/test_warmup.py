@@ -8,13 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.train.warmup import (
-    add_decoder,
-    reconstruction_loss,
-    remove_decoder,
-    with_candidates,
-)
+from kmerge_mlx.train.loss import add_decoder, reconstruction_loss, remove_decoder
+from kmerge_mlx.train.rows import make_batch, with_candidates
 from tests.train.test_loss import PAD, V, examples, model_of
 from tests.train_runs import (
     NO_DROPOUT,
