@@ -17,22 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx import __version__
+from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import parse_row, raw_lines
 from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
-from kmerge_mlx.files import (
-    ALL_DTYPES,
-    check_destination,
-    clear_leftovers,
-    flush,
-    read_json,
-    read_safetensors,
-    replacing_folder,
-    write_json,
-    write_safetensors,
-)
 from kmerge_mlx.train.rows import Place
 
 BEST, TRAINING = "best", "training"
@@ -74,11 +63,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: Any) -> State:
-        """Reads what ``asdict`` made.
-
-        Raises:
-            TrainError: Something else.
-        """
+        """Reads what ``asdict`` made; raises TrainError for anything else."""
         try:
             state = cls(**{**data, "place": Place(**data["place"])})
             numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
@@ -117,11 +102,7 @@ class Identity:
     ranks: int = 1
 
     def check(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Compares with a saved run.
-
-        Raises:
-            TrainError: Every difference, by name.
-        """
+        """Raises TrainError with every difference from a saved run, by name."""
         then, now = saved["settings"], json.loads(json.dumps(dict(self.fixed)))
         problems = [
             f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
@@ -142,14 +123,14 @@ class Identity:
             raise TrainError(findings(f"{path} cannot be resumed", problems))
 
 
-def check_run_destination(path: Path, resume: bool, force: bool) -> bool:
+def find_run(path: Path, resume: bool, force: bool) -> bool:
     """Whether a folder holds a run to go on with; refuses to write over anything else.
 
     Raises:
         TrainError: Something is there that is neither to be resumed nor replaced.
     """
     try:
-        clear_leftovers(path)
+        files.clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror}") from None
@@ -161,7 +142,7 @@ def check_run_destination(path: Path, resume: bool, force: bool) -> bool:
             "another `adapter_path`"
         )
     names = (*FILES, BEST, TRAINING)
-    check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
+    files.check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
     return False
 
 
@@ -190,7 +171,7 @@ def save(
     """
     old = path / TRAINING
     try:
-        with replacing_folder(path) as folder:
+        with files.replacing_folder(path) as folder:
             write_adapter(adapter, folder)
             if best is not None:
                 (folder / BEST).mkdir()
@@ -206,12 +187,12 @@ def save(
             if answers is not None:
                 (training / ANSWERS).write_text(json.dumps(answers))
             for file in training.iterdir():
-                flush(file)
-            write_safetensors(training / TENSORS, tensors)
+                files.flush(file)
+            files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
             about |= {n: v for n, v in vars(identity).items() if n != "fixed"}
-            write_json(training / STATE, about | {"state": asdict(state)})
+            files.write_json(training / STATE, about | {"state": asdict(state)})
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -224,7 +205,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
     Raises:
         TrainError: Files that are torn, edited or of a newer release.
     """
-    tensors = read_safetensors(path / TRAINING / TENSORS, TrainError, ALL_DTYPES)
+    tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
     return _about(path), read_progress(path), tensors
 
 
@@ -237,9 +218,6 @@ def saved_settings(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder, from which a resumed run begins; empty without a run.
 
     Running the base model's own Python files is never among them: only this command may allow it.
-
-    Raises:
-        TrainError: A run whose state cannot be read.
     """
     if not (path / TRAINING / STATE).is_file():
         return {}
@@ -248,7 +226,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
 
 def _about(path: Path) -> dict[str, Any]:
     file = path / TRAINING / STATE
-    about = read_json(file, TrainError)
+    about = files.read_json(file, TrainError)
     if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
         raise TrainError(f"{file} names no settings: it is not a run's state")
     if (version := about.get("format_version")) != FORMAT_VERSION:
@@ -276,11 +254,7 @@ def cut_logs(path: Path, state: State) -> None:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of the log in a run's ``training/`` folder.
-
-    Raises:
-        DataError: It cannot be read.
-    """
+    """The records of the log in a run's ``training/`` folder; raises DataError."""
     file = folder / LOG
     for line in raw_lines(file):
         try:

@@ -257,7 +257,7 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     elif settings.data is not None:
         splits = load_examples(settings.data, rows, skip, TRAIN_SPLITS)
     else:
-        raise DataError(f"found neither `data` nor `task` ({', '.join(TASKS)}), expected one")
+        raise DataError(f"found no data: give `data`, or `task` ({', '.join(TASKS)})")
     if "train" not in splits:
         raise DataError(f"{settings.data or 'hf_dataset'} holds no training split (train.jsonl)")
     limits = limits_of(settings)

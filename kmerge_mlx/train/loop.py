@@ -48,9 +48,9 @@ class Trainer:
 
     Args:
         run: From ``prepare``.
-        watchers: Called on the first rank alone, with mlx-lm's events ``on_train_loss_report(dict)``
-            and ``on_val_loss_report(dict)``, and where they have them with ``on_iteration(i)``,
-            ``on_validation(done, total)``, ``on_stage(i, name)`` and ``on_save(i)``.
+        watchers: mlx-lm's callbacks, called on the first rank alone. Those of this project may
+            also have ``on_iteration(iteration)``, ``on_validation(done, total)``,
+            ``on_stage(iteration, name)`` and ``on_save(iteration)``.
 
     Attributes:
         stop_requested: Set it to end the run with a save after the present iteration.

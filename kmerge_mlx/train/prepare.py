@@ -15,39 +15,20 @@ import mlx.nn as nn
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from kmerge_mlx import __version__, base
-from kmerge_mlx.adapters import lora
+from kmerge_mlx.adapters import lora, schema
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.schema import (
-    BaseModelConfig,
-    EncoderConfig,
-    LoRASpec,
-    MergeConfig,
-    inner_size,
-)
+from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.adapters.tuning import FULL, FullConfig, LoRAConfig, Tuning
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
 from kmerge_mlx.source import Source
-from kmerge_mlx.train.checkpoint import (
-    ANSWERS,
-    TRAINING,
-    Identity,
-    State,
-    check_run_destination,
-    read_state,
-)
+from kmerge_mlx.train import checkpoint
+from kmerge_mlx.train import teacher as teaching
+from kmerge_mlx.train.checkpoint import Identity, State
 from kmerge_mlx.train.dataset import Bar, Stage, limits_of, load_stages
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
-from kmerge_mlx.train.teacher import (
-    Answers,
-    StoredTeacher,
-    Teacher,
-    give_answers,
-    read_answers,
-    store,
-    write_answers,
-)
+from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
 
 
 @dataclass
@@ -101,7 +82,7 @@ def prepare(
         KMergeError: Anything that keeps the run from starting.
     """
     ranks, path = ranks or Ranks(), Path(settings.adapter_path)
-    resumed = ranks.rank == 0 and check_run_destination(path, settings.resume, settings.force)
+    resumed = ranks.rank == 0 and checkpoint.find_run(path, settings.resume, settings.force)
     if settings.model is None:
         nothing = f" ({path} holds no run to resume)" if settings.resume else ""
         raise TrainError(f"found no base model: give `model`{nothing}")
@@ -139,7 +120,7 @@ def prepare(
         attach(model, adapter, padding_of(adapter, tokenizer))
     run = Run(settings, path, model, tokenizer, merge, tuning, stages, identity, ranks, teacher)
     if resumed:
-        saved, run.state, run.tensors = read_state(path)
+        saved, run.state, run.tensors = checkpoint.read_state(path)
         identity.check(saved, path)
         if run.state.stage >= len(stages):
             raise TrainError(f"{path} cannot be resumed: it has {len(stages)} stages")
@@ -173,10 +154,10 @@ def _fresh(
     _, table = base.find_embedding(model, settings.model)
     d, encoder = table(mx.array([0])).shape[-1], None
     if settings.k > 1:
-        h = inner_size(settings.k, d, settings.encoder_factor)
-        encoder = EncoderConfig(settings.k, d, h, settings.encoder_context)
+        h = schema.inner_size(settings.k, d, settings.encoder_factor)
+        encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context)
     tuning, head = _tuning(settings, model)
-    model_config = BaseModelConfig(settings.model, base.fingerprint(config))
+    model_config = schema.BaseModelConfig(settings.model, base.fingerprint(config))
     merge = MergeConfig(encoder, model_config, base.default_pad_token_id(tokenizer), head)
     return _signed(settings, merge, tokenizer), tuning
 
@@ -189,7 +170,7 @@ def _check_adopted(settings: TrainSettings, adapter: Adapter) -> None:
         "`fine_tune_type`": (settings.fine_tune_type, tuning.to_json()["fine_tune_type"]),
     }
     if encoder is not None and settings.encoder_factor is not None:
-        inner = inner_size(settings.k, encoder.hidden_size, settings.encoder_factor)
+        inner = schema.inner_size(settings.k, encoder.hidden_size, settings.encoder_factor)
         pairs["the width of `encoder_factor`"] = (inner, encoder.inner_size)
     if settings.num_layers != -1:
         pairs["`num_layers`"] = (settings.num_layers, tuning.num_layers)
@@ -218,7 +199,7 @@ def _signed(settings: TrainSettings, merge: MergeConfig, tokenizer: Any) -> Merg
     return replace(merge, layout=layout, provenance=provenance)
 
 
-def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, LoRASpec | None]:
+def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, schema.LoRASpec | None]:
     """What of the base is trained, and the LoRA of a tied head, for which mlx-lm has no place."""
     layers = len(model.layers)
     if settings.num_layers > layers:
@@ -234,7 +215,7 @@ def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, LoRASpec
     keys = parameters["keys"]
     keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
     try:
-        spec = LoRASpec(parameters["rank"], parameters["scale"])
+        spec = schema.LoRASpec(parameters["rank"], parameters["scale"])
     except AdapterError as error:
         raise TrainError(f"lora_parameters: {error}") from None
     head = output_head(model)
@@ -257,11 +238,11 @@ def _answer(run: Run, bar: Bar) -> None:
     """Lets the teacher write the missing answers, or takes those of the saved run."""
     sets, most, answers = run.stages[0].sets, run.settings.teacher_max_tokens, None
     if run.state.rng:
-        answers = read_answers(run.path / TRAINING / ANSWERS, run.teacher, sets, most)
+        answers = teaching.read_answers(run.path, run.teacher, sets, most)
     elif run.ranks.rank == 0:
-        answers = write_answers(run.teacher, run.tokenizer, sets, most, bar("Answering"))
+        answers = teaching.write_answers(run.teacher, run.tokenizer, sets, most, bar("Answering"))
     run.answers = run.ranks.share_json(answers)
-    give_answers(run.answers, sets, limits_of(run.settings))
+    teaching.give_answers(run.answers, sets, limits_of(run.settings))
 
 
 def _use_file(run: Run, bar: Bar) -> None:
@@ -274,6 +255,8 @@ def _use_file(run: Run, bar: Bar) -> None:
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     # A saved run may come from a stranger, and its settings must not name a file to write.
     if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
-        store(path, digest, run.teacher, sets, settings.batch_size, bar("Asking the teacher"))
+        teaching.store(
+            path, digest, run.teacher, sets, settings.batch_size, bar("Asking the teacher")
+        )
     run.ranks.any(False)  # the others wait for the file
     run.teacher = StoredTeacher(path, digest, run.teacher, sets)

@@ -25,17 +25,8 @@ from kmerge_mlx.config import is_number
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import TrainError, first_line, short
 from kmerge_mlx.model import merged_embedding, unfreeze
+from kmerge_mlx.train import loss as losses
 from kmerge_mlx.train.checkpoint import State
-from kmerge_mlx.train.loss import (
-    DECODER,
-    Loss,
-    add_decoder,
-    answer_loss,
-    distill_loss,
-    recomputing,
-    reconstruction_loss,
-    remove_decoder,
-)
 from kmerge_mlx.train.prepare import Run
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch, Rows, make_batch, with_candidates
@@ -44,9 +35,7 @@ from kmerge_mlx.train.settings import OPTIMIZERS, RECONSTRUCTION, TrainSettings
 OPTIMIZER, GRADIENTS, WINDOW = "optimizer", "gradients", "window"
 SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 
-_CLASSES = dict(
-    zip(OPTIMIZERS, (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor), strict=True)
-)
+_CLASSES = (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor)
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
@@ -62,12 +51,12 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     arguments = settings.optimizer_config.get(settings.optimizer) or {}
     schedule = settings.lr_schedule
     rate = settings.learning_rate if schedule is None else _schedule(schedule)
-    make = partial(_CLASSES[settings.optimizer], learning_rate=rate)
+    kind = _CLASSES[OPTIMIZERS.index(settings.optimizer)]
     try:
         # MLX takes most arguments unseen, and would fail at the first step.
         weights = {"matrix": mx.ones((2, 2)), "vector": mx.ones(2)}
-        mx.eval(make(**arguments).apply_gradients(weights, weights))
-        return make(**arguments)
+        mx.eval(kind(learning_rate=rate, **arguments).apply_gradients(weights, weights))
+        return kind(learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         where = f"optimizer_config.{settings.optimizer}"
         raise TrainError(f"{where} is {short(arguments)}: {first_line(error)}") from error
@@ -108,13 +97,7 @@ def refill(tree: Any, saved: dict[str, mx.array], what: str) -> Any:
 
 @dataclass
 class Totals:
-    """What has been added up since the last update.
-
-    Args:
-        loss: Summed loss, ``()`` float32.
-        tokens: Answer tokens, ``()`` float32.
-        gradients: Summed gradients, a tree of the trainable parameters.
-    """
+    """Sums since the last update: loss ``()``, tokens ``()``, gradients (a tree), all float32."""
 
     loss: mx.array
     tokens: mx.array
@@ -125,7 +108,7 @@ class Stepper:
     """Runs batches forward and backward, and applies what they add up to, compiled per shape.
 
     Args:
-        model: The model; its trainable parameters are what is trained.
+        model: Its trainable parameters are trained.
         optimizer: An MLX optimizer, its state already initialised.
         loss: What is minimised.
         max_grad_norm: Largest global gradient norm; 0 leaves it unclipped.
@@ -136,7 +119,7 @@ class Stepper:
         self,
         model: nn.Module,
         optimizer: optim.Optimizer,
-        loss: Loss,
+        loss: losses.Loss,
         max_grad_norm: float,
         ranks: Ranks,
     ):
@@ -185,11 +168,7 @@ class Stepper:
 
 
 class Engine:
-    """Trains a run's model batch by batch, in its phases: the encoder alone, then everything.
-
-    Args:
-        run: From ``prepare``; its saved tensors are taken over.
-    """
+    """Trains a run's model batch by batch, in its phases: the encoder alone, then everything."""
 
     def __init__(self, run: Run):
         self._run, self._settings, self._ranks = run, run.settings, run.ranks
@@ -261,7 +240,7 @@ class Engine:
         if self._totals is not None:
             found[GRADIENTS] = self._ranks.sum(vars(self._totals))
         if self._reconstructs:
-            found[DECODER] = self._merged[DECODER].parameters()
+            found[losses.DECODER] = self._merged[losses.DECODER].parameters()
         return dict(tree_flatten(found))
 
     def _enter_phase(self, warming: bool, saved: dict[str, mx.array]) -> None:
@@ -270,13 +249,13 @@ class Engine:
         self._warming = warming
         self._reconstructs = warming and settings.encoder_warmup_loss == RECONSTRUCTION
         unfreeze(run.model, run.tuning, encoder_only=warming)
-        remove_decoder(self._merged)
-        loss = answer_loss if run.teacher is None else distill_loss
+        losses.remove_decoder(self._merged)
+        loss = losses.answer_loss if run.teacher is None else losses.distill_loss
         if self._reconstructs:
-            add_decoder(self._merged)
-            loss = reconstruction_loss
+            losses.add_decoder(self._merged)
+            loss = losses.reconstruction_loss
         if settings.grad_checkpoint:
-            loss = recomputing(loss)
+            loss = losses.recomputing(loss)
         run.model.train()
         self._optimizer = make_optimizer(settings)
         self._optimizer.init(run.model.trainable_parameters())
@@ -289,8 +268,8 @@ class Engine:
         """Goes on from a saved run's tensors."""
         if window := _part(saved, WINDOW):
             self._window = refill(self._window, window, "sums")
-        if self._reconstructs and (decoder := _part(saved, DECODER)):
-            old = self._merged[DECODER]
+        if self._reconstructs and (decoder := _part(saved, losses.DECODER)):
+            old = self._merged[losses.DECODER]
             old.update(refill(old.parameters(), decoder, "decoder"))
         # What several ranks had added up was saved as one sum.
         if (sums := _part(saved, GRADIENTS)) and self._ranks.rank == 0:

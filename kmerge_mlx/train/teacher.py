@@ -18,6 +18,7 @@ from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.files import replacing_file, safetensors_shapes
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.train.checkpoint import ANSWERS, TRAINING
 from kmerge_mlx.train.dataset import Limits, TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
 from kmerge_mlx.train.rows import Batch, by_length, make_batch
@@ -203,13 +204,14 @@ def write_answers(
 
 
 def read_answers(
-    file: Path, teacher: Teacher, sets: Mapping[str, TokenizedSet], max_tokens: int
+    path: Path, teacher: Teacher, sets: Mapping[str, TokenizedSet], max_tokens: int
 ) -> Answers:
-    """The answers that a saved run keeps.
+    """The answers that the run in a folder keeps.
 
     Raises:
         TrainError: A file that is torn, or does not hold answers for exactly the rows without one.
     """
+    file = path / TRAINING / ANSWERS
     wanted = {split: [str(i) for i in indices] for split, indices in _missing(sets).items()}
     limit = (1 << 20) + 32 * (max_tokens + 1) * sum(map(len, wanted.values()))
     try:

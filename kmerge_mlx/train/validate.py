@@ -19,9 +19,6 @@ from kmerge_mlx.train.loss import answer_logits, divergence
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch, by_length
 
-MakeBatch = Callable[[Sequence[int], Sequence[TokenizedExample]], Batch]
-"""Indices and examples to a batch, with a teacher's distributions where there is one."""
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -51,16 +48,7 @@ class Figures:
 
 
 class Validator:
-    """Measures a model on fixed examples.
-
-    Args:
-        model: The model.
-        examples: What it is measured on; at least one.
-        batch_size: B, over all ranks.
-        merge_factor: K, for the lengths.
-        make_batch: See ``MakeBatch``.
-        ranks: The machines.
-    """
+    """Measures a model on fixed examples, at least one, in batches of B over all ranks."""
 
     def __init__(
         self,
@@ -68,7 +56,7 @@ class Validator:
         examples: Sequence[TokenizedExample],
         batch_size: int,
         merge_factor: int,
-        make_batch: MakeBatch,
+        make_batch: Callable[[Sequence[int], Sequence[TokenizedExample]], Batch],
         ranks: Ranks,
     ):
         self._model, self._examples, self._make_batch = model, list(examples), make_batch
@@ -91,11 +79,7 @@ class Validator:
         self._measure = measure
 
     def __call__(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Figures:
-        """Measures the model as it is now; dropout is off meanwhile.
-
-        Args:
-            progress: Called with (batches done, batches in all).
-        """
+        """Measures the model as it is now, without dropout; reports (batches done, in all)."""
         training = self._model.training
         self._model.eval()
         right = np.zeros(len(self._examples), np.float32)

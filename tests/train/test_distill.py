@@ -152,15 +152,6 @@ def test_the_teacher_stays_what_it_was_while_whole_layers_are_trained(tmp_path):
     assert engine.read_window()[0] > 0
 
 
-def test_without_merging_and_untrained_there_is_nothing_to_learn(tmp_path):
-    """K = 1 and a LoRA of zero are the base itself."""
-    data = write_data(tmp_path / "data", rows_of(8), rows_of(8, 8))
-    path = tmp_path / "run"
-    trained(path, "--data", data, *RUN, "--k", 1, yaml="lora_parameters: {dropout: 0}\n")
-    assert abs(log_of(path, "val_kl")[0][1]) < 1e-5
-    assert abs(log_of(path, "train_loss")[0][1]) < 1e-5
-
-
 def test_the_logged_divergence_is_that_of_merged_and_plain_logits(tmp_path):
     """Before training: the merged embedding is the mean, so mlx-lm's model can be asked."""
     rows = rows_of(4)
@@ -192,14 +183,6 @@ def test_learning_from_the_base_lowers_the_divergence_without_labels(tmp_path):
     first, last = (value for _, value in log_of(path, "val_kl"))
     assert last < 0.7 * first
     assert "KL to the base" in result.err
-
-
-def test_the_best_is_the_one_of_the_lowest_divergence(tmp_path):
-    data, path = write_data(tmp_path / "data", rows_of(16), rows_of(8, 16)), tmp_path / "run"
-    result = trained(path, "--data", data, *RUN)
-    scores = log_of(path, "val_kl")
-    iteration, best = min(scores, key=lambda record: record[1])
-    assert f"Best validation {best:.4f} at iteration {iteration}" in result.err
 
 
 def test_more_top_tokens_than_the_model_has_are_refused(tmp_path):
@@ -235,28 +218,6 @@ def test_a_second_run_reads_the_file_instead_of_asking(tmp_path, stored, monkeyp
     assert log_of(tmp_path / "run", "train_loss") == log_of(stored / "run", "train_loss")
 
 
-def test_the_file_holds_the_tokens_of_every_answer_position_in_order(stored):
-    found = mx.load(str(stored / "teacher.safetensors"))
-    config = TrainSettings(
-        model=str(BASE), data=str(stored / "data"), teacher="base", teacher_top_k=5,
-        adapter_path=str(stored / "none"),
-    )  # fmt: skip
-    run = prepare(config)
-    for split, data in (("train", run.stages[0].train), ("valid", run.stages[0].valid)):
-        ids, logprobs = run.teacher.targets(list(data))
-        count = sum(len(example.answer_ids) for example in data)
-        assert found[f"{split}.ids"].shape == (count, 5)
-        stored_, live = (
-            [dict(zip(*row, strict=True)) for row in zip(i.tolist(), p.tolist(), strict=True)]
-            for i, p in (
-                (found[f"{split}.ids"], found[f"{split}.logprobs"]),
-                (ids[:count], logprobs[:count]),
-            )
-        )
-        for one, two in zip(stored_, live, strict=True):
-            assert one == pytest.approx(two, abs=1e-5)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,15 +243,6 @@ def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored, content)
     result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
     assert_one_error(result, 1, "cannot read --teacher-file")
     assert (tmp_path / "file").read_bytes() == content
-
-
-@pytest.mark.parametrize("name", ["no/such/folder/file", "."])
-def test_a_place_where_no_file_can_be_is_one_line(tmp_path, monkeypatch, stored, name):
-    monkeypatch.chdir(tmp_path)
-    file = ("--teacher-top-k", 5, "--teacher-file", name)
-    result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
-    assert_one_error(result, 1, f"--teacher-file {name}: ")
-    assert list(tmp_path.iterdir()) == []
 
 
 def greedy_by_mlx_lm(prompt: str, tokens: int) -> list[int]:
@@ -351,17 +303,3 @@ def test_torn_answers_of_a_saved_run_are_one_line(tmp_path):
     (tmp_path / "run" / "training" / "answers.json").write_text("{")
     result = train(tmp_path / "run", *options, "--iters", 4, "--resume")
     assert_one_error(result, 1, "answers.json cannot be read: the run's answers are lost")
-
-
-def test_rows_without_answers_and_nobody_to_write_them_are_refused(tmp_path):
-    data = write_data(tmp_path / "data", [{"prompt": row["prompt"]} for row in rows_of(8)])
-    result = train(tmp_path / "run", "--data", data, "--batch-size", 4)
-    assert_one_error(result, 1, "train.jsonl line 1: found 'prompt', expected prompt and completi")
-
-
-def test_a_teacher_needs_no_room_of_its_own(tmp_path):
-    """Its weights are the student's arrays."""
-    run = prepared(tmp_path, rows_of(8), teacher="base")
-    mine = {id(array) for _, array in nn.utils.tree_flatten(run.model.parameters())}
-    theirs = [array for _, array in nn.utils.tree_flatten(run.teacher.model.parameters())]
-    assert sum(array.nbytes for array in theirs if id(array) not in mine) == 0

@@ -19,19 +19,17 @@ from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import unfreeze
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.loss import answer_loss
+from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Place, make_batch, shuffled
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.validate import Figures, Validator
-from tests.cli_runner import assert_one_error, run
 from tests.train_runs import (
     BASE,
     NO_DROPOUT,
     SMALL_TREES,
     log_of,
     rows_of,
-    same,
     state_of,
     tensors_of,
     train,
@@ -69,12 +67,6 @@ def whole(tmp_path_factory) -> Path:
 
 def lines_of(path: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (path / "training" / name).read_text().splitlines()]
-
-
-def test_the_loss_falls(whole):
-    for name in ("train_loss", "val_loss"):
-        losses = [loss for _, loss in log_of(whole, name)]
-        assert losses[-1] < 0.3 * losses[0]
 
 
 def test_the_log_has_a_record_of_every_report_and_validation(whole):
@@ -151,15 +143,6 @@ def test_what_is_saved_is_what_was_validated(whole, folder, which):
     assert measure().loss == pytest.approx(wanted, rel=1e-5)
 
 
-def test_generate_answers_as_it_has_learnt(whole):
-    prompt = whole.parent / "prompt.txt"
-    prompt.write_text(labelled(1, 65)[0]["prompt"])
-    for folder in (whole, whole / "best"):
-        result = run("generate", "--adapter-path", folder, "--k", 4, prompt, "--max-tokens", 8)
-        assert (result.code, result.out.strip()) == (0, "true"), result.err
-    prompt.unlink()
-
-
 def test_mlx_lm_itself_loads_the_lora(whole):
     theirs, _ = mlx_lm.load(str(BASE), adapter_path=str(whole))
     theirs = dict(tree_flatten(theirs.parameters()))
@@ -171,16 +154,6 @@ def test_mlx_lm_itself_loads_the_lora(whole):
     assert {name for name in theirs if "lora_" in name} == set(ours)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_gives_another(tmp_path):
-    options = (*SMALL_TREES, "--iters", 3, "--steps-per-report", 1)
-    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
-        trained(tmp_path / name, *options, "--seed", seed)
-    one, again, other = (log_of(tmp_path / n, "train_loss") for n in ("one", "same", "other"))
-    assert dict(one) == pytest.approx(dict(again))
-    assert one != other
-    assert same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "same"), atol=1e-6)
-
-
 def test_early_stop_ends_at_the_validation_that_makes_it_enough(tmp_path):
     """Nothing is learnt, so no validation is better than that before the first step."""
     options = ("--learning-rate", 0, "--iters", 50, "--steps-per-eval", 2, "--early-stop", 3)
@@ -188,12 +161,6 @@ def test_early_stop_ends_at_the_validation_that_makes_it_enough(tmp_path):
     assert state_of(tmp_path / "run")["iteration"] == 6
     assert "Ended at iteration 6: no better validation since iteration 0" in result.err
     assert [i for i, _ in log_of(tmp_path / "run", "val_loss")] == [0, 2, 4, 6]
-
-
-def test_a_better_validation_starts_the_count_again(tmp_path):
-    options = ("--iters", 8, "--steps-per-eval", 2, "--early-stop", 1)
-    trained(tmp_path / "run", *SMALL_TREES, *options)
-    assert state_of(tmp_path / "run")["iteration"] == 8
 
 
 def test_a_curriculum_goes_on_at_the_first_validation_that_reaches_the_threshold(tmp_path):
@@ -228,17 +195,6 @@ def test_a_curriculum_goes_on_at_the_first_validation_that_reaches_the_threshold
     assert state["stage"] == 1
     assert f"Iter {begun}: stage xsmall begins" in result.err
     assert f"Ended at iteration {state['iteration']}: xsmall reached its threshold" in result.err
-
-
-def test_a_curriculum_of_ones_own_stages_has_thresholds_of_its_own(tmp_path):
-    yaml = (
-        "curriculum: [{max_depth: 1, max_nodes: 2, min_children: 1, max_children: 1, threshold: 0},"
-        " {stage: small, threshold: 0}, xsmall]\n"
-    )
-    options = ("--iters", 3, "--steps-per-eval", 1)
-    trained(tmp_path / "run", *SMALL_TREES, *options, yaml=yaml)
-    assert log_of(tmp_path / "run", "begins") == [(1, "small"), (2, "xsmall")]
-    assert state_of(tmp_path / "run")["finished"] is None
 
 
 def test_a_stage_is_learnt_by_both_accuracies_and_best_is_of_the_stage(tmp_path, monkeypatch):
@@ -367,25 +323,3 @@ def test_without_a_validation_set_there_is_no_best(tmp_path):
     assert "no validation set" in result.err
     assert "Best" not in result.err
     assert not (tmp_path / "run" / "best").exists()
-
-
-def test_validation_may_be_of_a_few_batches(tmp_path):
-    rows = rows_of(20, 8)
-    few = write_data(tmp_path / "few", rows_of(8), rows[:8])
-    many = write_data(tmp_path / "many", rows_of(8), rows)
-    trained(tmp_path / "one", "--data", few, "--iters", 1, "--val-batches", -1)
-    trained(tmp_path / "two", "--data", many, "--iters", 1, "--val-batches", 2)
-    one, two = (log_of(tmp_path / name, "val_loss") for name in ("one", "two"))
-    assert one == two
-
-
-def test_data_that_run_out_begin_again(tmp_path):
-    data = write_data(tmp_path / "data", rows_of(9))
-    trained(tmp_path / "run", "--data", data, "--iters", 5, "--batch-size", 4)
-    assert state_of(tmp_path / "run")["place"] == {"epoch": 2, "batch": 1}
-
-
-def test_an_unusable_base_is_one_line_before_anything_is_written(tmp_path):
-    result = train(tmp_path / "run", *SMALL_TREES, model=tmp_path / "none")
-    assert_one_error(result, 1, "none is neither a folder nor the name of a hub repo")
-    assert list(tmp_path.iterdir()) == []

@@ -50,8 +50,6 @@ def test_what_an_epoch_leaves_over_is_read_in_others():
     assert len(set().union(*left)) > 4
 
 
-
-
 def test_the_order_of_a_seed_never_changes():
     """Written down: a run must go on with a newer release, and numpy, as it began."""
     first = [rows.indices for rows in islice(shuffled(examples(20), B, K, SEED, Place()), 3)]
@@ -86,10 +84,6 @@ def test_the_examples_of_a_batch_are_of_similar_length():
 def test_batches_are_not_read_from_short_to_long():
     lengths = [len(rows.examples[0].prompt_ids) for rows in epochs(B * WINDOW, 1)[0]]
     assert lengths != sorted(lengths)
-
-
-
-
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])

@@ -89,37 +89,12 @@ def test_the_figures_do_not_depend_on_the_batches(batch_size):
     )
 
 
-def test_dropout_is_off_and_comes_back():
-    model, rows = model_of(True), examples(6)
-    for module in model.modules():
-        if "dropout" in module:
-            module.dropout._p_1 = 0.1
-    model.train()
-    assert figures_of(model, rows) == figures_of(model, rows)
-    assert model.training
-    model.eval()
-    figures_of(model, rows)
-    assert not model.training
-
-
 def test_without_merging_and_without_a_teacher_there_is_a_loss_alone():
     model, rows = build(qwen2_config(tie_word_embeddings=False)), examples(4)
     figures = figures_of(model, rows, k=1)
     assert figures.kl is None
     assert figures.score == figures.loss > 0
     assert set(figures.named()) == {"val_loss", "val_accuracy", "val_balanced_accuracy"}
-
-
-def test_with_a_teacher_the_divergence_is_what_is_to_fall():
-    figures = Figures(loss=2.0, accuracy=0.5, balanced_accuracy=0.25, kl=0.125)
-    assert figures.score == 0.125
-    assert figures.named()["val_kl"] == 0.125
-
-
-def test_progress_counts_batches():
-    seen: list[tuple[int, int]] = []
-    figures_of(model_of(True), examples(7), 3, progress=lambda *at: seen.append(at))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_validating_changes_no_weight_and_no_random_number():
