@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from tqdm import tqdm
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.train.settings import TrainSettings
@@ -76,11 +77,7 @@ def train(settings: TrainSettings) -> None:
 
 @contextlib.contextmanager
 def _signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Lets Ctrl-C and kill end a run with a save; a second Ctrl-C ends it at once.
-
-    Yields:
-        The signals that came.
-    """
+    """Lets Ctrl-C and kill end a run with a save, and a second one at once; yields which came."""
     came: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -99,24 +96,17 @@ def _signals(trainer: Trainer) -> Iterator[list[int]]:
 
 
 class TrainingBar:
-    """A bar with loss, speed, memory and time left, and a line for every report.
-
-    Args:
-        run: What is trained.
-    """
+    """A bar with loss, speed, memory and time left, and a line for every report of a run."""
 
     def __init__(self, run: Run):
         self._run = run
         self._valid: Any = None
 
     def __enter__(self) -> None:
-        from tqdm import tqdm
-
         self._say(_header(self._run))
+        shown = {"desc": "Training", "unit": "it", "dynamic_ncols": True, "disable": None}
         done, total = self._run.state.iteration, self._run.settings.iters
-        self._bar = tqdm(
-            total=total, initial=done, desc="Training", unit="it", dynamic_ncols=True, disable=None
-        )
+        self._bar = tqdm(total=total, initial=done, **shown)
 
     def __exit__(self, *error: object) -> None:
         for bar in filter(None, (self._valid, self._bar)):
@@ -126,22 +116,16 @@ class TrainingBar:
         self._bar.update(iteration - self._bar.n)
 
     def on_train_loss_report(self, now: dict[str, Any]) -> None:
-        self._bar.set_postfix_str(
-            f"loss {now['train_loss']:.3f}, {now['tokens_per_second']:,.0f} tok/s, "
-            f"{now['peak_memory']:.2f} GB",
-            refresh=False,
-        )
+        loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
+        postfix = f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory:.2f} GB"
+        self._bar.set_postfix_str(postfix, refresh=False)
         self._say(
-            f"Iter {now['iteration']}: Train loss {now['train_loss']:.3f}, "
-            f"Learning Rate {now['learning_rate']:.3e}, "
-            f"It/sec {now['iterations_per_second']:.3f}, "
-            f"Tokens/sec {now['tokens_per_second']:.3f}, "
-            f"Trained Tokens {now['trained_tokens']}, Peak mem {now['peak_memory']:.3f} GB"
+            f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "
+            f"{now['learning_rate']:.3e}, It/sec {now['iterations_per_second']:.3f}, Tokens/sec "
+            f"{speed:.3f}, Trained Tokens {now['trained_tokens']}, Peak mem {memory:.3f} GB"
         )
 
     def on_validation(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
         if self._valid is None:
             self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
         self._valid.update(done - self._valid.n)
@@ -166,8 +150,6 @@ class TrainingBar:
 
     def _say(self, line: str) -> None:
         """Writes a line above the bar."""
-        from tqdm import tqdm
-
         tqdm.write(line, file=sys.stderr)
 
 
@@ -175,19 +157,16 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
     """How a run ended, and what to do next, on stderr."""
     from kmerge_mlx.train.checkpoint import BEST
 
-    state, best = run.state, run.path
-    if interrupted:
-        print(
-            f"Stopped at iteration {state.iteration}: --resume goes on from here", file=sys.stderr
-        )
-    elif state.finished:
-        print(f"Ended at iteration {state.iteration}: {state.finished}", file=sys.stderr)
+    state, best, lines = run.state, run.path, [f"Last weights: {run.path}"]
     if state.best_iteration is not None:
-        best = run.path / BEST
-        found = f"Best validation {state.best_score:.4f} at iteration {state.best_iteration}"
-        print(f"{found}: {best}", file=sys.stderr)
-    print(f"Last weights: {run.path}", file=sys.stderr)
-    print(f"Try them: kmerge-mlx generate --adapter-path {best}", file=sys.stderr)
+        best, score = run.path / BEST, f"{state.best_score:.4f}"
+        lines.insert(0, f"Best validation {score} at iteration {state.best_iteration}: {best}")
+    if interrupted:
+        lines.insert(0, f"Stopped at iteration {state.iteration}: --resume goes on from here")
+    elif state.finished:
+        lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
+    lines.append(f"Try them: kmerge-mlx generate --adapter-path {best}")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _header(run: Run) -> str:
@@ -204,15 +183,14 @@ def _header(run: Run) -> str:
     if settings.resume and not state.rng:
         start = f"{run.path} holds no run to resume: starting one"
     adapter, stage = adapter_of(run.model, run.merge, run.tuning), run.stages[state.stage]
-    encoder = sum(array.size for array in adapter.encoder_weights.values())
+    encoder = sum(array.size for array in adapter.encoder_weights.values()) / 1e6
     tuned = [*adapter.tuning_weights.values(), *adapter.head_weights.values()]
+    tuned = f"{settings.fine_tune_type} {sum(array.size for array in tuned) / 1e6:.2f}M"
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
-    ratio = prompt_compression(stage.train, k)
+    ratio, kind = prompt_compression(stage.train, k), getattr(run.model, "model_type", "base")
     lines = [
-        f"{start}: {getattr(run.model, 'model_type', 'base')}, K={k}, encoder "
-        f"{encoder / 1e6:.2f}M and {settings.fine_tune_type} "
-        f"{sum(a.size for a in tuned) / 1e6:.2f}M trainable",
+        f"{start}: {kind}, K={k}, encoder {encoder:.2f}M and {tuned} trainable",
         f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}, prompts compressed "
         f"{ratio:.2f}x",
     ]

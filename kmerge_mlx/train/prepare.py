@@ -105,19 +105,7 @@ def prepare(
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
-    if adapter is None:
-        merge, tuning = _fresh(settings, model, tokenizer, config)
-        try:
-            wire(model, merge, tuning, merge.pad_token_id, settings.model)
-        except AdapterError as error:
-            raise TrainError(f"lora_parameters: {error}") from error
-    else:
-        check_fit(adapter, config, settings.model)
-        merge, tuning = adapter.merge, adapter.tuning
-        if not resumed:
-            _check_adopted(settings, adapter)
-            merge = _signed(settings, merge, tokenizer)
-        attach(model, adapter, padding_of(adapter, tokenizer))
+    merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
     run = Run(settings, path, model, tokenizer, merge, tuning, stages, identity, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
@@ -145,6 +133,30 @@ def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | N
     except AdapterError as error:
         raise TrainError(f"`{'resume' if resumed else 'init_from'}`: {error}") from error
     return source, adapter
+
+
+def _adapt(
+    settings: TrainSettings,
+    model: nn.Module,
+    tokenizer: Any,
+    config: dict[str, Any],
+    adapter: Adapter | None,
+    resumed: bool,
+) -> tuple[MergeConfig, Tuning]:
+    """Puts the given adapter on the model, or a fresh one, and says what it is."""
+    if adapter is None:
+        merge, tuning = _fresh(settings, model, tokenizer, config)
+        try:
+            wire(model, merge, tuning, merge.pad_token_id, settings.model)
+        except AdapterError as error:
+            raise TrainError(f"lora_parameters: {error}") from error
+        return merge, tuning
+    check_fit(adapter, config, settings.model)
+    attach(model, adapter, padding_of(adapter, tokenizer))
+    if resumed:
+        return adapter.merge, adapter.tuning
+    _check_adopted(settings, adapter)
+    return _signed(settings, adapter.merge, tokenizer), adapter.tuning
 
 
 def _fresh(

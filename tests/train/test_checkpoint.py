@@ -29,6 +29,8 @@ from tests.train_runs import (
     write_data,
 )
 
+pytestmark = pytest.mark.slow
+
 EACH = (*SMALL_TREES, "--steps-per-report", 1, "--steps-per-eval", 2, "--save-every", 1)
 FIGURES = ("train_loss", "grad_norm", "val_loss", "val_accuracy")
 
@@ -122,11 +124,6 @@ def test_a_changed_setting_is_named_and_nothing_is_touched(path, options, said):
     assert files_of(path) == before
 
 
-def test_all_changed_settings_are_named_at_once(path):
-    result = resume(path, "--seed", 1, "--batch-size", 4)
-    assert_one_error(result, 1, "cannot be resumed: 2 problems", "  - --seed is", "  - --batch-s")
-
-
 def changed_base(folder: Path) -> Path:
     """A base of the same config and size whose weights are others."""
     shutil.copytree(BASE, folder)
@@ -171,12 +168,6 @@ def test_force_replaces_a_run_and_its_log(path):
     assert [iteration for iteration, _ in log_of(path, "train_loss")] == [1, 2]
     assert [iteration for iteration, _ in log_of(path, "val_loss")] == [0, 2]
     assert state_of(path)["iteration"] == 2
-
-
-def test_force_that_fails_leaves_what_was_there(path):
-    before = files_of(path)
-    assert train(path, *EACH, "--num-layers", 9, "--force").code == 1
-    assert files_of(path) == before
 
 
 def test_an_adapter_that_is_no_run_is_refused_without_force(tmp_path, adapter_path):
@@ -283,15 +274,6 @@ def test_a_full_disk_is_one_line_and_the_last_save_is_whole(path, monkeypatch, s
     monkeypatch.undo()
     assert resume(path, "--iters", 9).code == 0
     assert [i for i, _ in log_of(path, "train_loss")] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("x")
-    result = train(tmp_path / "file" / "run", *EACH, "--iters", 1)
-    assert result.code == 1
-    (error,) = errors_of(result)
-    assert error.startswith(f"error: cannot write {tmp_path / 'file' / 'run'}")
-    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_a_save_holds_no_gradient_that_is_no_number(tmp_path):

@@ -18,7 +18,7 @@ from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_reviews_and_commits import REVIEWS
-from tests.train_runs import BASE, log_of, rows_of, state_of, train, trained, write_data
+from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
 
 GOOD = rows_of(8)
 LONG = {"prompt": "Tree: " + "AB" * 500, "completion": "CD"}
@@ -65,16 +65,6 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     }
     assert len(digests) == 2
     assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
-
-
-def test_equal_data_have_equal_digests_and_changed_data_do_not(tmp_path, tokenizer):
-    one = tokenized(write_data(tmp_path / "a", GOOD), tokenizer).digest
-    assert tokenized(write_data(tmp_path / "b", GOOD), tokenizer).digest == one
-    assert tokenized(write_data(tmp_path / "c", GOOD[::-1]), tokenizer).digest != one
-    apart = [{**row, "context": row["prompt"], "prompt": ""} for row in GOOD]
-    raw = [{**row, "context": ""} for row in GOOD]
-    assert tokenized(write_data(tmp_path / "d", apart), tokenizer).digest == one
-    assert tokenized(write_data(tmp_path / "e", raw), tokenizer).digest != one
 
 
 def test_no_tree_is_in_two_splits(tokenizer):
@@ -194,17 +184,6 @@ def test_bad_rows_are_counted_and_left_out_if_that_is_asked_for(tmp_path):
     trained(tmp_path / "same", "--data", clean, *OPTIONS)
     assert log_of(tmp_path / "run", "train_loss") == log_of(tmp_path / "same", "train_loss")
     assert log_of(tmp_path / "run", "val_loss") == log_of(tmp_path / "same", "val_loss")
-
-
-def test_rows_with_a_context_and_other_names_train(tmp_path):
-    rows = [
-        {"doc": row["prompt"], "q": "Child: ", "a": row["completion"], "prompt": "not this"}
-        for row in GOOD
-    ]
-    data = write_data(tmp_path / "data", rows)
-    keys = "prompt_feature: q\ncompletion_feature: a\ncontext_feature: doc\n"
-    trained(tmp_path / "run", "--data", data, *OPTIONS, yaml=keys)
-    assert state_of(tmp_path / "run")["iteration"] == 1
 
 
 def test_mlx_lms_hf_dataset_entries_name_slices(tmp_path):

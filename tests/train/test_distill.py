@@ -20,9 +20,10 @@ from kmerge_mlx.train.prepare import Run, prepare
 from kmerge_mlx.train.rows import Place, Rows, make_batch
 from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.step import Engine
-from kmerge_mlx.train.teacher import Teacher
 from tests.cli_runner import assert_one_error, copy_base
 from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
+
+pytestmark = pytest.mark.slow
 
 V = 700
 TAUGHT = ("--teacher", "base", "--batch-size", 8, "--learning-rate", 1e-3)
@@ -172,19 +173,6 @@ def test_the_logged_divergence_is_that_of_merged_and_plain_logits(tmp_path):
     assert log_of(path, "val_kl")[0][1] == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_learning_from_the_base_lowers_the_divergence_without_labels(tmp_path):
-    """The answers are the base's own; what the rows hold as labels plays no part."""
-    bare = [{"prompt": row["prompt"]} for row in rows_of(40)]
-    data, path = write_data(tmp_path / "data", bare[:32], bare[32:]), tmp_path / "run"
-    options = ("--iters", 30, "--steps-per-eval", 30, "--teacher-max-tokens", 4)
-    result = trained(
-        path, "--data", data, *TAUGHT, *options, "--teacher-answers", "--learning-rate", 3e-3
-    )
-    first, last = (value for _, value in log_of(path, "val_kl"))
-    assert last < 0.7 * first
-    assert "KL to the base" in result.err
-
-
 def test_more_top_tokens_than_the_model_has_are_refused(tmp_path):
     data = write_data(tmp_path / "data", rows_of(16))
     result = train(tmp_path / "run", "--data", data, *RUN, "--teacher-top-k", V + 1)
@@ -211,13 +199,6 @@ def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
     assert same(tensors_of(live), tensors_of(stored / "run"), atol=1e-5)
 
 
-def test_a_second_run_reads_the_file_instead_of_asking(tmp_path, stored, monkeypatch):
-    monkeypatch.setattr(Teacher, "targets", None)
-    file = ("--teacher-top-k", 5, "--teacher-file", stored / "teacher.safetensors")
-    trained(tmp_path / "run", "--data", stored / "data", *RUN, *file)
-    assert log_of(tmp_path / "run", "train_loss") == log_of(stored / "run", "train_loss")
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -241,7 +222,7 @@ def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored, content)
     (tmp_path / "file").write_bytes(content)
     file = ("--teacher-top-k", 5, "--teacher-file", tmp_path / "file")
     result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
-    assert_one_error(result, 1, "cannot read --teacher-file")
+    assert_one_error(result, 1, "file is torn or not a safetensors file")
     assert (tmp_path / "file").read_bytes() == content
 
 
@@ -290,7 +271,7 @@ def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):
     trained(whole, *options, "--iters", 4)
     trained(parts, *options, "--iters", 2)
     saved = (parts / "training" / "answers.json").read_bytes()
-    monkeypatch.setattr("kmerge_mlx.train.prepare.write_answers", None)
+    monkeypatch.setattr("kmerge_mlx.train.teacher.write_answers", None)
     trained(parts, *options, "--iters", 4, "--resume")
     assert (parts / "training" / "answers.json").read_bytes() == saved
     assert same(tensors_of(parts), tensors_of(whole), atol=1e-6)
@@ -302,4 +283,4 @@ def test_torn_answers_of_a_saved_run_are_one_line(tmp_path):
     trained(tmp_path / "run", *options, "--iters", 1)
     (tmp_path / "run" / "training" / "answers.json").write_text("{")
     result = train(tmp_path / "run", *options, "--iters", 4, "--resume")
-    assert_one_error(result, 1, "answers.json cannot be read: the run's answers are lost")
+    assert_one_error(result, 1, "answers.json cannot be read (")

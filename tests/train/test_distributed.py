@@ -46,7 +46,7 @@ def train(
 
 
 def test_two_ranks_with_half_the_rows_each_train_as_one_does(tmp_path):
-    more = ("--iters", 50, "--steps-per-eval", 25, "--save-every", 50)
+    more = ("--iters", 16, "--steps-per-eval", 8, "--save-every", 16)
     one, two = tmp_path / "one", tmp_path / "two"
     for code, _, errors in finish(train(one, 1, *more) + train(two, 2, *more)):
         assert code == 0, errors

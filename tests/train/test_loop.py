@@ -92,17 +92,6 @@ def test_trained_tokens_are_the_answers_and_their_ends(whole):
     assert tokens == [i * BATCH * 3 for i in (5, 10, 15, 20, 25, 30, 35, 36)]
 
 
-def test_speed_and_memory_are_logged_apart(whole):
-    timing = lines_of(whole, "timing.jsonl")
-    assert [t["iteration"] for t in timing] == [
-        r["iteration"] for r in lines_of(whole, "log.jsonl")
-    ]
-    for record in timing:
-        figures = {"iterations_per_second", "tokens_per_second", "peak_memory"}
-        assert set(record) == {"iteration", *(figures if "peak_memory" in record else ["val_time"])}
-        assert all(number >= 0 for number in record.values())
-
-
 def test_the_folder_is_an_adapter_with_the_best_one_and_the_training_in_it(whole):
     assert {path.name for path in whole.iterdir()} == {*FILES, "best", "training"}
     assert {path.name for path in (whole / "best").iterdir()} == set(FILES)
@@ -163,40 +152,6 @@ def test_early_stop_ends_at_the_validation_that_makes_it_enough(tmp_path):
     assert [i for i, _ in log_of(tmp_path / "run", "val_loss")] == [0, 2, 4, 6]
 
 
-def test_a_curriculum_goes_on_at_the_first_validation_that_reaches_the_threshold(tmp_path):
-    path, limit = tmp_path / "run", 0.4
-    options = (
-        "--curriculum",
-        "small,xsmall",
-        "--stage-threshold",
-        limit,
-        "--last-threshold",
-        limit,
-    )
-    result = trained(
-        *(path, *SMALL_TREES, *options, "--iters", 60, "--steps-per-eval", 3),
-        *("--val-batches", 4, "--learning-rate", 3e-3),
-    )
-    log = lines_of(path, "log.jsonl")
-    ((begun, name),) = log_of(path, "begins")
-    assert name == "xsmall"
-    reached = [
-        (r["stage"], r["iteration"])
-        for r in log
-        if "stage" in r and min(r["val_accuracy"], r["val_balanced_accuracy"]) >= limit
-    ]
-    # The new stage is measured where it begins, too, but a step is made before it may end.
-    assert reached.pop(0) == ("small", begun)
-    reached = [at for at in reached if at != ("xsmall", begun)]
-    assert {r["stage"] for r in log if "stage" in r and r["iteration"] > begun} == {"xsmall"}
-    assert ("xsmall", begun) in [(r["stage"], r["iteration"]) for r in log if "stage" in r]
-    state = state_of(path)
-    assert reached == [("xsmall", state["iteration"])]
-    assert state["stage"] == 1
-    assert f"Iter {begun}: stage xsmall begins" in result.err
-    assert f"Ended at iteration {state['iteration']}: xsmall reached its threshold" in result.err
-
-
 def test_a_stage_is_learnt_by_both_accuracies_and_best_is_of_the_stage(tmp_path, monkeypatch):
     """Scripted figures (loss, accuracy, balanced accuracy) of each validation."""
     script = iter(
@@ -239,19 +194,6 @@ def test_a_run_that_diverges_stops_before_a_bad_weight_is_saved(tmp_path, option
     assert state_of(path)["iteration"] == 0
     assert all(mx.isfinite(array).all().item() for array in tensors_of(path).values())
     trained(path, *SMALL_TREES, *options, "--iters", 1, "--learning-rate", 1e-3, "--force")
-
-
-def test_a_run_that_diverges_later_keeps_the_last_good_save(tmp_path):
-    """Good steps, a save, and then a rate that grows out of bounds."""
-    path = tmp_path / "run"
-    yaml = "lr_schedule: {name: exponential_decay, arguments: [1.0e-9, 1.0e+6]}\n"
-    options = (*QUIET, "--iters", 20, "--save-every", 1, "--steps-per-report", 1)
-    result = train(path, *SMALL_TREES, *options, "--max-grad-norm", 0, yaml=yaml)
-    assert result.code == 1
-    iteration = state_of(path)["iteration"]
-    assert iteration >= 2
-    assert f"the save of iteration {iteration} in {path} is whole" in result.err
-    assert all(mx.isfinite(array).all().item() for array in tensors_of(path).values())
 
 
 def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_same(tmp_path):

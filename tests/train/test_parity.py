@@ -32,6 +32,8 @@ from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import draw_example
 from tests.reference.training import Row, load_trainable, loss_and_gradients
 
+pytestmark = pytest.mark.slow
+
 LIVE = {
     spec.name: replace(spec, steps=8)  # enough for a LoRA B that is not zero
     for spec in SPECS

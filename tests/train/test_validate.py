@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kmerge_mlx import load
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.train.validate import Figures, Validator
-from tests.tiny import build, qwen2_config, steps
+from tests.tiny import steps
 from tests.train.test_loss import PAD, V, examples, model_of, naive_loss
-from tests.train_runs import BASE, log_of, rows_of, trained, write_data
 
 K = 3
 
@@ -89,14 +84,6 @@ def test_the_figures_do_not_depend_on_the_batches(batch_size):
     )
 
 
-def test_without_merging_and_without_a_teacher_there_is_a_loss_alone():
-    model, rows = build(qwen2_config(tie_word_embeddings=False)), examples(4)
-    figures = figures_of(model, rows, k=1)
-    assert figures.kl is None
-    assert figures.score == figures.loss > 0
-    assert set(figures.named()) == {"val_loss", "val_accuracy", "val_balanced_accuracy"}
-
-
 def test_validating_changes_no_weight_and_no_random_number():
     model, rows = model_of(True), examples(4)
     validator = Validator(
@@ -110,34 +97,3 @@ def test_validating_changes_no_weight_and_no_random_number():
     mx.random.seed(5)
     assert validator() == first
     assert mx.random.uniform(shape=(3,)).tolist() == wanted
-
-
-def test_the_logged_accuracy_is_that_of_real_answers(tmp_path):
-    """Two answers to learn, unequally frequent, and one that no run could know."""
-    train = [
-        row | {"completion": "true" if i % 4 else "false"} for i, row in enumerate(rows_of(64))
-    ]
-    answers = ["true"] * 9 + ["false"] * 4 + ["QZ"] * 3
-    valid = [
-        row | {"completion": answer} for row, answer in zip(rows_of(16, 64), answers, strict=True)
-    ]
-    data, path = write_data(tmp_path / "data", train, valid), tmp_path / "run"
-    options = ("--batch-size", 8, "--iters", 80, "--learning-rate", 1e-3)
-    trained(path, "--data", data, *options)
-    ((_, loss), (_, accuracy)) = (log_of(path, f"val_{n}")[-1] for n in ("loss", "accuracy"))
-    balanced = log_of(path, "val_balanced_accuracy")[-1][1]
-
-    model, tokenizer = load(str(BASE), path, 4)
-    prompts = [row["prompt"] for row in valid]
-    response = batch_generate(model, tokenizer, prompts, max_tokens=8)
-    ends = zip(response.texts, response.finish_reasons, strict=True)
-    right = [
-        (text, reason) == (answer, "stop")
-        for (text, reason), answer in zip(ends, answers, strict=True)
-    ]
-    assert 0 < sum(right) < len(right), response.texts
-    assert accuracy == pytest.approx(np.mean(right))
-    hits = Counter(a for a, ok in zip(answers, right, strict=True) if ok)
-    recalls = [hits[answer] / answers.count(answer) for answer in ("true", "false", "QZ")]
-    assert balanced == pytest.approx(np.mean(recalls))
-    assert loss > 0

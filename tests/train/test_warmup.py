@@ -44,14 +44,6 @@ def test_only_the_encoder_moves_while_it_warms_up(tmp_path, loss):
     assert len(moved) == len(part(one, "encoder"))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_what_it_is_warmed_up_for_gets_better(tmp_path, loss):
-    warm = ("--encoder-warmup", 16, "--encoder-warmup-loss", loss, *OFTEN, "--learning-rate", 3e-3)
-    trained(tmp_path / "run", *SMALL_TREES, *warm, "--iters", 16)
-    losses = [value for _, value in log_of(tmp_path / "run", "train_loss")]
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_the_decoder_is_saved_with_the_run_and_never_with_the_adapter(tmp_path):
     warm = ("--encoder-warmup", 4, "--encoder-warmup-loss", "reconstruction", *OFTEN)
     path = tmp_path / "run"
