@@ -1,6 +1,6 @@
 """Memory over a long training run: what is in use, and the peak, every 200 iterations.
 
-Trains a tiny random model on textualized trees through the same session as ``kmerge-mlx train``,
+Trains a tiny random model on textualized trees as ``kmerge-mlx train`` does,
 with validations and saves, and prints MLX's active memory and peak since the last line, the
 process's resident set, and how many blocks the slot table holds. Everything should be level from
 the first line on: rows are of few shapes, and blocks of a batch live as long as the batch.
@@ -19,16 +19,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.train import session
-from kmerge_mlx.train.loop import Watcher
-from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.loop import Trainer
+from kmerge_mlx.train.prepare import Run, prepare
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.setup import Run
 
 BASE = Path(__file__).parents[1] / "tests" / "fixtures" / "upstream_tied_k4" / "base"
 
 
-class Meter(Watcher):
+class Meter:
     """Measures every so many iterations.
 
     Args:
@@ -74,12 +72,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--stage", default="medium")
     options = parser.parse_args()
-    meters: list[Meter] = []
-
-    def watch(run: Run) -> list[Meter]:
-        meters.append(Meter(run, options.every))
-        return meters
-
     with tempfile.TemporaryDirectory() as folder:
         config = TrainSettings.of(
             {
@@ -92,8 +84,10 @@ def main() -> None:
                 "num_trees": 20_000,
             }
         )
-        session.train(config, lambda label: lambda done, total: None, watch, Ranks())
-    first, rest = meters[0].lines[0], meters[0].lines[1:]
+        run = prepare(config)
+        meter = Meter(run, options.every)
+        Trainer(run, [meter]).train()
+    first, rest = meter.lines[0], meter.lines[1:]
     for name in ("active_mb", "peak_mb", "resident_mb"):
         most = max(line[name] for line in rest)
         change = 100 * (most / first[name] - 1) if first[name] else 0.0

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -173,19 +172,19 @@ def mlx_update(model):
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from kmerge_mlx.train.loss import AnswerHead, answer_loss
+    from kmerge_mlx.train.loss import answer_loss
     from kmerge_mlx.train.ranks import Ranks
     from kmerge_mlx.train.step import Stepper
 
     # As torch.optim.AdamW, whose other defaults are MLX's.
     optimizer = optim.AdamW(LEARNING_RATE, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    stepper = Stepper(model, optimizer, partial(answer_loss, AnswerHead(model)), 0.0, Ranks())
+    stepper = Stepper(model, optimizer, answer_loss, 0.0, Ranks())
 
     def update(batch) -> float:
-        done = stepper.update(stepper.add(batch, None))
+        loss, tokens, _ = stepper.update(stepper.add(batch, None))
         mx.eval(model.parameters(), optimizer.state)
-        return done.loss.item() / done.tokens.item()
+        return loss.item() / tokens.item()
 
     return update
 

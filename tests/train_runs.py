@@ -11,8 +11,8 @@ from unittest import mock
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.train import stages
-from kmerge_mlx.train.log import read_log
+from kmerge_mlx.train import dataset
+from kmerge_mlx.train.checkpoint import read_log
 from tests.cli_runner import Result, run
 from tests.conftest import UPSTREAM
 
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def kmerge(*args: object, **more: Any) -> Result:
     """Runs a command, with so few held-out trees that drawing them takes no time."""
-    with mock.patch.object(stages, "HELD_OUT_TREES", HELD_OUT_TREES):
+    with mock.patch.object(dataset, "HELD_OUT_TREES", HELD_OUT_TREES):
         return run(*args, **more)
 
 

@@ -84,7 +84,7 @@ def bench(
         check_plot(plot)
     model, adapter_path = opt.chosen(model, adapter_path)
 
-    from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.tools import bench as benchmark
 
     lengths = tuple(sorted(set(length or LENGTHS)))

@@ -288,7 +288,7 @@ def _measured(config: EvaluateConfig) -> Report:
     """Measures, and says after Ctrl-C what becomes of the answers."""
     from tqdm import tqdm
 
-    from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.evaluation.run import evaluate as measure
 
     try:

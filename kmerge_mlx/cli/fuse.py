@@ -48,7 +48,7 @@ def fuse(
     if adapter is None:
         raise AdapterError(f"{base} carries no adapter to fuse: give --adapter-path")
 
-    from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.tools import fuse as fusing
 
     done = fusing.fuse(

@@ -81,7 +81,7 @@ def quantize(
     config = QuantizeConfig(q_bits, q_group_size, str(q_mode), quantize_embedding, encoder_bits)
     base, adapter = opt.chosen(model, adapter_path)
 
-    from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.tools import quantize as quantizing
 
     done = quantizing.quantize(

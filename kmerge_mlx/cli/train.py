@@ -1,47 +1,41 @@
-"""``kmerge-mlx train``: options made from ``TrainSettings``, a progress bar, and lines to read."""
+"""``kmerge-mlx train``, and what it shows: a progress bar, and lines to read."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from tqdm import tqdm
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from mlx_lm.tuner.callbacks import TrainingCallback
-
     from kmerge_mlx.train.loop import Trainer
-    from kmerge_mlx.train.ranks import Ranks
-    from kmerge_mlx.train.setup import Run
+    from kmerge_mlx.train.prepare import Run
+
+LITTLE = 1.05
+"""Compression ratio of the prompts below which a note says what to do."""
 
 
 def _resumed(settings: TrainSettings) -> TrainSettings:
-    """Of a run that is resumed, the saved settings where nobody named others."""
-    from kmerge_mlx.train.ranks import Ranks
+    """For ``--resume``, the saved settings in the place of those that nobody named."""
+    from kmerge_mlx.train.checkpoint import saved_settings
 
-    return _saved(settings, Ranks()) if settings.resume else settings
-
-
-def _saved(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
-    """The settings of the run that is resumed, which only the first rank can read."""
-    from kmerge_mlx.train.session import saved_settings
-
-    text = json.dumps(saved_settings(settings.adapter_path)) if ranks.rank == 0 else ""
-    return settings.over(json.loads(ranks.share_text(text)))
+    saved = saved_settings(Path(settings.adapter_path)) if settings.resume else {}
+    return settings.over(saved)
 
 
 @command(TrainSettings, config_file=True, to_print=_resumed)
 def train(settings: TrainSettings) -> None:
     """Fine-tune a merge encoder and LoRA on a base model.
 
-    Every setting may also stand in a YAML file (-c), by its flag's name with underscores, beside
+    Every setting may also be in a YAML file (-c), by its flag's name with underscores, beside
     those that have no flag: lora_parameters, lr_schedule, optimizer_config, hf_dataset and the
     *_feature keys. A flag beats the file, and the file beats the default.
 
@@ -51,73 +45,160 @@ def train(settings: TrainSettings) -> None:
       kmerge-mlx train --model ./base --task textualized-tree --k 4 --adapter-path ./out
       kmerge-mlx train -c config.yaml --adapter-path ./out --resume
     """
-    if code := _run(settings):
-        raise typer.Exit(code)
-
-
-def _run(settings: TrainSettings) -> int:
-    """Trains, and shows it."""
-    from kmerge_mlx.cli import progress
+    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.plots.common import check_plot
     from kmerge_mlx.plots.training import TrainingPlot
-    from kmerge_mlx.train import session
+    from kmerge_mlx.train.checkpoint import saved_settings
+    from kmerge_mlx.train.loop import Trainer, reporters
+    from kmerge_mlx.train.prepare import prepare
     from kmerge_mlx.train.ranks import connect
 
-    with connect(_print_error) as ranks, contextlib.ExitStack() as shown:
-        if settings.resume:
-            settings = _saved(settings, ranks)
-        if settings.plot:
-            check_plot(settings.plot)
-        stopping, stopped_by = shown.enter_context(_signals())
-        shown_bars: list[progress.TrainingBar] = []
-
-        def watch(run: Run) -> list[TrainingCallback]:
-            shown_bars.append(progress.TrainingBar(run))
-            plots = [TrainingPlot(run.path, settings.plot)] if settings.plot else []
-            return [*shown_bars, *plots]
-
-        def started(trainer: Trainer) -> None:
-            for bar in shown_bars:
-                bar.begin()
-                shown.callback(bar.close)
-            stopping(trainer)
-
-        bars = progress.bars(quiet=ranks.rank != 0)
-        outcome = session.train(settings, bars, watch, ranks, started)
-        shown.close()
-        if ranks.rank == 0:
-            progress.print_outcome(outcome)
-    # Of several machines only those that were told know which signal it was.
-    return 128 + (*stopped_by, signal.SIGINT)[0] if outcome.interrupted else 0
-
-
-def _print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    ranks = connect()
+    first = ranks.rank == 0
+    if settings.resume:  # only the first rank has the folder
+        saved = saved_settings(Path(settings.adapter_path)) if first else None
+        settings = settings.over(ranks.share_json(saved))
+    if settings.plot:
+        check_plot(settings.plot)
+    run = prepare(settings, bars(quiet=not first), ranks)
+    watchers: list[Any] = []
+    if first:
+        plots = [TrainingPlot(run.path, settings.plot)] if settings.plot else []
+        watchers = [TrainingBar(run), *plots, *reporters(settings)]
+    trainer = Trainer(run, watchers)
+    with _signals(trainer) as came, watchers[0] if first else contextlib.nullcontext():
+        trainer.train()
+    interrupted = run.state.finished is None and run.state.iteration < settings.iters
+    if first:
+        _print_outcome(run, interrupted)
+    if interrupted:  # of several machines only those that got the signal know which one it was
+        raise typer.Exit(128 + (*came, signal.SIGINT)[0])
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[tuple[Callable[[Trainer], None], list[int]]]:
-    """Lets Ctrl-C and kill end a run with a save; a second Ctrl-C ends it at once.
-
-    Yields:
-        What to give the trainer to, and the signals that came.
-    """
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Lets Ctrl-C and kill end a run with a save, and a second one at once; yields which came."""
     came: list[int] = []
 
-    def watch(trainer: Trainer) -> None:
-        def stop(number: int, frame: Any) -> None:
-            trainer.stop_requested = True
-            came.append(number)
-            signal.signal(number, signal.default_int_handler)
-            # The terminal has written ^C where the bar is.
-            print("\nstopping after this iteration (again: at once)", file=sys.stderr)
+    def stop(number: int, frame: Any) -> None:
+        trainer.stop_requested = True
+        came.append(number)
+        signal.signal(number, signal.default_int_handler)
+        # The terminal has written ^C where the bar is.
+        print("\nstopping after this iteration (again: at once)", file=sys.stderr)
 
-        for number in kept:
-            signal.signal(number, stop)
-
+    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield watch, came
+        yield came
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+class TrainingBar:
+    """A bar with loss, speed, memory and time left, and a line for every report of a run."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._valid: Any = None
+
+    def __enter__(self) -> None:
+        self._say(_header(self._run))
+        shown = {"desc": "Training", "unit": "it", "dynamic_ncols": True, "disable": None}
+        done, total = self._run.state.iteration, self._run.settings.iters
+        self._bar = tqdm(total=total, initial=done, **shown)
+
+    def __exit__(self, *error: object) -> None:
+        for bar in filter(None, (self._valid, self._bar)):
+            bar.close()
+
+    def on_iteration(self, iteration: int) -> None:
+        self._bar.update(iteration - self._bar.n)
+
+    def on_train_loss_report(self, now: dict[str, Any]) -> None:
+        loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
+        postfix = f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory:.2f} GB"
+        self._bar.set_postfix_str(postfix, refresh=False)
+        self._say(
+            f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "
+            f"{now['learning_rate']:.3e}, It/sec {now['iterations_per_second']:.3f}, Tokens/sec "
+            f"{speed:.3f}, Trained Tokens {now['trained_tokens']}, Peak mem {memory:.3f} GB"
+        )
+
+    def on_validation(self, done: int, total: int) -> None:
+        if self._valid is None:
+            self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
+        self._valid.update(done - self._valid.n)
+        if done == total:
+            self._valid.close()
+            self._valid = None
+
+    def on_val_loss_report(self, now: dict[str, Any]) -> None:
+        kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
+        self._say(
+            f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{kl}, "
+            f"Accuracy {now['val_accuracy']:.2%} "
+            f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
+        )
+
+    def on_stage(self, iteration: int, name: str) -> None:
+        self._say(f"Iter {iteration}: stage {name} begins")
+
+    def on_save(self, iteration: int) -> None:
+        if iteration:
+            self._say(f"Iter {iteration}: Saved to {self._run.settings.adapter_path}")
+
+    def _say(self, line: str) -> None:
+        """Writes a line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+
+def _print_outcome(run: Run, interrupted: bool) -> None:
+    """How a run ended, and what to do next, on stderr."""
+    from kmerge_mlx.train.checkpoint import BEST
+
+    state, best, lines = run.state, run.path, [f"Last weights: {run.path}"]
+    if state.best_iteration is not None:
+        best, score = run.path / BEST, f"{state.best_score:.4f}"
+        lines.insert(0, f"Best validation {score} at iteration {state.best_iteration}: {best}")
+    if interrupted:
+        lines.insert(0, f"Stopped at iteration {state.iteration}: --resume goes on from here")
+    elif state.finished:
+        lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
+    lines.append(f"Try them: kmerge-mlx generate --adapter-path {best}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _header(run: Run) -> str:
+    """What is about to be trained, and on how much."""
+    from kmerge_mlx.adapters.folder import carried_by
+    from kmerge_mlx.model import adapter_of
+    from kmerge_mlx.train.dataset import prompt_compression
+
+    state, settings, k = run.state, run.settings, run.merge.merge_factor
+    if state.finished or state.iteration >= settings.iters:
+        more = "" if state.finished else ": a larger --iters goes on"
+        return f"This run was over at iteration {state.iteration}{more}"
+    start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
+    if settings.resume and not state.rng:
+        start = f"{run.path} holds no run to resume: starting one"
+    adapter, stage = adapter_of(run.model, run.merge, run.tuning), run.stages[state.stage]
+    encoder = sum(array.size for array in adapter.encoder_weights.values()) / 1e6
+    tuned = [*adapter.tuning_weights.values(), *adapter.head_weights.values()]
+    tuned = f"{settings.fine_tune_type} {sum(array.size for array in tuned) / 1e6:.2f}M"
+    valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
+    skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
+    ratio, kind = prompt_compression(stage.train, k), getattr(run.model, "model_type", "base")
+    lines = [
+        f"{start}: {kind}, K={k}, encoder {encoder:.2f}M and {tuned} trainable",
+        f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}, prompts compressed "
+        f"{ratio:.2f}x",
+    ]
+    if k > 1 and ratio < LITTLE:
+        lines.append(
+            "note: next to nothing of them merges: mark what should with <merge>, lower "
+            "--merge-threshold, or give --merges all"
+        )
+    if carried_by(Path(settings.model)) is not None:
+        lines.append(f"note: the adapter that {settings.model} carries is not trained on")
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
-from kmerge_mlx.train.loss import AnswerHead, cross_entropy
+from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
@@ -61,7 +61,7 @@ class Scorer:
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int):
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
-        self._embedding, self._head = merged_embedding(model), AnswerHead(model)
+        self._embedding = merged_embedding(model)
 
     def refusal(self, method: Method, rows: Sequence[TokenizedExample]) -> str | None:
         """Why a method cannot read some prompt, or None if it can read all."""
@@ -111,7 +111,7 @@ class Scorer:
         ]
         for rows in _in_passes(read, embedding.vocab_size):
             batch = make_batch(rows, 1, embedding.pad_token_id, embedding.vocab_size)
-            logits = self._head.logits(self._model, batch).astype(mx.float32)
+            logits = answer_logits(self._model, batch).astype(mx.float32)
             losses = np.array(cross_entropy(logits, batch.targets)[0], np.float64)
             ends = np.cumsum([len(row.answer_ids) for row in rows])
             found += [float(part.sum()) for part in np.split(losses[: ends[-1]], ends[:-1])]

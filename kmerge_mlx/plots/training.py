@@ -1,7 +1,4 @@
-"""The picture of a training run, drawn from its log.
-
-Owns what is drawn, and how. Does not compute what is not in the log.
-"""
+"""Draws the picture of a training run from its log."""
 
 from __future__ import annotations
 
@@ -10,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.plots.common import COLOURS, write
-from kmerge_mlx.train.checkpoint import TRAINING
-from kmerge_mlx.train.log import read_log
-from kmerge_mlx.train.loop import Watcher
+from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 
-class TrainingPlot(Watcher):
-    """Draws a run anew at every save.
-
-    Args:
-        run: Its folder.
-        path: The picture.
-    """
+class TrainingPlot:
+    """Draws a run anew at every save, from its folder into a picture."""
 
     def __init__(self, run: Path, path: str | Path):
         self._run, self._path = run, path
@@ -55,7 +45,8 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         _line(losses, log, "val_loss", f"{label}validation", color=colour)
         _line(losses, log, "val_kl", f"{label}KL to the base", color=colour, linestyle="--")
         _line(accuracies, log, "val_accuracy", f"{label}accuracy", color=colour)
-        if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in _measured(log)):
+        measured = [record for record in log if "val_accuracy" in record]
+        if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in measured):
             balanced = f"{label}balanced accuracy"
             _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
         _mark_stages(accuracies, log, colour)
@@ -72,10 +63,6 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     write(figure, path)
-
-
-def _measured(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record for record in log if "val_accuracy" in record]
 
 
 def _line(axes: Any, log: Sequence[dict[str, Any]], name: str, label: str, **style: Any) -> None:

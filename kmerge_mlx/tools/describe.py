@@ -32,8 +32,7 @@ from kmerge_mlx.convert.checkpoint import (
 )
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.hub.fetch import fetch, is_namespaced
-from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress
-from kmerge_mlx.train.log import read_log
+from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))
 

@@ -1,8 +1,8 @@
-"""What a run leaves on the disk, so that it can be killed at any moment and lose nothing.
+"""Writes and reads the folder of a run, so that a run killed at any moment loses nothing.
 
-Owns the folder: the adapter as it is now, ``best/`` with the adapter of the best validation, and
-``training/`` with everything else that an exact resume needs. It is written whole, beside the one
-it replaces. Does not know models or loops.
+The folder holds the adapter as it is now, ``best/`` with the adapter of the best validation, and
+``training/`` with everything else that an exact resume needs, and the logs. It is written whole,
+beside the one that it replaces.
 """
 
 from __future__ import annotations
@@ -10,38 +10,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx import __version__
+from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
-from kmerge_mlx.errors import TrainError, findings, first_line, short
-from kmerge_mlx.files import (
-    ALL_DTYPES,
-    check_destination,
-    clear_leftovers,
-    flush,
-    read_json,
-    read_safetensors,
-    replacing_folder,
-    write_json,
-    write_safetensors,
-)
-from kmerge_mlx.train.log import LOG, TIMING, RunLog
-from kmerge_mlx.train.order import Place
+from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.data.jsonl import parse_row, raw_lines
+from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
+from kmerge_mlx.train.rows import Place
 
 BEST, TRAINING = "best", "training"
-STATE, TENSORS = "state.json", "state.safetensors"
+STATE, TENSORS, ANSWERS = "state.json", "state.safetensors", "answers.json"
+LOG, TIMING = "log.jsonl", "timing.jsonl"
+"""One JSON object a line: what a repeated run repeats to the bit, and its speed and memory."""
 FORMAT_VERSION = 1
 
 
 @dataclass
 class State:
-    """Where a run stands, but for its tensors.
+    """Where a run is, without its tensors.
 
     Args:
         iteration: Iterations done.
@@ -53,7 +45,7 @@ class State:
         best_iteration: When that was.
         stale: Validations since then.
         finished: Why the run is over, or None.
-        rng: MLX's random state.
+        rng: MLX's random state; empty before the first save.
         log: Bytes of each log.
     """
 
@@ -71,23 +63,33 @@ class State:
 
     @classmethod
     def from_json(cls, data: Any) -> State:
-        """Reads what ``asdict`` made.
-
-        Raises:
-            TrainError: Something else.
-        """
-        if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+        """Reads what ``asdict`` made; raises TrainError for anything else."""
+        try:
+            state = cls(**{**data, "place": Place(**data["place"])})
+            numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
+            numbers += [state.place.epoch, state.place.batch, *state.rng, *state.log.values()]
+            score, best = state.best_score, state.best_iteration
+            good = (
+                set(data) == {f.name for f in fields(cls)}
+                and all(is_int(n) for n in [*numbers, 0 if best is None else best])
+                and (score is None or is_number(score))
+                and (state.finished is None or state.finished.isprintable())
+                and len(state.rng) in (0, 2)
+            )
+        except (TypeError, KeyError, AttributeError):
+            good = False
+        if not good:
             raise TrainError(f"{STATE} holds {short(data)}, expected a run's state")
-        return cls(**{**data, "place": Place(**data["place"])})
+        return state
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run must have in common with the one it goes on with.
+    """What a resumed run must have in common with the saved one.
 
     Args:
-        settings: See ``TrainSettings.settings``.
-        fixed: See ``TrainSettings.fixed``.
+        settings: See ``TrainSettings.saved``.
+        fixed: Those of the settings that must be the same.
         base: Digest of the base model's files.
         data: Digest of each stage's training and validation set.
         ranks: How many machines.
@@ -100,53 +102,35 @@ class Identity:
     ranks: int = 1
 
     def check(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Compares with a saved run.
-
-        Raises:
-            TrainError: Every difference, by name.
-        """
-        then, now = saved.get("fixed") or {}, json.loads(json.dumps(dict(self.fixed)))
+        """Raises TrainError with every difference from a saved run, by name."""
+        then, now = saved["settings"], json.loads(json.dumps(dict(self.fixed)))
         problems = [
-            f"{name} is {short(now.get(name))}, the run has {short(then.get(name))}"
-            for name in {**now, **then}
-            if now.get(name) != then.get(name)
+            f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
+            for name, value in now.items()
+            if value != then.get(name)
         ]
         if saved.get("base") != self.base:
-            model, old = self.settings["model"], (saved.get("settings") or {}).get("model")
-            problems.append(f"--model {model} holds other weights than the run's base ({old})")
+            model, old = self.settings["model"], short(then.get("model"))
+            problems.append(f"`model` {model} has other weights than the run's base, {old}")
         if saved.get("data") != self.data and not problems:
             problems.append(
                 "the data are not those that the run was started with: give those, or start anew "
-                "in another --adapter-path"
+                "in another `adapter_path`"
             )
         if saved.get("ranks") != self.ranks:
-            problems.append(f"found {self.ranks} machines, the run has {saved.get('ranks')}")
+            problems.append(f"found {self.ranks} machines, the run has {short(saved.get('ranks'))}")
         if problems:
             raise TrainError(findings(f"{path} cannot be resumed", problems))
 
 
-def check_run_destination(path: str | Path, resume: bool, force: bool) -> bool:
-    """Finds out whether a run is there, and refuses to write over anything else.
-
-    Args:
-        path: The run's folder.
-        resume: Whether to go on with a run that is there.
-        force: Whether to replace an adapter that is there.
-
-    Returns:
-        Whether there is a run to go on with.
+def find_run(path: Path, resume: bool, force: bool) -> bool:
+    """Whether a folder holds a run to go on with; refuses to write over anything else.
 
     Raises:
         TrainError: Something is there that is neither to be resumed nor replaced.
     """
-    path = Path(path)
-    if blocking := [p for p in path.parents if p.exists() and not p.is_dir()]:
-        raise TrainError(f"cannot write {path}: {blocking[0]} is a file, expected a folder")
-    parent = next(p for p in Path(os.path.abspath(path)).parents if p.exists())  # noqa: PTH100
-    if not os.access(parent, os.W_OK):
-        raise TrainError(f"cannot write {path}: {parent} is not writable; give --adapter-path")
     try:
-        clear_leftovers(path)
+        files.clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror}") from None
@@ -154,11 +138,11 @@ def check_run_destination(path: str | Path, resume: bool, force: bool) -> bool:
         return True
     if there and not force:
         raise TrainError(
-            f"{path} holds a run: give --resume to go on with it, --force to replace it, or "
-            "another --adapter-path"
+            f"{path} holds a run: give `resume` to go on with it, `force` to replace it, or "
+            "another `adapter_path`"
         )
     names = (*FILES, BEST, TRAINING)
-    check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
+    files.check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
     return False
 
 
@@ -169,25 +153,25 @@ def save(
     identity: Identity,
     tensors: Mapping[str, mx.array],
     best: Adapter | None = None,
-    keep: Mapping[str, bytes] | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a run's folder; the previous one stands until this one does.
+    """Writes a run's folder; the previous one stays until this one is whole.
 
     Args:
         path: The folder.
         adapter: The weights as they are.
-        state: Where the run stands.
+        state: Where the run is; its logs' sizes are set.
         identity: What it is.
-        tensors: The optimizer's and whatever else goes on from here.
+        tensors: Whatever else the next step depends on.
         best: The adapter of the best validation, or None: it is what it was.
-        keep: Further files of ``training/``, by name.
+        answers: Answers that the teacher wrote.
 
     Raises:
         TrainError: The disk is full, or the place is not writable.
     """
     old = path / TRAINING
     try:
-        with replacing_folder(path) as folder:
+        with files.replacing_folder(path) as folder:
             write_adapter(adapter, folder)
             if best is not None:
                 (folder / BEST).mkdir()
@@ -196,18 +180,19 @@ def save(
                 shutil.copytree(path / BEST, folder / BEST, copy_function=_link)
             training = folder / TRAINING
             training.mkdir()
-            # A run that begins has no log: what --force replaces is another one's.
+            # A run that begins has no log: the one that --force replaces belongs to another run.
             for name in (LOG, TIMING) if state.iteration else ():
                 if (old / name).exists():
                     shutil.copyfile(old / name, training / name)
-            for name, data in (keep or {}).items():
-                (training / name).write_bytes(data)
+            if answers is not None:
+                (training / ANSWERS).write_text(json.dumps(answers))
             for file in training.iterdir():
-                flush(file)
-            write_safetensors(training / TENSORS, tensors)
-            state.log = RunLog(training).sizes()
+                files.flush(file)
+            files.write_safetensors(training / TENSORS, tensors)
+            state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            write_json(training / STATE, about | asdict(identity) | {"state": asdict(state)})
+            about |= {n: v for n, v in vars(identity).items() if n != "fixed"}
+            files.write_json(training / STATE, about | {"state": asdict(state)})
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -215,37 +200,71 @@ def save(
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
-    """Reads what :func:`save` wrote in ``training/``.
-
-    Returns:
-        The run's identity as saved, its state, its tensors.
+    """The identity, state and tensors that :func:`save` wrote.
 
     Raises:
         TrainError: Files that are torn, edited or of a newer release.
     """
-    about = _about(path)
-    tensors = read_safetensors(path / TRAINING / TENSORS, TrainError, ALL_DTYPES)
-    return about, State.from_json(about.get("state")), tensors
+    tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
+    return _about(path), read_progress(path), tensors
 
 
 def read_progress(path: Path) -> State:
-    """Where the run in a folder stands, without its tensors.
-
-    Raises:
-        TrainError: Files that are torn, edited or of a newer release.
-    """
+    """Where the run in a folder is; raises as :func:`read_state`."""
     return State.from_json(_about(path).get("state"))
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, from which a resumed run begins; empty without a run.
+
+    Running the base model's own Python files is never among them: only this command may allow it.
+    """
+    if not (path / TRAINING / STATE).is_file():
+        return {}
+    return {n: v for n, v in _about(path)["settings"].items() if n != "trust_remote_code"}
 
 
 def _about(path: Path) -> dict[str, Any]:
     file = path / TRAINING / STATE
-    about = read_json(file, TrainError)
-    version = about.get("format_version") if isinstance(about, dict) else None
-    if version != FORMAT_VERSION:
+    about = files.read_json(file, TrainError)
+    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+        raise TrainError(f"{file} names no settings: it is not a run's state")
+    if (version := about.get("format_version")) != FORMAT_VERSION:
         raise TrainError(
             f"{file} has format_version {short(version)}, this release reads {FORMAT_VERSION}"
         )
     return about
+
+
+def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
+    """Appends a record, and its timing, to the logs of the run in a folder."""
+    timed = None if timing is None else {"iteration": record["iteration"], **timing}
+    for name, line in ((LOG, record), (TIMING, timed)):
+        if line is not None:
+            with (path / TRAINING / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def cut_logs(path: Path, state: State) -> None:
+    """Drops what was logged after the save from which a run goes on."""
+    for name in (LOG, TIMING):
+        size = state.log.get(name, 0)
+        if _size(path / TRAINING / name) > size:
+            os.truncate(path / TRAINING / name, size)
+
+
+def read_log(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of the log in a run's ``training/`` folder; raises DataError."""
+    file = folder / LOG
+    for line in raw_lines(file):
+        try:
+            yield parse_row(line.data)
+        except DataError as error:
+            raise DataError(f"{file} line {line.number}: {error}") from None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _link(source: str, target: str) -> None:

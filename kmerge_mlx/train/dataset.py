@@ -1,69 +1,65 @@
-"""What a run trains on: tokenized examples by index, checked before the first step.
+"""Reads and tokenizes what a run trains on, and checks all of it before the first step.
 
-Owns: the checks that a row fits K and the longest row, and trees that are drawn when they are asked
-for. Does not know batches or models.
+Source: arXiv 2604.15153 (a stage of the curriculum ends at 85% accuracy, the last one at 95%).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from kmerge_mlx.data.examples import Example
+from kmerge_mlx.config import TASKS, is_number
+from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
-from kmerge_mlx.data.sources import SPLITS, ExampleList
+from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
+from kmerge_mlx.data.tasks import load_task
 from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
-from kmerge_mlx.errors import DataError, KMergeError
+from kmerge_mlx.data.trees import Stage as TreeStage
+from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.settings import TrainSettings
 
-Progress = Callable[[int, int], None]
-
+TRAIN_SPLITS = ("train", "valid")
+HELD_OUT_TREES = 1000
+"""Trees of the validation split, and of the test split."""
 REFERENCE_QUESTIONS = 8
-"""Pairs that each tree is asked about when all of them might be."""
-
+"""Questions about each tree when all pairs of its nodes might be asked."""
 PROMPTS_SEEN = 200
-"""Prompts that say how far those of a set are compressed."""
+"""Prompts that :func:`prompt_compression` looks at."""
+STAGE_SIZES = ("max_depth", "max_nodes", "min_children", "max_children")
+
+Bar = Callable[[str], Callable[[int, int], None]]
+"""A label to a function of (work done, work in all)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row must keep to.
-
-    Args:
-        merge_factor: K.
-        max_seq_length: Most positions, merged prompt and answer together.
-        layout: What merges where nothing is said, and whether a chat template applies.
-    """
+    """How a row is tokenized, and how many positions it may take."""
 
     merge_factor: int
     max_seq_length: int
     layout: Layout = DEFAULT_LAYOUT
 
     def tokenize(self, tokenizer: Any, example: Example) -> TokenizedExample:
-        """Turns an example into ids that keep to the limits.
-
-        Raises:
-            DataError: A row that is too long, or a prompt shorter than a block.
-            PromptError: As for ``data.layout.tokenize``.
-        """
+        """An example as ids; raises KMergeError if it is too long, or shorter than a block."""
         row = tokenize(tokenizer, example, self.layout)
         merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
         if 0 < merged < self.merge_factor:
             raise DataError(
-                f"found {merged} tokens to merge, expected at least --k {self.merge_factor}: "
-                "leave the row out (--skip-bad), or use a smaller K"
+                f"found {merged} tokens to merge, expected at least `k` = {self.merge_factor}: "
+                "leave the row out (`skip_bad`), or use a smaller K"
             )
         length = num_positions(row, self.merge_factor)
         if length > self.max_seq_length:
             raise DataError(
                 f"found {length:,} positions ({row.num_tokens:,} tokens), expected at most "
-                f"--max-seq-length {self.max_seq_length:,}"
+                f"`max_seq_length` = {self.max_seq_length:,}"
             )
         return row
 
@@ -75,13 +71,10 @@ def num_positions(row: TokenizedExample, merge_factor: int) -> int:
 
 
 def prompt_compression(rows: Sequence[TokenizedExample], merge_factor: int) -> float:
-    """Compression ratio of the prompts of a set, of up to 200 evenly spread ones."""
-    tokens = positions = 0
-    for i in range(0, len(rows), -(-len(rows) // PROMPTS_SEEN)):
-        prompt = replace(rows[i], answer_ids=[])
-        tokens += prompt.num_tokens
-        positions += num_positions(prompt, merge_factor)
-    return tokens / positions
+    """Compression ratio of the prompts of a set, measured on up to 200 of them."""
+    seen = [rows[i] for i in range(0, len(rows), -(-len(rows) // PROMPTS_SEEN))]
+    prompts = [replace(row, answer_ids=[]) for row in seen]
+    return sum(p.num_tokens for p in prompts) / sum(num_positions(p, merge_factor) for p in prompts)
 
 
 class TokenizedSet(Sequence[TokenizedExample]):
@@ -107,11 +100,11 @@ class TokenizedSet(Sequence[TokenizedExample]):
         tokenizer: Any,
         limits: Limits,
         skip_bad: bool = False,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.bad = examples.bad
         self._rows: list[tuple[list[tuple[np.ndarray, bool]], np.ndarray]] = []
-        problem = ""
+        problem = "the split is empty"
         for i in range(len(examples)):
             try:
                 row = limits.tokenize(tokenizer, examples[i])
@@ -121,15 +114,12 @@ class TokenizedSet(Sequence[TokenizedExample]):
                     raise DataError(problem) from None
                 self.bad += 1
             else:
-                self._append(row)
-            if progress is not None and (i % 100 == 99 or i + 1 == len(examples)):
+                segments = [(np.array(s.ids, np.int32), s.merge) for s in row.segments]
+                self._rows.append((segments, np.array(row.answer_ids, np.int32)))
+            if i % 100 == 99 or i + 1 == len(examples):
                 progress(i + 1, len(examples))
         if not self._rows:
-            raise DataError(f"no row is left to train on: {problem or 'the split is empty'}")
-
-    def _append(self, row: TokenizedExample) -> None:
-        segments = [(np.array(s.ids, np.int32), s.merge) for s in row.segments]
-        self._rows.append((segments, np.array(row.answer_ids, np.int32)))
+            raise DataError(f"no row is left to train on: {problem}")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,9 +127,8 @@ class TokenizedSet(Sequence[TokenizedExample]):
     def __getitem__(self, index: int) -> TokenizedExample:
         """An example's ids."""
         segments, answer = self._rows[index]
-        return TokenizedExample(
-            [Segment(ids.tolist(), merge) for ids, merge in segments], answer.tolist()
-        )
+        read = [Segment(ids.tolist(), merge) for ids, merge in segments]
+        return TokenizedExample(read, answer.tolist())
 
     @property
     def digest(self) -> str:
@@ -156,40 +145,29 @@ class TokenizedSet(Sequence[TokenizedExample]):
         return len(self._rows[index][1])
 
     def set_answer(self, index: int, answer_ids: Sequence[int], limits: Limits) -> None:
-        """Gives an example the answer it lacks, cut to the longest row if need be."""
-        segments, _ = self._rows[index]
-        row = replace(self[index], answer_ids=[])
-        room = limits.max_seq_length - num_positions(row, limits.merge_factor)
-        self._rows[index] = (segments, np.array(answer_ids[: max(room, 1)], np.int32))
+        """Gives an example the answer it lacks, cut to the longest row."""
+        prompt = replace(self[index], answer_ids=[])
+        room = max(limits.max_seq_length - num_positions(prompt, limits.merge_factor), 1)
+        self._rows[index] = (self._rows[index][0], np.array(answer_ids[:room], np.int32))
 
 
 class TreeSet(Sequence[TokenizedExample]):
-    """Questions about trees, drawn when they are asked for: any number of them, none stored.
+    """Questions about trees, drawn when they are read, so that none is stored.
 
-    Every tree is asked one true and one false question, and where the task says so for the name of
-    a node's parent.
-
-    Args:
-        task: What to draw.
-        split: Which split.
-        earlier: Fingerprints of trees of earlier splits, none of which is drawn.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        limits: What each row must keep to.
-
-    Attributes:
-        digest: SHA-256 by which a resumed run knows its data.
-        bad: 0.
+    Every tree has one question whose answer is true and one whose answer is false, and, where the
+    task wants it, one for the name of a node's parent. The trees of earlier splits, of which there
+    are fingerprints, are not drawn again.
     """
+
+    bad = 0
 
     def __init__(
         self, task: TreeTask, split: str, earlier: set[int], tokenizer: Any, limits: Limits
     ):
         self._task, self._split, self._earlier = task, split, earlier
         self._tokenizer, self._limits = tokenizer, limits
-        self._questions = 2 + task.find_parent
-        if task.reference_sampling:
-            self._questions = REFERENCE_QUESTIONS + task.find_parent
-        self.bad = 0
+        pairs = REFERENCE_QUESTIONS if task.reference_sampling else 2
+        self._questions = pairs + task.find_parent
         first = self[0] if len(self) else None  # stands for the tokenizer and its template
         self.digest = hashlib.sha256(f"{task} {split} {first}".encode()).hexdigest()
 
@@ -197,25 +175,22 @@ class TreeSet(Sequence[TokenizedExample]):
         return self._task.trees()[self._split] * self._questions
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        """Draws a question.
-
-        Raises:
-            DataError: It does not keep to the limits.
-        """
+        """Draws a question; raises DataError if it does not keep to the limits."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         tree, number = divmod(index, self._questions)
         question = draw_question(self._task, self._split, tree, number, self._earlier)
-        example = Example(question.prompt, None, question.answer)
         try:
-            return self._limits.tokenize(self._tokenizer, example)
+            return self._limits.tokenize(
+                self._tokenizer, Example(question.prompt, None, question.answer)
+            )
         except KMergeError as error:
             where = f"textualized-tree, {self._split} tree {tree}"
             raise DataError(f"{where}: {error}") from None
 
 
 def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeSet]:
-    """The splits of a tree task, with no tree in two of them."""
+    """The splits of a tree task; a tree is in one of them alone."""
     sets: dict[str, TreeSet] = {}
     earlier: set[int] = set()
     for split in reversed(SPLITS):
@@ -224,3 +199,112 @@ def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeS
             trees = (draw_alone(task, split, i, earlier)[0] for i in range(task.trees()[split]))
             earlier = earlier | {fingerprint(tree.text) for tree in trees}
     return sets
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The data of a run, or of a stage of its curriculum, which ends at an accuracy."""
+
+    name: str
+    train: TokenizedSet | TreeSet
+    valid: TokenizedSet | TreeSet | None
+    threshold: float | None = None
+
+    @property
+    def sets(self) -> dict[str, TokenizedSet | TreeSet]:
+        """The data by split; without ``valid`` where there is none."""
+        return {"train": self.train} | ({} if self.valid is None else {"valid": self.valid})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 by which a resumed run knows its data."""
+        return hashlib.sha256(" ".join(s.digest for s in self.sets.values()).encode()).hexdigest()
+
+
+def load_stages(settings: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage]:
+    """Reads, draws or fetches what a run trains on, and checks all of it.
+
+    Raises:
+        DataError: A bad row (named), too few rows, or data that cannot be read.
+        TrainError: A curriculum that cannot be.
+    """
+    trees = settings.task == TASKS[0]
+    stages = _tree_stages(settings, tokenizer) if trees else [_data(settings, tokenizer, bar)]
+    for stage in stages:
+        if len(stage.train) < settings.batch_size:
+            found = f"found {len(stage.train)} examples to train on"
+            raise DataError(f"{found}, expected at least `batch_size` = {settings.batch_size}")
+    return stages
+
+
+def limits_of(settings: TrainSettings) -> Limits:
+    """What the rows of a run must keep to."""
+    return Limits(settings.k, settings.max_seq_length, settings.layout())
+
+
+def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
+    """The data of a run without trees."""
+    names = [f.name for f in fields(RowFormat) if f.name != "answers"]
+    given = {name: getattr(settings, name) for name in names}
+    rows = RowFormat(**given, answers=not settings.teacher_answers)
+    skip = settings.skip_bad
+    if (task := settings.task) is not None:
+        part, seed = {TASKS[1]: settings.category, TASKS[2]: settings.language}, settings.data_seed
+        reading = bar("Reading")
+        splits = load_task(task, part[task], settings.file, seed, skip, TRAIN_SPLITS, reading)
+    elif settings.hf_dataset is not None:
+        splits = load_hub_datasets(settings.hf_dataset, rows, skip, TRAIN_SPLITS)
+    elif settings.data is not None:
+        splits = load_examples(settings.data, rows, skip, TRAIN_SPLITS)
+    else:
+        raise DataError(f"found no data: give `data`, or `task` ({', '.join(TASKS)})")
+    if "train" not in splits:
+        raise DataError(f"{settings.data or 'hf_dataset'} holds no training split (train.jsonl)")
+    limits = limits_of(settings)
+    sets = {
+        name: TokenizedSet(examples, tokenizer, limits, skip, bar(f"Tokenizing {name}"))
+        for name, examples in splits.items()
+    }
+    return Stage(task or "data", sets["train"], sets.get("valid"))
+
+
+def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:
+    """The stages of a curriculum of trees, or the only one."""
+    found = []
+    entries = [*(settings.curriculum or [settings.stage])]
+    for entry in entries:
+        last = len(found) + 1 == len(entries)
+        limit = settings.last_threshold if last else settings.stage_threshold
+        name, stage, limit = _tree_stage(entry, limit)
+        task = TreeTask(
+            stage,
+            seed=settings.data_seed,
+            questions_per_tree=2,
+            find_parent=settings.find_parent,
+            reference_sampling=settings.reference_sampling,
+            splits={"train": settings.num_trees, "valid": HELD_OUT_TREES, "test": HELD_OUT_TREES},
+        )
+        sets = tree_sets(task, tokenizer, limits_of(settings))
+        threshold = limit if settings.curriculum else None
+        found.append(Stage(name, sets["train"], sets["valid"], threshold))
+    return found
+
+
+def _tree_stage(entry: Any, threshold: float) -> tuple[str, str | TreeStage, float]:
+    """A stage's name, its sizes and its threshold, from an entry of the curriculum."""
+    if isinstance(entry, str):
+        return entry, entry, threshold
+    given = dict(entry) if isinstance(entry, Mapping) else {}
+    threshold = given.pop("threshold", threshold)
+    if not is_number(threshold) or not 0 <= threshold <= 1:
+        raise TrainError(
+            f"curriculum: the threshold is {short(threshold)}, expected an accuracy from 0 to 1"
+        )
+    if set(given) == {"stage"} and isinstance(given["stage"], str):
+        return given["stage"], given["stage"], threshold
+    if set(given) == set(STAGE_SIZES) and all(type(size) is int for size in given.values()):
+        return f"{given['max_nodes']} nodes", TreeStage(**given), threshold
+    raise TrainError(
+        f"curriculum holds {short(entry)}, expected the name of a stage, or a mapping of stage (or "
+        f"{', '.join(STAGE_SIZES)}) and, if wanted, threshold"
+    )

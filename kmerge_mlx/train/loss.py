@@ -1,28 +1,40 @@
-"""The loss of a batch: cross-entropy on answer tokens, with logits at answer positions alone.
+"""The losses that training minimises: on answers, against a teacher, and for encoder warm-up.
 
-Owns the training forward pass: the batch's blocks are merged inside it, so gradients reach the
-encoder, and hidden states are cut to the answer positions *before* the output head, because logits
-for every position at V = 151,936 are what training memory would go to. Does not know optimizers.
+All are sums and not means: a mean of means would weigh a token by how few its neighbours are, so
+batches, accumulation steps and ranks are added up and divided once.
 
 Source: arXiv 2604.15153 section 3.3 (loss on answer tokens and the eos after each answer).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.trainer import grad_checkpoint
 
 from kmerge_mlx.model import merged_embedding, output_head
 from kmerge_mlx.train.rows import Batch
+from kmerge_mlx.virtual_tokens import MergedEmbedding
+
+Loss = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
+"""A model and a batch to a summed loss ``()`` in nats and the number of tokens in it ``()``, both
+float32."""
+
+DECODER = "decoder"
+# Probabilities below this are rounding: their logarithms would drown the rest.
+_TINY = 1e-6
 
 
 @mx.custom_function
 def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of each row, and the softmax that its gradient is made of.
+    """Cross-entropy of each row, and the softmax from which its gradient is made.
 
     Autograd would take the V exponentials of a row twice, and add up the gradient from three arrays
-    of the logits' size. The likeliest token's probability is at least 1/V, so the normaliser that
-    comes of it is exact, whatever the target's is.
+    of the logits' size. The likeliest token's probability is at least 1/V, so the normaliser is
+    exact, whatever the target's probability is.
 
     Args:
         logits: ``(A, V)`` float32.
@@ -44,66 +56,132 @@ def _cross_entropy_vjp(primals, cotangents, outputs):
     return gradient, mx.zeros_like(primals[1])
 
 
-class AnswerHead:
-    """Cuts what a model's output head reads to the positions of the batch at hand.
+@contextmanager
+def _answers_alone(model: nn.Module, at: mx.array) -> Iterator[None]:
+    """Cuts hidden states to some positions before the output head.
 
-    The head may be a module of its own or the wrapped embedding of a tied model. Its class is
-    replaced by one that cuts first, so parameter names stay what they are.
-
-    Args:
-        model: An mlx-lm model, with or without an adapter.
+    Logits at every position are what training memory would go to: V is 151,936 in Qwen2.5.
     """
-
-    def __init__(self, model: nn.Module):
-        self._at: mx.array | None = None
-        own = output_head(model)
-        head, method = (own[1], "__call__") if own else (merged_embedding(model), "as_linear")
-        if head is None:
-            raise TypeError("a tied model is trained with its embedding wrapped")
-        plain = getattr(type(head), method)
-
-        def cut(module: nn.Module, x: mx.array) -> mx.array:
-            if self._at is not None:
-                x = x.reshape(-1, x.shape[-1])[self._at][None]
-            return plain(module, x)
-
-        head.__class__ = type(type(head).__name__, (type(head),), {method: cut})
-
-    def logits(self, model: nn.Module, batch: Batch) -> mx.array:
-        """The logits of a batch at its answer positions.
-
-        Args:
-            model: The model this head belongs to.
-            batch: What it reads.
-
-        Returns:
-            ``(A, V)``, in the model's dtype.
-        """
+    if (found := output_head(model)) is None:  # tied: the head is a method of the embedding
         merged = merged_embedding(model)
-        self._at = batch.answer_at
-        try:
-            if merged is None or not batch.blocks.size:
-                return model(batch.ids).squeeze(0)
-            with merged.reading(merged.encoder(merged.embedding(batch.blocks))):
-                return model(batch.ids).squeeze(0)
-        finally:
-            self._at = None
+        place, name, head = vars(merged), "as_linear", merged.as_linear
+    else:
+        (path, _, name), head = found[0].rpartition("."), found[1]
+        place = dict(model.named_modules())[path]
+    place[name] = lambda x: head(x.reshape(-1, x.shape[-1])[at][None])
+    try:
+        yield
+    finally:
+        if found is None:
+            del place[name]
+        else:
+            place[name] = head
 
 
-def answer_loss(head: AnswerHead, model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Summed cross-entropy over a batch's answer tokens, and how many there are.
+def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
+    """The logits of a batch at its answer positions.
 
-    Sums, not means: a mean of means weighs a token by how few its neighbours are, so batches,
-    accumulation steps and ranks are added up and divided once.
+    The blocks are merged inside, so gradients reach the encoder.
 
     Args:
-        head: The model's answer head.
-        model: The model.
+        model: An mlx-lm model, with or without an adapter; a tied one with its embedding wrapped.
         batch: What it reads.
 
     Returns:
-        Loss ``()`` float32 in nats, tokens ``()`` float32.
+        ``(A, V)``, in the model's dtype.
     """
-    logits = head.logits(model, batch).astype(mx.float32)
-    losses, _ = cross_entropy(logits, batch.targets)
+    merged = merged_embedding(model)
+    with _answers_alone(model, batch.answer_at):
+        if merged is None or not batch.blocks.size:
+            return model(batch.ids).squeeze(0)
+        with merged.reading(merged.encoder(merged.embedding(batch.blocks))):
+            return model(batch.ids).squeeze(0)
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Summed cross-entropy over a batch's answer tokens; see :data:`Loss`."""
+    losses, _ = cross_entropy(answer_logits(model, batch).astype(mx.float32), batch.targets)
     return (losses * batch.weights).sum(), batch.weights.sum()
+
+
+def divergence(logits: mx.array, batch: Batch) -> mx.array:
+    """KL(teacher || student) at each answer position.
+
+    Of a teacher's top tokens, the probability that is left is one further outcome, "any other
+    token", so the sum is never above the whole divergence and is zero only where both agree.
+
+    Args:
+        logits: The student's, ``(A, V)``.
+        batch: Carries ``teacher_logprobs`` ``(A, V)``, or ``(A, k)`` with ``teacher_ids``.
+
+    Returns:
+        ``(A,)`` float32 in nats.
+    """
+    student, teacher = nn.log_softmax(logits.astype(mx.float32)), batch.teacher_logprobs
+    if not batch.teacher_ids.size:
+        return (mx.exp(teacher) * (teacher - student)).sum(-1)
+    student = mx.take_along_axis(student, batch.teacher_ids, axis=-1)
+    shared = (mx.exp(teacher) * (teacher - student)).sum(-1)
+    rest, left = _rest(teacher), _rest(student)
+    return shared + rest * (mx.log(rest) - mx.log(left))
+
+
+def distill_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Summed divergence over a batch's answer tokens; see :data:`Loss`."""
+    losses = divergence(answer_logits(model, batch), batch)
+    return (losses * batch.weights).sum(), batch.weights.sum()
+
+
+def _rest(logprobs: mx.array) -> mx.array:
+    """What the probabilities leave of one: ``(A, k)`` to ``(A,)``."""
+    return mx.maximum(1 - mx.exp(logprobs).sum(-1), _TINY)
+
+
+def add_decoder(merged: MergedEmbedding) -> None:
+    """Gives the wrapped embedding a trainable decoder, ``(D,)`` to ``(K * D,)``, for warm-up."""
+    d = merged.encoder.config.hidden_size
+    merged[DECODER] = nn.Linear(d, merged.merge_factor * d)
+
+
+def remove_decoder(merged: MergedEmbedding) -> None:
+    """Takes the decoder away, if there is one."""
+    merged.pop(DECODER, None)
+
+
+def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Summed cross-entropy of a batch's block tokens, read from their merged embeddings.
+
+    A linear decoder turns a merged embedding into K vectors, each compared with the embeddings of
+    the batch's own tokens: a softmax over those few instead of the whole vocabulary. The batch is
+    from ``rows.with_candidates``; at least 1 token is counted, to divide by.
+    """
+    merged = merged_embedding(model)
+    vectors = merged.encoder(merged.embedding(batch.blocks))  # (M, D)
+    decoded = merged[DECODER](vectors).reshape(-1, merged.merge_factor, vectors.shape[-1])
+    table = merged.embedding(batch.candidates).astype(decoded.dtype)  # (U, D)
+    scores = (decoded @ table.T).astype(mx.float32)  # (M, K, U)
+    scores = scores + mx.where(batch.candidate_weights > 0, 0.0, -mx.inf)
+    losses = nn.losses.cross_entropy(scores, batch.block_targets)
+    weights = mx.broadcast_to(batch.block_weights[:, None], losses.shape)
+    return (losses * weights).sum(), mx.maximum(weights.sum(), 1)
+
+
+def recomputing(loss: Loss) -> Loss:
+    """The same loss, with each layer's activations recomputed in the backward pass.
+
+    mlx-lm's ``grad_checkpoint`` changes the class of the layers, which other models of this process
+    share. So it is changed back as soon as the loss has been traced.
+    """
+
+    def recomputed(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+        layers = {type(layer): layer for layer in model.layers}
+        plain = {kind: kind.__call__ for kind in layers}
+        for layer in layers.values():
+            grad_checkpoint(layer)
+        try:
+            return loss(model, batch)
+        finally:
+            for kind, call in plain.items():
+                kind.__call__ = call
+
+    return recomputed

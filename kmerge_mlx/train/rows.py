@@ -1,27 +1,101 @@
-"""Tokenized examples to the arrays of one training batch.
+"""Puts tokenized examples in an order, and lays out the rows of a batch as arrays.
 
-Owns the row layout, ``[positions of the prompt][answer][eos][right padding]``, and the bucketing of
-shapes, so that a compiled step is traced a few times and not once a batch. Does not know models.
+A row is ``[positions of the prompt][answer][eos][right padding]``. Causal attention makes the
+padding harmless, so there is no mask. Blocks are virtual ids past the vocabulary, as in generation,
+numbered within the batch. Shapes are bucketed, so that a compiled step is traced a few times only.
 
-Causal attention makes right padding harmless, so there is no mask; merged blocks are virtual ids
-past the vocabulary, as in generation, numbered within the batch.
+Source: mlx-lm sorts a whole dataset by length and shuffles its batches; here that is done within a
+window of a few batches, so that batches differ from epoch to epoch and data may be drawn lazily.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.virtual_tokens import Block, split
+
+WINDOW = 16
+"""Batches that are sorted by length together."""
 
 ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))
 """Rows of up to so many positions are padded to a multiple of so many: 32 as in mlx-lm, and less
 for short rows, a third of which would be padding."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run has read.
+
+    Args:
+        epoch: From 0.
+        batch: Batches of this epoch that have been read.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of one batch, their indices in the data, and the place after them."""
+
+    indices: list[int]
+    examples: list[TokenizedExample]
+    place: Place
+
+
+def shuffled(
+    data: Sequence[TokenizedExample],
+    batch_size: int,
+    merge_factor: int,
+    seed: Sequence[int],
+    place: Place,
+) -> Iterator[Rows]:
+    """Batches without end, from a place on.
+
+    The order follows from the seed and the place alone, so a resumed run reads the next batch. The
+    examples that an epoch leaves over, too few for a batch, are others in every epoch.
+
+    Args:
+        data: All examples, at least a batch of them.
+        batch_size: B.
+        merge_factor: K, for the lengths.
+        seed: The same one gives the same order.
+        place: Where to begin.
+    """
+    per_epoch = len(data) // batch_size
+    epoch, batch = place.epoch, place.batch
+    while True:
+        # RandomState's sequences are frozen; numpy may change those of its newer generators.
+        order = np.random.RandomState([*seed, epoch]).permutation(len(data))
+        while batch < per_epoch:
+            first = batch - batch % WINDOW
+            last = min(first + WINDOW, per_epoch)
+            window = order[first * batch_size : last * batch_size].tolist()
+            examples = [data[i] for i in window]
+            batches = by_length(examples, batch_size, merge_factor)
+            mixed = np.random.RandomState([*seed, epoch, first]).permutation(len(batches))
+            for b in mixed[batch - first :]:
+                batch += 1
+                indices, read = [window[j] for j in batches[b]], [examples[j] for j in batches[b]]
+                yield Rows(indices, read, Place(epoch, batch))
+        epoch, batch = epoch + 1, 0
+
+
+def by_length(
+    examples: Sequence[TokenizedExample], batch_size: int, merge_factor: int
+) -> list[list[int]]:
+    """Indices of examples in batches of similar length; the last batch may be smaller."""
+    lengths = [num_positions(example, merge_factor) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: (lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @dataclass(frozen=True)
@@ -32,7 +106,7 @@ class Batch:
         ids: ``(B, T)`` int32: ordinary ids, and V + i for the batch's block i.
         blocks: ``(M, c + K)`` int32, what the encoder reads of each distinct block; M may be 0.
         answer_at: ``(A,)`` int32, flat positions ``b * T + t`` that predict an answer token.
-        targets: ``(A,)`` int32, the token each of them is to predict.
+        targets: ``(A,)`` int32, the token that each of them predicts.
         weights: ``(A,)`` float32, 1 for an answer token and 0 for padding.
         num_blocks: How many of the blocks are real; the others are padding.
         teacher_ids: ``(A, k)`` int32, the teacher's likeliest tokens; empty: it gives all V.
@@ -72,7 +146,7 @@ def make_batch(
 
     Args:
         examples: At least one, each with an answer.
-        merge_factor: K; 1 leaves every prompt token its own position.
+        merge_factor: K; at 1 every prompt token is a position.
         pad_token_id: Fills the last block of a segment, and the context of its first.
         vocab_size: V, the first virtual id.
         context: c, how many tokens before its block the encoder reads.
@@ -89,7 +163,8 @@ def make_batch(
     # The last token of a row is only ever predicted.
     rows = [p + e.answer_ids[:-1] for p, e in zip(prompts, examples, strict=True)]
     length = max(map(len, rows))
-    length = _multiple(length, next(step for most, step in ROW_STEPS if length <= most))
+    step = next(step for most, step in ROW_STEPS if length <= most)
+    length = -(-length // step) * step
     ids = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
@@ -106,10 +181,28 @@ def make_batch(
     return Batch(
         ids=mx.array(ids),
         blocks=mx.array(blocks),
-        answer_at=mx.array(padded(answer_at, size)),
-        targets=mx.array(padded(targets, size)),
-        weights=mx.array(padded([1] * len(targets), size).astype(np.float32)),
+        answer_at=_padded(answer_at, size),
+        targets=_padded(targets, size),
+        weights=_mask(len(targets), size),
         num_blocks=len(known),
+    )
+
+
+def with_candidates(batch: Batch, merge_factor: int) -> Batch:
+    """A batch with what reconstructing its blocks needs: the tokens to choose from, and which."""
+    if not batch.num_blocks:  # padding alone, of a shape that MLX can compute with
+        empty = mx.zeros((bucket(1), batch.blocks.shape[1]), batch.blocks.dtype)
+        batch = replace(batch, blocks=empty)
+    blocks = np.array(batch.blocks)[:, -merge_factor:]
+    found, at = np.unique(blocks[: max(batch.num_blocks, 1)], return_inverse=True)
+    targets = np.zeros(blocks.shape, np.int32)
+    targets[: at.size // merge_factor] = at.reshape(-1, merge_factor)
+    return replace(
+        batch,
+        candidates=_padded(found.tolist(), bucket(len(found))),
+        candidate_weights=_mask(len(found), bucket(len(found))),
+        block_targets=mx.array(targets),
+        block_weights=_mask(batch.num_blocks, len(blocks)),
     )
 
 
@@ -121,12 +214,11 @@ def bucket(n: int) -> int:
     return size
 
 
-def _multiple(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def padded(values: Sequence[int], size: int) -> np.ndarray:
+def _padded(values: Sequence[int], size: int) -> mx.array:
     """Values as int32, filled up with zeros: ``(size,)``."""
-    array = np.zeros(size, np.int32)
-    array[: len(values)] = values
-    return array
+    return mx.array(np.pad(np.array(values, np.int32), (0, size - len(values))))
+
+
+def _mask(real: int, size: int) -> mx.array:
+    """1 for what is real and 0 for padding: ``(size,)`` float32."""
+    return mx.array((np.arange(size) < real).astype(np.float32))

@@ -1,8 +1,4 @@
-"""Every setting of a training run: name, default, flag, help and check, each stated once.
-
-Owns :class:`TrainSettings`, from which the command line, the YAML keys, ``--print-config`` and the
-comparison with a resumed run are all made. Knows nothing of arrays: ```kmerge-mlx train --help``
-imports it.
+"""The settings of ``kmerge-mlx train``: name, default, range, flag and help of each.
 
 Source: names and defaults are those of ``mlx_lm.lora`` (a test compares them); what belongs to the
 method (K, LoRA, optimizer, learning rate) is the paper's, arXiv 2604.15153 section 4.
@@ -16,7 +12,7 @@ from typing import Any
 from kmerge_mlx.adapters.tuning import FULL, LORA
 from kmerge_mlx.config import DATA_SEED, TASKS, is_number
 from kmerge_mlx.errors import short
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout
+from kmerge_mlx.prompts.policy import CONTEXTS, DEFAULT_LAYOUT, MERGES, Layout
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
@@ -32,189 +28,113 @@ LORA_PARAMETERS = {"rank": 4, "scale": 4.0, "dropout": 0.05, "keys": None}
 
 ELSEWHERE = {
     "train": "training is what this command does: remove it",
-    "mask_prompt": "the loss is on answers alone, always: remove it",
+    "mask_prompt": "the loss is always on answers alone: remove it",
     "test": "there is no test after training here: remove it",
     "test_batches": "there is no test after training here: remove it",
     "resume_adapter_file": "give an adapter folder as init_from, or `resume` to go on with a run",
     "config": "a config file cannot name another",
 }
 
-
 _MODEL = {"group": "Model and data"}
-_PLACE = _MODEL | {"fixed": False}  # what is there is compared, not the name
+_PLACE = _MODEL | {"fixed": False}  # its content is compared, not its name
 _FEATURE = {"group": "Model and data", "yaml_only": True}
-_TREES = {"group": "Tasks"}
+_TASKS = {"group": "Tasks"}
+_SHARE = _TASKS | {"low": 0, "high": 1}
 _MERGE = {"group": "Merging"}
+_LENGTH = _MERGE | {"low": 0, "high": MOST_TOKENS}
+_K = _LENGTH | {"low": 1}
+_TEACHER = {"group": "Self-distillation"}
 _OUT = {"group": "Output", "fixed": False}
 
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """The settings of a run; each field's ``Option`` says what it means.
+    """The settings of a run; the help of each says what it means.
 
     Raises:
-        SettingsError: Settings of the wrong type or out of range, all of them listed.
+        SettingsError: Settings of the wrong type, out of range or that exclude each other.
     """
 
     NAME = "train"
     ELSEWHERE = ELSEWHERE
 
-    model: str | None = option(
-        None, str, "Base model: a folder or a Hugging Face repo id.", **_PLACE
-    )
+    model: str | None = option(None, str, "Base model: a folder or a hub repo id.", **_PLACE)
     data: str | None = option(
-        *(None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them."),
-        **_PLACE,
+        None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them.", **_PLACE
     )
-    task: str | None = option(
-        None, str, "Train on one of the paper's tasks instead.", choices=TASKS, **_MODEL
-    )
-    hf_dataset: Any = option(None, list, "mlx-lm's hf_dataset entries.", **_FEATURE)
+    task: str | None = option(None, str, "One of the paper's tasks.", choices=TASKS, **_MODEL)
+    hf_dataset: Any = option(None, dict, "mlx-lm's hf_dataset entries.", many=True, **_FEATURE)
     prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
     completion_feature: str = option("completion", str, "Key of its answer.", **_FEATURE)
     chat_feature: str = option("messages", str, "Key of a conversation.", **_FEATURE)
     text_feature: str = option("text", str, "Key of a text.", **_FEATURE)
     context_feature: str = option("context", str, "Key of what merges.", **_FEATURE)
     split_feature: str = option("split", str, "Key of a text's split point.", **_FEATURE)
-    text_split: float | None = option(
-        None, float, "Share of a text after which its answer begins.", **_FEATURE
-    )
-    skip_bad: bool = option(
-        False, bool, "Count bad or too long rows and go on, instead of stopping.", **_MODEL
-    )
+    text_split: float | None = option(None, float, "Share of a text before its answer.", **_FEATURE)
+    skip_bad: bool = option(False, bool, "Leave out bad or too long rows.", **_MODEL)
     ignore_chat_template: bool = option(
         False, bool, "Train on the bare text, without the tokenizer's chat template.", **_MODEL
     )
     merges: str = option(
-        DEFAULT_LAYOUT.merges,
-        str,
-        "What of a conversation merges where nothing is said: long contexts, or all of it.",
-        choices=MERGES,
-        **_MODEL,
+        CONTEXTS, str, "What merges without tags: long contexts, or all.", choices=MERGES, **_MODEL
     )
     merge_threshold: int = option(
         DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a context that merges.", low=1, **_MODEL
     )
-    trust_remote_code: bool = option(
-        False, bool, "Let the base model's own Python files run.", **_PLACE
-    )
+    trust_remote_code: bool = option(False, bool, "Let the base's own Python files run.", **_PLACE)
 
-    stage: str = option("medium", str, "Trees: how large they grow.", **_TREES)
-    curriculum: Any = option(
-        [],
-        list,
-        "Trees: stages to pass one after the other, such as small,xsmall,medium.",
-        **_TREES,
-    )
-    stage_threshold: float = option(
-        0.85,
-        float,
-        "Trees: accuracy at which a stage of the curriculum ends.",
-        low=0,
-        high=1,
-        **_TREES,
-    )
-    last_threshold: float = option(
-        0.95,
-        float,
-        "Trees: the same for its last stage, which ends the run.",
-        low=0,
-        high=1,
-        **_TREES,
-    )
-    num_trees: int = option(
-        500_000, int, "Trees: how many to train on before they repeat.", low=1, **_TREES
-    )
-    find_parent: int = option(
-        0, int, "Trees: 1 also asks for the name of a node's parent.", low=0, high=1, **_TREES
-    )
-    reference_sampling: bool = option(
-        False, bool, "Trees: ask every pair of nodes, as the paper's code does.", **_TREES
-    )
-    data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.", **_TREES)
-    category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TREES)
-    language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TREES)
+    stage: str = option("medium", str, "Trees: how large they grow.", **_TASKS)
+    curriculum: Any = option([], list, "Trees: stages, such as small,xsmall.", **_TASKS)
+    stage_threshold: float = option(0.85, float, "Trees: accuracy that ends a stage.", **_SHARE)
+    last_threshold: float = option(0.95, float, "Trees: accuracy that ends the run.", **_SHARE)
+    num_trees: int = option(500_000, int, "Trees: how many before they repeat.", low=1, **_TASKS)
+    find_parent: int = option(0, int, "Trees: 1 also asks for a parent's name.", **_SHARE)
+    reference_sampling: bool = option(False, bool, "Trees: ask every pair of nodes.", **_TASKS)
+    data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.", **_TASKS)
+    category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TASKS)
+    language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TASKS)
     file: str | None = option(
-        None,
-        str,
-        "Reviews, commits: a local .jsonl or .jsonl.gz in the dataset's schema.",
-        fixed=False,
-        **_TREES,
+        None, str, "Reviews, commits: a local .jsonl(.gz) to draw from.", fixed=False, **_TASKS
     )
 
     k: int = option(
-        4,
-        int,
-        "Merge factor K: tokens a position stands for; 1 trains without merging.",
-        low=1,
-        high=MOST_TOKENS,
-        flags=("--k", "--merge-factor"),
-        **_MERGE,
+        4, int, "Merge factor K; 1 trains without merging.", flags=("--k", "--merge-factor"), **_K
     )
     encoder_factor: float | None = option(
-        None,
-        float,
-        "Encoder width H = int(factor * K) * D. Default: the paper's for K.",
-        low=0,
-        **_MERGE,
+        None, float, "Encoder width H = int(factor * K) * D. Default: the paper's.", low=0, **_MERGE
     )
-    encoder_context: int = option(
-        0,
-        int,
-        "Tokens before each block that the encoder reads too; 0 is the paper's.",
-        low=0,
-        high=MOST_TOKENS,
-        **_MERGE,
-    )
-    encoder_warmup: int = option(
-        0, int, "Iterations in which the encoder alone is trained.", low=0, **_MERGE
-    )
+    encoder_context: int = option(0, int, "Tokens before each block, read too.", **_LENGTH)
+    encoder_warmup: int = option(0, int, "Iterations of the encoder alone.", low=0, **_MERGE)
     encoder_warmup_loss: str = option(
         ANSWER, str, "What it is trained for then.", choices=(ANSWER, RECONSTRUCTION), **_MERGE
     )
     init_from: str | None = option(
-        None,
-        str,
-        "Adapter folder or hub repo to start from (a converted checkpoint, say).",
-        fixed=False,
-        **_MERGE,
+        None, str, "Adapter to start from: a folder or a hub repo.", fixed=False, **_MERGE
     )
 
     fine_tune_type: str = option(
-        LORA, str, "Train LoRA matrices, or the layers' own weights.", choices=(LORA, FULL)
+        LORA, str, "LoRA, or the layers' own weights.", choices=(LORA, FULL)
     )
     num_layers: int = option(-1, int, "Layers to train, counted from the last; -1 for all.", low=-1)
     lora_parameters: Any = option(
         LORA_PARAMETERS, dict, "rank, scale, dropout and keys.", yaml_only=True
     )
     optimizer: str = option("adamw", str, "Optimizer.", choices=OPTIMIZERS)
-    optimizer_config: Any = option(
-        {}, dict, "Arguments of each optimizer, by its name.", yaml_only=True
-    )
+    optimizer_config: Any = option({}, dict, "Arguments by optimizer.", yaml_only=True)
     learning_rate: float = option(1e-4, float, "Learning rate.", low=0)
-    lr_schedule: Any = option(
-        None, dict, "mlx-lm's schedule: name, arguments, warmup, warmup_init.", yaml_only=True
-    )
-    max_grad_norm: float = option(
-        1.0, float, "Largest global norm of the gradient; 0 leaves it unclipped.", low=0
-    )
+    lr_schedule: Any = option(None, dict, "mlx-lm's learning-rate schedule.", yaml_only=True)
+    max_grad_norm: float = option(1.0, float, "Gradient norm to clip at; 0 is off.", low=0)
     batch_size: int = option(4, int, "Rows a batch, over all machines.", low=1)
     iters: int = option(1000, int, "Iterations (batches) to train for.", low=1, fixed=False)
-    grad_accumulation_steps: int = option(
-        1, int, "Batches whose gradients are added up for one update.", low=1
-    )
-    grad_checkpoint: bool = option(
-        False, bool, "Recompute activations in the backward pass: less memory, more time."
-    )
-    max_seq_length: int = option(
-        2048, int, "Most positions of a row, merged prompt and answer together.", low=2
-    )
+    grad_accumulation_steps: int = option(1, int, "Batches added up for an update.", low=1)
+    grad_checkpoint: bool = option(False, bool, "Recompute activations: saves memory.")
+    max_seq_length: int = option(2048, int, "Most positions of a row.", low=2)
     val_batches: int = option(25, int, "Validation batches; -1 for the whole set.", low=-1)
     steps_per_report: int = option(10, int, "Iterations between two reports of the loss.", low=1)
     steps_per_eval: int = option(200, int, "Iterations between two validations.", low=1)
     save_every: int = option(100, int, "Iterations between two saves.", low=1)
     early_stop: int = option(
-        0, int, "Validations in a row without a better loss that end the run; 0 is off.", low=0
+        0, int, "Validations without a better loss that end the run; 0 is off.", low=0
     )
     clear_cache_threshold: Any = option(
         0, SIZE, "Bytes of allocator cache from which it is cleared, such as 4GB.", fixed=False
@@ -222,59 +142,32 @@ class TrainSettings(Settings):
     seed: int = option(0, int, "Seed of weights, shuffles and dropout.", low=0)
 
     teacher: str | None = option(
-        None,
-        str,
-        "Learn the uncompressed base model's distributions instead of labels.",
-        choices=(BASE,),
-        group="Self-distillation",
+        None, str, "Learn the uncompressed base's distributions.", choices=(BASE,), **_TEACHER
     )
-    teacher_top_k: int = option(
-        0,
-        int,
-        "Keep the teacher's N most likely tokens; 0 keeps all.",
-        low=0,
-        group="Self-distillation",
-    )
+    teacher_top_k: int = option(0, int, "Keep its N likeliest tokens; 0: all.", low=0, **_TEACHER)
     teacher_file: str | None = option(
-        None,
-        str,
-        "File that stores the teacher's top tokens; made if it is not there.",
-        fixed=False,
-        group="Self-distillation",
+        None, str, "File of the teacher's top tokens; made if missing.", fixed=False, **_TEACHER
     )
     teacher_answers: bool = option(
-        False,
-        bool,
-        "Let the base model write the answers of rows that have none.",
-        group="Self-distillation",
+        False, bool, "Let the base model write the answers of rows that have none.", **_TEACHER
     )
-    teacher_max_tokens: int = option(
-        256, int, "Most tokens of such an answer.", low=1, group="Self-distillation"
-    )
+    teacher_max_tokens: int = option(256, int, "Most tokens of such an answer.", low=1, **_TEACHER)
 
     adapter_path: str = option("adapters", str, "Folder to write the adapter to.", **_OUT)
     resume: bool = option(False, bool, "Go on from the last save in --adapter-path.", **_OUT)
     force: bool = option(False, bool, "Replace an adapter that is there.", **_OUT)
-    plot: str | None = option(
-        None, str, "Draw loss and accuracy into this file (.png, .svg, .pdf).", **_OUT
-    )
-    report_to: str | None = option(
-        None, str, "Also report to wandb, swanlab or wandb,swanlab.", **_OUT
-    )
+    plot: str | None = option(None, str, "Picture to draw (.png, .svg, .pdf).", **_OUT)
+    report_to: str | None = option(None, str, "Also report to wandb, swanlab or both.", **_OUT)
     project_name: str | None = option(None, str, "Project name for --report-to.", **_OUT)
 
     def clashes(self) -> list[str]:
         """What is wrong with settings that are good alone, one line each."""
-        return [*self._clashes(), *self._misfits()]
-
-    def _clashes(self) -> list[str]:
-        """Settings that are good alone and not together."""
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
-        trees, k1 = self.task == TASKS[0], self.k == 1
+        trees, k1, lora = self.task == TASKS[0], self.k == 1, self.lora()
+        keys, dropout = lora["keys"], lora["dropout"]
+        reporters = [name.strip() for name in (self.report_to or "").lower().split(",")]
         rules = {
-            f"found {' and '.join(sources)}, expected one of `data`, `task` and hf_dataset": (
-                len(sources) > 1
-            ),
+            f"found `{'` and `'.join(sources)}`, expected one of them": len(sources) > 1,
             "`curriculum` is for `task` textualized-tree": bool(self.curriculum) and not trees,
             "`encoder_context`, `encoder_factor` and `encoder_warmup` need `k` of 2 or more": (
                 k1 and bool(self.encoder_context or self.encoder_factor or self.encoder_warmup)
@@ -290,33 +183,25 @@ class TrainSettings(Settings):
                 trees and bool(self.teacher_file or self.teacher_answers)
             ),
             "`k` = 1 has no encoder, and lora_parameters.keys is empty: nothing is left to train": (
-                k1 and self.fine_tune_type == LORA and self.lora()["keys"] in ([], ())
+                k1 and self.fine_tune_type == LORA and keys in ([], ())
             ),
             "`resume` and `force` exclude each other": self.resume and self.force,
-        }
-        return [text for text, broken in rules.items() if broken]
-
-    def _misfits(self) -> list[str]:
-        """What is wrong inside a setting."""
-        lora, reporters = self.lora(), (self.report_to or "").lower().split(",")
-        keys, dropout = lora["keys"], lora["dropout"]
-        is_list = isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
-        rules = {
-            f"lora_parameters.keys is {short(keys)}, expected a list of module names": (
-                keys is not None and not is_list
+            f"lora_parameters.keys is {short(keys)}, expected a list of module names": not (
+                keys is None
+                or (isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys))
             ),
             f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
                 not is_number(dropout) or not 0 <= dropout < 1
             ),
             "`num_layers` is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
             f"`report_to` is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
-                bool(self.report_to) and any(name.strip() not in REPORTERS for name in reporters)
+                self.report_to is not None and not set(reporters) <= set(REPORTERS)
             ),
         }
         return [text for text, broken in rules.items() if broken]
 
-    def settings(self) -> dict[str, Any]:
-        """What a resumed run begins from: everything but where it writes and to whom it reports."""
+    def saved(self) -> dict[str, Any]:
+        """The settings a resumed run begins from: all but where it writes and reports."""
         ours = [f for f in fields(self) if option_of(f).group != _OUT["group"]]
         return {f.name: getattr(self, f.name) for f in ours}
 
@@ -334,9 +219,9 @@ class TrainSettings(Settings):
         return size if isinstance(size, int) else parse_size(size)
 
     def layout(self) -> Layout:
-        """What merges where nothing is said, and whether a chat template applies."""
+        """What merges without tags, and whether a chat template applies."""
         return Layout(self.merges, self.merge_threshold, not self.ignore_chat_template)
 
     def lora(self) -> dict[str, Any]:
-        """LoRA's rank, scale, dropout and keys, those that were not given being the paper's."""
+        """LoRA's rank, scale, dropout and keys; those not given are the paper's."""
         return {**LORA_PARAMETERS, **self.lora_parameters}

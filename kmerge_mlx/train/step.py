@@ -1,67 +1,114 @@
-"""One optimizer step: sums of gradients, divided by tokens once, clipped, applied.
+"""One training step: gradients summed, divided by the tokens once, clipped, and applied.
 
-Owns accumulation, the sum over ranks, clipping and the update, compiled per batch shape. With one
-rank nothing here waits for the device: what is returned are arrays that are still being computed.
-Does not know data, files or when to stop.
+What a step returns are arrays that are still being computed: with one rank nothing here waits for
+the device.
 
 Source: mlx-lm's trainer for the shape of the step; unlike it, a token weighs the same whatever
-batch, accumulation step or rank it is in, and gradients are clipped by their global norm.
+batch, accumulation step or rank it is in, and gradients are clipped by their global norm. Optimizer
+names and schedules are those of ``mlx_lm.lora`` and ``mlx_lm.tuner.utils.build_schedule``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm.tuner.utils import build_schedule
 
+from kmerge_mlx.config import is_number
+from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.errors import TrainError, first_line, short
+from kmerge_mlx.model import merged_embedding, unfreeze
+from kmerge_mlx.train import loss as losses
+from kmerge_mlx.train.checkpoint import State
+from kmerge_mlx.train.prepare import Run
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import Batch
+from kmerge_mlx.train.rows import Batch, Rows, make_batch, with_candidates
+from kmerge_mlx.train.settings import OPTIMIZERS, RECONSTRUCTION, TrainSettings
 
-Loss = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
-"""A model and a batch to a summed loss and the number of tokens in it."""
+OPTIMIZER, GRADIENTS, WINDOW = "optimizer", "gradients", "window"
+SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
+
+_CLASSES = (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor)
+
+
+def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
+    """Makes the optimizer of a run, its state not initialised yet.
+
+    Raises:
+        TrainError: Arguments that the optimizer or the schedule does not take.
+    """
+    if unknown := sorted(map(str, set(settings.optimizer_config) - set(OPTIMIZERS))):
+        raise TrainError(
+            f"optimizer_config names {short(unknown[0])}, expected one of {', '.join(OPTIMIZERS)}"
+        )
+    arguments = settings.optimizer_config.get(settings.optimizer) or {}
+    schedule = settings.lr_schedule
+    rate = settings.learning_rate if schedule is None else _schedule(schedule)
+    kind = _CLASSES[OPTIMIZERS.index(settings.optimizer)]
+    try:
+        # MLX takes most arguments unseen, and would fail at the first step.
+        weights = {"matrix": mx.ones((2, 2)), "vector": mx.ones(2)}
+        mx.eval(kind(learning_rate=rate, **arguments).apply_gradients(weights, weights))
+        return kind(learning_rate=rate, **arguments)
+    except (TypeError, ValueError) as error:
+        where = f"optimizer_config.{settings.optimizer}"
+        raise TrainError(f"{where} is {short(arguments)}: {first_line(error)}") from error
+
+
+def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
+    known = ("name", "arguments", "warmup", "warmup_init")
+    fits = entry.get("name") in SCHEDULES and isinstance(entry.get("arguments"), list)
+    if set(entry) - set(known) or not fits:
+        raise TrainError(
+            f"lr_schedule is {short(entry)}, expected a name ({', '.join(SCHEDULES)}), a list of "
+            f"arguments and, if wanted, {known[2]} and {known[3]}"
+        )
+    try:
+        schedule = build_schedule(entry)
+        if not is_number(schedule(mx.array(1)).item()):
+            raise TypeError("it gives no number")
+    except (TypeError, ValueError, IndexError) as error:
+        raise TrainError(f"lr_schedule {short(entry)}: {first_line(error)}") from error
+    return schedule
+
+
+def refill(tree: Any, saved: dict[str, mx.array], what: str) -> Any:
+    """A tree of the same form, its arrays replaced by saved ones, by flat name.
+
+    Raises:
+        TrainError: The saved arrays have other names or shapes.
+    """
+    shapes = {name: array.shape for name, array in tree_flatten(tree)}
+    found = {name: array.shape for name, array in saved.items()}
+    if wrong := [n for n in {**shapes, **found} if shapes.get(n) != found.get(n)]:
+        raise TrainError(
+            f"the saved {what} does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
+            "more): start anew in another `adapter_path`"
+        )
+    return tree_map_with_path(lambda name, _: saved[name], tree)
 
 
 @dataclass
 class Totals:
-    """What has been added up since the last update.
-
-    Args:
-        loss: Summed loss, ``()`` float32.
-        tokens: Answer tokens, ``()`` float32.
-        gradients: Summed gradients, a tree of the trainable parameters.
-    """
+    """Sums since the last update: loss ``()``, tokens ``()``, gradients (a tree), all float32."""
 
     loss: mx.array
     tokens: mx.array
     gradients: Any
 
 
-@dataclass
-class Update:
-    """What an update did, over all ranks.
-
-    Args:
-        loss: Summed loss, ``()`` float32, in nats.
-        tokens: Answer tokens, ``()`` float32.
-        grad_norm: Global norm of the gradient per token before it was clipped, ``()`` float32.
-    """
-
-    loss: mx.array
-    tokens: mx.array
-    grad_norm: mx.array
-
-
 class Stepper:
-    """Runs batches forward and backward, and applies what they add up to.
+    """Runs batches forward and backward, and applies what they add up to, compiled per shape.
 
     Args:
-        model: The model; its trainable parameters are what is trained.
+        model: Its trainable parameters are trained.
         optimizer: An MLX optimizer, its state already initialised.
         loss: What is minimised.
         max_grad_norm: Largest global gradient norm; 0 leaves it unclipped.
@@ -72,7 +119,7 @@ class Stepper:
         self,
         model: nn.Module,
         optimizer: optim.Optimizer,
-        loss: Loss,
+        loss: losses.Loss,
         max_grad_norm: float,
         ranks: Ranks,
     ):
@@ -105,15 +152,148 @@ class Stepper:
         mx.async_eval(loss, tokens, gradients, self._state)
         return Totals(loss, tokens, gradients)
 
-    def update(self, totals: Totals) -> Update:
+    def update(self, totals: Totals) -> tuple[mx.array, mx.array, mx.array]:
         """Applies accumulated gradients.
 
-        Args:
-            totals: From :meth:`add`, at least one batch.
+        Returns:
+            Over all ranks, each ``()`` float32: summed loss in nats, answer tokens, and the global
+            norm of the gradient per token before it was clipped.
         """
         loss, tokens, gradients = totals.loss, totals.tokens, totals.gradients
         if self._ranks.size > 1:
             loss, tokens, gradients = self._ranks.sum([loss, tokens, gradients])
         norm = self._apply(gradients, tokens)
         mx.async_eval(self._state, loss, tokens, norm)
-        return Update(loss, tokens, norm)
+        return loss, tokens, norm
+
+
+class Engine:
+    """Trains a run's model batch by batch, in its phases: the encoder alone, then everything."""
+
+    def __init__(self, run: Run):
+        self._run, self._settings, self._ranks = run, run.settings, run.ranks
+        self._merged = merged_embedding(run.model)
+        self._totals: Totals | None = None
+        self._window = _empty_window()
+        unfreeze(run.model, run.tuning)
+        if run.ranks.size > 1:
+            _share(run)
+        self._enter_phase(run.state.iteration < self._settings.encoder_warmup, run.tensors)
+        self._restore(run.tensors)
+        run.tensors = {}
+        if run.state.rng:
+            mx.random.seed((run.state.rng[0] << 32) | run.state.rng[1])
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return self._optimizer.learning_rate.item()
+
+    def step(self, rows: Rows) -> None:
+        """Adds a batch up, of which this rank takes its share, and updates when it is time."""
+        settings, ranks, state = self._settings, self._ranks, self._run.state
+        mine = slice(ranks.rank, None, ranks.size)
+        batch = self.make_batch(rows.indices[mine], rows.examples[mine], "train")
+        if self._reconstructs:
+            batch = with_candidates(batch, self._merged.merge_factor)
+        self._totals = self._stepper.add(batch, self._totals)
+        state.added += 1
+        # A phase or a run that ends within a group applies what it has: nothing is dropped.
+        last = state.iteration in (settings.iters, settings.encoder_warmup)
+        if state.added == settings.grad_accumulation_steps or last:
+            loss, tokens, norm = self._stepper.update(self._totals)
+            window = self._window
+            self._window = {
+                "loss": window["loss"] + loss,
+                "tokens": window["tokens"] + tokens,
+                "norm": norm,
+            }
+            self._totals, state.added = None, 0
+        if self._warming and state.iteration == settings.encoder_warmup:
+            self._enter_phase(False, {})
+
+    def make_batch(
+        self, indices: Sequence[int], examples: Sequence[TokenizedExample], split: str
+    ) -> Batch:
+        """A batch of examples (``indices`` of a split), with the teacher's distributions."""
+        merged, teacher = self._merged, self._run.teacher
+        k, pad, v = merged.merge_factor, merged.pad_token_id, merged.vocab_size
+        batch = make_batch(examples, k, pad, v, merged.context)
+        return batch if teacher is None else teacher.teach(batch, indices, examples, split)
+
+    def read_window(self) -> tuple[float, float, float]:
+        """Waits for the device: loss in nats and tokens since the last time, and gradient norm."""
+        window, self._window = self._window, _empty_window()
+        return window["loss"].item(), window["tokens"].item(), window["norm"].item()
+
+    def all_finite(self) -> bool:
+        """Whether every trained weight is a number, and whatever has been added up."""
+        trees = [self._run.model.trainable_parameters()]
+        if self._totals is not None:
+            trees.append(self._totals.gradients)
+        arrays = [array for tree in trees for _, array in tree_flatten(tree)]
+        return mx.stack([mx.isfinite(array).all() for array in arrays]).all().item()
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Everything but the adapter that the next step depends on, by flat names."""
+        found = {OPTIMIZER: self._optimizer.state, WINDOW: self._window}
+        if self._totals is not None:
+            found[GRADIENTS] = self._ranks.sum(vars(self._totals))
+        if self._reconstructs:
+            found[losses.DECODER] = self._merged[losses.DECODER].parameters()
+        return dict(tree_flatten(found))
+
+    def _enter_phase(self, warming: bool, saved: dict[str, mx.array]) -> None:
+        """Chooses what is trained and for what; each phase has an optimizer of its own."""
+        run, settings = self._run, self._settings
+        self._warming = warming
+        self._reconstructs = warming and settings.encoder_warmup_loss == RECONSTRUCTION
+        unfreeze(run.model, run.tuning, encoder_only=warming)
+        losses.remove_decoder(self._merged)
+        loss = losses.answer_loss if run.teacher is None else losses.distill_loss
+        if self._reconstructs:
+            losses.add_decoder(self._merged)
+            loss = losses.reconstruction_loss
+        if settings.grad_checkpoint:
+            loss = losses.recomputing(loss)
+        run.model.train()
+        self._optimizer = make_optimizer(settings)
+        self._optimizer.init(run.model.trainable_parameters())
+        if optimizer := _part(saved, OPTIMIZER):
+            self._optimizer.state = refill(self._optimizer.state, optimizer, "optimizer")
+        norm = settings.max_grad_norm
+        self._stepper = Stepper(run.model, self._optimizer, loss, norm, self._ranks)
+
+    def _restore(self, saved: dict[str, mx.array]) -> None:
+        """Goes on from a saved run's tensors."""
+        if window := _part(saved, WINDOW):
+            self._window = refill(self._window, window, "sums")
+        if self._reconstructs and (decoder := _part(saved, losses.DECODER)):
+            old = self._merged[losses.DECODER]
+            old.update(refill(old.parameters(), decoder, "decoder"))
+        # What several ranks had added up was saved as one sum.
+        if (sums := _part(saved, GRADIENTS)) and self._ranks.rank == 0:
+            zero, weights = mx.array(0.0), self._run.model.trainable_parameters()
+            self._totals = Totals(**refill(vars(Totals(zero, zero, weights)), sums, "gradients"))
+
+
+def _share(run: Run) -> None:
+    """Gives every rank the first one's weights, state and tensors: it alone has read a save."""
+    ranks = run.ranks
+    run.model.update(tree_map(ranks.share, run.model.trainable_parameters()))
+    run.state = State.from_json(ranks.share_json(asdict(run.state)))
+    kinds = {n: (a.shape, str(a.dtype).split(".")[-1]) for n, a in run.tensors.items()}
+    for name, (shape, dtype) in ranks.share_json(kinds).items():
+        mine = run.tensors.get(name, mx.zeros(shape, getattr(mx, dtype)))
+        run.tensors[name] = ranks.share(mine)
+
+
+def _empty_window() -> dict[str, mx.array]:
+    """What is summed between two reports."""
+    return {name: mx.array(0.0) for name in ("loss", "tokens", "norm")}
+
+
+def _part(tensors: dict[str, mx.array], name: str) -> dict[str, mx.array]:
+    """The tensors under a name, without it."""
+    start = f"{name}."
+    return {n.removeprefix(start): a for n, a in tensors.items() if n.startswith(start)}

@@ -1,8 +1,7 @@
 """Validation: loss and accuracy on examples that are not trained on, by teacher forcing.
 
-Owns: the held-out examples of a stage and the figures made of them. An answer counts as right if
-each of its tokens, the end included, is the likeliest after those before it; that is exactly when
-greedy decoding would write it. Does not know what a run makes of the figures.
+An answer counts as right if each of its tokens, the end included, is the likeliest after those
+before it; that is exactly when greedy decoding would write it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,9 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.train.distill import divergence
-from kmerge_mlx.train.loss import AnswerHead
-from kmerge_mlx.train.order import by_length
+from kmerge_mlx.train.loss import answer_logits, divergence
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import Batch
-
-MakeBatch = Callable[[Sequence[int], Sequence[TokenizedExample]], Batch]
-"""Indices and examples to a batch, what a teacher says of them included."""
+from kmerge_mlx.train.rows import Batch, by_length
 
 
 @dataclass(frozen=True)
@@ -44,36 +38,25 @@ class Figures:
     kl: float | None = None
 
     def named(self) -> dict[str, float]:
-        """The figures as mlx-lm names them: ``val_loss`` and so on, those that there are."""
+        """The figures as mlx-lm names them: ``val_loss`` and so on."""
         return {f"val_{n}": float(v) for n, v in vars(self).items() if v is not None}
 
     @property
     def score(self) -> float:
-        """What is to fall: the divergence where there is a teacher, else the loss."""
+        """What has to fall: the divergence where there is a teacher, else the loss."""
         return self.loss if self.kl is None else self.kl
 
 
 class Validator:
-    """Measures a model on fixed examples.
-
-    Args:
-        model: The model.
-        head: Its answer head.
-        examples: What it is measured on; at least one.
-        batch_size: B, over all ranks.
-        merge_factor: K, for the lengths.
-        make_batch: See ``MakeBatch``.
-        ranks: The machines.
-    """
+    """Measures a model on fixed examples, at least one, in batches of B over all ranks."""
 
     def __init__(
         self,
         model: nn.Module,
-        head: AnswerHead,
         examples: Sequence[TokenizedExample],
         batch_size: int,
         merge_factor: int,
-        make_batch: MakeBatch,
+        make_batch: Callable[[Sequence[int], Sequence[TokenizedExample]], Batch],
         ranks: Ranks,
     ):
         self._model, self._examples, self._make_batch = model, list(examples), make_batch
@@ -88,19 +71,15 @@ class Validator:
         @partial(mx.compile, inputs=[model.state])
         def measure(arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
             batch = Batch(**arrays)
-            logits = head.logits(model, batch).astype(mx.float32)
+            logits = answer_logits(model, batch).astype(mx.float32)
             losses = nn.losses.cross_entropy(logits, batch.targets)
             kl = mx.zeros((0,)) if batch.teacher_ids is None else divergence(logits, batch)
             return losses, mx.argmax(logits, axis=-1) == batch.targets, kl
 
         self._measure = measure
 
-    def __call__(self, progress: Callable[[int, int], None] | None = None) -> Figures:
-        """Measures the model as it is now; dropout is off meanwhile.
-
-        Args:
-            progress: Called with (batches done, batches in all).
-        """
+    def __call__(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Figures:
+        """Measures the model as it is now, without dropout; reports (batches done, in all)."""
         training = self._model.training
         self._model.eval()
         right = np.zeros(len(self._examples), np.float32)
@@ -116,13 +95,9 @@ class Validator:
             right[indices] = [part.all() for part in np.split(np.array(hits)[:tokens], ends)]
             kl_sum = np.array(kl, np.float64)[:tokens].sum()
             sums += (np.array(losses, np.float64)[:tokens].sum(), kl_sum, tokens)
-            if progress is not None:
-                progress(done, len(self._batches))
+            progress(done, len(self._batches))
         self._model.train(training)
-        everything = self._ranks.sum(mx.array(np.concatenate([right, sums]), mx.float32))
-        return self._figures(np.array(everything, np.float64), taught)
-
-    def _figures(self, everything: np.ndarray, taught: bool) -> Figures:
-        right, (loss, kl, tokens) = everything[:-3], everything[-3:]
+        found = self._ranks.sum(mx.array(np.concatenate([right, sums]), mx.float32))
+        right, (loss, kl, tokens) = np.split(np.array(found, np.float64), [-3])
         of_kind = np.bincount(self._kind, right) / np.bincount(self._kind)
         return Figures(loss / tokens, right.mean(), of_kind.mean(), kl / tokens if taught else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -14,9 +13,7 @@ import mlx.core as mx
 import pytest
 
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.cli.progress import TrainingBar
-from kmerge_mlx.errors import TrainError
-from kmerge_mlx.train.checkpoint import Identity, read_state
+from kmerge_mlx.cli.train import TrainingBar
 from tests.cli_runner import assert_one_error, change_json
 from tests.train_runs import (
     BASE,
@@ -31,6 +28,8 @@ from tests.train_runs import (
     trained,
     write_data,
 )
+
+pytestmark = pytest.mark.slow
 
 EACH = (*SMALL_TREES, "--steps-per-report", 1, "--steps-per-eval", 2, "--save-every", 1)
 FIGURES = ("train_loss", "grad_norm", "val_loss", "val_accuracy")
@@ -110,14 +109,11 @@ def test_the_settings_of_a_run_can_be_printed(path):
     ("options", "said"),
     [
         (("--learning-rate", 2e-3), "--learning-rate is 0.002, the run has 0.001"),
+        (("--k", 2), "--k is 2, the run has 4"),
+        (("--fine-tune-type", "full"), "--fine-tune-type is 'full', the run has 'lora'"),
         (("--seed", 1), "--seed is 1, the run has 0"),
         (("--batch-size", 4), "--batch-size is 4, the run has 8"),
-        (("--optimizer", "sgd"), "--optimizer is 'sgd', the run has 'adamw'"),
-        (("--stage", "xsmall"), "--stage is 'xsmall', the run has 'small'"),
-        (("--data-seed", 1), "--data-seed is 1, the run has 42"),
-        (("--steps-per-eval", 3), "--steps-per-eval is 3, the run has 2"),
         (("--grad-checkpoint",), "--grad-checkpoint is True, the run has False"),
-        (("--encoder-warmup", 1), "--encoder-warmup is 1, the run has 0"),
         (("--teacher", "base"), "--teacher is 'base', the run has None"),
     ],
 )
@@ -125,25 +121,6 @@ def test_a_changed_setting_is_named_and_nothing_is_touched(path, options, said):
     before = files_of(path)
     result = resume(path, "--iters", 9, *options)
     assert_one_error(result, 1, f"{path} cannot be resumed", said)
-    assert files_of(path) == before
-
-
-def test_all_changed_settings_are_named_at_once(path):
-    result = resume(path, "--seed", 1, "--batch-size", 4)
-    assert_one_error(result, 1, "cannot be resumed: 2 problems", "  - --seed is", "  - --batch-s")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--k", 2), "--k is 2, the run has 4"),
-        (("--fine-tune-type", "full"), "--fine-tune-type is 'full', the run has 'lora'"),
-        (("--encoder-context", 1), "--encoder-context is 1, the run has 0"),
-    ],
-)
-def test_another_kind_of_adapter_is_named(path, options, said):
-    before = files_of(path)
-    assert_one_error(resume(path, "--iters", 9, *options), 1, said)
     assert files_of(path) == before
 
 
@@ -161,7 +138,7 @@ def test_a_base_with_other_weights_is_named(tmp_path, path):
     assert (other / "config.json").read_bytes() == (BASE / "config.json").read_bytes()
     before = files_of(path)
     result = resume(path, "--iters", 9, "--model", other)
-    said = f"--model {other} holds other weights than the run's base ({BASE})"
+    said = f"--model {other} has other weights than the run's base, "
     assert_one_error(result, 1, said)
     assert files_of(path) == before
 
@@ -179,15 +156,6 @@ def test_the_same_base_and_data_may_be_somewhere_else(tmp_path):
     assert_one_error(result, 1, "the run was started with: give those, or start anew")
 
 
-def test_another_number_of_machines_is_named(half):
-    saved, _, _ = read_state(half)
-    same_run = Identity(saved["settings"], saved["fixed"], saved["base"], saved["data"], 1)
-    same_run.check(saved, half)
-    other = Identity(saved["settings"], saved["fixed"], saved["base"], saved["data"], 2)
-    with pytest.raises(TrainError, match="found 2 machines, the run has 1"):
-        other.check(saved, half)
-
-
 def test_a_run_that_is_there_is_refused_without_resume(path):
     before = files_of(path)
     said = f"{path} holds a run: give --resume to go on with it, --force to replace it, or another"
@@ -200,12 +168,6 @@ def test_force_replaces_a_run_and_its_log(path):
     assert [iteration for iteration, _ in log_of(path, "train_loss")] == [1, 2]
     assert [iteration for iteration, _ in log_of(path, "val_loss")] == [0, 2]
     assert state_of(path)["iteration"] == 2
-
-
-def test_force_that_fails_leaves_what_was_there(path):
-    before = files_of(path)
-    assert train(path, *EACH, "--num-layers", 9, "--force").code == 1
-    assert files_of(path) == before
 
 
 def test_an_adapter_that_is_no_run_is_refused_without_force(tmp_path, adapter_path):
@@ -249,31 +211,6 @@ def test_a_finished_run_says_so_and_changes_nothing(path):
     assert files_of(path) == before
 
 
-def test_a_run_that_stopped_by_itself_stays_over(tmp_path):
-    path = tmp_path / "run"
-    stop = ("--learning-rate", 0, "--early-stop", 1)
-    trained(path, *EACH, *stop, "--iters", 9)
-    result = resume(path, "--iters", 20)
-    assert result.code == 0
-    assert "This run was over at iteration 2\n" in result.err
-    assert "Ended at iteration 2: no better validation since iteration 0" in result.err
-
-
-def test_the_best_adapter_stays_while_nothing_is_better(tmp_path):
-    """A rate that is far too high: the first validation stays the best one."""
-    path = tmp_path / "run"
-    rate = ("--learning-rate", 0.5, "--max-grad-norm", 0, "--optimizer", "sgd")
-    trained(path, *EACH, "--iters", 2, "--learning-rate", 1e-3)
-    best, iteration = tensors_of(path / "best"), state_of(path)["best_iteration"]
-    trained(tmp_path / "worse", *EACH, "--iters", 6, *rate)
-    state, scores = state_of(tmp_path / "worse"), dict(log_of(tmp_path / "worse", "val_loss"))
-    assert scores[state["best_iteration"]] == min(scores.values()) == state["best_score"]
-    assert state["best_iteration"] < 6
-    assert iteration == 2
-    assert same(best, tensors_of(path))
-    assert not same(tensors_of(tmp_path / "worse" / "best"), tensors_of(tmp_path / "worse"))
-
-
 def tear(text: str) -> Callable[[Path], object]:
     return lambda training: (training / "state.json").write_text(text)
 
@@ -283,8 +220,10 @@ def tear(text: str) -> Callable[[Path], object]:
     [
         (tear(""), "state.json is not valid JSON"),
         (tear("[]"), "state.json names no settings: it is not a run's state"),
-        (tear('{"settings": {"nope": 1}}'), "unknown setting 'nope'"),
-        (tear("{" * 99), "state.json is not valid JSON"),
+        (
+            lambda training: change_json(training / "state.json", settings={"nope": 1}),
+            "unknown setting 'nope'",
+        ),
         (
             lambda training: change_json(training / "state.json", format_version=2),
             "state.json has format_version 2, this release reads 1",
@@ -307,7 +246,7 @@ def tear(text: str) -> Callable[[Path], object]:
 def test_a_torn_run_is_one_line(path, damage, said):
     damage(path / "training")
     before = files_of(path)
-    assert_one_error(resume(path, "--iters", 9), 1, said)
+    assert_one_error(resume(path, "--iters", 9), 2 if "unknown" in said else 1, said)
     assert files_of(path) == before
 
 
@@ -337,40 +276,6 @@ def test_a_full_disk_is_one_line_and_the_last_save_is_whole(path, monkeypatch, s
     assert [i for i, _ in log_of(path, "train_loss")] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_a_disk_that_turns_read_only_is_one_line_and_the_last_save_is_whole(path, monkeypatch):
-    def refuse(*args: object, **options: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    at_iteration(monkeypatch, 5, lambda: monkeypatch.setattr("tempfile.mkdtemp", refuse))
-    result = resume(path, "--iters", 9)
-    assert result.code == 1
-    assert errors_of(result) == [
-        f"error: cannot write {path}: Read-only file system; the last save of {path} is whole"
-    ]
-    assert state_of(path)["iteration"] == 5
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("x")
-    result = train(tmp_path / "file" / "run", *EACH, "--iters", 1)
-    assert result.code == 1
-    (error,) = errors_of(result)
-    assert error.startswith(f"error: cannot write {tmp_path / 'file' / 'run'}")
-    assert (tmp_path / "file").read_text() == "x"
-
-
-def test_a_read_only_folder_is_one_line_before_any_work(tmp_path, monkeypatch):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if os.geteuid() == 0:  # root may write everywhere: it is given anyone else's answer
-        access = os.access
-        monkeypatch.setattr(
-            os, "access", lambda path, *mode: Path(path).name != "locked" and access(path, *mode)
-        )
-    result = train(tmp_path / "locked" / "run", *EACH, "--iters", 1)
-    assert_one_error(result, 1, "locked is not writable; give --adapter-path")
-    assert not list((tmp_path / "locked").iterdir())
-
-
 def test_a_save_holds_no_gradient_that_is_no_number(tmp_path):
     """Inside a group of batches the weights are still good, and what is added up is not."""
     path = tmp_path / "run"
@@ -378,3 +283,24 @@ def test_a_save_holds_no_gradient_that_is_no_number(tmp_path):
     train(path, *EACH, *rate, "--grad-accumulation-steps", 4, "--iters", 8, "--save-every", 2)
     tensors = mx.load(str(path / "training" / "state.safetensors"))
     assert all(mx.isfinite(array).all().item() for array in tensors.values())
+
+
+def test_a_saved_run_permits_nothing_and_writes_nowhere_else(tmp_path):
+    """Its folder may come from a stranger."""
+    data, path = write_data(tmp_path / "data", rows_of(16)), tmp_path / "run"
+    file, precious = tmp_path / "teacher.safetensors", tmp_path / "precious.txt"
+    teacher = ("--teacher", "base", "--teacher-top-k", 2, "--teacher-file", file)
+    trained(path, "--data", data, *teacher, "--iters", 1)
+    precious.write_text("years of work")
+    state = json.loads((path / "training" / "state.json").read_text())
+    settings, log = state["settings"] | {"trust_remote_code": True}, state["state"]["log"]
+    sizes = {"../../precious.txt": 0} | log
+    change_json(
+        path / "training" / "state.json", settings=settings, state=state["state"] | {"log": sizes}
+    )
+    assert "trust_remote_code: false" in resume(path, "--print-config").out
+    assert resume(path, "--iters", 2).code == 0
+    assert precious.read_text() == "years of work"
+    file.unlink()
+    assert_one_error(resume(path, "--iters", 3), 1, "teacher.safetensors")
+    assert not file.exists()

@@ -9,7 +9,6 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.data import amazon_reviews
-from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.sampling import SplitSizes
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import TreeTask, draw
@@ -19,7 +18,7 @@ from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_reviews_and_commits import REVIEWS
-from tests.train_runs import BASE, log_of, rows_of, state_of, train, trained, write_data
+from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
 
 GOOD = rows_of(8)
 LONG = {"prompt": "Tree: " + "AB" * 500, "completion": "CD"}
@@ -68,16 +67,6 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
 
 
-def test_equal_data_have_equal_digests_and_changed_data_do_not(tmp_path, tokenizer):
-    one = tokenized(write_data(tmp_path / "a", GOOD), tokenizer).digest
-    assert tokenized(write_data(tmp_path / "b", GOOD), tokenizer).digest == one
-    assert tokenized(write_data(tmp_path / "c", GOOD[::-1]), tokenizer).digest != one
-    apart = [{**row, "context": row["prompt"], "prompt": ""} for row in GOOD]
-    raw = [{**row, "context": ""} for row in GOOD]
-    assert tokenized(write_data(tmp_path / "d", apart), tokenizer).digest == one
-    assert tokenized(write_data(tmp_path / "e", raw), tokenizer).digest != one
-
-
 def test_no_tree_is_in_two_splits(tokenizer):
     """Of trees of two nodes, so many that without care some would be in two."""
     stage, size = Stage(1, 2, 1, 1), 1200
@@ -94,14 +83,6 @@ def test_no_tree_is_in_two_splits(tokenizer):
     assert not train & valid
     assert not train & test
     assert not valid & test
-
-
-def test_a_tree_of_an_earlier_split_is_drawn_again(tokenizer):
-    task = TreeTask("small", splits={"train": 5, "valid": 0, "test": 0})
-    plain = [draw(task, "train", i)[0] for i in range(5)]
-    taken = {fingerprint(tree.text) for tree in plain}
-    again = [draw(task, "train", i, taken)[0] for i in range(5)]
-    assert not {tree.text for tree in plain} & {tree.text for tree in again}
 
 
 def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
@@ -124,15 +105,6 @@ def test_trees_are_drawn_the_same_in_any_order_and_end(tokenizer):
         data[20]
 
 
-def test_find_parent_asks_for_names_too(tokenizer):
-    task = TreeTask(
-        "small", questions_per_tree=2, find_parent=1, splits={"train": 20, "valid": 1, "test": 1}
-    )
-    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
-    prompts = [tokenizer.decode(data[i].prompt_ids) for i in range(60)]
-    assert sum("Find Parent" in prompt for prompt in prompts) == 20
-
-
 def test_a_tree_that_does_not_fit_is_named(tokenizer):
     task = TreeTask("small", splits={"train": 3, "valid": 0, "test": 0})
     with pytest.raises(DataError, match=r"textualized-tree, train tree 0: found 1?\d positions"):
@@ -146,20 +118,6 @@ BAD_ROWS: dict[str, Bad] = {
         [*GOOD[:2], {"question": "x", "answer": "y"}, *GOOD],
         *([], (), "train.jsonl line 3: found 'question, answer', expected prompt and completion"),
     ),
-    "no object": ([b"[1]", *GOOD], [], (), "train.jsonl line 1: found [1], expected an object"),
-    "an empty answer": (
-        [*GOOD, {"prompt": "x", "completion": ""}],
-        *([], (), "train.jsonl line 9: completion is empty, expected an answer"),
-    ),
-    "a missing answer": ([*GOOD, {"prompt": "x"}], [], (), "train.jsonl line 9: found 'prompt'"),
-    "an empty prompt": (
-        [*GOOD, {"prompt": "", "completion": "x"}],
-        *([], (), "train.jsonl line 9: prompt is empty, expected a prompt"),
-    ),
-    "an answer that is a number": (
-        [*GOOD, {"prompt": "x", "completion": 5}],
-        *([], (), "train.jsonl line 9: completion is 5, expected text"),
-    ),
     "a row that is too long": (
         [*GOOD[:5], LONG, *GOOD],
         *([], (), "train.jsonl line 6: found "),
@@ -170,7 +128,7 @@ BAD_ROWS: dict[str, Bad] = {
     ),
     "a prompt shorter than K": (
         [*GOOD, {"prompt": "A", "completion": "B"}],
-        *([], (), "train.jsonl line 9: found 1 tokens to merge, expected at least --k 4"),
+        *([], (), "train.jsonl line 9: found 1 tokens to merge, expected at least --k = 4"),
     ),
     "a conversation without a template": (
         [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}],
@@ -178,13 +136,11 @@ BAD_ROWS: dict[str, Bad] = {
     ),
     "a validation row": (GOOD, [*GOOD, b"{"], (), "valid.jsonl line 9: not JSON"),
     "a validation row that is too long": (GOOD, [LONG], (), "valid.jsonl line 1: found "),
-    "not UTF-8": ([*GOOD, b'{"prompt": "\xff"}'], [], (), "train.jsonl line 9: not UTF-8"),
     "fewer rows than a batch": (
         *(GOOD[:3], [], ()),
-        "found 3 examples to train on, expected at least --batch-size 4",
+        "found 3 examples to train on, expected at least --batch-size = 4",
     ),
     "no training file": ([], GOOD, (), "holds no training split (train.jsonl)"),
-    "no file at all": ([], [], (), "holds no train.jsonl or valid.jsonl"),
 }
 
 
@@ -196,24 +152,6 @@ def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, name):
     assert_one_error(result, 1, said)
     assert len(result.err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_an_empty_file_is_one_line(tmp_path):
-    data = write_data(tmp_path / "data", GOOD)
-    (data / "train.jsonl").write_bytes(b"")
-    result = train(tmp_path / "run", "--data", data, *OPTIONS)
-    assert_one_error(result, 1, "train.jsonl holds no example")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_line_of_a_gigabyte_is_one_line_in_little_memory(tmp_path):
-    data = write_data(tmp_path / "data", GOOD)
-    with (data / "train.jsonl").open("r+b") as file:
-        file.seek(0, 2)
-        file.truncate(file.tell() + (1 << 30))  # a hole: it takes no place on the disk
-    result = train(tmp_path / "run", "--data", data, *OPTIONS)
-    assert_one_error(result, 1, "train.jsonl line 9: longer than 64 MiB, expected one example")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +170,9 @@ def test_data_that_are_not_there_are_one_line(tmp_path, monkeypatch, data, said)
 
 def test_no_data_at_all_is_one_line_that_names_the_flags(tmp_path):
     result = train(tmp_path / "run", *OPTIONS)
-    assert_one_error(result, 1, "no data: give --data, or --task (textualized-tree, amazon-rev")
+    assert_one_error(
+        result, 1, "found no data: give --data, or --task (textualized-tree, amazon-rev"
+    )
 
 
 def test_bad_rows_are_counted_and_left_out_if_that_is_asked_for(tmp_path):
@@ -244,33 +184,6 @@ def test_bad_rows_are_counted_and_left_out_if_that_is_asked_for(tmp_path):
     trained(tmp_path / "same", "--data", clean, *OPTIONS)
     assert log_of(tmp_path / "run", "train_loss") == log_of(tmp_path / "same", "train_loss")
     assert log_of(tmp_path / "run", "val_loss") == log_of(tmp_path / "same", "val_loss")
-
-
-def test_a_set_of_bad_rows_alone_is_refused_all_the_same(tmp_path):
-    data = write_data(tmp_path / "data", [LONG, LONG])
-    result = train(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
-    assert_one_error(result, 1, "no row is left to train on", "train.jsonl line 2: found ")
-    data = write_data(tmp_path / "data", [b"{", b"["])
-    result = train(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
-    assert_one_error(result, 1, "holds no example: every line is bad, ", "line 1: not JSON")
-
-
-def test_rows_with_a_context_and_other_names_train(tmp_path):
-    rows = [
-        {"doc": row["prompt"], "q": "Child: ", "a": row["completion"], "prompt": "not this"}
-        for row in GOOD
-    ]
-    data = write_data(tmp_path / "data", rows)
-    keys = "prompt_feature: q\ncompletion_feature: a\ncontext_feature: doc\n"
-    trained(tmp_path / "run", "--data", data, *OPTIONS, yaml=keys)
-    assert state_of(tmp_path / "run")["iteration"] == 1
-
-
-def test_texts_are_split_where_the_config_says(tmp_path):
-    data = write_data(tmp_path / "data", [{"text": row["prompt"] * 2} for row in GOOD])
-    trained(tmp_path / "run", "--data", data, *OPTIONS, yaml="text_split: 0.8\n")
-    result = train(tmp_path / "other", "--data", data, *OPTIONS, yaml="text_split: 1.5\n")
-    assert_one_error(result, 1, "text_split is 1.5, expected a share between 0 and 1")
 
 
 def test_mlx_lms_hf_dataset_entries_name_slices(tmp_path):
@@ -308,13 +221,11 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
     ("settings", "said"),
     [
         ("curriculum: [nope]", "stage is 'nope', expected one of small, xsmall"),
-        ("curriculum: [5]", "curriculum holds 5, expected a stage or "),
-        ("curriculum: [{max_depth: 2}]", "expected the name of a stage, or max_depth, max_nodes"),
-        ("curriculum: [{stage: [x]}]", "expected the name of a stage, or max_depth"),
+        ("curriculum: [5]", "curriculum holds 5, expected the name of a stage"),
+        ("curriculum: [{max_depth: 2}]", "or a mapping of stage (or max_depth, max_nodes"),
         ("curriculum: [{stage: small, max_nodes: 7}]", "expected the name of a stage, or"),
         ("curriculum: [{stage: small, threshold: x}]", "threshold is 'x', expected an accuracy"),
         ("curriculum: [{stage: small, threshold: 2}]", "threshold is 2, expected an accuracy"),
-        ("curriculum: [{stage: small, thresh: 1}]", "expected a stage or ["),
         ("stage: nope", "stage is 'nope', expected one of"),
     ],
 )

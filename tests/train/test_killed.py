@@ -1,7 +1,7 @@
 """Killed and resumed runs: every weight, the optimizer and the log equal an unbroken run's.
 
-Ten kills at random moments in one run, and then kills at the steps of a save, by an audit hook that
-kills the process at the n-th one. Every run has dropout, accumulation and a curriculum.
+Fifteen kills at random moments in one run, and then kills at the steps of a save, by an audit hook
+that kills the process at the n-th one. Every run has dropout, accumulation and a curriculum.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.train.checkpoint import read_state
 from tests.conftest import UPSTREAM
 
+pytestmark = pytest.mark.slow
+
 # Trains, once told to; at the n-th step on the disk in the run's folder it kills itself (0: never).
 CHILD = """
 import os, signal, sys
-import kmerge_mlx.cli.progress
+import kmerge_mlx.train.loop
 from kmerge_mlx.cli import main
 
 folder, at = sys.argv[1], int(sys.argv[2])
@@ -112,7 +114,7 @@ def logged(path: Path) -> int:
     return json.loads(lines[-1])["iteration"] if lines else 0
 
 
-def test_ten_kills_at_random_moments_change_nothing(tmp_path, unbroken):
+def test_fifteen_kills_at_random_moments_change_nothing(tmp_path, unbroken):
     path, draw, kills = tmp_path / "run", random.Random(5), 0
     waiting = Child(path)
     while True:
@@ -120,8 +122,8 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, unbroken):
         before, more = logged(path), draw.choice([1, 2, 3, 4])
         child.go()
         # On the way to some iteration, and then at a moment of its own.
-        while kills < 10 and child.process.poll() is None:
-            if logged(path) >= min(before + more, ITERS - 10 + kills):
+        while kills < 15 and child.process.poll() is None:
+            if logged(path) >= min(before + more, ITERS - 15 + kills):
                 time.sleep(draw.uniform(0, 0.1))
                 child.process.kill()
                 break
@@ -136,7 +138,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, unbroken):
             read_state(path)
     waiting.process.kill()
     waiting.finish()
-    assert kills >= 10
+    assert kills >= 15
     assert content(path) == content(unbroken)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 

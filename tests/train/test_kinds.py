@@ -13,7 +13,7 @@ from yaml import safe_load
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
-from tests.cli_runner import CHATML, assert_one_error, copy_base, run
+from tests.cli_runner import assert_one_error, run
 from tests.tiny import qwen2_config, write_base
 from tests.train_runs import (
     BASE,
@@ -26,6 +26,8 @@ from tests.train_runs import (
     train,
     trained,
 )
+
+pytestmark = pytest.mark.slow
 
 RUN = (*SMALL_TREES, "--iters", 5, "--steps-per-report", 1, "--val-batches", 1)
 K_1, FULL, LAST = ("--k", 1), ("--fine-tune-type", "full"), ("--num-layers", 1)
@@ -122,30 +124,6 @@ def test_whole_layers_of_a_quantized_base_are_refused(tmp_path, bases):
     assert not (tmp_path / "run").exists()
 
 
-def test_k_1_has_no_encoder_and_trains_the_same_lora(run_of):
-    one, four = load_adapter(run_of(*K_1)), load_adapter(run_of())
-    assert one.merge.encoder is None
-    assert not one.encoder_weights
-    assert set(one.tuning_weights) == set(four.tuning_weights)
-    assert set(one.head_weights) == set(four.head_weights)
-
-
-def test_only_the_layers_that_are_named_are_trained(run_of):
-    for options in (LAST, (*LAST, *FULL)):
-        weights = load_adapter(run_of(*options)).tuning_weights
-        assert weights
-        assert all(key.startswith("model.layers.2.") for key in weights)
-
-
-def test_whole_layers_move_and_the_rest_of_the_base_does_not(run_of):
-    base = mx.load(str(BASE / "model.safetensors"))
-    weights = load_adapter(run_of(*FULL)).tuning_weights
-    layers = {name for name in base if name.startswith("model.layers.")}
-    assert set(weights) == layers
-    moved = [name for name in layers if not mx.array_equal(weights[name], base[name]).item()]
-    assert len(moved) == len(layers)
-
-
 def test_lora_parameters_say_rank_scale_and_modules(run_of):
     yaml = "lora_parameters: {rank: 2, scale: 3.0, dropout: 0.1, keys: [self_attn.q_proj]}\n"
     path = run_of(yaml=yaml)
@@ -202,21 +180,6 @@ def test_a_converted_checkpoint_is_where_a_run_begins(tmp_path, adapter_path):
     check_generates(path, BASE, 4)
 
 
-def test_a_run_says_how_it_was_trained_whatever_it_began_with(tmp_path, adapter_path):
-    base = copy_base(BASE, tmp_path / "chat", template=CHATML)
-    path = tmp_path / "run"
-    trained(path, *RUN, "--init-from", adapter_path, "--iters", 1, model=base)
-    merge = load_adapter(path).merge
-    assert merge.layout.chat_template is True
-    assert merge.provenance["trained_by"].startswith("kmerge-mlx ")
-
-
-@pytest.mark.parametrize("yaml", ["encoder_factor: 3.0\n", "lora_parameters: {rank: 9}\n"])
-def test_sizes_that_the_given_adapter_does_not_have_are_refused(tmp_path, adapter_path, yaml):
-    result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, "--iters", 1, yaml=yaml)
-    assert result.code == 1
-
-
 def test_a_run_goes_on_with_another_runs_adapter(run_of):
     first = run_of()
     second = run_of("--init-from", first)
@@ -236,14 +199,3 @@ def test_an_adapter_of_another_kind_is_no_beginning(tmp_path, adapter_path, opti
     result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, *options)
     assert_one_error(result, 1, said)
     assert not (tmp_path / "run").exists()
-
-
-def test_an_adapter_for_another_base_is_no_beginning(tmp_path, adapter_path, bases):
-    result = train(tmp_path / "run", *RUN, "--init-from", adapter_path, model=bases / "untied")
-    assert_one_error(result, 1, "the adapter does not fit")
-
-
-def test_a_context_is_in_the_adapter_and_widens_the_encoder(run_of):
-    adapter = load_adapter(run_of(*CONTEXT))
-    assert adapter.merge.encoder.context == 3
-    assert adapter.encoder_weights["w1.weight"].shape == (384, (4 + 3) * 64)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import attach, merged_embedding
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.loss import answer_logits, answer_loss
 from kmerge_mlx.train.rows import bucket, make_batch
 from tests.tiny import PAD, build, qwen2_config, random_adapter
 
@@ -68,10 +68,7 @@ def test_loss_and_gradients_are_those_of_the_naive_way(tied, context):
     batch = make_batch(rows, 3, PAD, V, context)
     assert batch.blocks.shape[1] == context + 3
     wanted, wanted_gradients = nn.value_and_grad(model, naive_loss)(model, rows)
-    head = AnswerHead(model)
-    (loss, tokens), gradients = nn.value_and_grad(model, lambda m: answer_loss(head, m, batch))(
-        model
-    )
+    (loss, tokens), gradients = nn.value_and_grad(model, answer_loss)(model, batch)
     assert tokens.item() == sum(len(example.answer_ids) for example in rows)
     assert abs(loss.item() - wanted.item()) < 1e-4 * wanted.item()
     found = dict(tree_flatten(gradients))
@@ -85,45 +82,27 @@ def test_loss_and_gradients_are_those_of_the_naive_way(tied, context):
 def test_logits_exist_at_answer_positions_alone(tied):
     model = model_of(tied)
     batch = make_batch(examples(), 3, PAD, V)
-    logits = AnswerHead(model).logits(model, batch)
+    logits = answer_logits(model, batch)
     assert logits.shape == (batch.targets.size, V)
     assert logits.shape[0] < batch.ids.size / 2
 
 
 def test_a_model_answers_as_before_once_a_loss_was_computed():
     model, plain = model_of(True), model_of(True)
-    head = AnswerHead(model)
-    answer_loss(head, model, make_batch(examples(), 3, PAD, V))
+    answer_loss(model, make_batch(examples(), 3, PAD, V))
     prompt = merged_embedding(model).compress([Segment([1, 2, 3, 4])])
     same = merged_embedding(plain).compress([Segment([1, 2, 3, 4])])
     assert prompt.ids == same.ids
     assert mx.array_equal(model(mx.array([prompt.ids])), plain(mx.array([same.ids])))
 
 
-def test_parameter_names_stay_what_they_are():
-    model = model_of(False)
-    before = [name for name, _ in tree_flatten(model.parameters())]
-    AnswerHead(model)
-    assert [name for name, _ in tree_flatten(model.parameters())] == before
-
-
 def test_padding_of_shapes_changes_no_loss():
     """The same examples in one batch and in two: sums add up."""
     model, rows = model_of(True), examples(6, seed=2)
-    head = AnswerHead(model)
-    whole, tokens = answer_loss(head, model, make_batch(rows, 3, PAD, V))
-    parts = [answer_loss(head, model, make_batch(part, 3, PAD, V)) for part in (rows[:1], rows[1:])]
+    whole, tokens = answer_loss(model, make_batch(rows, 3, PAD, V))
+    parts = [answer_loss(model, make_batch(part, 3, PAD, V)) for part in (rows[:1], rows[1:])]
     assert abs(sum(p[0].item() for p in parts) - whole.item()) < 1e-3
     assert sum(p[1].item() for p in parts) == tokens.item()
-
-
-def test_k_1_trains_without_merging():
-    model = build(qwen2_config(tie_word_embeddings=False))
-    batch = make_batch(examples(), 1, PAD, V)
-    assert batch.blocks.size == 0
-    assert batch.ids.max().item() < V
-    loss, _ = answer_loss(AnswerHead(model), model, batch)
-    assert loss.item() > 0
 
 
 def test_a_tied_model_trains_without_merging_too():
@@ -134,7 +113,7 @@ def test_a_tied_model_trains_without_merging_too():
         ids = [*example.prompt_ids, *example.answer_ids]
         logits = model(mx.array([ids[:-1]]))[0, len(example.prompt_ids) - 1 :]
         wanted += nn.losses.cross_entropy(logits, mx.array(example.answer_ids)).sum()
-    loss, _ = answer_loss(AnswerHead(model), model, make_batch(rows, 1, PAD, V))
+    loss, _ = answer_loss(model, make_batch(rows, 1, PAD, V))
     assert abs(loss.item() - wanted.item()) < 1e-4 * wanted.item()
 
 

@@ -11,11 +11,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.errors import TrainError
-from kmerge_mlx.train.optimizer import load_state, make_optimizer, state_tensors
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch
 from kmerge_mlx.train.settings import OPTIMIZERS, TrainSettings
-from kmerge_mlx.train.step import Stepper
+from kmerge_mlx.train.step import Stepper, make_optimizer, refill
 from tests.cli_runner import assert_one_error
 from tests.train_runs import SMALL_TREES, log_of, train, trained
 
@@ -57,37 +56,32 @@ def test_a_name_means_mlxs_optimizer_with_its_defaults(name, wanted):
     assert equal(after(model(), found, range(3)), after(model(), wanted(), range(3)))
 
 
-def test_each_optimizer_has_arguments_of_its_own():
-    arguments = {"adamw": {"betas": [0.5, 0.6], "weight_decay": 0.3}, "sgd": {"momentum": 0.9}}
-    config = TrainSettings(learning_rate=1e-2, optimizer_config=arguments)
-    wanted = optim.AdamW(1e-2, betas=[0.5, 0.6], weight_decay=0.3)
-    found = make_optimizer(config)
-    assert equal(after(model(), found, range(3)), after(model(), wanted, range(3)))
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     schedule = {"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 2}
     config = TrainSettings(optimizer=name, lr_schedule=schedule)
     layers, optimizer = model(), make_optimizer(config)
-    load_state(optimizer, layers)
+    optimizer.init(layers.trainable_parameters())
     after(layers, optimizer, range(3))
-    mx.save_safetensors(str(tmp_path / "state.safetensors"), state_tensors(optimizer))
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(optimizer.state)))
     weights = [(n, mx.array(a)) for n, a in tree_flatten(layers.parameters())]
     wanted = after(layers, optimizer, range(3, 6))
 
     other, again = model(), make_optimizer(config)
     other.load_weights(weights)
-    load_state(again, other, mx.load(str(tmp_path / "state.safetensors")))
+    again.init(other.trainable_parameters())
+    saved = mx.load(str(tmp_path / "state.safetensors"))
+    again.state = refill(again.state, saved, "optimizer")
     assert equal(after(other, again, range(3, 6)), wanted)
 
 
 def test_a_state_of_something_else_is_refused():
     layers = model()
     adam, sgd = (make_optimizer(TrainSettings(optimizer=name)) for name in ("adam", "sgd"))
-    load_state(adam, layers)
+    for optimizer in (adam, sgd):
+        optimizer.init(layers.trainable_parameters())
     with pytest.raises(TrainError, match="the saved optimizer does not fit this run"):
-        load_state(sgd, layers, state_tensors(adam))
+        refill(sgd.state, dict(tree_flatten(adam.state)), "optimizer")
 
 
 def rates(schedule: dict, count: int) -> list[float]:
@@ -105,22 +99,6 @@ def test_a_schedule_is_mlx_lms_with_its_warmup():
     wanted = [1e-2 * step / 4 for step in range(5)]
     wanted += [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(7)]
     assert found == pytest.approx(wanted, abs=1e-7)
-
-
-def test_a_warmup_begins_where_it_is_told():
-    schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 10], "warmup": 2}
-    assert rates({**schedule, "warmup_init": 4e-3}, 1) == pytest.approx([4e-3])
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"name": "exponential_decay", "arguments": [1e-2, 0.5]},
-        {"name": "step_decay", "arguments": [1e-2, 0.5, 1]},
-    ],
-)
-def test_a_decay_halves_the_rate(schedule):
-    assert rates(schedule, 4) == pytest.approx([1e-2, 5e-3, 2.5e-3, 1.25e-3])
 
 
 def test_the_schedule_beats_the_learning_rate_and_counts_updates(tmp_path):
@@ -148,7 +126,7 @@ def test_a_compiled_update_is_the_plain_one(name):
     x = mx.arange(12, dtype=mx.float32).reshape(3, 4)
     batch = Batch(*[mx.zeros(1)] * 4, weights=x)
     module, optimizer = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
-    load_state(optimizer, module)
+    optimizer.init(module.trainable_parameters())
     stepper = Stepper(module, optimizer, loss, 0.0, Ranks())
     other, again = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
     for _ in range(3):
@@ -164,25 +142,21 @@ def test_a_compiled_update_is_the_plain_one(name):
         ("optimizer_config: {lion: {}}", "optimizer_config names 'lion', expected one of adam, "),
         ("optimizer_config: {adamw: {nope: 1}}", "optimizer_config.adamw is {'nope': 1}: "),
         ("optimizer_config: {adamw: 3}", "optimizer_config.adamw is 3: "),
-        ("optimizer_config: {adamw: [1]}", "optimizer_config.adamw is [1]: "),
         ("optimizer_config: {adamw: {betas: 3}}", "optimizer_config.adamw is {'betas': 3}: "),
-        ("optimizer_config: {adamw: {betas: [0.9]}}", "optimizer_config.adamw is {'betas': [0.9"),
-        ("optimizer_config: {adamw: {betas: [a, b]}}", "optimizer_config.adamw is {'betas'"),
         ("optimizer_config: {adamw: {weight_decay: x}}", "optimizer_config.adamw is {'weight_d"),
         ("optimizer_config: {adamw: {learning_rate: 3}}", "optimizer_config.adamw is {'learn"),
-        ("optimizer_config: {adamw: {1: 2}}", "optimizer_config.adamw is {1: 2}"),
         ("lr_schedule: {}", "lr_schedule is {}, expected a name (cosine_decay, "),
-        ("lr_schedule: {name: cosine_decay}", "and a list of arguments"),
+        ("lr_schedule: {name: cosine_decay}", "a list of arguments"),
         ("lr_schedule: {name: join_schedules, arguments: [1]}", "expected a name (cosine_decay"),
-        ("lr_schedule: {name: [x], arguments: [1]}", "expected a name (cosine_decay"),
         ("lr_schedule: {name: cosine_decay, arguments: []}", "lr_schedule {'name': "),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 2, 3, 4]}", "lr_schedule {'name': "),
         ("lr_schedule: {name: cosine_decay, arguments: [x, 10]}", "lr_schedule {'name': "),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 0]}", "must be greater than 0"),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: x}", "lr_schedule {'"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: 0.5}", "lr_schedule {'"),
         ("lr_schedule: {name: cosine_decay, arguments: [.nan, 9]}", "it gives no number"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], end: 2}", "unknown 'end', expected"),
+        (
+            "lr_schedule: {name: cosine_decay, arguments: [1, 9], end: 2}",
+            "if wanted, warmup and warmup_init",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_are_one_line_before_anything_is_written(tmp_path, settings, said):

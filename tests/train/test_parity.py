@@ -25,12 +25,14 @@ from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.loss import AnswerHead, answer_loss
+from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.rows import Batch, make_batch
 from tests.conftest import UPSTREAM
 from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import draw_example
 from tests.reference.training import Row, load_trainable, loss_and_gradients
+
+pytestmark = pytest.mark.slow
 
 LIVE = {
     spec.name: replace(spec, steps=8)  # enough for a LoRA B that is not zero
@@ -74,11 +76,8 @@ class Case:
         return loss.item(), dict(tree_flatten(gradients))
 
     def _mean_loss(self, model: nn.Module) -> mx.array:
-        total, tokens = answer_loss(self.head, model, self.batch)
+        total, tokens = answer_loss(model, self.batch)
         return total / tokens
-
-    def __post_init__(self):
-        self.head = AnswerHead(self.model)
 
 
 def make_case(folder: Path, adapter: Path, k: int) -> Case:

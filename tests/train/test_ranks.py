@@ -1,197 +1,148 @@
-"""Ranks are real processes over MLX's ring on this machine; what ends one ends all, within 30 s."""
+"""Ranks as real processes over MLX's ring on this machine, and a run of one process."""
 
 from __future__ import annotations
 
 import json
-import signal
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from kmerge_mlx.train import watch
-from tests.rank_processes import LIMIT, SHORT, Run
+from kmerge_mlx.errors import TrainError
+from kmerge_mlx.train.ranks import Ranks, connect
+from tests.rank_processes import CHILD, finish, start_ranks
 
-GONE = "rank 1 is gone: its process was killed, or its machine or the network went down"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
-    """What three ranks told each other in a run that ends well."""
+    """What three ranks say after each operation."""
     body = """
 mx.random.seed(rank)
 tree = {"w": mx.random.normal((300, 70)), "b": [mx.array(True), mx.arange(5) * rank]}
 tree["half"] = mx.random.normal((3, 1000)).astype(mx.bfloat16)
+tree["none"] = mx.zeros((0, 3))
 sums = ranks.sum(tree)
 names = ["layers.0.a", "layers.0.b"][:: 1 - 2 * (rank % 2)]
 named = ranks.sum({name: mx.array(float(name[-1] == "a")) for name in names})
 secret = [1.5, -0.0, float("nan")] if rank == 0 else [0.0, 0.0, 0.0]
+ranks.same({"k": 4, "data": "abc"}, "the settings")
 say({
     "mine": tree["w"].tolist(),
     "sum": sums["w"].tolist(),
     "half": sums["half"].view(mx.uint16).tolist(),
-    "count": sums["b"][0].item(),
     "range": sums["b"][1].tolist(),
+    "none": sums["none"].shape,
     "named": {name: array.item() for name, array in named.items()},
     "shared": ranks.share(mx.array(secret)).view(mx.uint32).tolist(),
-    "text": ranks.share_text("a text that not all can read: é" if rank == 0 else "mine"),
+    "text": ranks.share_json("a text that not all can read: é" if rank == 0 else "mine"),
     "gathered": ranks.gather({"rank": rank, "text": "x" * rank}),
     "any": [ranks.any(rank == 1), ranks.any(False)],
 })
-ranks.same({"k": 4, "data": "abc"}, "the settings")
 """
-    folder = tmp_path_factory.mktemp("ranks")
-    codes, outputs, errors = Run(
-        3, body, folder, "ranks_module.PIECE_BYTES = 4096  # smaller than the arrays"
-    ).end()
-    assert codes == [0, 0, 0], errors
-    return [json.loads(out) for out in outputs], errors
+    small = "ranks_module.BUNDLE_BYTES = 4096  # smaller than the arrays"
+    ends = finish(start_ranks(3, body, tmp_path_factory.mktemp("ranks"), small))
+    assert [(code, err) for code, _, err in ends] == [(0, "")] * 3
+    return [json.loads(out) for _, out, _ in ends]
 
 
-def test_sum_adds_up_over_ranks(spoken):
-    said, _ = spoken
-    expected = np.sum([np.array(one["mine"], np.float32) for one in said], axis=0)
-    np.testing.assert_allclose(said[0]["sum"], expected, atol=1e-6)  # the order of adding
-    assert said[0]["range"] == [0, 3, 6, 9, 12]
+def test_sum_adds_up_by_name_to_the_same_bits_on_every_rank(spoken):
+    expected = np.sum([np.array(one["mine"], np.float32) for one in spoken], axis=0)
+    np.testing.assert_allclose(spoken[0]["sum"], expected, atol=1e-6)  # the order of adding
+    for one in spoken:
+        assert (one["sum"], one["half"]) == (spoken[0]["sum"], spoken[0]["half"])
+        assert (one["range"], one["none"]) == ([0, 3, 6, 9, 12], [0, 3])
+        assert one["named"] == {"layers.0.a": 3.0, "layers.0.b": 0.0}
 
 
-def test_sum_goes_by_names_and_keeps_them(spoken):
-    """A dot in a name makes no tree of it, and ranks may hold the names in any order."""
-    assert [one["named"] for one in spoken[0]] == [{"layers.0.a": 3.0, "layers.0.b": 0.0}] * 3
-
-
-def test_every_rank_holds_the_same_bits_after_a_sum(spoken):
-    first, *others = spoken[0]
-    for other in others:
-        assert (other["sum"], other["half"]) == (first["sum"], first["half"])
-
-
-def test_share_gives_the_first_ranks_bits(spoken):
-    expected = np.array([1.5, -0.0, np.nan], np.float32).view(np.uint32).tolist()
-    assert [one["shared"] for one in spoken[0]] == [expected] * 3
-    assert {one["text"] for one in spoken[0]} == {"a text that not all can read: é"}
-
-
-def test_gather_returns_what_every_rank_says_by_rank(spoken):
-    expected = [{"rank": rank, "text": "x" * rank} for rank in range(3)]
-    assert [one["gathered"] for one in spoken[0]] == [expected] * 3
-
-
-def test_any_is_true_everywhere_if_it_is_true_somewhere(spoken):
-    assert [one["any"] for one in spoken[0]] == [[True, False]] * 3
-
-
-def test_a_run_that_ends_well_says_nothing(spoken):
-    assert spoken[1] == ["", "", ""]
+def test_values_are_shared_and_gathered_and_any_is_any(spoken):
+    bits = np.array([1.5, -0.0, np.nan], np.float32).view(np.uint32).tolist()
+    for one in spoken:
+        assert one["shared"] == bits
+        assert one["text"] == "a text that not all can read: é"
+        assert one["gathered"] == [{"rank": rank, "text": "x" * rank} for rank in range(3)]
+        assert one["any"] == [True, False]
 
 
 def test_settings_that_differ_are_named_by_every_rank(tmp_path):
     body = 'ranks.same({"k": 4, "learning_rate": 1e-4 * (rank + 1)}, "the settings")'
-    codes, _, errors = Run(2, body, tmp_path).end()
-    assert codes == [1, 1]
-    assert set(errors) == {
-        "error: the settings of rank 1 are not those of rank 0: learning_rate is 0.0002 instead of "
-        "0.0001; every machine needs the same\n"
-    }
+    for code, _, err in finish(start_ranks(2, body, tmp_path)):
+        assert code == 1
+        assert err == (
+            "error: the settings of rank 1 are not those of rank 0: `learning_rate` is 0.0002 "
+            "instead of 0.0001\n"
+        )
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_killed_while_the_others_wait_for_it_ends_them(tmp_path, size):
-    run = Run(
-        size, "wait_for_the_end() if rank == 1 else say('ready') or ranks.barrier()", tmp_path
-    )
-    run.processes[1].stdout.readline()
-    run.processes[1].kill()
-    codes, _, errors = run.end(but=1)
-    assert codes == [1] * (size - 1)
-    assert set(errors) == {f"error: {GONE}\n"}
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "1 / 0"])
+def test_a_rank_that_ends_ends_the_others_with_an_error(tmp_path, end):
+    body = f"if rank == 1: {end}\nfor _ in range(9): ranks.sum(mx.ones(10_000))"
+    ends = finish(start_ranks(3, body, tmp_path))
+    for rank in (0, 2):
+        assert ends[rank][0] == 1
+        assert ends[rank][2].startswith(f"error: rank {rank} lost another rank ([ring]")
 
 
-def test_a_rank_killed_while_the_others_compute_ends_them(tmp_path):
-    body = """
-print("ready", flush=True)
-while True:
-    mx.eval(mx.ones((300, 300)) @ mx.ones((300, 300)))
-    ranks.check()
-"""
-    run = Run(3, body, tmp_path)
-    run.wait_until_ready()
-    run.processes[1].kill()
-    codes, _, errors = run.end(but=1)
-    assert codes == [1, 1]
-    assert set(errors) == {f"error: {GONE}\n"}
+def test_mlx_launch_runs_ranks_and_one_rank_is_a_run_of_one_process():
+    program = Path(sysconfig.get_path("scripts")) / "mlx.launch"
+    if not program.exists():
+        program = Path(os.path.realpath(mx.__file__)).parents[4] / "bin" / "mlx.launch"
+    code = CHILD.replace("{before}", "pass")
+    for count, said in ((2, ["[0, 2, 3]", "[1, 2, 3]"]), (1, ["[0, 1, 1]"])):
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            port = min(s.getsockname()[1], 65000)
+        command = [sys.executable, program, "-n", count, "--backend", "ring"]
+        command += ["--starting-port", port, "--", sys.executable, "-c", code]
+        command += ["say([rank, ranks.size, ranks.sum(mx.array(rank + 1)).item()])"]
+        read, write = os.pipe()  # it reads its stdin for ever when that is at its end
+        try:
+            done = subprocess.run(
+                [*map(str, command)], stdin=read, capture_output=True, text=True, check=True
+            )
+        finally:
+            os.close(read)
+            os.close(write)
+        assert sorted(done.stdout.splitlines()) == said, done.stderr
 
 
-def test_a_rank_that_hangs_in_mlx_is_ended_from_outside(tmp_path):
-    """Of several operations evaluated at once MLX 0.32.4 never returns when a rank is dead."""
-    body = """
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-mx.eval([mx.distributed.all_sum(mx.ones(1000 * (i + 1))) for i in range(40)])
-"""
-    codes, _, errors = Run(2, body, tmp_path, SHORT).end(but=1)
-    assert codes == [1]
-    assert errors == [f"last resort: {GONE}\n"]
+def test_a_rank_that_never_comes_is_an_error(tmp_path):
+    first, second = start_ranks(2, "", tmp_path, "ranks_module.START_SECONDS = 2")
+    second.kill()
+    code, _, err = finish([first, second])[0]
+    assert code == 1
+    assert err.startswith("error: rank 0 waited 2 s for the other ranks: start all of them")
 
 
-def test_a_rank_that_fails_tells_all_the_others_why(tmp_path):
-    """Of four ranks one is no neighbour of the one that fails."""
-    body = """
-if rank == 1:
-    raise DataError("valid.jsonl line 3: completion is empty")
-ranks.barrier()
-"""
-    codes, _, errors = Run(4, body, tmp_path).end()
-    assert codes == [1, 1, 1, 1]
-    reason = "valid.jsonl line 3: completion is empty"
-    assert errors.pop(1) == f"error: {reason}\n"
-    assert set(errors) == {f"error: rank 1 failed: {reason}\n"}
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        (None, "MLX_RANK=1 is set and MLX found no other rank"),
+        ('[{"ssh": "a", "ips": ["127.0.0.1"]}]', "rank 1 cannot join the other ranks"),
+        ('[["127.0.0.1:5', "rank 1 cannot join the other ranks"),
+    ],
+)
+def test_a_wrong_environment_is_an_error_and_not_a_run_of_one(tmp_path, monkeypatch, hosts, said):
+    monkeypatch.setenv("MLX_RANK", "1")
+    if hosts is not None:
+        (tmp_path / "hosts.json").write_text(hosts)
+        monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    with pytest.raises(TrainError) as caught:
+        connect()
+    assert said in str(caught.value)
 
 
-def test_a_bug_in_one_rank_ends_the_others_by_name(tmp_path):
-    codes, _, errors = Run(2, "1 / 0 if rank else ranks.barrier()", tmp_path).end()
-    assert codes == [1, 1]
-    assert errors[0] == "error: rank 1 failed: ZeroDivisionError: division by zero\n"
-    assert errors[1].endswith("ZeroDivisionError: division by zero\n")
-
-
-def test_a_rank_that_is_stopped_counts_as_gone_and_ends_when_it_wakes(tmp_path):
-    run = Run(2, "print('ready', flush=True)\ntime.sleep(60)", tmp_path, SHORT)
-    run.wait_until_ready()
-    run.processes[1].send_signal(signal.SIGSTOP)
-    run.processes[0].wait(LIMIT)
-    run.processes[1].send_signal(signal.SIGCONT)
-    codes, _, errors = run.end()
-    assert codes == [1, 1]
-    line = "rank 1 has been silent for 3 s: its machine sleeps, or the network is down"
-    assert errors == [f"last resort: {line}\n"] * 2
-
-
-def test_long_computing_is_not_silence(tmp_path):
-    body = """
-if rank == 1:
-    begin, x = time.monotonic(), mx.ones((200, 200))
-    while time.monotonic() - begin < 5:
-        mx.eval(x @ x @ x)
-ranks.barrier()
-"""
-    codes, _, errors = Run(2, body, tmp_path, SHORT).end()
-    assert (codes, errors) == ([0, 0], ["", ""])
-
-
-def test_ranks_that_wait_for_each_other_for_ever_are_ended(tmp_path):
-    """As in MLX's issue 4475: everyone is in the same operation, and nothing moves."""
-    body = """
-if rank == 1:
-    mx.distributed.all_sum = lambda *_, **__: time.sleep(60)
-    ranks._run = lambda _: None
-    with ranks._watch.operation():
-        time.sleep(60)
-ranks.barrier()
-"""
-    codes, _, errors = Run(2, body, tmp_path, SHORT + "watch.STUCK_SECONDS = 2.0").end()
-    assert codes == [1, 1]
-    assert all("every rank has waited 2 s for the others" in error for error in errors)
-
-
-def test_the_constants_keep_the_promise_of_30_seconds():
-    assert watch.SILENCE_SECONDS + watch.GRACE_SECONDS + watch.BEAT_SECONDS < LIMIT
+def test_one_process_alone_gets_back_what_it_gives():
+    alone, tree = connect(), {"a": mx.ones(3)}
+    assert isinstance(alone, Ranks)
+    assert (alone.rank, alone.size) == (0, 1)
+    assert alone.sum(tree) is tree
+    assert alone.share(tree["a"]) is tree["a"]
+    assert (alone.share_json("x"), alone.gather(1), alone.any(True)) == ("x", [1], True)
+    alone.same({"k": 4}, "the settings")

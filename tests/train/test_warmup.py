@@ -5,16 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.train.warmup import (
-    add_decoder,
-    reconstruction_loss,
-    remove_decoder,
-    with_candidates,
-)
+from kmerge_mlx.train.loss import add_decoder, reconstruction_loss
+from kmerge_mlx.train.rows import make_batch, with_candidates
 from tests.train.test_loss import PAD, V, examples, model_of
 from tests.train_runs import (
     NO_DROPOUT,
@@ -48,30 +42,6 @@ def test_only_the_encoder_moves_while_it_warms_up(tmp_path, loss):
     assert all(not a.any().item() for n, a in six.items() if n.endswith("lora_b"))
     moved = [n for n, a in part(one, "encoder").items() if mx.abs(a - six[n]).max().item() > 1e-4]
     assert len(moved) == len(part(one, "encoder"))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_everything_moves_once_it_is_warm(tmp_path, loss):
-    warm = ("--encoder-warmup", 2, "--encoder-warmup-loss", loss, *OFTEN)
-    trained(tmp_path / "run", *SMALL_TREES, *warm, "--iters", 5)
-    tensors = tensors_of(tmp_path / "run")
-    assert all(a.any().item() for n, a in tensors.items() if n.endswith("lora_b"))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_what_it_is_warmed_up_for_gets_better(tmp_path, loss):
-    warm = ("--encoder-warmup", 16, "--encoder-warmup-loss", loss, *OFTEN, "--learning-rate", 3e-3)
-    trained(tmp_path / "run", *SMALL_TREES, *warm, "--iters", 16)
-    losses = [value for _, value in log_of(tmp_path / "run", "train_loss")]
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_the_warm_up_changes_what_comes_after_it(tmp_path):
-    trained(tmp_path / "cold", *SMALL_TREES, *OFTEN, "--iters", 3)
-    trained(tmp_path / "warm", *SMALL_TREES, *OFTEN, "--iters", 3, "--encoder-warmup", 2)
-    cold, warm = (log_of(tmp_path / name, "train_loss") for name in ("cold", "warm"))
-    assert warm[0][1] == pytest.approx(cold[0][1], rel=1e-5)
-    assert warm[2] != cold[2]
 
 
 def test_the_decoder_is_saved_with_the_run_and_never_with_the_adapter(tmp_path):
@@ -138,29 +108,11 @@ def test_the_reconstruction_loss_is_that_of_numpy():
     assert total.item() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_padding_of_the_batch_changes_no_reconstruction_loss():
-    _, batch, (_, tokens) = reconstruction(examples(5))
-    assert batch.num_blocks < batch.blocks.shape[0]
-    assert tokens.item() == K * batch.num_blocks
-    assert batch.candidate_weights.sum().item() < batch.candidates.size
-
-
 def test_with_a_context_only_the_blocks_own_tokens_are_told():
     batch = with_candidates(make_batch(examples(5), K, PAD, V, context=2), K)
     targets = np.array(batch.candidates)[np.array(batch.block_targets)]
     own = np.array(batch.blocks)[:, 2:]
     assert (targets[: batch.num_blocks] == own[: batch.num_blocks]).all()
-
-
-def test_the_decoder_comes_and_goes_without_a_trace():
-    model = model_of(True)
-    merged = merged_embedding(model)
-    before = [name for name, _ in tree_flatten(model.parameters())]
-    add_decoder(merged)
-    assert len(tree_flatten(model.parameters())) == len(before) + 2
-    remove_decoder(merged)
-    remove_decoder(merged)
-    assert [name for name, _ in tree_flatten(model.parameters())] == before
 
 
 def test_rows_that_merge_nothing_leave_every_weight_a_number(tmp_path):

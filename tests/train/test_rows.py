@@ -7,9 +7,8 @@ from itertools import islice
 import pytest
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import DataError
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.order import WINDOW, Place, Rows, by_length, shuffled
+from kmerge_mlx.train.rows import WINDOW, Place, Rows, by_length, shuffled
 
 K, B = 4, 3
 SEED = (7, 0)
@@ -51,15 +50,6 @@ def test_what_an_epoch_leaves_over_is_read_in_others():
     assert len(set().union(*left)) > 4
 
 
-def test_the_same_seed_gives_the_same_order_and_another_gives_another():
-    def order(seed):
-        return [rows.indices for rows in epochs(100, 1, seed)[0]]
-
-    assert order((7, 0)) == order((7, 0))
-    assert order((7, 0)) != order((8, 0))
-    assert order((7, 0)) != order((7, 1))
-
-
 def test_the_order_of_a_seed_never_changes():
     """Written down: a run must go on with a newer release, and numpy, as it began."""
     first = [rows.indices for rows in islice(shuffled(examples(20), B, K, SEED, Place()), 3)]
@@ -94,26 +84,6 @@ def test_the_examples_of_a_batch_are_of_similar_length():
 def test_batches_are_not_read_from_short_to_long():
     lengths = [len(rows.examples[0].prompt_ids) for rows in epochs(B * WINDOW, 1)[0]]
     assert lengths != sorted(lengths)
-
-
-def test_only_a_window_of_examples_is_read_ahead():
-    """Trees are drawn when they are asked for: an epoch of a million must not be drawn at once."""
-
-    class Counting(list):
-        asked = 0
-
-        def __getitem__(self, index):
-            self.asked += 1
-            return super().__getitem__(index)
-
-    data = Counting(examples(1000))
-    next(shuffled(data, B, K, SEED, Place()))
-    assert data.asked == B * WINDOW
-
-
-def test_fewer_examples_than_a_batch_takes_are_refused():
-    with pytest.raises(DataError, match="found 2 examples to train on, expected at least --batch"):
-        next(shuffled(examples(2), B, K, SEED, Place()))
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])

@@ -1,0 +1,274 @@
+"""From settings to everything that a run needs: model, adapter, data, teacher and saved state.
+
+Source: arXiv 2604.15153 section 4 (LoRA on every linear layer and the output head).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from kmerge_mlx import __version__, base
+from kmerge_mlx.adapters import lora, schema
+from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.schema import MergeConfig
+from kmerge_mlx.adapters.tuning import FULL, FullConfig, LoRAConfig, Tuning
+from kmerge_mlx.errors import AdapterError, TrainError, findings, short
+from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
+from kmerge_mlx.source import Source
+from kmerge_mlx.train import checkpoint
+from kmerge_mlx.train import teacher as teaching
+from kmerge_mlx.train.checkpoint import Identity, State
+from kmerge_mlx.train.dataset import Bar, Stage, limits_of, load_stages
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
+from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
+
+
+@dataclass
+class Run:
+    """A run, ready to be trained or to go on.
+
+    Args:
+        settings: Its settings.
+        path: Its folder.
+        model: The base with the adapter on it.
+        tokenizer: The base's.
+        merge: What ``merge_config.json`` will hold.
+        tuning: What ``adapter_config.json`` will hold.
+        stages: Its data, at least one stage.
+        identity: What a resumed run must have in common with it.
+        ranks: The machines.
+        teacher: Where there is one.
+        state: Where it is.
+        tensors: The saved optimizer and so on; empty for a run that begins.
+        answers: Those that the teacher wrote, or None.
+    """
+
+    settings: TrainSettings
+    path: Path
+    model: nn.Module
+    tokenizer: Any
+    merge: MergeConfig
+    tuning: Tuning
+    stages: list[Stage]
+    identity: Identity
+    ranks: Ranks
+    teacher: Teacher | StoredTeacher | None
+    state: State = field(default_factory=State)
+    tensors: dict[str, mx.array] = field(default_factory=dict)
+    answers: Answers | None = None
+
+
+def prepare(
+    settings: TrainSettings,
+    bar: Bar = lambda label: lambda done, total: None,
+    ranks: Ranks | None = None,
+) -> Run:
+    """Loads and checks everything, so that only the disk and the arithmetic can fail later.
+
+    Args:
+        settings: The run's.
+        bar: Shows how far the work before training is.
+        ranks: The machines; the first alone reads and writes the run's folder.
+
+    Raises:
+        KMergeError: Anything that keeps the run from starting.
+    """
+    ranks, path = ranks or Ranks(), Path(settings.adapter_path)
+    resumed = ranks.rank == 0 and checkpoint.find_run(path, settings.resume, settings.force)
+    if settings.model is None:
+        nothing = f" ({path} holds no run to resume)" if settings.resume else ""
+        raise TrainError(f"found no base model: give `model`{nothing}")
+    if settings.batch_size % ranks.size:
+        raise TrainError(
+            f"`batch_size` {settings.batch_size} is not divisible by {ranks.size} machines"
+        )
+    source, adapter = _source(settings, resumed)
+    maybe_set_recommended_wired_limit()
+    if mx.default_device() == mx.Device(mx.cpu):
+        # The C library hands memory out as fast as MLX's cache, and gives it back: 20% less in use.
+        mx.set_cache_limit(0)
+    mx.random.seed(settings.seed)
+    bare = replace(source, adapter_path=None, adapter=None, merge=None)
+    model, tokenizer, config = load_source(bare)
+    stages = load_stages(settings, tokenizer, bar)
+    digests, weights = [stage.digest for stage in stages], base.weights_digest(source.path)
+    identity = Identity(settings.saved(), settings.fixed(), weights, digests, ranks.size)
+    ranks.same(settings.fixed() | {"model": weights, "data": digests}, "the settings")
+    teacher = None
+    if settings.teacher is not None:
+        teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
+    merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
+    run = Run(settings, path, model, tokenizer, merge, tuning, stages, identity, ranks, teacher)
+    if resumed:
+        saved, run.state, run.tensors = checkpoint.read_state(path)
+        identity.check(saved, path)
+        if run.state.stage >= len(stages):
+            raise TrainError(f"{path} cannot be resumed: it has {len(stages)} stages")
+    if settings.teacher_answers:
+        _answer(run, bar)
+    if settings.teacher_file:
+        _use_file(run, bar)
+    return run
+
+
+def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | None]:
+    """The base, and the adapter that a run goes on with, or begins from, or None."""
+    start = settings.adapter_path if resumed else settings.init_from
+    trust = settings.trust_remote_code
+    if start is None:  # not Source.find: the adapter that a model carries is not trained on
+        path = base.resolve(settings.model)
+        return Source(settings.model, path, trust_remote_code=trust), None
+    try:
+        source = Source.find(settings.model, start, None if resumed else settings.k, trust)
+        adapter = load_adapter(source.adapter)
+        check_not_quantized(adapter.merge, "trained")
+    except AdapterError as error:
+        raise TrainError(f"`{'resume' if resumed else 'init_from'}`: {error}") from error
+    return source, adapter
+
+
+def _adapt(
+    settings: TrainSettings,
+    model: nn.Module,
+    tokenizer: Any,
+    config: dict[str, Any],
+    adapter: Adapter | None,
+    resumed: bool,
+) -> tuple[MergeConfig, Tuning]:
+    """Puts the given adapter on the model, or a fresh one, and says what it is."""
+    if adapter is None:
+        merge, tuning = _fresh(settings, model, tokenizer, config)
+        try:
+            wire(model, merge, tuning, merge.pad_token_id, settings.model)
+        except AdapterError as error:
+            raise TrainError(f"lora_parameters: {error}") from error
+        return merge, tuning
+    check_fit(adapter, config, settings.model)
+    attach(model, adapter, padding_of(adapter, tokenizer))
+    if resumed:
+        return adapter.merge, adapter.tuning
+    _check_adopted(settings, adapter)
+    return _signed(settings, adapter.merge, tokenizer), adapter.tuning
+
+
+def _fresh(
+    settings: TrainSettings, model: nn.Module, tokenizer: Any, config: dict[str, Any]
+) -> tuple[MergeConfig, Tuning]:
+    """What a new adapter is to be."""
+    _, table = base.find_embedding(model, settings.model)
+    d, encoder = table(mx.array([0])).shape[-1], None
+    if settings.k > 1:
+        h = schema.inner_size(settings.k, d, settings.encoder_factor)
+        encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context)
+    tuning, head = _tuning(settings, model)
+    model_config = schema.BaseModelConfig(settings.model, base.fingerprint(config))
+    merge = MergeConfig(encoder, model_config, base.default_pad_token_id(tokenizer), head)
+    return _signed(settings, merge, tokenizer), tuning
+
+
+def _check_adopted(settings: TrainSettings, adapter: Adapter) -> None:
+    """Refuses settings that ask for another adapter than the given one."""
+    encoder, tuning = adapter.merge.encoder, adapter.tuning
+    pairs = {
+        "`encoder_context`": (settings.encoder_context, encoder.context if encoder else 0),
+        "`fine_tune_type`": (settings.fine_tune_type, tuning.to_json()["fine_tune_type"]),
+    }
+    if encoder is not None and settings.encoder_factor is not None:
+        inner = schema.inner_size(settings.k, encoder.hidden_size, settings.encoder_factor)
+        pairs["the width of `encoder_factor`"] = (inner, encoder.inner_size)
+    if settings.num_layers != -1:
+        pairs["`num_layers`"] = (settings.num_layers, tuning.num_layers)
+    if isinstance(tuning, LoRAConfig) and settings.lora_parameters != LORA_PARAMETERS:
+        has = asdict(tuning.uniform) if tuning.uniform else {}
+        has |= {"keys": [*tuning.keys], "dropout": tuning.dropout}
+        given = {n: v for n, v in settings.lora_parameters.items() if v is not None}
+        pairs |= {f"lora_parameters.{n}": (value, has.get(n)) for n, value in given.items()}
+    wrong = [f"{n} is {a}, the adapter has {b}" for n, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise TrainError(findings(f"`init_from` {settings.init_from}", wrong))
+
+
+def _signed(settings: TrainSettings, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
+    """What an adapter says of itself, with the layout and the settings of this run."""
+    templated = bool(tokenizer.has_chat_template) and not settings.ignore_chat_template
+    layout = replace(settings.layout(), chat_template=templated)
+    provenance = {
+        "trained_by": f"kmerge-mlx {__version__}",
+        "data": settings.task or settings.data or "hf_dataset",
+        "optimizer": settings.optimizer,
+        "learning_rate": settings.lr_schedule or settings.learning_rate,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    return replace(merge, layout=layout, provenance=provenance)
+
+
+def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, schema.LoRASpec | None]:
+    """What of the base is trained, and the LoRA of a tied head, for which mlx-lm has no place."""
+    layers = len(model.layers)
+    if settings.num_layers > layers:
+        raise TrainError(f"`num_layers` is {settings.num_layers}, the model has {layers} layers")
+    count = layers if settings.num_layers < 0 else settings.num_layers
+    if settings.fine_tune_type == FULL:
+        return FullConfig(count), None
+    parameters = settings.lora()
+    if unknown := sorted(map(str, set(parameters) - set(LORA_PARAMETERS))):
+        hint = ": mlx-lm's scale is alpha / rank" if "alpha" in unknown else ""
+        known = ", ".join(LORA_PARAMETERS)
+        raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}, expected {known}")
+    keys = parameters["keys"]
+    keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
+    try:
+        spec = schema.LoRASpec(parameters["rank"], parameters["scale"])
+    except AdapterError as error:
+        raise TrainError(f"lora_parameters: {error}") from None
+    head = output_head(model)
+    tied_head = HEAD in keys and head is None
+    if HEAD in keys:
+        keys = [key for key in keys if key != HEAD] + ([] if head is None else [head[0]])
+    return LoRAConfig(count, parameters["dropout"], spec, tuple(keys)), spec if tied_head else None
+
+
+def _frozen_copy(source: Source, model: nn.Module) -> nn.Module:
+    """The base once more, on the same arrays, its embedding wrapped without merging."""
+    copy, _, _ = load_source(source, lazy=True)
+    copy.update(model.parameters())
+    wire(copy, MergeConfig(None), LoRAConfig(0), 0, source.model)
+    copy.freeze()
+    return copy
+
+
+def _answer(run: Run, bar: Bar) -> None:
+    """Lets the teacher write the missing answers, or takes those of the saved run."""
+    sets, most, answers = run.stages[0].sets, run.settings.teacher_max_tokens, None
+    if run.state.rng:
+        answers = teaching.read_answers(run.path, run.teacher, sets, most)
+    elif run.ranks.rank == 0:
+        answers = teaching.write_answers(run.teacher, run.tokenizer, sets, most, bar("Answering"))
+    run.answers = run.ranks.share_json(answers)
+    teaching.give_answers(run.answers, sets, limits_of(run.settings))
+
+
+def _use_file(run: Run, bar: Bar) -> None:
+    """Puts the teacher's file in the place of the teacher; a run that begins makes it if needed."""
+    settings, sets, path = run.settings, run.stages[0].sets, Path(run.settings.teacher_file)
+    # The digests of the sets are taken anew: written answers are part of them by now.
+    parts = [run.identity.base, *(f"{split} {data.digest}" for split, data in sets.items())]
+    parts += [str(settings.teacher_top_k), str(settings.k)]
+    parts += [str(settings.teacher_answers), str(settings.teacher_max_tokens)]
+    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    # A saved run may come from a stranger, and its settings must not name a file to write.
+    if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
+        teaching.store(
+            path, digest, run.teacher, sets, settings.batch_size, bar("Asking the teacher")
+        )
+    run.ranks.any(False)  # the others wait for the file
+    run.teacher = StoredTeacher(path, digest, run.teacher, sets)
