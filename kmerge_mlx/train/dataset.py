@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.data.examples import Example
-from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList
-from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
+from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
@@ -205,7 +205,7 @@ class TreeSet(Sequence[TokenizedExample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         tree, number = divmod(index, self._questions)
-        question = draw_question(self._task, self._split, tree, number, self._earlier)
+        question = self._task.question(self._split, tree, number, self._earlier)
         example = Example(question.prompt, None, question.answer)
         try:
             return self._limits.tokenize(self._tokenizer, example)
@@ -221,6 +221,6 @@ def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeS
     for split in reversed(SPLITS):
         sets[split] = TreeSet(task, split, earlier, tokenizer, limits)
         if split != "train":
-            trees = (draw_alone(task, split, i, earlier)[0] for i in range(task.trees()[split]))
+            trees = (task.tree(split, i, earlier)[0] for i in range(task.trees()[split]))
             earlier = earlier | {fingerprint(tree.text) for tree in trees}
     return sets

@@ -14,7 +14,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.adapters.tuning import FULL, LORA
-from kmerge_mlx.config import DATA_SEED, TASKS, is_number
+from kmerge_mlx.config import DATA_SEED, is_number
+from kmerge_mlx.data import TASKS
+from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
@@ -67,7 +69,7 @@ class TrainSettings(Settings):
         **_PLACE,
     )
     task: str | None = option(
-        None, str, "Train on one of the paper's tasks instead.", choices=TASKS, **_MODEL
+        None, str, "Train on one of the paper's tasks instead.", choices=tuple(TASKS), **_MODEL
     )
     hf_dataset: Any = option(None, list, "mlx-lm's hf_dataset entries.", **_FEATURE)
     prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
@@ -270,7 +272,7 @@ class TrainSettings(Settings):
     def _clashes(self) -> list[str]:
         """Settings that are good alone and not together."""
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
-        trees, k1 = self.task == TASKS[0], self.k == 1
+        trees, k1 = self.task == TreeTask.name, self.k == 1
         rules = {
             f"found {' and '.join(sources)}, expected one of `data`, `task` and hf_dataset": (
                 len(sources) > 1

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kmerge_mlx.config import TASKS, is_int, is_number
+from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.data.sources import ExampleList, load_examples, load_hub_datasets
-from kmerge_mlx.data.tasks import load_task
+from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
-from kmerge_mlx.data.trees import Stage as TreeStage
 from kmerge_mlx.errors import DataError, TrainError, short
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, tree_sets
 from kmerge_mlx.train.order import batches_of
@@ -68,7 +68,7 @@ def load_stages(config: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage]:
         DataError: No data, a bad row (named), or data that cannot be had.
         TrainError: A curriculum that is none.
     """
-    trees = config.task == TASKS[0]
+    trees = config.task == TreeTask.name
     stages = _tree_stages(config, tokenizer) if trees else [_only_stage(config, tokenizer, bar)]
     for stage in stages:
         batches_of(len(stage.train), config.batch_size)
@@ -97,9 +97,10 @@ def _examples(config: TrainSettings, bar: Bar) -> dict[str, ExampleList]:
     given = {name: getattr(config, name) for name in names}
     rows = RowFormat(**given, answers=not config.teacher_answers)
     if config.task is not None:
-        names = {TASKS[1]: config.category, TASKS[2]: config.language}
-        drawn = (config.task, names[config.task], config.file, config.data_seed, config.skip_bad)
-        return load_task(*drawn, TRAIN_SPLITS, bar("Reading"))
+        task = HUB_TASKS[config.task]
+        part = getattr(config, task.part_name)
+        drawn = task(part, config.file, config.data_seed, config.skip_bad)
+        return drawn.examples(TRAIN_SPLITS, bar("Reading"))
     if config.hf_dataset is not None:
         return load_hub_datasets(config.hf_dataset, rows, config.skip_bad, TRAIN_SPLITS)
     if config.data is None:

@@ -1,15 +1,10 @@
-"""Reading examples: mlx-lm's formats, the split of a prompt, and every kind of bad line."""
+"""What a row means: mlx-lm's formats, the split of a prompt, and every kind of bad line."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import json
-import os
-import random
-import subprocess
-import sys
-import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner import datasets as mlx_datasets
 
-from kmerge_mlx.data import jsonl as lines
-from kmerge_mlx.data.examples import Example, ExampleFile, RowFormat
-from kmerge_mlx.data.sources import load_examples
+from kmerge_mlx.data.examples import Example, RowFormat
+from kmerge_mlx.data.sources import read_examples
 from kmerge_mlx.errors import DataError
 
 GOOD = {"prompt": "Tree: JN", "completion": "true"}
@@ -39,23 +33,18 @@ def read(row: dict, **keys: object) -> Example:
     return RowFormat(**keys).read(row)
 
 
-def test_without_a_context_field_the_whole_prompt_merges():
-    assert read(GOOD) == Example(context="Tree: JN", prompt=None, answer="true")
-
-
-def test_beside_a_context_field_the_prompt_stays_raw():
-    row = {"context": "Tree: JN", "prompt": "Child?", "completion": "WO"}
-    assert read(row) == Example(context="Tree: JN", prompt="Child?", answer="WO")
-
-
-@pytest.mark.parametrize("nothing", ["", None])
-def test_an_empty_context_still_keeps_the_prompt_raw(nothing):
-    row = {"context": nothing, "prompt": "Child?", "completion": "WO"}
-    assert read(row) == Example(context=None, prompt="Child?", answer="WO")
-
-
-def test_a_context_alone_merges_whole():
-    assert read({"context": "Tree", "completion": "WO"}) == Example("Tree", None, "WO")
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({}, Example("Tree: JN", None, "true")),
+        ({"context": "Tree", "prompt": "Child?"}, Example("Tree", "Child?", "true")),
+        ({"context": "", "prompt": "Child?"}, Example(None, "Child?", "true")),
+        ({"context": None, "prompt": "Child?"}, Example(None, "Child?", "true")),
+        ({"context": "Tree", "prompt": None}, Example("Tree", None, "true")),
+    ],
+)
+def test_beside_a_context_field_the_prompt_stays_raw_and_merges_without_one(row, expected):
+    assert read(GOOD | row) == expected
 
 
 def test_messages_are_kept_as_they_are():
@@ -67,20 +56,14 @@ def test_messages_are_kept_as_they_are():
 def test_a_text_is_cut_at_its_rows_split():
     example = read({"text": "Tree: JN, Answer: true", "split": 18})
     assert (example.context, example.answer, example.bare) == ("Tree: JN, Answer: ", "true", True)
-
-
-def test_a_texts_split_counts_characters_not_bytes():
-    assert read({"text": "漢字é🙂xy", "split": 4}).answer == "xy"
+    assert read({"text": "漢字é🙂xy", "split": 4}).answer == "xy"  # characters, not bytes
 
 
 def test_one_share_cuts_every_text_before_a_word():
     example = read({"text": "one two three four"}, text_split=0.6)
     assert (example.context, example.answer) == ("one two", " three four")
     assert read({"text": "漢字漢字"}, text_split=0.5).answer == "漢字"
-
-
-def test_a_rows_own_split_beats_the_share():
-    assert read({"text": "abcd", "split": 1}, text_split=0.9).answer == "bcd"
+    assert read({"text": "abcd", "split": 1}, text_split=0.9).answer == "bcd"  # a row's own first
 
 
 @given(st.text(min_size=2, max_size=30), st.floats(0.01, 0.99))
@@ -157,12 +140,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_a_bad_line_stops_everything_and_is_named(tmp_path, name, suffix):
+def test_a_bad_line_stops_everything_and_is_named(tmp_path, name):
     line, message = BAD[name]
-    path = write(tmp_path / f"train.{suffix}", GOOD, GOOD, line, GOOD)
+    path = write(tmp_path / "train.jsonl", GOOD, GOOD, line, GOOD)
     with pytest.raises(DataError, match=message) as caught:
-        ExampleFile(path)
+        read_examples(path)
     assert str(caught.value).startswith(f"{path} line 3: ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 250
@@ -193,162 +175,10 @@ def test_whatever_a_row_holds_it_is_an_example_or_one_error(row, answers, share)
 def test_bad_lines_can_be_counted_instead(tmp_path):
     bad = [line for line, _ in BAD.values()]
     path = write(tmp_path / "train.jsonl", GOOD, *bad, GOOD | {"prompt": "last"})
-    with ExampleFile(path, skip_bad=True) as file:
-        assert (len(file), file.bad) == (2, len(BAD))
-        assert file.first_bad.startswith(f"{path} line 2: not JSON")
-        assert file[1].context == "last"
-
-
-def test_a_file_of_bad_lines_alone_is_refused_even_when_they_are_counted(tmp_path):
-    path = write(tmp_path / "train.jsonl", [1], [2])
-    with pytest.raises(DataError, match=r"holds no example: every line is bad, .* line 1: found"):
-        ExampleFile(path, skip_bad=True)
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-@pytest.mark.parametrize("content", [[], [b"", b"  ", b"\r"]])
-def test_an_empty_file_is_refused(tmp_path, suffix, content):
-    path = write(tmp_path / f"train.{suffix}", *content)
-    with pytest.raises(DataError, match=r"holds no example$"):
-        ExampleFile(path)
-
-
-def test_a_line_past_the_limit_is_named_without_being_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 20)
-    path = tmp_path / "train.jsonl"
-    with path.open("wb") as file:
-        file.write(json.dumps(GOOD).encode() + b'\n{"prompt": "')
-        for _ in range(64):
-            file.write(b"a" * (1 << 20))
-        file.write(b'"}\n' + json.dumps(GOOD).encode())
-    tracemalloc.start()
-    with pytest.raises(DataError, match=r"line 2: longer than 1 MiB"):
-        ExampleFile(path)
-    with ExampleFile(path, skip_bad=True) as examples:
-        assert (len(examples), examples.bad, examples[1].answer) == (2, 1, "true")
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
-
-
-def test_a_line_of_exactly_the_limit_is_read(tmp_path, monkeypatch):
-    data = json.dumps(GOOD).encode() + b"\n"
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", len(data))
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(data + data)
-    assert len(ExampleFile(path)) == 2
-    path.write_bytes(data.replace(b"true", b"trues") + data)
-    assert ExampleFile(path, skip_bad=True).bad == 1
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_blank_lines_windows_line_ends_and_a_byte_order_mark_do_no_harm(tmp_path, suffix):
-    line = json.dumps(GOOD).encode()
-    path = write(tmp_path / f"a.{suffix}", b"\xef\xbb\xbf" + line + b"\r", b"", b" \t\r", line)
-    with ExampleFile(path) as file:
-        assert [example.answer for example in file] == ["true", "true"]
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-
-
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=20), st.booleans(), st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_any_index_gives_the_row_that_was_written_there(tmp_path_factory, pairs, packed, escaped):
-    path = tmp_path_factory.mktemp("any") / ("train.jsonl" + ".gz" * packed)
-    rows = [{"prompt": p, "completion": c} for p, c in pairs]
-    write(path, *[json.dumps(row, ensure_ascii=escaped).encode() for row in rows])
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    with ExampleFile(path) as file:
-        assert [(file[i].context, file[i].answer) for i in order] == [pairs[i] for i in order]
-        assert (file[-1].context, file[-1].answer) == pairs[-1]
-        assert [example.context for example in file] == [p for p, _ in pairs]
-        with pytest.raises(IndexError):
-            file[len(pairs)]
-
-
-def test_a_file_takes_memory_by_its_rows_not_by_its_size(tmp_path):
-    row = json.dumps({"prompt": "x" * 50_000, "completion": "b"}).encode()
-    path = write(tmp_path / "train.jsonl", *[row] * 600)  # 30 MB
-    tracemalloc.start()
-    with ExampleFile(path) as file:
-        assert len(file) == 600
-        assert len(file[599].context) == 50_000
-    assert tracemalloc.get_traced_memory()[1] < 2 << 20
-    tracemalloc.stop()
-
-
-def test_the_digest_tells_one_set_of_examples_from_another(tmp_path):
-    one = ExampleFile(write(tmp_path / "a.jsonl", GOOD, GOOD | {"prompt": "b"})).digest
-    assert ExampleFile(write(tmp_path / "b.jsonl.gz", GOOD, GOOD | {"prompt": "b"})).digest == one
-    assert ExampleFile(write(tmp_path / "c.jsonl", GOOD | {"prompt": "b"}, GOOD)).digest != one
-    skipping = ExampleFile(
-        write(tmp_path / "d.jsonl", GOOD, [], GOOD | {"prompt": "b"}), None, True
-    )
-    assert skipping.digest == one
-
-
-def test_an_example_can_be_named_by_file_and_line(tmp_path):
-    path = write(tmp_path / "train.jsonl", GOOD, b"", [], GOOD)
-    with ExampleFile(path, skip_bad=True) as file:
-        assert [file.where(0), file.where(-1)] == [f"{path} line 1", f"{path} line 4"]
-    assert load_examples(tmp_path, skip_bad=True)["train"].where(1) == f"{path} line 4"
-
-
-def test_a_file_changed_under_way_is_an_error_and_not_a_wrong_example(tmp_path):
-    path = write(tmp_path / "train.jsonl", GOOD, GOOD)
-    with ExampleFile(path) as file:
-        with path.open("r+b") as other:
-            other.write(b"#" * 20)
-        with pytest.raises(DataError, match=r"line 1 was changed while in use: not JSON"):
-            file[0]
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for name, message in (
-        ("gone.jsonl", "no such file"),
-        ("pipe.jsonl", "is not a file"),
-        (".", ""),
-    ):
-        with pytest.raises(DataError, match=f"cannot read .*{message}"):
-            ExampleFile(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda d: d[:-9], lambda d: b"no gzip", lambda d: d[:30] + b"x"]
-)
-def test_a_torn_gzip_file_is_one_error(tmp_path, damage):
-    path = write(tmp_path / "train.jsonl.gz", *[GOOD | {"prompt": str(i)} for i in range(99)])
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"train\.jsonl\.gz is torn or not a gzip file"):
-        ExampleFile(path)
-
-
-def test_an_unpacked_file_leaves_nothing_behind(tmp_path):
-    path = write(tmp_path / "train.jsonl.gz", GOOD)
-    code = "import sys; from kmerge_mlx.data.examples import *; f = ExampleFile(sys.argv[1]); f[0]"
-    place = tmp_path / "tmp"
-    place.mkdir()
-    environment = os.environ | {"TMPDIR": str(place)}
-    subprocess.run([sys.executable, "-c", code, path], env=environment, check=True, timeout=60)
-    assert list(place.iterdir()) == []
-
-
-def test_a_full_disk_under_an_unpacked_file_is_one_error(tmp_path):
-    rows = [GOOD | {"prompt": str(i) * 200} for i in range(500)]
-    path = write(tmp_path / "train.jsonl.gz", *rows)
-    code = (
-        "import resource, signal, sys\n"
-        "from kmerge_mlx.data.examples import ExampleFile\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "ExampleFile(sys.argv[1])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60
-    )
-    assert "DataError: cannot unpack" in done.stderr
-    assert "File too large" in done.stderr
+    found = read_examples(path, skip_bad=True)
+    assert (len(found), found.bad) == (2, len(BAD))
+    assert found.first_bad.startswith(f"{path} line 2: not JSON")
+    assert found[1].context == "last"
 
 
 @pytest.mark.parametrize(

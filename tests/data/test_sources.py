@@ -113,16 +113,6 @@ def test_several_datasets_follow_one_another_each_with_its_own_keys(datasets, tm
         train[13]
 
 
-def test_the_digest_covers_what_is_taken_of_which_file(datasets):
-    def digest(**entry):
-        found = load_hub_datasets({"path": "user/one", **KEYS, **entry}, splits=("train",))
-        return found["train"].digest
-
-    assert digest() == digest(train_split="train[:8]")
-    assert digest() != digest(train_split="train[:7]")
-    assert digest(path="user/two", train_split="train[:3]") != digest(train_split="train[:3]")
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -142,6 +132,7 @@ def test_an_entry_that_cannot_be_read_is_refused_by_name(datasets, entry, messag
         load_hub_datasets([entry])
 
 
+@pytest.mark.slow
 def test_a_hub_repo_of_jsonl_files_is_a_folder_like_any_other(tmp_path):
     made = tmp_path / "made"
     made.mkdir()
