@@ -107,7 +107,7 @@ def data(settings: DataSettings) -> None:
     from kmerge_mlx.cli.progress import bars
 
     bar = bars(quiet=False)("Reading" if settings.task in HUB_TASKS else "Drawing")
-    summary = task.write_folder(settings.out, settings.force, bar)
+    summary = task.write(settings.out, settings.force, bar)
     if settings.as_json:
         print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))
     else:

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data.jsonl import Row
 from kmerge_mlx.errors import DataError, short
 from kmerge_mlx.prompts.tags import cuts_tag
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and its answer; the prompt is text, or chat messages.
+    """A prompt (text that merges and text to read raw after it, or chat messages) and its answer.
 
     Args:
-        context: Text to merge, or None. A row without a context merges its whole prompt.
-        prompt: Text to read raw, after the context, or None.
-        answer: Text to learn, or None where the row has no answer and needs none.
+        context: Text to merge: the whole prompt, where a row does not tell them apart.
+        prompt: Text to read raw.
+        answer: Text to learn, or None where no answer is needed.
         bare: Whether no chat template applies, as in mlx-lm's ``text`` format.
-        messages: A conversation whose last message is the answer; or empty.
-        tools: What the chat template lists as tools, or None.
+        messages: A conversation, the answer last.
+        tools: What the chat template lists as tools.
     """
 
     context: str | None = None
@@ -38,18 +40,14 @@ class Example:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The keys of a row, and where a ``text`` is cut.
+    """The keys of a row (mlx-lm's, and ours for what merges and where a text is cut).
 
     Args:
-        prompt_feature: Key of the prompt.
-        completion_feature: Key of its answer.
-        chat_feature: Key of a conversation.
-        text_feature: Key of a text.
         context_feature: Key of what merges while the prompt stays raw; a row without it merges its
             whole prompt.
         split_feature: Key of the character of a text at which its answer begins.
         text_split: Share of a text, between 0 and 1, after which its answer begins, for rows
-            without a ``split``; the cut moves left to the next white space. None: each row says.
+            without a ``split``; the cut moves left to the next white space.
         answers: Whether every row must have an answer.
 
     Raises:
@@ -94,16 +92,14 @@ class RowFormat:
         )
 
     def _completion(self, row: Row) -> Example:
-        answer = _text_of(row, self.completion_feature)
+        answer, tools = _of(str, row, self.completion_feature), _of(list, row, "tools")
         if not answer and self.answers:
             raise DataError(f"{self.completion_feature} is empty, expected an answer")
-        context, prompt = self._parts(row, _text_of(row, self.prompt_feature))
-        return Example(context, prompt, answer or None, tools=_tools(row))
+        context, prompt = self._parts(row, _of(str, row, self.prompt_feature))
+        return Example(context, prompt, answer or None, tools=tools and tuple(tools))
 
     def _text(self, row: Row) -> Example:
-        text = _text_of(row, self.text_feature)
-        if text is None:
-            raise DataError(f"{self.text_feature} is None, expected text")
+        text = _of(str, row, self.text_feature) or ""
         at = self._split(row, text)
         context, prompt = self._parts(row, text[:at])
         return Example(context, prompt, text[at:] or None, bare=True)
@@ -112,7 +108,7 @@ class RowFormat:
         """What merges and what stays raw: without a ``context`` key, all of the prompt merges."""
         context, raw = prompt, None
         if self.context_feature in row:
-            context, raw = _text_of(row, self.context_feature), prompt
+            context, raw = _of(str, row, self.context_feature), prompt
         if not context and not raw:
             raise DataError(f"{self.prompt_feature} is empty, expected a prompt")
         return context or None, raw or None
@@ -163,7 +159,8 @@ class RowFormat:
             raise DataError(f"{name} ends with an empty answer")
         if len(messages) - answered < 1:
             raise DataError(f"{name} holds no prompt, expected a message before the assistant's")
-        return Example(messages=tuple(messages), tools=_tools(row))
+        tools = _of(list, row, "tools")
+        return Example(messages=tuple(messages), tools=tools and tuple(tools))
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -174,15 +171,10 @@ def _check_message(message: Any, where: str) -> None:
         raise DataError(f"{where}.content is {short(content)}, expected text")
 
 
-def _text_of(row: Row, key: str) -> str | None:
+def _of(kind: type[T], row: Row, key: str) -> T | None:
+    """A value of a row, checked."""
     value = row.get(key)
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{key} is {short(value)}, expected text")
+    if value is not None and not isinstance(value, kind):
+        expected = "text" if kind is str else "a list"
+        raise DataError(f"{key} is {short(value)}, expected {expected}")
     return value
-
-
-def _tools(row: Row) -> tuple[Any, ...] | None:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"tools is {short(tools)}, expected a list")
-    return None if tools is None else tuple(tools)

@@ -33,13 +33,11 @@ class ExampleList(Sequence[Example]):
         items: The examples.
         places: Where each comes from: a file or a task, and a number from 1.
         bad: How many bad lines were left out.
-        first_bad: What was wrong with the first of them, or None.
     """
 
     items: Sequence[Example]
     places: Sequence[tuple[str, int]]
     bad: int = 0
-    first_bad: str | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -56,12 +54,7 @@ class ExampleList(Sequence[Example]):
 def read_examples(
     path: str | Path, row_format: RowFormat | None = None, skip_bad: bool = False
 ) -> ExampleList:
-    """Reads a ``.jsonl`` or ``.jsonl.gz`` file.
-
-    Args:
-        path: The file.
-        row_format: What its rows mean.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
+    """Reads a ``.jsonl`` or ``.jsonl.gz`` file; ``skip_bad`` counts bad lines and goes on.
 
     Raises:
         DataError: A bad line (named), not a single good line, or a file that cannot be read.
@@ -74,7 +67,7 @@ def read_examples(
     if not items:
         reason = f": every line is bad, {bad.first}" if bad.count else ""
         raise DataError(f"{path} holds no example{reason}")
-    return ExampleList(items, places, bad.count, bad.first)
+    return ExampleList(items, places, bad.count)
 
 
 def load_examples(
@@ -83,17 +76,14 @@ def load_examples(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """Reads the splits of a folder, or of a hub dataset that keeps them as JSONL.
+    """Reads those splits that a folder, or a hub dataset of JSONL files, has.
 
     Args:
         data: A folder with ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` (or ``.jsonl.gz``), or
             a hub repo id of one (``user/name@revision``).
         row_format: What the rows mean.
         skip_bad: Count bad lines and go on, instead of stopping at the first.
-        splits: Which splits are wanted; one that is not there is left out, as in mlx-lm.
-
-    Returns:
-        Examples by split, at least one split.
+        splits: Which splits are wanted.
 
     Raises:
         DataError: No such folder or dataset, no split in it, or a bad line.
@@ -112,25 +102,22 @@ def load_hub_datasets(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """Reads what mlx-lm's ``hf_dataset`` config names: hub datasets, their keys and slices.
+    """Reads the entries of mlx-lm's ``hf_dataset``, of each split one after the other.
 
     Args:
         entries: One mapping or several: ``path``, and as wanted ``train_split``, ``valid_split``,
             ``test_split`` (``train[:80%]``, ``train[-10%:]`` and none by default) and the fields of
-            RowFormat (``prompt_feature``, ...).
-        row_format: What the rows mean, where an entry does not say.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
+            RowFormat, which is ``row_format`` otherwise.
+        row_format: As for :func:`load_examples`, and so are the others.
+        skip_bad: Count bad lines and go on.
         splits: Which splits are wanted.
-
-    Returns:
-        Examples by split, those of several entries one after the other.
 
     Raises:
         DataError: An unknown key, a malformed slice, a dataset without JSONL files, a bad line.
     """
     if isinstance(entries, Mapping):
         entries = [entries]
-    found: dict[str, list[ExampleList]] = {}
+    found: dict[str, ExampleList] = {}
     for entry in entries:
         path, formats, slices = _read_entry(entry, row_format or RowFormat(), splits)
         folder = _folder(path, [name for name, _, _ in slices.values()])
@@ -146,17 +133,10 @@ def load_hub_datasets(
                 files[name] = read_examples(file, formats, skip_bad)
             whole = files[name]
             part = slice(_bound(start, len(whole)), _bound(stop, len(whole)))
-            found.setdefault(split, []).append(
-                ExampleList(whole[part], whole.places[part], whole.bad, whole.first_bad)
-            )
-    return {split: _joined(parts) for split, parts in found.items()}
-
-
-def _joined(parts: Sequence[ExampleList]) -> ExampleList:
-    items = [item for part in parts for item in part.items]
-    places = [place for part in parts for place in part.places]
-    reasons = [part.first_bad for part in parts if part.first_bad]
-    return ExampleList(items, places, sum(part.bad for part in parts), next(iter(reasons), None))
+            before = found.get(split, ExampleList([], []))
+            items, places = [*before.items, *whole[part]], [*before.places, *whole.places[part]]
+            found[split] = ExampleList(items, places, before.bad + whole.bad)
+    return found
 
 
 def _read_entry(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data.examples import Example
@@ -35,33 +35,25 @@ def fingerprint(text: str, seed: int | None = None) -> int:
 
 
 class Task:
-    """One of the paper's tasks."""
+    """One of the paper's tasks: it knows how to write its data."""
 
     name: ClassVar[str]
 
-    def write(self, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Draws the splits, writes them into an empty folder, and returns what was written.
-
-        Raises:
-            DataError: A bad line, or too little to draw from.
-        """
-        raise NotImplementedError
-
-    def write_folder(
+    def write(
         self, path: str | Path, force: bool = False, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Writes a data folder, whole or not at all.
+        """Draws the splits and writes them as a data folder, whole or not at all.
 
         Args:
             path: The folder.
             force: Replace a data folder that is there, and nothing else.
-            progress: Called with (work done, work in all).
+            progress: Shows how far it is.
 
         Returns:
             The summary, which is also left in the folder, where mlx-lm does not look.
 
         Raises:
-            DataError: Something else is there, it cannot be written, or as for :meth:`write`.
+            DataError: A bad line, too little to draw from, or a place that cannot be written.
         """
         from kmerge_mlx.files import check_destination, replacing_folder, write_json
 
@@ -69,20 +61,19 @@ class Task:
         check_destination(path, force, "data", names, DataError)
         try:
             with replacing_folder(Path(path)) as folder:
-                summary = self.write(folder, progress)
+                summary = self._write(folder, progress)
                 write_json(folder / SUMMARY, summary)
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise DataError(f"cannot write {path}: {reason}") from error
         return summary
 
+    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and its answer; an empty answer is left out.
 
-    ``label`` is what the summary counts it as, if anything.
-    """
+class Pair(NamedTuple):
+    """A prompt, its answer (a row without one is left out) and what the summary counts it as."""
 
     prompt: str
     answer: str
@@ -148,21 +139,22 @@ class HubTask(Task):
     ) -> dict[str, ExampleList]:
         """Draws splits into memory; raises as :meth:`write` does."""
         drawn, read = self._draw(progress)
-        bad = {"bad": read["bad_lines"], "first_bad": read["first_bad"]}
         found = {}
         for split in splits:
             if pairs := drawn.get(split):
                 items = [Example(pair.prompt, None, pair.answer) for pair in pairs]
                 places = [(f"{self.name} {split} row", i + 1) for i in range(len(pairs))]
-                found[split] = ExampleList(items, places, **({} if found else bad))
+                found[split] = ExampleList(items, places, 0 if found else read["bad_lines"])
         return found
 
-    def write(self, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Writes the rows in the order of the draw (see :meth:`Task.write`)."""
+    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
         drawn, read = self._draw(progress)
         written = {}
         for split, pairs in drawn.items():
-            rows = ((p.prompt, p.answer, p.prompt, {"labels": p.label}) for p in pairs)
+            rows = (
+                (p.prompt, p.answer, p.prompt, {"labels": p.label} if p.label else {})
+                for p in pairs
+            )
             written[split] = write_split(folder, split, rows)
         source = self.file or f"{self.repo} {self.part or self.default_part}"
         head = {"task": self.name, "source": source, "seed": self.seed}
@@ -236,7 +228,7 @@ def write_split(
         folder: Where to.
         split: The split's name.
         rows: Prompt, answer, what no other split may hold (the tree, or the prompt), and what to
-            count, by name (``{"labels": "true"}``); None counts nothing.
+            count, by name (``{"labels": "true"}``).
 
     Returns:
         Rows, tallies (numbers in order, names by count) and SHA-256; and the fingerprints of what
@@ -252,8 +244,7 @@ def write_split(
             count += 1
             units.add(fingerprint(unit))
             for name, value in counted.items():
-                if value is not None:
-                    tallies.setdefault(name, Counter())[value] += 1
+                tallies.setdefault(name, Counter())[value] += 1
         file.flush()
         os.fsync(file.fileno())
     ranked = {

@@ -16,7 +16,6 @@ from functools import cached_property
 from itertools import cycle, permutations
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from kmerge_mlx.config import DATA_SEED
@@ -75,26 +74,19 @@ class Stage:
             )
 
 
-STAGES: Mapping[str, Stage] = MappingProxyType(
-    {
-        "small": Stage(2, 3, 0, 2, 282, 320),
-        "xsmall": Stage(3, 5, 0, 2, 192, 320),
-        "medium": Stage(3, 10, 0, 3, 144, 192),
-        "xmedium": Stage(4, 15, 1, 3, 96, 128),
-        "large": Stage(4, 30, 1, 3, 48, 48),
-        "x3large": Stage(4, 150, 3, 5, 16, 16),
-    }
-)
+STAGES = {
+    "small": Stage(2, 3, 0, 2, 282, 320),
+    "xsmall": Stage(3, 5, 0, 2, 192, 320),
+    "medium": Stage(3, 10, 0, 3, 144, 192),
+    "xmedium": Stage(4, 15, 1, 3, 96, 128),
+    "large": Stage(4, 30, 1, 3, 48, 48),
+    "x3large": Stage(4, 150, 3, 5, 16, 16),
+}
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree, its nodes depth first.
-
-    Args:
-        names: Each node's name.
-        parents: Each node's parent, by index; -1 for the root, which comes first.
-    """
+    """A tree, its nodes depth first: their names, and their parents by index (the root's is -1)."""
 
     names: tuple[str, ...]
     parents: tuple[int, ...]
@@ -153,13 +145,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a tree, and its answer.
+    """A prompt about a tree, its answer, how the nodes are related, and the child's depth.
 
-    Args:
-        prompt: The tree and the question, as the paper's code writes them.
-        answer: ``true`` or ``false``, or the parent's name.
-        kind: How the two nodes are related (:meth:`Tree.kind`), or ``find_parent``.
-        depth: The asked child's distance from the root.
+    ``answer`` is ``true`` or ``false``; where ``kind`` is ``find_parent``, the parent's name.
     """
 
     prompt: str
@@ -178,8 +166,7 @@ class TreeTask(Task):
         stage: Name of one of the six stages, or a stage of one's own.
         num_trees: Trees in all splits together.
         seed: The same one gives the same bytes.
-        questions_per_tree: Most true/false questions of a tree, half of each; trees with fewer
-            edges get fewer.
+        questions_per_tree: Most true/false questions of a tree, half of each.
         find_parent: Most questions of the other kind that a tree gets as well.
         reference_sampling: Ask every ordered pair of distinct nodes, as the paper's code does.
         splits: Trees by split, for those that should not follow from ``num_trees``: a hundredth
@@ -236,14 +223,14 @@ class TreeTask(Task):
         Args:
             split: The split's name; each has trees of its own.
             index: Which tree of the split, from 0.
-            earlier: Fingerprints of trees of earlier splits (the test trees come first, then the
-                validation trees), which are drawn again, and so is a tree of one node.
+            earlier: Fingerprints of the trees of earlier splits (test first, then validation): such
+                a tree is drawn again, and so is one of a single node.
 
         Returns:
             The tree, and the generator that its questions are drawn with.
 
         Raises:
-            DataError: The stage has no tree left that is in no earlier split.
+            DataError: The stage has no other trees.
         """
         stage = self.limits
         limits = f"{stage.max_depth} {stage.max_nodes} {stage.min_children} {stage.max_children}"
@@ -276,18 +263,24 @@ class TreeTask(Task):
         for index in range(self.trees()[split]):
             yield self.draw(split, index, earlier)
 
-    def write(self, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Writes the test split first: no tree of an earlier split is drawn again."""
-        trees, written = self.trees(), {}
-        total, earlier = sum(trees.values()), set()
-        for split in reversed(SPLITS):
-            if trees[split]:
-                done = sum(trees[other] for other in written)
-                rows = self._rows(split, earlier, done, total, progress)
-                written[split] = write_split(folder, split, rows)
-                earlier = earlier | written[split][1]
-        if progress is not None:
-            progress(total, total)
+    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
+        trees, written, earlier, done = self.trees(), {}, set(), 0
+
+        def rows(split: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+            nonlocal done
+            for tree, questions in self.draw_split(split, earlier):
+                for asked in questions:
+                    label = FIND_PARENT if asked.kind == FIND_PARENT else asked.answer
+                    false = {"negatives": asked.kind} if asked.answer == "false" else {}
+                    counted = {"labels": label, **false, "depths": asked.depth}
+                    yield asked.prompt, asked.answer, tree.text, counted
+                done += 1
+                if progress is not None and (done % 100 == 0 or done == sum(trees.values())):
+                    progress(done, sum(trees.values()))
+
+        for split in filter(trees.get, reversed(SPLITS)):
+            written[split] = write_split(folder, split, rows(split))
+            earlier |= written[split][1]
         written = {split: written[split] for split in SPLITS if split in written}
         return {
             "task": self.name,
@@ -300,22 +293,6 @@ class TreeTask(Task):
             "trees": {split: trees[split] for split in written},
             **splits_summary(written, "trees"),
         }
-
-    def _rows(
-        self, split: str, earlier: set[int], done: int, total: int, progress: Progress | None
-    ) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-        """The rows of a split, as ``write_split`` takes them."""
-        for number, (tree, questions) in enumerate(self.draw_split(split, earlier), done):
-            for question in questions:
-                named = question.kind == FIND_PARENT
-                counted = {
-                    "labels": FIND_PARENT if named else question.answer,
-                    "negatives": question.kind if question.answer == "false" else None,
-                    "depths": question.depth,
-                }
-                yield question.prompt, question.answer, tree.text, counted
-            if progress is not None and number % 100 == 0:
-                progress(number, total)
 
     def _asked(self, tree: Tree, rng: Random) -> list[tuple[int | None, int]]:
         """What a tree is asked, in random order: parent and child, or None and a child."""

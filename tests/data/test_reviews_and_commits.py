@@ -31,8 +31,7 @@ GOLDEN = [
 
 
 def draw(source: Path, folder: Path, task=AmazonReviews, sizes=SMALL, progress=None, **options):
-    folder.mkdir()
-    return task(file=str(source), sizes=sizes, **options).write(folder, progress)
+    return task(file=str(source), sizes=sizes, **options).write(folder, progress=progress)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -42,12 +41,14 @@ def rows_of(path: Path) -> list[dict]:
 def splits(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return {
         path.stem: [(row["prompt"], row["completion"]) for row in rows_of(path)]
-        for path in folder.iterdir()
+        for path in folder.glob("*.jsonl")
     }
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.jsonl"))
+    }
 
 
 @pytest.mark.parametrize(("task", "file", "seed", "sizes", "expected"), GOLDEN)
@@ -226,7 +227,7 @@ def test_more_rows_than_there_are_is_an_error(tmp_path, sizes, message):
 
 def test_a_split_of_no_rows_leaves_no_file(tmp_path):
     draw(REVIEWS, tmp_path / "data", sizes={"test": 5, "valid": 0, "train": 0})
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["test.jsonl"]
+    assert list(splits(tmp_path / "data")) == ["test"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "Amazon/Fashion"])

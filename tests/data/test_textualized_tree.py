@@ -89,14 +89,13 @@ def relation(parents, depths, a, b) -> str:
 
 
 def write(folder, **options):
-    folder.mkdir()
     return TreeTask(**options).write(folder)
 
 
 @pytest.mark.parametrize(("options", "expected"), GOLDEN)
 def test_the_files_are_those_of_the_first_release_byte_for_byte(tmp_path, options, expected):
     summary = write(tmp_path / "data", **options)
-    files = sorted((tmp_path / "data").iterdir())
+    files = sorted((tmp_path / "data").glob("*.jsonl"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     assert " ".join(digest[:12] for digest in digests) == expected
     assert {found["sha256"] for found in summary["splits"].values()} == set(digests)
@@ -287,7 +286,7 @@ def test_the_summary_counts_what_is_in_the_files(tmp_path):
 
 def test_a_split_of_no_trees_leaves_no_file(tmp_path):
     write(tmp_path / "data", splits={"train": 0, "valid": 0, "test": 3})
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["test.jsonl"]
+    assert [path.name for path in (tmp_path / "data").glob("*.jsonl")] == ["test.jsonl"]
 
 
 @pytest.mark.parametrize(
