@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import HUB_TASKS, TASKS
+from kmerge_mlx.data.sources import SPLITS
 from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
 from kmerge_mlx.settings import Settings, argument, option
 
 # Settings that not all tasks have.
 OWN = {
-    TreeTask.name: (
-        *("stage", "max_nodes", "num_trees", "questions_per_tree", "find_parent"),
-        "reference_sampling",
-    ),
+    TreeTask.name: tuple(f.name for f in fields(TreeTask) if f.name not in ("seed", "splits")),
     **{name: (task.part_name, "file", "skip_bad") for name, task in HUB_TASKS.items()},
 }
 
@@ -48,10 +46,7 @@ class DataSettings(Settings):
         TreeTask.questions_per_tree, int, "Trees: most questions of one, half of them true.", low=2
     )
     find_parent: int = option(
-        TreeTask.find_parent,
-        int,
-        "Trees: most questions of one for a node's parent by name.",
-        low=0,
+        0, int, "Trees: most questions of one for a node's parent by name.", low=0
     )
     reference_sampling: bool = option(
         False, bool, "Trees: ask every pair of nodes, as the paper's code does; most are false."
@@ -70,12 +65,11 @@ class DataSettings(Settings):
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
 
     def clashes(self) -> list[str]:
-        if self.file is not None and not self.category is self.language is None:
-            return [
-                "`category` and `language` name data of the hub, and there is a `file`: leave "
-                "them out, or it"
-            ]
-        return []
+        clash = (
+            "`category` and `language` name data of the hub, and there is a `file`: leave them "
+            "out, or it"
+        )
+        return [clash] if self.file and (self.category or self.language) else []
 
 
 @command(DataSettings)
@@ -93,20 +87,17 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data amazon-reviews --out ./reviews --train 20000 --test 2000
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
     """
+    from kmerge_mlx.cli.progress import bars
+
     settings.refuse_foreign(settings.task, OWN)
-    sizes = {name: getattr(settings, name) for name in ("train", "valid", "test")}
-    sizes = {split: rows for split, rows in sizes.items() if rows is not None}
-    if settings.task in HUB_TASKS:
-        hub_task = HUB_TASKS[settings.task]
+    sizes = {s: n for s, n in settings.given().items() if s in SPLITS}
+    if hub_task := HUB_TASKS.get(settings.task):
         part = getattr(settings, hub_task.part_name)
         task = hub_task(part, settings.file, settings.seed, settings.skip_bad, sizes)
     else:
-        named = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
-        task = TreeTask(seed=settings.seed, splits=sizes, **named)
-
-    from kmerge_mlx.cli.progress import bars
-
-    bar = bars(quiet=False)("Reading" if settings.task in HUB_TASKS else "Drawing")
+        own = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
+        task = TreeTask(seed=settings.seed, splits=sizes, **own)
+    bar = bars(quiet=False)("Reading" if hub_task else "Drawing")
     summary = task.write(settings.out, settings.force, bar)
     if settings.as_json:
         print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))

@@ -50,7 +50,7 @@ class Stage:
         max_nodes: Most nodes of a tree.
         min_children: Fewest children of a node that has room for them; else it has none.
         max_children: Most children of a node.
-        batch_size: Rows a device in the paper, K = 2 and 3; None for stages of one's own.
+        batch_size: Rows a device in the paper, for K = 2 and 3.
         batch_size_k4: The same for K = 4.
 
     Raises:
@@ -69,9 +69,7 @@ class Stage:
         if self.max_depth < 1 or not max(1, self.min_children) <= most:
             raise SettingsError(f"{self}: no tree of two nodes can grow")
         if self.max_nodes > len(NAMES):
-            raise SettingsError(
-                f"`max_nodes` is {self.max_nodes:,}: there are only {len(NAMES)} names"
-            )
+            raise SettingsError(f"`max_nodes` is {self.max_nodes:,} of only {len(NAMES)} names")
 
 
 STAGES = {

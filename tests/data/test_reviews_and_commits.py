@@ -30,8 +30,8 @@ GOLDEN = [
 ]
 
 
-def draw(source: Path, folder: Path, task=AmazonReviews, sizes=SMALL, progress=None, **options):
-    return task(file=str(source), sizes=sizes, **options).write(folder, progress=progress)
+def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=None, force=False, **options):
+    return task(file=str(source), sizes=sizes, **options).write(folder, force, progress)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -64,13 +64,10 @@ def test_the_files_are_those_of_the_first_release_byte_for_byte(
     assert digests(tmp_path / "packed") == found
 
 
-@pytest.mark.parametrize(
-    ("rating", "label"),
-    [(5.0, "positive"), (4, "positive"), (3.5, "positive"), (3.4, "negative"), (3.0, "negative")],
-)
-def test_a_review_is_positive_from_three_and_a_half_stars(rating, label):
-    row = {"text": "Love it", "rating": rating, "title": "Nice"}
-    assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
+def test_a_review_is_positive_from_three_and_a_half_stars():
+    for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
+        row = {"text": "Love it", "rating": rating, "title": "Nice"}
+        assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
 
 
 def test_a_commits_prompt_is_the_papers_to_the_letter():
@@ -82,15 +79,6 @@ def test_a_commits_prompt_is_the_papers_to_the_letter():
         "New Content:\n"
     )
     assert CommitPackFT.pair(row) == Pair(expected, "b = 1\n")
-
-
-def test_the_papers_sizes_are_the_defaults():
-    assert (AmazonReviews.test, AmazonReviews.valid, AmazonReviews.train_share) == (
-        50000,
-        1000,
-        0.1,
-    )
-    assert (CommitPackFT.test, CommitPackFT.valid, CommitPackFT.train_share) == (5600, 500, 1)
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
@@ -154,9 +142,11 @@ def test_the_draw_does_not_depend_on_the_order_of_the_file(tmp_path):
 
 
 def test_a_larger_training_set_leaves_the_other_splits_alone_and_holds_the_smaller(tmp_path):
-    draw(REVIEWS, tmp_path / "small")
-    draw(REVIEWS, tmp_path / "large", sizes=SMALL | {"train": 20})
-    small, large = splits(tmp_path / "small"), splits(tmp_path / "large")
+    found = [
+        AmazonReviews(file=str(REVIEWS), sizes=SMALL | {"train": rows}).examples()
+        for rows in (12, 20)
+    ]
+    small, large = ({s: list(rows) for s, rows in splits.items()} for splits in found)
     assert (small["test"], small["valid"]) == (large["test"], large["valid"])
     assert large["train"][:12] == small["train"]
 
@@ -182,33 +172,25 @@ def test_rows_without_an_answer_are_counted_and_left_out(tmp_path):
     assert all(answer for rows in splits(tmp_path / "data").values() for _, answer in rows)
 
 
-BAD = {
-    '{"rating": 5}': "text is None, expected the text of a review",
-    '{"text": "a", "rating": "five"}': "rating is 'five', expected a number",
-    "{": "not JSON",
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD.items())
-def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path, line, message):
-    path = tmp_path / "raw.jsonl"
-    rows = REVIEWS.read_text().splitlines()
-    path.write_text("\n".join([*rows[:6], line, *rows[6:]]))
-    with pytest.raises(DataError, match=f"raw.jsonl line 7: {message}"):
-        draw(path, tmp_path / "stopped")
-    summary = draw(path, tmp_path / "skipped", skip_bad=True)
-    assert summary["bad_lines"] == 1
-    assert summary["first_bad"].startswith(f"{path} line 7: {message}")
+def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
+    path, rows = tmp_path / "raw.jsonl", REVIEWS.read_text().splitlines()
     draw(REVIEWS, tmp_path / "plain")
-    assert digests(tmp_path / "skipped") == digests(tmp_path / "plain")
+    for line, message in {
+        '{"rating": 5}': "text is None, expected the text of a review",
+        '{"text": "a", "rating": "five"}': "rating is 'five', expected a number",
+        "{": "not JSON",
+    }.items():
+        path.write_text("\n".join([*rows[:6], line, *rows[6:]]))
+        with pytest.raises(DataError, match=f"raw.jsonl line 7: {message}"):
+            draw(path, tmp_path / "data", force=True)
+        summary = draw(path, tmp_path / "data", skip_bad=True, force=True)
+        assert summary["bad_lines"] == 1
+        assert summary["first_bad"].startswith(f"{path} line 7: {message}")
+        assert digests(tmp_path / "data") == digests(tmp_path / "plain")
     found = AmazonReviews(file=str(path), sizes=SMALL, skip_bad=True).examples()
     assert sum(examples.bad for examples in found.values()) == 1
-
-
-def test_a_commit_without_its_texts_is_named():
-    row = {"old_contents": "", "subject": None, "new_contents": "a"}
     with pytest.raises(DataError, match="subject is None, expected text"):
-        CommitPackFT.pair(row)
+        CommitPackFT.pair({"old_contents": "", "subject": None, "new_contents": "a"})
 
 
 @pytest.mark.parametrize(
@@ -225,14 +207,9 @@ def test_more_rows_than_there_are_is_an_error(tmp_path, sizes, message):
         draw(REVIEWS, tmp_path / "data", sizes=sizes)
 
 
-def test_a_split_of_no_rows_leaves_no_file(tmp_path):
-    draw(REVIEWS, tmp_path / "data", sizes={"test": 5, "valid": 0, "train": 0})
-    assert list(splits(tmp_path / "data")) == ["test"]
-
-
-@pytest.mark.parametrize("name", ["../x", "a b", "Amazon/Fashion"])
-def test_a_name_that_is_none_never_reaches_the_hub(name):
-    with pytest.raises(DataError, match="expected a name such as Amazon_Fashion"):
-        AmazonReviews(name).fetch()
-    with pytest.raises(DataError, match="expected a name such as python"):
-        CommitPackFT(name).fetch()
+def test_a_name_that_is_none_never_reaches_the_hub():
+    for name in ("../x", "a b", "Amazon/Fashion"):
+        with pytest.raises(DataError, match="expected a name such as Amazon_Fashion"):
+            AmazonReviews(name).fetch()
+        with pytest.raises(DataError, match="expected a name such as python"):
+            CommitPackFT(name).fetch()

@@ -14,7 +14,7 @@ import pytest
 
 from kmerge_mlx.data import textualized_tree
 from kmerge_mlx.data.splits import fingerprint
-from kmerge_mlx.data.textualized_tree import STAGES, Stage, TreeTask
+from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError, SettingsError
 
 TREE = r"Tree: (?P<tree>[A-Z]{2}(?:\n\++[A-Z]{2})*), Task: "
@@ -70,8 +70,9 @@ def parse(text: str) -> tuple[dict[str, str | None], dict[str, int]]:
 
 
 @cache
-def sample(stage: str, count: int = 1000):
+def sample(stage: str):
     """Trees of a stage with their questions."""
+    count = 200 if stage == "x3large" else 1000
     return list(itertools.islice(TreeTask(stage, 3 * count).draw_split("train"), count))
 
 
@@ -111,32 +112,20 @@ def test_a_training_run_finds_its_trees_again_by_the_text_of_the_first_release()
     )
 
 
-def test_the_stages_are_the_papers():
-    found = {
-        name: (s.max_depth, s.max_nodes, s.min_children, s.max_children)
-        for name, s in STAGES.items()
-    }
-    assert found == LIMITS
-
-
 @pytest.mark.parametrize("stage", LIMITS)
-def test_trees_stay_within_the_limits_of_their_stage_and_reach_them(stage):
-    max_depth, max_nodes, min_children, max_children = LIMITS[stage]
+def test_trees_reach_the_limits_of_the_papers_stage_and_no_further(stage):
+    max_depth, max_nodes, _, max_children = LIMITS[stage]
     sizes, depths_seen, child_counts = Counter(), Counter(), Counter()
     for tree, _ in sample(stage):
         parents, depths = parse(tree.text)
+        assert all(re.fullmatch("[A-Z]{2}", name) for name in parents)
         sizes[len(parents)] += 1
         depths_seen[max(depths.values())] += 1
         children = Counter(parents.values())
-        for name in parents:
-            if depths[name] < max_depth:
-                child_counts[children[name]] += 1
-    assert (min(sizes) >= 2, max(sizes)) == (True, max_nodes)
-    assert max(depths_seen) == max_depth
+        child_counts.update(children[name] for name in parents if depths[name] < max_depth)
+    assert (min(sizes) >= 2, max(sizes), max(depths_seen)) == (True, max_nodes, max_depth)
     # Room runs out under way, so a node may end with fewer children than were drawn for it.
     assert set(child_counts) == set(range(max_children + 1))
-    if min_children == 0:
-        assert child_counts[0] > len(sample(stage)) / 10
 
 
 def sizes_by_reference(stage: str, count: int) -> Counter[int]:
@@ -167,18 +156,6 @@ def test_trees_are_as_large_as_those_of_a_second_generator(stage):
         expected = theirs[size] / 10_000
         error = 5 * (expected * (1 - expected) / 1000) ** 0.5 + 0.005
         assert abs(ours[size] / 1000 - expected) < error
-
-
-def test_names_are_two_capitals_never_twice_in_a_tree_and_evenly_drawn():
-    names = Counter()
-    for tree, _ in sample("large"):
-        found = [row.lstrip("+") for row in tree.text.split("\n")]
-        assert len(set(found)) == len(found)
-        assert all(re.fullmatch("[A-Z]{2}", name) for name in found)
-        names.update(found)
-    assert len(names) == 676
-    mean = sum(names.values()) / 676
-    assert max(abs(n - mean) for n in names.values()) < 5 * mean**0.5
 
 
 @pytest.mark.parametrize("stage", LIMITS)
@@ -235,20 +212,9 @@ def test_a_tree_is_the_same_whatever_was_drawn_before():
     assert task.question("train", 3, 9) == in_turn[3][1][9 % len(in_turn[3][1])]
 
 
-def test_seeds_splits_and_stages_each_draw_trees_of_their_own():
-    base = {TreeTask("medium").draw("train", i)[0].text for i in range(20)}
-    for task, split in (
-        (TreeTask("medium", seed=43), "train"),
-        (TreeTask("medium"), "test"),
-        (TreeTask("xmedium"), "train"),
-    ):
-        assert not base & {task.draw(split, i)[0].text for i in range(20)}
-    assert len(base) == 20
-
-
 def test_no_tree_is_in_two_splits_even_where_trees_are_few(tmp_path):
-    # Of 456,300 trees of two nodes, some 5,000 are drawn: without care, splits would share some.
-    splits = {"train": 12_000, "valid": 4_000, "test": 4_000}
+    # Of 456,300 trees of two nodes, some 2,500 are drawn: without care, splits would share some.
+    splits = {"train": 6_000, "valid": 2_000, "test": 2_000}
     summary = write(tmp_path / "data", stage="small", splits=splits, questions_per_tree=2)
     trees = {}
     for split in splits:
@@ -284,11 +250,6 @@ def test_the_summary_counts_what_is_in_the_files(tmp_path):
     assert summary["trees"] == {"train": 392, "valid": 4, "test": 4}
 
 
-def test_a_split_of_no_trees_leaves_no_file(tmp_path):
-    write(tmp_path / "data", splits={"train": 0, "valid": 0, "test": 3})
-    assert [path.name for path in (tmp_path / "data").glob("*.jsonl")] == ["test.jsonl"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -297,15 +258,10 @@ def test_a_split_of_no_trees_leaves_no_file(tmp_path):
         ({"questions_per_tree": 7}, "`questions_per_tree` is 7, expected an even number"),
         ({"splits": {"train": 0, "valid": 0, "test": 0}}, "expected more than"),
         ({"stage": "x3large", "max_nodes": 3}, "no tree of two nodes"),
-        ({"max_nodes": 677}, "only 676 names"),
+        ({"max_nodes": 1}, "no tree of two nodes"),
+        ({"max_nodes": 677}, "of only 676 names"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options, message):
     with pytest.raises((DataError, SettingsError), match=message):
         TreeTask(**options)
-
-
-@pytest.mark.parametrize("limits", [(0, 5, 0, 2), (3, 1, 0, 2), (3, 3, 3, 5), (3, 5, 0, 0)])
-def test_a_stage_in_which_nothing_grows_is_refused(limits):
-    with pytest.raises(SettingsError, match="no tree of two nodes"):
-        Stage(*limits)
