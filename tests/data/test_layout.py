@@ -43,16 +43,6 @@ def ids_of(segments):
 TEXT = st.text(alphabet="Tre: JNWO+\n é漢🙂.,x", min_size=1, max_size=30).filter(str.strip)
 
 
-@given(TEXT, st.none() | TEXT, TEXT, st.sampled_from([None, CHATML]))
-@settings(max_examples=100, deadline=None)
-def test_the_prompts_tokens_are_those_of_generation(context, prompt, answer, template):
-    tokenizer = tokenizer_with(template)
-    found = tokenize(tokenizer, Example(context, prompt, answer))
-    chat = None if template is None else ChatTemplate()
-    assert found.segments == lay_out(tokenizer, context, prompt, chat)
-    assert found.prompt_ids == ids_of(found.segments)
-
-
 @given(TEXT, TEXT)
 @settings(max_examples=100, deadline=None)
 def test_without_a_template_prompt_and_answer_are_tokenized_apart(prompt, answer):
@@ -74,6 +64,7 @@ def test_completions_are_cut_where_mlx_lm_cuts_them(context, prompt, answer):
     found = tokenize(tokenizer, Example(context, prompt, answer))
     assert found.prompt_ids == ids[:offset]
     assert found.answer_ids == [*ids[offset:], END_OF_TEXT]
+    assert found.segments == lay_out(tokenizer, context, prompt, ChatTemplate())
 
 
 TURNS = st.lists(TEXT, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0)
@@ -108,20 +99,15 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-def test_a_text_that_ends_with_eos_gets_no_second():
-    tokenizer = tokenizer_with()
-    for ending in ("<|endoftext|>", "<|endoftext|>\n", "<|endoftext|> <|endoftext|>"):
-        row = {"text": f"Tree: JN true{ending}", "split": 9}
-        found = tokenize(tokenizer, RowFormat().read(row))
-        assert found.answer_ids == [*tokenizer.encode("true"), END_OF_TEXT]
-
-
 def test_a_text_gets_no_template_and_nothing_does_when_it_is_left_out():
     tokenizer = tokenizer_with(CHATML)
     text = tokenize(tokenizer, RowFormat().read({"text": "Tree: true", "split": 6}))
     completion = Example("Tree: ", None, "true")
     assert text == tokenize(tokenizer, completion, Layout(chat_template=False))
     assert text == tokenize(tokenizer_with(), completion)
+    for ending in ("<|endoftext|>", "<|endoftext|>\n", "<|endoftext|> <|endoftext|>"):
+        row = {"text": f"Tree: true{ending}", "split": 6}  # it has its eos token already
+        assert tokenize(tokenizer, RowFormat().read(row)).answer_ids == text.answer_ids
 
 
 def test_an_example_without_an_answer_is_its_prompt():
@@ -198,11 +184,8 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_a_beginning_of_text_token_begins_the_prompt_and_not_the_answer():
+def test_a_beginning_of_text_token_begins_the_prompt_and_an_eos_token_must_end_the_answer():
     found = tokenize(Letters(), Example("ab", None, "c"))
     assert (found.prompt_ids, found.answer_ids) == ([1, 97, 98], [99, 2])
-
-
-def test_a_tokenizer_without_an_eos_token_is_refused():
     with pytest.raises(DataError, match="no eos token"):
         tokenize(Letters(None), Example("a", None, "b"))

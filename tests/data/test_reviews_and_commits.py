@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -92,12 +91,6 @@ def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
     for split, rows in found.items():
         assert all(labels[prompt] == label for prompt, label in rows)
         assert summary["splits"][split]["labels"] == Counter(label for _, label in rows)
-    draw(COMMITS, tmp_path / "commits", CommitPackFT)
-    known = {(row["subject"], row["new_contents"]) for row in rows_of(COMMITS)}
-    for rows in splits(tmp_path / "commits").values():
-        for prompt, answer in rows:
-            subject = prompt.rsplit("Instructions: ", 1)[1].removesuffix("\nNew Content:\n")
-            assert (subject, answer) in known
 
 
 def test_examples_in_memory_are_those_of_the_files(tmp_path):
@@ -133,12 +126,10 @@ def test_no_prompt_is_in_two_splits_or_twice_in_one(tmp_path_factory, reviews, s
 
 def test_the_draw_does_not_depend_on_the_order_of_the_file(tmp_path):
     rows = [row for row in COMMITS.read_text().splitlines() if "Wait longer" not in row]
-    random.Random(1).shuffle(rows)
-    (tmp_path / "shuffled.jsonl").write_text("\n".join(rows))
-    (tmp_path / "sorted.jsonl").write_text("\n".join(sorted(rows)))
-    for name in ("shuffled", "sorted"):
+    for name, order in (("one", rows), ("two", sorted(rows))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
         draw(tmp_path / f"{name}.jsonl", tmp_path / name, CommitPackFT)
-    assert digests(tmp_path / "shuffled") == digests(tmp_path / "sorted")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_a_larger_training_set_leaves_the_other_splits_alone_and_holds_the_smaller(tmp_path):
