@@ -20,8 +20,6 @@ CONTEXT_SEPARATOR = "\n\n"
 DATA_SEED = 42
 """Seed of every draw and split of data, as in the paper."""
 
-TASKS = ("textualized-tree", "amazon-reviews", "commitpackft")
-"""The tasks of the paper."""
 
 CARRIED = "kmerge"
 """The sub-folder of a model folder that holds the adapter it carries."""

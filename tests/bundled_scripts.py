@@ -9,8 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question
-from kmerge_mlx.data.trees import Tree
+from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, Tree
 from kmerge_mlx.files import write_json
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "bundled"

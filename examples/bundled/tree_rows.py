@@ -21,9 +21,8 @@ from tokenizer import ANSWER, CHILD, EOS, PHRASES, TASKS, TREE
 from tokenizers import Tokenizer
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.fingerprint import fingerprint
-from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, TreeTask, draw
-from kmerge_mlx.data.trees import Stage, Tree
+from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, Stage, Tree, TreeTask
 
 FIRST_NODES, LAST_NODES = 4, 20
 NODE_TOKENS = 4  # depth, letter, letter, line end
@@ -45,7 +44,7 @@ def held_out_trees(seed: int = DATA_SEED) -> set[int]:
     """Fingerprints of the first validation and test trees of every shape."""
     tasks = [TreeTask(s, seed=seed) for n in range(FIRST_NODES, LAST_NODES + 1) for s in shapes(n)]
     return {
-        fingerprint(draw(task, split, index)[0].text)
+        fingerprint(task.draw(split, index)[0].text)
         for task in tasks
         for split in ("valid", "test")
         for index in range(HELD_OUT)
@@ -149,7 +148,7 @@ def training_rows(
     """
     tasks = [TreeTask(s, seed=seed, questions_per_tree=4, find_parent=4) for s in shapes(nodes)]
     places = range(step * trees, (step + 1) * trees)
-    return make([draw(tasks[i % 2], "train", i, held_out) for i in places], nodes, 8)
+    return make([tasks[i % 2].draw("train", i, held_out) for i in places], nodes, 8)
 
 
 def validation_rows(
@@ -165,7 +164,7 @@ def validation_rows(
         split: ``valid`` or ``test``.
     """
     tasks = [TreeTask(s, seed=seed, questions_per_tree=2, find_parent=1) for s in stages]
-    drawn = [draw(tasks[i % len(tasks)], split, i // len(tasks)) for i in range(trees)]
+    drawn = [tasks[i % len(tasks)].draw(split, i // len(tasks)) for i in range(trees)]
     return make(drawn, max(stage.max_nodes for stage in stages), 3)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.data.trees import STAGES
+from kmerge_mlx.data.textualized_tree import STAGES
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.prompts.policy import MERGES
 

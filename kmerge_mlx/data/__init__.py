@@ -1,7 +1,14 @@
-"""Examples to train on and to score by: read, fetched or made.
+"""Examples to train on and to score by: the paper's tasks by name, and one's own JSONL."""
 
-``lines`` reads JSONL, ``examples`` says what a row means, ``sources`` finds the files of a folder
-or a hub dataset, ``layout`` turns an example into token ids. ``textualized_tree``,
-``amazon_reviews`` and ``commitpackft`` are the paper's three tasks; ``trees``, ``sampling`` and
-``writing`` are what they are made with.
-"""
+from __future__ import annotations
+
+from kmerge_mlx.data.amazon_reviews import AmazonReviews
+from kmerge_mlx.data.commitpackft import CommitPackFT
+from kmerge_mlx.data.splits import HubTask, Task
+from kmerge_mlx.data.textualized_tree import TreeTask
+
+HUB_TASKS: dict[str, type[HubTask]] = {task.name: task for task in (AmazonReviews, CommitPackFT)}
+"""Tasks whose rows are drawn from a file of the hub."""
+
+TASKS: dict[str, type[Task]] = {TreeTask.name: TreeTask, **HUB_TASKS}
+"""The paper's tasks. Importing them is cheap: ``--help`` shows their names."""

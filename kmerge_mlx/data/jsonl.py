@@ -1,10 +1,6 @@
-"""JSONL files, one line at a time, and what to do with a line that is not one.
+"""Reads JSONL files line by line, plain or gzipped, and names the lines that are bad.
 
-Owns: opening ``.jsonl`` and ``.jsonl.gz``, the limit on a line's length, JSON and UTF-8, and the
-choice between stopping at a bad line and counting it. Does not know what a row means: whoever reads
-passes the function that does.
-
-Source: https://jsonlines.org; blank lines and a byte-order mark (editors add them) are passed over.
+Source: https://jsonlines.org; blank lines and a byte-order mark (editors add them) are skipped.
 """
 
 from __future__ import annotations
@@ -17,12 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kmerge_mlx.errors import DataError, first_line, short
 
 MAX_LINE_BYTES = 64 << 20
-"""Longest line that is read: some 16 million tokens, past any model's context."""
+"""Longest line that is read: some 16 million tokens, more than any model's context."""
+MAX_UNPACKED_BYTES = 4 << 30
+"""Most bytes that a ``.gz`` may unpack to: a small one could fill the memory."""
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -31,14 +29,10 @@ _CHUNK = 1 << 20
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line as it stands in the file.
+class Line(NamedTuple):
+    """A line of a file: its number from 1, its bytes, and the bytes of the file read so far.
 
-    Args:
-        number: From 1.
-        data: Its bytes, line break included; None if there are more than ``MAX_LINE_BYTES``.
-        position: Bytes of the file read by now, compressed ones where it is compressed.
+    ``data`` is None for a line of more than ``MAX_LINE_BYTES``.
     """
 
     number: int
@@ -46,67 +40,65 @@ class Line:
     position: int
 
 
-class JsonLines(Generic[T]):
-    """The rows of a file, read as they are asked for.
+@dataclass
+class BadLines:
+    """Counts bad lines where ``skip`` is set; the first one is an error otherwise."""
+
+    skip: bool = False
+    count: int = 0
+    first: str | None = None
+
+    def add(self, problem: str) -> None:
+        """Takes note of a bad line."""
+        if not self.skip:
+            raise DataError(problem)
+        self.count += 1
+        self.first = self.first or problem
+
+
+def read_rows(path: Path, convert: Callable[[Row], T], bad: BadLines) -> Iterator[tuple[Line, T]]:
+    """Yields each good line of a file, and what its row is converted to.
 
     Args:
         path: A ``.jsonl`` file, or a ``.gz`` of one.
-        convert: Turns a row into what is wanted, or raises DataError saying what is wrong with it.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
+        convert: Converts a row; raises DataError to say what is wrong with it.
+        bad: Receives the bad lines.
 
-    Attributes:
-        bad: How many lines were left out so far.
-        first_bad: What was wrong with the first of them, or None.
+    Raises:
+        DataError: The file cannot be read, or a line is bad and bad lines are not skipped.
     """
-
-    def __init__(self, path: Path, convert: Callable[[Row], T], skip_bad: bool = False):
-        self.path = path
-        self.bad = 0
-        self.first_bad: str | None = None
-        self._convert = convert
-        self._skip_bad = skip_bad
-
-    def __iter__(self) -> Iterator[tuple[Line, T]]:
-        """Reads the file from its beginning.
-
-        Yields:
-            Each good line, and what it was converted to.
-
-        Raises:
-            DataError: The file cannot be read, or a line is bad and bad lines are not skipped.
-        """
-        self.bad, self.first_bad = 0, None
-        for line in raw_lines(self.path):
-            if line.data is not None and not line.data.strip():
-                continue
-            try:
-                value = self._convert(parse_row(line.data))
-            except DataError as error:
-                problem = f"{self.path} line {line.number}: {error}"
-                if not self._skip_bad:
-                    raise DataError(problem) from None
-                self.bad += 1
-                self.first_bad = self.first_bad or problem
-            else:
-                yield line, value
+    for line in raw_lines(path):
+        if line.data is not None and not line.data.strip():
+            continue
+        try:
+            value = convert(parse_row(line.data))
+        except DataError as error:
+            bad.add(f"{path} line {line.number}: {error}")
+        else:
+            yield line, value
 
 
 def raw_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, unparsed; at most one of them is in memory.
+    """Yields the lines of a file, unparsed; at most one of them is in memory.
 
     Raises:
-        DataError: Missing, unreadable, not a file, or a torn ``.gz``.
+        DataError: Missing, unreadable, not a file, or a ``.gz`` that is torn or too large.
     """
-    check_file(path)
+    if not path.is_file():  # a pipe or a device may never end
+        reason = "it is not a file" if path.exists() else "there is no such file"
+        raise DataError(f"cannot read {path}: {reason}")
+    packed = path.suffix == ".gz"
     try:
         with path.open("rb") as raw:
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if is_gzip(path) else raw
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
             number = 0
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                whole = len(data) <= MAX_LINE_BYTES
-                if not whole and not data.endswith(b"\n"):
-                    _pass_over_line(file)
+                whole, rest = len(data) <= MAX_LINE_BYTES, data
+                while not whole and rest and not rest.endswith(b"\n"):
+                    rest = file.readline(_CHUNK)
+                if packed and file.tell() > MAX_UNPACKED_BYTES:
+                    raise DataError(f"{path} holds over {MAX_UNPACKED_BYTES >> 30} GiB: unpack it")
                 yield Line(number, data if whole else None, raw.tell())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is torn or not a gzip file ({first_line(error)})") from None
@@ -114,26 +106,12 @@ def raw_lines(path: Path) -> Iterator[Line]:
         raise DataError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
 
 
-def check_file(path: Path) -> None:
-    """Refuses folders, and pipes and devices, which may never end.
-
-    Raises:
-        DataError: Something else than a file, or nothing, is there.
-    """
-    if not path.is_file():
-        reason = "it is not a file" if path.exists() else "there is no such file"
-        raise DataError(f"cannot read {path}: {reason}")
-
-
 def parse_row(data: bytes | None) -> Row:
-    """A line's bytes to the object they hold.
-
-    Args:
-        data: The line, or None for one that was too long to keep.
+    """Parses a line.
 
     Raises:
-        DataError: Too long, not UTF-8, not JSON, not an object, or with text that is none (one half
-            of a surrogate pair, which no tokenizer takes).
+        DataError: Too long (None), not UTF-8, not JSON, not an object, or with half of a surrogate
+            pair, which no tokenizer takes.
     """
     if data is None:
         raise DataError(f"longer than {MAX_LINE_BYTES >> 20} MiB, expected one example a line")
@@ -154,14 +132,3 @@ def parse_row(data: bytes | None) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"found {short(row)}, expected an object")
     return row
-
-
-def is_gzip(path: Path) -> bool:
-    """Whether a file's name says that it is compressed."""
-    return path.suffix == ".gz"
-
-
-def _pass_over_line(file: io.BufferedReader) -> None:
-    """Reads to the end of a line without keeping it."""
-    while (data := file.readline(_CHUNK)) and not data.endswith(b"\n"):
-        pass

@@ -1,8 +1,4 @@
-"""Examples to token ids: what merges, what stays raw, what is to be answered.
-
-Owns: the answer's tokens (with a chat template or without, ended by the eos token) and the
-conversation's prompt. A text prompt's tokens are those of ``prompt.lay_out``, so training reads
-exactly what generation will. Does not know blocks, padding or models.
+"""Turns examples into token ids: what merges, what stays raw, what is to be answered.
 
 Source: ``mlx_lm.tuner.datasets`` (``CompletionsDataset`` and ``ChatDataset`` with ``mask_prompt``);
 arXiv 2604.15153 (prompt and answer tokenized apart, no template).
@@ -10,7 +6,7 @@ arXiv 2604.15153 (prompt and answer tokenized apart, no template).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +50,7 @@ class TokenizedExample:
 
 
 def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) -> TokenizedExample:
-    """Turns an example into ids.
+    """Turns an example into ids; the prompt's are those that generation reads.
 
     With a chat template, prompt and answer are cut apart where the template's generation prompt
     ends, so their ids laid end to end are those of the whole conversation, up to the token that
@@ -64,85 +60,69 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
         example: What to turn into ids.
-        layout: What merges where nothing is said, and whether a chat template applies, where the
-            tokenizer has one and the example is not ``bare``.
+        layout: What merges by default, and whether a chat template applies, where the tokenizer has
+            one and the example is not ``bare``.
 
     Raises:
-        DataError: A conversation and no template, a template that refuses, or one that writes the
-            prompt otherwise when an answer follows it; a tokenizer without an eos token.
-        PromptError: As for ``prompt.lay_out``.
+        DataError: A conversation and no template, a template that refuses, or one that changes the
+            prompt when an answer follows it; a tokenizer without an eos token.
+        PromptError: As for ``prompts.lay_out``.
     """
     templated = layout.chat_template and tokenizer.has_chat_template
+    options = {} if example.tools is None else {"tools": list(example.tools)}
     if example.messages:
         if not templated:
             why = "it is left out" if tokenizer.has_chat_template else "this tokenizer has none"
             raise DataError(f"messages need a chat template, and {why}: {_BARE}")
-        return _conversation(tokenizer, example, layout)
-    options = {} if example.tools is None else {"tools": list(example.tools)}
-    chat = ChatTemplate(options=options) if templated and not example.bare else None
-    segments = lay_out(tokenizer, example.context, example.prompt, chat, layout)
-    if example.answer is None:
-        return TokenizedExample(segments, [])
-    if chat is None:
-        ids = list(tokenizer.encode(example.answer, add_special_tokens=False))
-        return TokenizedExample(segments, _ended(tokenizer, ids))
-    parts = (part and without_tags(part) for part in (example.context, example.prompt))
-    text = CONTEXT_SEPARATOR.join(part for part in parts if part)
-    answer = {"role": "assistant", "content": example.answer}
-    whole = _render(tokenizer, [{"role": "user", "content": text}, answer], example.tools)
-    prompt = TokenizedExample(segments, []).prompt_ids
-    ids = _after_prompt(tokenizer, prompt, lambda: chat.render(tokenizer, text), whole)
-    return TokenizedExample(segments, _ended(tokenizer, ids))
-
-
-def _conversation(tokenizer: Any, example: Example, layout: Layout) -> TokenizedExample:
-    """Messages to ids; the answer's message is not part of the prompt, and its tags are text."""
-    messages = example.messages
-    answered = messages[-1]["role"] == "assistant"
-    options = {} if example.tools is None else {"tools": list(example.tools)}
-    asked = messages[: len(messages) - answered]
-    segments = lay_out_chat(tokenizer, asked, layout, options)
+        answered = example.messages[-1]["role"] == "assistant"
+        asked = example.messages[: len(example.messages) - answered]
+        segments = lay_out_chat(tokenizer, asked, layout, options)
+        turns = plain_messages(asked)
+        whole = plain_messages(example.messages) if answered else None
+    else:
+        chat = ChatTemplate(options=options) if templated and not example.bare else None
+        segments = lay_out(tokenizer, example.context, example.prompt, chat, layout)
+        if chat is None and example.answer is not None:
+            ids = list(tokenizer.encode(example.answer, add_special_tokens=False))
+            return TokenizedExample(segments, _ended(tokenizer, ids))
+        parts = [without_tags(part) for part in (example.context, example.prompt) if part]
+        turns = [{"role": "user", "content": CONTEXT_SEPARATOR.join(filter(None, parts))}]
+        answer = {"role": "assistant", "content": example.answer}
+        whole = None if example.answer is None else [*turns, answer]
     row = TokenizedExample(segments, [])
-    if not answered:
+    if whole is None:
         return row
-    plain = plain_messages(asked)
-    whole = _render(tokenizer, plain_messages(messages), example.tools)
-    ids = _after_prompt(
-        tokenizer, row.prompt_ids, lambda: _render(tokenizer, plain, example.tools, True), whole
-    )
+    ids = _after_prompt(tokenizer, row.prompt_ids, turns, whole, options)
     return TokenizedExample(segments, _ended(tokenizer, ids))
-
-
-def _render(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None,
-    prompt: bool = False,
-) -> str:
-    options = {} if tools is None else {"tools": list(tools)}
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **options,
-        )
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise DataError(f"the chat template refused ({first_line(error)}): {_BARE}") from error
 
 
 def _after_prompt(
-    tokenizer: Any, prompt: list[int], render_prompt: Callable[[], str], whole: str
+    tokenizer: Any,
+    prompt: list[int],
+    turns: Sequence[Mapping[str, Any]],
+    whole: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
 ) -> list[int]:
     """The ids of a conversation that follow its prompt.
 
     Where a token of the conversation would straddle the border, the answer is tokenized apart.
     """
-    ids = list(tokenizer.encode(whole, add_special_tokens=False))
-    if ids[: len(prompt)] == prompt:
-        rest = ids[len(prompt) :]
-    elif whole.startswith(before := render_prompt()):
-        rest = list(tokenizer.encode(whole[len(before) :], add_special_tokens=False))
+
+    def render(messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+        messages = [dict(message) for message in messages]
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **options
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise DataError(f"the chat template refused ({first_line(error)}): {_BARE}") from error
+
+    text = render(whole, False)
+    rest = list(tokenizer.encode(text, add_special_tokens=False))
+    if rest[: len(prompt)] == prompt:
+        rest = rest[len(prompt) :]
+    elif text.startswith(before := render(turns, True)):
+        rest = list(tokenizer.encode(text[len(before) :], add_special_tokens=False))
     else:
         raise DataError(
             "the chat template writes the prompt otherwise when an answer follows it, so the "

@@ -1,7 +1,4 @@
-"""Where examples are: a folder, a hub dataset, or several, by mlx-lm's config keys.
-
-Owns: the names of the split files, mlx-lm's ``hf_dataset`` entries with their slices
-(``train[:80%]``), and their concatenation. Does not know what a row means.
+"""Reads examples from a folder, a hub dataset, or several hub datasets by mlx-lm's config keys.
 
 Source: mlx_lm/LORA.md and ``mlx_lm.tuner.datasets`` (keys, default slices); the ``datasets``
 library's documentation (rounding of percentages).
@@ -9,14 +6,14 @@ library's documentation (rounding of percentages).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.data.examples import Example, ExampleFile, RowFormat
+from kmerge_mlx.data.examples import Example, RowFormat
+from kmerge_mlx.data.jsonl import BadLines, read_rows
 from kmerge_mlx.errors import DataError, short
 from kmerge_mlx.hub.fetch import DATASET, fetch
 
@@ -30,49 +27,47 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class ExampleList(Sequence[Example]):
-    """Examples of one split, from one file or several, whole or in part.
+    """The examples of a split, in memory.
 
     Args:
-        parts: Each file, and which of its examples.
+        items: The examples.
+        places: Where each comes from: a file or a task, and a number from 1.
+        bad: How many bad lines were left out.
     """
 
-    parts: tuple[tuple[ExampleFile, range], ...]
+    items: Sequence[Example]
+    places: Sequence[tuple[str, int]]
+    bad: int = 0
 
     def __len__(self) -> int:
-        return sum(len(indices) for _, indices in self.parts)
+        return len(self.items)
 
     def __getitem__(self, index: int | slice) -> Any:
-        """Reads an example (or a list of them, for a slice) from the disk."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        file, at = self._place(index)
-        return file[at]
+        return self.items[index]
 
     def where(self, index: int) -> str:
-        """The file and line of an example, to name it in an error."""
-        file, at = self._place(index)
-        return file.where(at)
+        """Names an example in an error: its file and line."""
+        place, number = self.places[index]
+        return f"{place} {number}"
 
-    def _place(self, index: int) -> tuple[ExampleFile, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        for file, indices in self.parts:
-            if index < len(indices):
-                return file, indices[index]
-            index -= len(indices)
-        raise AssertionError
 
-    @property
-    def bad(self) -> int:
-        """How many lines of the files were left out."""
-        return sum(file.bad for file in {id(file): file for file, _ in self.parts}.values())
+def read_examples(
+    path: str | Path, row_format: RowFormat | None = None, skip_bad: bool = False
+) -> ExampleList:
+    """Reads a ``.jsonl`` or ``.jsonl.gz`` file; ``skip_bad`` counts bad lines and goes on.
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 by which a resumed run knows its data: of the files, and of what is taken."""
-        parts = [f"{f.digest} {r.start} {r.stop}" for f, r in self.parts]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    Raises:
+        DataError: A bad line (named), not a single good line, or a file that cannot be read.
+    """
+    path, bad = Path(path), BadLines(skip_bad)
+    items, places, place = [], [], f"{path} line"
+    for line, example in read_rows(path, (row_format or RowFormat()).read, bad):
+        items.append(example)
+        places.append((place, line.number))
+    if not items:
+        reason = f": every line is bad, {bad.first}" if bad.count else ""
+        raise DataError(f"{path} holds no example{reason}")
+    return ExampleList(items, places, bad.count)
 
 
 def load_examples(
@@ -81,17 +76,14 @@ def load_examples(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """The splits of a folder, or of a hub dataset that keeps them as JSONL.
+    """Reads those splits that a folder, or a hub dataset of JSONL files, has.
 
     Args:
         data: A folder with ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` (or ``.jsonl.gz``), or
             a hub repo id of one (``user/name@revision``).
         row_format: What the rows mean.
         skip_bad: Count bad lines and go on, instead of stopping at the first.
-        splits: Which splits are wanted; one that is not there is left out, as in mlx-lm.
-
-    Returns:
-        Examples by split, at least one split. Every line has been checked.
+        splits: Which splits are wanted.
 
     Raises:
         DataError: No such folder or dataset, no split in it, or a bad line.
@@ -101,8 +93,7 @@ def load_examples(
     if not files:
         wanted = " or ".join(f"{split}.jsonl" for split in splits)
         raise DataError(f"{data} holds no {wanted} (nor a .jsonl.gz of one)")
-    opened = {name: ExampleFile(path, row_format, skip_bad) for name, path in files.items()}
-    return {name: ExampleList(((file, range(len(file))),)) for name, file in opened.items()}
+    return {split: read_examples(path, row_format, skip_bad) for split, path in files.items()}
 
 
 def load_hub_datasets(
@@ -111,48 +102,47 @@ def load_hub_datasets(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """What mlx-lm's ``hf_dataset`` config names: hub datasets, their keys and slices.
+    """Reads the entries of mlx-lm's ``hf_dataset``, of each split one after the other.
 
     Args:
         entries: One mapping or several: ``path``, and as wanted ``train_split``, ``valid_split``,
             ``test_split`` (``train[:80%]``, ``train[-10%:]`` and none by default) and the fields of
-            RowFormat (``prompt_feature``, ...).
-        row_format: What the rows mean, where an entry does not say.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
+            RowFormat, which is ``row_format`` otherwise.
+        row_format: As for :func:`load_examples`, and so are the others.
+        skip_bad: Count bad lines and go on.
         splits: Which splits are wanted.
 
-    Returns:
-        Examples by split, those of several entries one after the other.
-
     Raises:
-        DataError: An unknown key, a slice that is none, a dataset without JSONL files, a bad line.
+        DataError: An unknown key, a malformed slice, a dataset without JSONL files, a bad line.
     """
     if isinstance(entries, Mapping):
         entries = [entries]
-    found: dict[str, tuple[tuple[ExampleFile, range], ...]] = {}
+    found: dict[str, ExampleList] = {}
     for entry in entries:
         path, formats, slices = _read_entry(entry, row_format or RowFormat(), splits)
         folder = _folder(path, [name for name, _, _ in slices.values()])
-        files: dict[str, ExampleFile] = {}
+        files: dict[str, ExampleList] = {}
         for split, (name, start, stop) in slices.items():
             if name not in files:
                 file = _split_file(folder, name)
                 if file is None:
                     raise DataError(
                         f"{path} holds no {name}.jsonl: hub datasets are read as JSONL; fetch one "
-                        "of another format with its own tools and give the folder as --data"
+                        "of another format with its own tools and give the folder as `data`"
                     )
-                files[name] = ExampleFile(file, formats, skip_bad)
-            size = len(files[name])
-            indices = range(size)[slice(_bound(start, size), _bound(stop, size))]
-            found[split] = (*found.get(split, ()), (files[name], indices))
-    return {split: ExampleList(parts) for split, parts in found.items()}
+                files[name] = read_examples(file, formats, skip_bad)
+            whole = files[name]
+            part = slice(_bound(start, len(whole)), _bound(stop, len(whole)))
+            before = found.get(split, ExampleList([], []))
+            items, places = [*before.items, *whole[part]], [*before.places, *whole.places[part]]
+            found[split] = ExampleList(items, places, before.bad + whole.bad)
+    return found
 
 
 def _read_entry(
     entry: Mapping[str, Any], base: RowFormat, splits: Sequence[str]
 ) -> tuple[str, RowFormat, dict[str, tuple[str, str | None, str | None]]]:
-    """An ``hf_dataset`` entry, checked: its path, its keys, and a slice for each split."""
+    """An ``hf_dataset`` entry: its path, its keys, and a slice for each split."""
     names = {field.name for field in fields(RowFormat)} - {"answers"}
     known = {"path", *(f"{split}_split" for split in SPLITS), *names}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
@@ -172,7 +162,7 @@ def _read_entry(
 
 
 def _bound(text: str | None, size: int) -> int | None:
-    """One end of a slice, in examples: the percentages round to the nearest, as in ``datasets``."""
+    """One end of a slice, in examples: percentages round to the nearest, as in ``datasets``."""
     if text is None:
         return None
     return round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)

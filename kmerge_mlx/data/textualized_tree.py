@@ -1,61 +1,170 @@
 """The paper's first task: is X the parent of Y in a tree written as text?
 
-Owns: the prompts, which questions a tree is asked, the splits by tree, and the task's defaults.
-Does not know how trees grow (``trees``) or where rows go (``writing``).
+The paper asks every ordered pair of nodes, so that always saying "false" scores 1 - 1/n; by default
+we ask as many true as false ones, and the false ones are mostly near misses.
 
-Source: arXiv 2604.15153 (textualized tree); DESIGN sections 8 and 9. The paper asks every ordered
-pair of nodes, so that always saying "false" scores 1 - 1/n; by default we ask as many true as false
-ones, and the false ones are mostly near misses.
+Source: arXiv 2604.15153 (textualized tree). Randomness comes from ``random.Random.random`` alone,
+whose sequence Python guarantees for a seed: the same trees on every machine and Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from functools import cached_property
+from itertools import cycle, permutations
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, TypeVar
 
-from kmerge_mlx.config import DATA_SEED, is_int
-from kmerge_mlx.data.fingerprint import fingerprint
+from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data.sources import SPLITS
-from kmerge_mlx.data.trees import (
-    EDGE,
-    GRANDPARENT,
-    NEGATIVES,
-    OTHER,
-    REVERSED,
-    SIBLING,
-    STAGES,
-    UNCLE,
-    Stage,
-    Tree,
-    below,
-    draw_tree,
-    take,
-)
-from kmerge_mlx.errors import DataError, findings
+from kmerge_mlx.data.splits import Progress, Task, fingerprint, splits_summary, write_split
+from kmerge_mlx.errors import DataError, SettingsError
 
-if TYPE_CHECKING:
-    from kmerge_mlx.data.writing import Progress, SplitWriter
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NAMES = tuple(a + b for a in LETTERS for b in LETTERS)
 
+EDGE = "edge"
+REVERSED = "reversed"  # asked the wrong way round
+GRANDPARENT = "grandparent"
+SIBLING = "sibling"
+UNCLE = "uncle"  # on the parent's level, but not the parent
+OTHER = "other"
+NEGATIVES = (REVERSED, GRANDPARENT, SIBLING, UNCLE, OTHER)
 FIND_PARENT = "find_parent"
 
 # The smallest space of trees, `small`, holds 600 million that can be asked about.
 _MOST_DRAWS = 10_000
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class TreeTask:
-    """What to draw.
+class Stage:
+    """How large the trees of a curriculum stage grow.
+
+    Args:
+        max_depth: Depth below which no node has children; the root's is 0.
+        max_nodes: Most nodes of a tree.
+        min_children: Fewest children of a node that has room for them; else it has none.
+        max_children: Most children of a node.
+        batch_size: Rows a device in the paper, for K = 2 and 3.
+        batch_size_k4: The same for K = 4.
+
+    Raises:
+        SettingsError: No tree of two nodes can grow, or there are not enough names.
+    """
+
+    max_depth: int
+    max_nodes: int
+    min_children: int
+    max_children: int
+    batch_size: int | None = None
+    batch_size_k4: int | None = None
+
+    def __post_init__(self) -> None:
+        most = min(self.max_children, self.max_nodes - 1)
+        if self.max_depth < 1 or not max(1, self.min_children) <= most:
+            raise SettingsError(f"{self}: no tree of two nodes can grow")
+        if self.max_nodes > len(NAMES):
+            raise SettingsError(f"`max_nodes` is {self.max_nodes:,} of only {len(NAMES)} names")
+
+
+STAGES = {
+    "small": Stage(2, 3, 0, 2, 282, 320),
+    "xsmall": Stage(3, 5, 0, 2, 192, 320),
+    "medium": Stage(3, 10, 0, 3, 144, 192),
+    "xmedium": Stage(4, 15, 1, 3, 96, 128),
+    "large": Stage(4, 30, 1, 3, 48, 48),
+    "x3large": Stage(4, 150, 3, 5, 16, 16),
+}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree, its nodes depth first: their names, and their parents by index (the root's is -1)."""
+
+    names: tuple[str, ...]
+    parents: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Each node's distance from the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def text(self) -> str:
+        """One row a node: ``+`` times its depth, then its name."""
+        rows = zip(self.depths, self.names, strict=True)
+        return "\n".join("+" * depth + name for depth, name in rows)
+
+    def edges(self) -> list[tuple[int, int]]:
+        """Every (parent, child), children depth first."""
+        return [(parent, child) for child, parent in enumerate(self.parents) if parent >= 0]
+
+    def pairs(self, kind: str) -> list[tuple[int, int]]:
+        """Every ordered pair of a kind that is reversed, grandparent or sibling."""
+        edges = self.edges()
+        if kind == REVERSED:
+            return [(child, parent) for parent, child in edges]
+        if kind == GRANDPARENT:
+            return [(self.parents[p], c) for p, c in edges if self.parents[p] >= 0]
+        families: dict[int, list[int]] = {}
+        for parent, child in edges:
+            families.setdefault(parent, []).append(child)
+        return [pair for family in families.values() for pair in permutations(family, 2)]
+
+    def kind(self, parent: int, child: int) -> str:
+        """How two different nodes are related."""
+        above = self.parents[child]
+        if above == parent:
+            return EDGE
+        if self.parents[parent] == child:
+            return REVERSED
+        if above >= 0 and self.parents[above] == parent:
+            return GRANDPARENT
+        if above >= 0 and self.parents[parent] == above:
+            return SIBLING
+        return UNCLE if self.depths[parent] + 1 == self.depths[child] else OTHER
+
+    def uncles(self) -> int:
+        """How many ordered pairs are of the kind uncle."""
+        levels = Counter(self.depths)
+        return sum(levels[d - 1] * n for d, n in levels.items() if d) - len(self) + 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt about a tree, its answer, how the nodes are related, and the child's depth.
+
+    ``answer`` is ``true`` or ``false``; where ``kind`` is ``find_parent``, the parent's name.
+    """
+
+    prompt: str
+    answer: str
+    kind: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class TreeTask(Task):
+    """Trees of a stage and the questions about them.
+
+    A training run knows its data by this class's ``repr``: a field more, and it cannot be resumed.
 
     Args:
         stage: Name of one of the six stages, or a stage of one's own.
-        num_trees: Trees in all splits together; each can be asked something.
+        num_trees: Trees in all splits together.
         seed: The same one gives the same bytes.
-        questions_per_tree: Most true/false questions of a tree, half of each; trees with fewer
-            edges get fewer.
+        questions_per_tree: Most true/false questions of a tree, half of each.
         find_parent: Most questions of the other kind that a tree gets as well.
         reference_sampling: Ask every ordered pair of distinct nodes, as the paper's code does.
         splits: Trees by split, for those that should not follow from ``num_trees``: a hundredth
@@ -63,7 +172,8 @@ class TreeTask:
         max_nodes: Most nodes of a tree, in place of the stage's.
 
     Raises:
-        DataError: What cannot be drawn, all of it.
+        SettingsError: A stage in which no tree grows, too few trees, an odd number of questions.
+        DataError: An unknown stage.
     """
 
     stage: str | Stage = "medium"
@@ -75,31 +185,21 @@ class TreeTask:
     splits: Mapping[str, int] = field(default_factory=dict)
     max_nodes: int | None = None
 
+    name: ClassVar[str] = "textualized-tree"
+
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)!r}, expected a whole number of at least {low}"
-            for name, low in (("num_trees", 0), ("find_parent", 0))
-            if not is_int(getattr(self, name), low)
-        ]
         if not isinstance(self.stage, Stage) and self.stage not in STAGES:
-            problems.append(f"stage is {self.stage!r}, expected one of {', '.join(STAGES)}")
-        if not is_int(self.questions_per_tree, 2) or self.questions_per_tree % 2:
-            problems.append(
-                f"questions_per_tree is {self.questions_per_tree!r}, expected an even number: "
+            raise DataError(f"stage is {self.stage!r}, expected one of {', '.join(STAGES)}")
+        if self.questions_per_tree % 2:
+            raise SettingsError(
+                f"`questions_per_tree` is {self.questions_per_tree}, expected an even number: "
                 "half of the questions are true"
             )
-        if self.max_nodes is not None and not is_int(self.max_nodes, 2):
-            problems.append(f"max_nodes is {self.max_nodes!r}, expected at least 2")
-        for split, trees in self.splits.items():
-            if split not in SPLITS or not is_int(trees):
-                problems.append(f"splits: {split} is {trees!r}, expected train, valid, test >= 0")
-        if problems:
-            raise DataError(findings("textualized-tree", problems))
         trees, _ = self.trees(), self.limits  # a stage cut too small is refused
         if trees["train"] < 0 or not any(trees.values()):
-            raise DataError(
-                f"textualized-tree: {self.num_trees} trees, expected more than "
-                f"{trees['valid']} for validation and {trees['test']} to test"
+            raise SettingsError(
+                f"{self.name}: {self.num_trees} trees, expected more than {trees['valid']} for "
+                f"validation and {trees['test']} to test"
             )
 
     @property
@@ -112,158 +212,97 @@ class TreeTask:
         """How many trees each split holds."""
         share = max(1, self.num_trees // 100)
         valid, test = (self.splits.get(split, share) for split in ("valid", "test"))
+        train = self.splits.get("train", self.num_trees - valid - test)
+        return {"train": train, "valid": valid, "test": test}
+
+    def tree(self, split: str, index: int, earlier: set[int] | None = None) -> tuple[Tree, Random]:
+        """Draws one tree of a split, whatever was drawn before.
+
+        Args:
+            split: The split's name; each has trees of its own.
+            index: Which tree of the split, from 0.
+            earlier: Fingerprints of the trees of earlier splits (test first, then validation): such
+                a tree is drawn again, and so is one of a single node.
+
+        Returns:
+            The tree, and the generator that its questions are drawn with.
+
+        Raises:
+            DataError: The stage has no other trees.
+        """
+        stage = self.limits
+        limits = f"{stage.max_depth} {stage.max_nodes} {stage.min_children} {stage.max_children}"
+        rng = Random(f"{self.name} {limits} {split} {self.seed} {index}")
+        for _ in range(_MOST_DRAWS):
+            tree = draw_tree(rng, stage)
+            if len(tree) > 1 and not (earlier and fingerprint(tree.text) in earlier):
+                return tree, rng
+        raise DataError(f"{self.name}: {stage} has too few distinct trees for so large splits")
+
+    def draw(
+        self, split: str, index: int, earlier: set[int] | None = None
+    ) -> tuple[Tree, list[Question]]:
+        """Draws one tree and its questions; arguments and errors are those of :meth:`tree`."""
+        tree, rng = self.tree(split, index, earlier)
+        return tree, [_question(tree, *pair) for pair in self._asked(tree, rng)]
+
+    def question(
+        self, split: str, index: int, number: int, earlier: set[int] | None = None
+    ) -> Question:
+        """Draws one of :meth:`draw`'s questions, counted around; the others are not written."""
+        tree, rng = self.tree(split, index, earlier)
+        asked = self._asked(tree, rng)
+        return _question(tree, *asked[number % len(asked)])
+
+    def draw_split(
+        self, split: str, earlier: set[int] | None = None
+    ) -> Iterator[tuple[Tree, list[Question]]]:
+        """Draws all trees of a split and their questions (see :meth:`draw`)."""
+        for index in range(self.trees()[split]):
+            yield self.draw(split, index, earlier)
+
+    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
+        trees, written, earlier, done = self.trees(), {}, set(), 0
+
+        def rows(split: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+            nonlocal done
+            for tree, questions in self.draw_split(split, earlier):
+                for asked in questions:
+                    label = FIND_PARENT if asked.kind == FIND_PARENT else asked.answer
+                    false = {"negatives": asked.kind} if asked.answer == "false" else {}
+                    counted = {"labels": label, **false, "depths": asked.depth}
+                    yield asked.prompt, asked.answer, tree.text, counted
+                done += 1
+                if progress is not None and (done % 100 == 0 or done == sum(trees.values())):
+                    progress(done, sum(trees.values()))
+
+        for split in filter(trees.get, reversed(SPLITS)):
+            written[split] = write_split(folder, split, rows(split))
+            earlier |= written[split][1]
+        written = {split: written[split] for split in SPLITS if split in written}
         return {
-            "train": self.splits.get("train", self.num_trees - valid - test),
-            "valid": valid,
-            "test": test,
+            "task": self.name,
+            "stage": self.stage if isinstance(self.stage, str) else vars(self.stage),
+            **({} if self.max_nodes is None else {"max_nodes": self.max_nodes}),
+            "seed": self.seed,
+            "reference_sampling": self.reference_sampling,
+            "questions_per_tree": None if self.reference_sampling else self.questions_per_tree,
+            FIND_PARENT: self.find_parent,
+            "trees": {split: trees[split] for split in written},
+            **splits_summary(written, "trees"),
         }
 
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt about a tree, and its answer.
-
-    Args:
-        prompt: The tree and the question, as the paper's code writes them.
-        answer: ``true`` or ``false``, or the parent's name.
-        kind: How the two nodes are related (``trees.Tree.kind``), or ``find_parent``.
-        depth: The asked child's distance from the root.
-    """
-
-    prompt: str
-    answer: str
-    kind: str
-    depth: int
-
-
-def draw(
-    task: TreeTask, split: str, index: int, earlier: set[int] | None = None
-) -> tuple[Tree, list[Question]]:
-    """Draws one tree of a split and its questions, whatever was drawn before.
-
-    Args:
-        task: What to draw.
-        split: The split's name; each has trees of its own.
-        index: Which tree of the split, from 0.
-        earlier: Fingerprints of trees that it must not be (see :func:`draw_split`).
-
-    Returns:
-        The tree and its questions. A tree of one node, of which nothing can be asked, is drawn
-        again, and so is one of an earlier split.
-
-    Raises:
-        DataError: The stage has no tree left that is in no earlier split.
-    """
-    tree, rng = draw_alone(task, split, index, earlier)
-    return tree, [_question(tree, *pair) for pair in _asked(task, tree, rng)]
-
-
-def draw_question(
-    task: TreeTask, split: str, index: int, number: int, earlier: set[int] | None = None
-) -> Question:
-    """One of the questions that :func:`draw` gives, counted around; the others are not written."""
-    tree, rng = draw_alone(task, split, index, earlier)
-    asked = _asked(task, tree, rng)
-    return _question(tree, *asked[number % len(asked)])
-
-
-def draw_alone(
-    task: TreeTask, split: str, index: int, earlier: set[int] | None = None
-) -> tuple[Tree, Random]:
-    """The tree of :func:`draw`, and the generator that its questions are drawn with."""
-    stage = task.limits
-    limits = f"{stage.max_depth} {stage.max_nodes} {stage.min_children} {stage.max_children}"
-    rng = Random(f"textualized-tree {limits} {split} {task.seed} {index}")
-    for _ in range(_MOST_DRAWS):
-        tree = draw_tree(rng, stage)
-        if len(tree) > 1 and not (earlier and fingerprint(tree.text) in earlier):
-            return tree, rng
-    raise DataError(f"textualized-tree: {stage} has too few distinct trees for so large splits")
-
-
-def draw_split(
-    task: TreeTask, split: str, earlier: set[int] | None = None
-) -> Iterator[tuple[Tree, list[Question]]]:
-    """Draws all trees of a split.
-
-    Args:
-        task: What to draw.
-        split: The split's name.
-        earlier: Fingerprints of the trees of earlier splits (the test trees come first, then the
-            validation trees), none of which is drawn again.
-    """
-    for index in range(task.trees()[split]):
-        yield draw(task, split, index, earlier)
-
-
-def write(task: TreeTask, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Writes the splits into a folder.
-
-    Args:
-        task: What to draw.
-        folder: An empty folder.
-        progress: Called with (trees drawn, trees in all).
-
-    Returns:
-        What was written: rows, distinct trees, labels, kinds and depths of each split.
-    """
-    # Brings numpy and mlx, which this module's defaults, shown by --help, must not.
-    from kmerge_mlx.data.writing import SplitWriter, splits_summary
-
-    trees, writers, done = task.trees(), {}, 0
-    earlier: set[int] = set()
-    for split in reversed(SPLITS):
-        if not trees[split]:
-            continue
-        with SplitWriter(folder, split) as writer:
-            for tree, questions in draw_split(task, split, earlier):
-                _write_tree(writer, tree, questions)
-                done += 1
-                if progress is not None and done % 100 == 0:
-                    progress(done, sum(trees.values()))
-        writers[split] = writer
-        if split != "train":
-            earlier |= set(writer.units)
-    if progress is not None:
-        progress(done, sum(trees.values()))
-    named = {split: writers[split] for split in SPLITS if split in writers}
-    return {
-        "task": "textualized-tree",
-        "stage": task.stage if isinstance(task.stage, str) else vars(task.stage),
-        **({} if task.max_nodes is None else {"max_nodes": task.max_nodes}),
-        "seed": task.seed,
-        "reference_sampling": task.reference_sampling,
-        "questions_per_tree": None if task.reference_sampling else task.questions_per_tree,
-        FIND_PARENT: task.find_parent,
-        "trees": {split: trees[split] for split in named},
-        **splits_summary(named, "trees"),
-    }
-
-
-def _write_tree(writer: SplitWriter, tree: Tree, questions: list[Question]) -> None:
-    for question in questions:
-        named = question.kind == FIND_PARENT
-        writer.write(
-            question.prompt,
-            question.answer,
-            tree.text,
-            labels=FIND_PARENT if named else question.answer,
-            negatives=question.kind if question.answer == "false" else None,
-            depths=question.depth,
-        )
-
-
-def _asked(task: TreeTask, tree: Tree, rng: Random) -> list[tuple[int | None, int]]:
-    """What a tree is asked, in random order: parent and child, or None and a child to find it."""
-    asked: list[tuple[int | None, int]]
-    if task.reference_sampling:
-        nodes = range(len(tree))
-        asked = [(p, c) for p in nodes for c in nodes if p != c]
-    else:
-        true = take(rng, tree.edges(), task.questions_per_tree // 2)
-        asked = [*true, *_negatives(tree, rng, len(true))]
-    children = take(rng, range(1, len(tree)), task.find_parent)
-    return take(rng, asked + [(None, child) for child in children])
+    def _asked(self, tree: Tree, rng: Random) -> list[tuple[int | None, int]]:
+        """What a tree is asked, in random order: parent and child, or None and a child."""
+        asked: list[tuple[int | None, int]]
+        if self.reference_sampling:
+            nodes = range(len(tree))
+            asked = [(p, c) for p in nodes for c in nodes if p != c]
+        else:
+            true = take(rng, tree.edges(), self.questions_per_tree // 2)
+            asked = [*true, *_negatives(tree, rng, len(true))]
+        children = take(rng, range(1, len(tree)), self.find_parent)
+        return take(rng, asked + [(None, child) for child in children])
 
 
 def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
@@ -288,7 +327,7 @@ def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
 
 
 def _pairs_of(tree: Tree, rng: Random, kind: str, count: int) -> list[tuple[int, int]]:
-    """Pairs of a kind, none twice; ``count`` of them must exist."""
+    """So many different pairs of a kind, of which there must be as many."""
     chosen: dict[tuple[int, int], None] = {}
     while len(chosen) < count:
         parent, child = below(rng, len(tree)), below(rng, len(tree))
@@ -308,3 +347,44 @@ def _question(tree: Tree, parent: int | None, child: int) -> Question:
     )
     kind = tree.kind(parent, child)
     return Question(prompt, "true" if kind == EDGE else "false", kind, depth)
+
+
+def draw_tree(rng: Random, stage: Stage) -> Tree:
+    """Draws a tree as the paper's code does, depth first.
+
+    A node is named and counted when it is visited. Above ``max_depth``, if there is room for
+    ``min_children``, the number of its children is uniform up to ``max_children`` or the room; of
+    those, each is left out if its elder siblings' offspring have taken the room meanwhile.
+    """
+    left, names, parents = list(NAMES), [], []
+
+    def visit(parent: int, depth: int) -> None:
+        node = len(parents)
+        parents.append(parent)
+        names.append(_pop(rng, left))
+        most = min(stage.max_children, stage.max_nodes - len(parents))
+        if depth >= stage.max_depth or most < stage.min_children:
+            return
+        for _ in range(stage.min_children + below(rng, most - stage.min_children + 1)):
+            if len(parents) < stage.max_nodes:
+                visit(node, depth + 1)
+
+    visit(-1, 0)
+    return Tree(tuple(names), tuple(parents))
+
+
+def below(rng: Random, n: int) -> int:
+    """A whole number from 0 to n - 1."""
+    return int(rng.random() * n)
+
+
+def take(rng: Random, items: Sequence[T], count: int | None = None) -> list[T]:
+    """Some of the items (all of them by default) in random order, none twice."""
+    left = list(items)
+    return [_pop(rng, left) for _ in range(len(left) if count is None else min(count, len(left)))]
+
+
+def _pop(rng: Random, left: list[T]) -> T:
+    i = below(rng, len(left))
+    left[i], left[-1] = left[-1], left[i]
+    return left.pop()

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kmerge_mlx.config import TASKS
+from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.sources import load_examples
-from kmerge_mlx.data.tasks import load_task
-from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask, draw_split
+from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation.settings import MOST_LABELS, EvaluateConfig
 
@@ -117,15 +116,16 @@ def load_questions(config: EvaluateConfig, bar: Bar) -> Questions:
         DataError: A bad row (named), or data that cannot be had.
         EvaluateError: Answers that are no labels, though labels were given.
     """
-    if config.task == TASKS[0]:
+    if config.task == TreeTask.name:
         return _tree_questions(config)
     splits = (config.split,)
     if config.data is not None:
         found = load_examples(config.data, RowFormat(), config.skip_bad, splits)
     else:
-        part = config.category if config.task == TASKS[1] else config.language
-        drawn = (config.task, part, config.file, config.data_seed, config.skip_bad)
-        found = load_task(*drawn, splits, bar("Reading"))
+        task = HUB_TASKS[config.task]
+        part = getattr(config, task.part_name)
+        drawn = task(part, config.file, config.data_seed, config.skip_bad)
+        found = drawn.examples(splits, bar("Reading"))
     examples = found[config.split]
     name = config.task or "data"
     items = [Question(example, name) for example in examples[: config.limit]]
@@ -149,7 +149,7 @@ def _tree_questions(config: EvaluateConfig) -> Questions:
             Example(question.prompt, None, question.answer),
             FIND_PARENT if question.kind == FIND_PARENT else RELATIONSHIP,
         )
-        for _, questions in draw_split(task, config.split)
+        for _, questions in task.draw_split(config.split)
         for question in questions
     ]
     groups = (Group(RELATIONSHIP, _positive_first(config, (TRUE, FALSE))), Group(FIND_PARENT))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from kmerge_mlx.data.examples import Example
-from kmerge_mlx.data.trees import NAMES, Stage, Tree, below, draw_tree
+from kmerge_mlx.data.textualized_tree import NAMES, Stage, Tree, below, draw_tree
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation.questions import Bar, Group, Question, Questions
 from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateConfig

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kmerge_mlx.config import DATA_SEED, TASKS, is_int, is_number
-from kmerge_mlx.data.trees import STAGES
+from kmerge_mlx.config import DATA_SEED, is_int, is_number
+from kmerge_mlx.data import TASKS
+from kmerge_mlx.data.textualized_tree import STAGES
 from kmerge_mlx.errors import EvaluateError, findings
 from kmerge_mlx.prompts.policy import MERGES
 

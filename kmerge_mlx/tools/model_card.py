@@ -19,7 +19,7 @@ import yaml
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.evaluated import COLUMNS, cell
 from kmerge_mlx.cli.info import encoder_line, tuning_lines
-from kmerge_mlx.data import amazon_reviews, commitpackft
+from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.evaluation.saved import SavedReport, SavedRow
 from kmerge_mlx.evaluation.settings import MERGED
 from kmerge_mlx.hub.fetch import is_namespaced, parse
@@ -28,7 +28,7 @@ from kmerge_mlx.tools.upload import Upload
 
 PAPER = "https://arxiv.org/abs/2604.15153"
 TAGS = ("mlx", "kmerge-mlx", "k-token-merging", "prompt-compression")
-DATASETS = {"amazon-reviews": amazon_reviews.REPO, "commitpackft": commitpackft.REPO}
+DATASETS = {name: task.repo for name, task in HUB_TASKS.items()}
 
 
 def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[SavedReport]) -> str:

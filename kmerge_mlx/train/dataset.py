@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from kmerge_mlx.config import TASKS, is_number
+from kmerge_mlx.config import is_number
+from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
-from kmerge_mlx.data.fingerprint import fingerprint
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
-from kmerge_mlx.data.tasks import load_task
-from kmerge_mlx.data.textualized_tree import TreeTask, draw_alone, draw_question
-from kmerge_mlx.data.trees import Stage as TreeStage
+from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.textualized_tree import Stage as TreeStage
+from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
@@ -179,7 +179,7 @@ class TreeSet(Sequence[TokenizedExample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         tree, number = divmod(index, self._questions)
-        question = draw_question(self._task, self._split, tree, number, self._earlier)
+        question = self._task.question(self._split, tree, number, self._earlier)
         try:
             return self._limits.tokenize(
                 self._tokenizer, Example(question.prompt, None, question.answer)
@@ -196,7 +196,7 @@ def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeS
     for split in reversed(SPLITS):
         sets[split] = TreeSet(task, split, earlier, tokenizer, limits)
         if split != "train":
-            trees = (draw_alone(task, split, i, earlier)[0] for i in range(task.trees()[split]))
+            trees = (task.tree(split, i, earlier)[0] for i in range(task.trees()[split]))
             earlier = earlier | {fingerprint(tree.text) for tree in trees}
     return sets
 
@@ -228,7 +228,7 @@ def load_stages(settings: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage
         DataError: A bad row (named), too few rows, or data that cannot be read.
         TrainError: A curriculum that cannot be.
     """
-    trees = settings.task == TASKS[0]
+    trees = settings.task == TreeTask.name
     stages = _tree_stages(settings, tokenizer) if trees else [_data(settings, tokenizer, bar)]
     for stage in stages:
         if len(stage.train) < settings.batch_size:
@@ -248,10 +248,10 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     given = {name: getattr(settings, name) for name in names}
     rows = RowFormat(**given, answers=not settings.teacher_answers)
     skip = settings.skip_bad
-    if (task := settings.task) is not None:
-        part, seed = {TASKS[1]: settings.category, TASKS[2]: settings.language}, settings.data_seed
-        reading = bar("Reading")
-        splits = load_task(task, part[task], settings.file, seed, skip, TRAIN_SPLITS, reading)
+    if settings.task is not None:
+        kind = HUB_TASKS[settings.task]
+        task = kind(getattr(settings, kind.part_name), settings.file, settings.data_seed, skip)
+        splits = task.examples(TRAIN_SPLITS, bar("Reading"))
     elif settings.hf_dataset is not None:
         splits = load_hub_datasets(settings.hf_dataset, rows, skip, TRAIN_SPLITS)
     elif settings.data is not None:
@@ -265,7 +265,7 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
         name: TokenizedSet(examples, tokenizer, limits, skip, bar(f"Tokenizing {name}"))
         for name, examples in splits.items()
     }
-    return Stage(task or "data", sets["train"], sets.get("valid"))
+    return Stage(settings.task or "data", sets["train"], sets.get("valid"))
 
 
 def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:

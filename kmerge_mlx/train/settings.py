@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.adapters.tuning import FULL, LORA
-from kmerge_mlx.config import DATA_SEED, TASKS, is_number
+from kmerge_mlx.config import DATA_SEED, is_number
+from kmerge_mlx.data import TASKS
+from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
 from kmerge_mlx.prompts.policy import CONTEXTS, DEFAULT_LAYOUT, MERGES, Layout
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
@@ -62,7 +64,9 @@ class TrainSettings(Settings):
     data: str | None = option(
         None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them.", **_PLACE
     )
-    task: str | None = option(None, str, "One of the paper's tasks.", choices=TASKS, **_MODEL)
+    task: str | None = option(
+        None, str, "One of the paper's tasks.", choices=tuple(TASKS), **_MODEL
+    )
     hf_dataset: Any = option(None, dict, "mlx-lm's hf_dataset entries.", many=True, **_FEATURE)
     prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
     completion_feature: str = option("completion", str, "Key of its answer.", **_FEATURE)
@@ -163,7 +167,7 @@ class TrainSettings(Settings):
     def clashes(self) -> list[str]:
         """What is wrong with settings that are good alone, one line each."""
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
-        trees, k1, lora = self.task == TASKS[0], self.k == 1, self.lora()
+        trees, k1, lora = self.task == TreeTask.name, self.k == 1, self.lora()
         keys, dropout = lora["keys"], lora["dropout"]
         reporters = [name.strip() for name in (self.report_to or "").lower().split(",")]
         rules = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kmerge_mlx.base import default_pad_token_id
-from kmerge_mlx.data.fingerprint import fingerprint
-from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask, draw
+from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask
 from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TASK, TREE
 
 
@@ -99,7 +99,7 @@ def test_no_training_tree_is_held_out(scripts, make, loaded_tokenizer, monkeypat
     assert {i for i in range(8) if plain[i] != left[i]} == {0, 3}
 
     monkeypatch.setattr(tree_rows, "HELD_OUT", 2)
-    asked = draw(TreeTask(tree_rows.shapes(7)[1]), "valid", 1)[0]
+    asked = TreeTask(tree_rows.shapes(7)[1]).draw("valid", 1)[0]
     assert fingerprint(asked.text) in tree_rows.held_out_trees()
 
 
@@ -108,7 +108,7 @@ def test_validation_asks_held_out_trees_in_the_papers_format(scripts, make, load
     rows = scripts["rows"].validation_rows(make, shapes, 6, 42)
     tasks = [TreeTask(shape, seed=42, questions_per_tree=2, find_parent=1) for shape in shapes]
     for index in range(6):
-        _, questions = draw(tasks[index % 2], "valid", index // 2)
+        _, questions = tasks[index % 2].draw("valid", index // 2)
         told = rows.tree[index][rows.tree_weights[index] > 0]
         for column, question in enumerate(questions):
             asked = rows.asked[index, column][rows.asked_weights[index, column] > 0]

@@ -17,7 +17,6 @@ from kmerge_mlx.errors import DataError, KMergeError, PromptError
 from kmerge_mlx.prompts.lay_out import ChatTemplate
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import ALL, Layout
-from tests.cli_runner import CHATML as THINKING
 from tests.conftest import UPSTREAM
 from tests.prompts.test_lay_out import CHATML, COUNTING
 
@@ -41,26 +40,11 @@ def ids_of(segments):
     return [i for segment in segments for i in segment.ids]
 
 
-def conversation(tokenizer, messages):
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 TEXT = st.text(alphabet="Tre: JNWO+\n é漢🙂.,x", min_size=1, max_size=30).filter(str.strip)
 
 
-@given(TEXT, st.none() | TEXT, TEXT, st.sampled_from([None, CHATML]))
-@settings(max_examples=200, deadline=None)
-def test_the_prompts_tokens_are_those_of_generation(context, prompt, answer, template):
-    tokenizer = tokenizer_with(template)
-    found = tokenize(tokenizer, Example(context, prompt, answer))
-    chat = None if template is None else ChatTemplate()
-    assert found.segments == lay_out(tokenizer, context, prompt, chat)
-    assert found.prompt_ids == ids_of(found.segments)
-
-
 @given(TEXT, TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_without_a_template_prompt_and_answer_are_tokenized_apart(prompt, answer):
     tokenizer = tokenizer_with()
     found = tokenize(tokenizer, Example(prompt, None, answer))
@@ -70,34 +54,24 @@ def test_without_a_template_prompt_and_answer_are_tokenized_apart(prompt, answer
 
 
 @given(TEXT, st.none() | TEXT, TEXT)
-@settings(max_examples=200, deadline=None)
-def test_prompt_and_answer_are_the_whole_conversation_no_token_lost_or_read_twice(
-    context, prompt, answer
-):
+@settings(max_examples=100, deadline=None)
+def test_completions_are_cut_where_mlx_lm_cuts_them(context, prompt, answer):
     tokenizer = tokenizer_with(CHATML)
-    found = tokenize(tokenizer, Example(context, prompt, answer))
     text = context if prompt is None else f"{context}\n\n{prompt}"
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    assert found.prompt_ids + found.answer_ids == [*conversation(tokenizer, turns), END_OF_TEXT]
-
-
-@given(TEXT, TEXT)
-@settings(max_examples=200, deadline=None)
-def test_completions_are_cut_where_mlx_lm_cuts_them(prompt, answer):
-    tokenizer = tokenizer_with(CHATML)
-    row = {"prompt": prompt, "completion": answer}
+    row = {"prompt": text, "completion": answer}
     data = CompletionsDataset([row], tokenizer, "prompt", "completion", mask_prompt=True)
     ids, offset = data.process(row)
-    found = tokenize(tokenizer, RowFormat().read(row))
+    found = tokenize(tokenizer, Example(context, prompt, answer))
     assert found.prompt_ids == ids[:offset]
     assert found.answer_ids == [*ids[offset:], END_OF_TEXT]
+    assert found.segments == lay_out(tokenizer, context, prompt, ChatTemplate())
 
 
 TURNS = st.lists(TEXT, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0)
 
 
 @given(TURNS, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_conversations_are_cut_where_mlx_lm_cuts_them_and_merge_whole(turns, system):
     tokenizer = tokenizer_with(CHATML)
     roles = ["user", "assistant"] * (len(turns) // 2)
@@ -125,33 +99,15 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-@given(TEXT)
-@settings(max_examples=100, deadline=None)
-def test_an_answer_keeps_its_own_white_space_and_ends_with_one_eos(answer):
-    for template in (None, CHATML):
-        tokenizer = tokenizer_with(template, "<|im_end|>")
-        ids = tokenize(tokenizer, Example("Tree", None, answer)).answer_ids
-        assert ids[-1] == IM_END
-        assert ids.count(IM_END) == 1
-        assert tokenizer.decode(ids[:-1]) == answer
-
-
-@pytest.mark.parametrize(
-    "ending", ["<|endoftext|>", "<|endoftext|>\n", "<|endoftext|> <|endoftext|>"]
-)
-def test_a_text_that_ends_with_eos_gets_no_second(ending):
-    tokenizer = tokenizer_with()
-    row = {"text": f"Tree: JN true{ending}", "split": 9}
-    found = tokenize(tokenizer, RowFormat().read(row))
-    assert found.answer_ids == [*tokenizer.encode("true"), END_OF_TEXT]
-
-
 def test_a_text_gets_no_template_and_nothing_does_when_it_is_left_out():
     tokenizer = tokenizer_with(CHATML)
     text = tokenize(tokenizer, RowFormat().read({"text": "Tree: true", "split": 6}))
     completion = Example("Tree: ", None, "true")
     assert text == tokenize(tokenizer, completion, Layout(chat_template=False))
     assert text == tokenize(tokenizer_with(), completion)
+    for ending in ("<|endoftext|>", "<|endoftext|>\n", "<|endoftext|> <|endoftext|>"):
+        row = {"text": f"Tree: true{ending}", "split": 6}  # it has its eos token already
+        assert tokenize(tokenizer, RowFormat().read(row)).answer_ids == text.answer_ids
 
 
 def test_an_example_without_an_answer_is_its_prompt():
@@ -184,12 +140,6 @@ def test_a_token_across_the_border_is_cut_there_and_no_character_lost():
     found = tokenize(tokenizer, Example("J", None, "N"))
     assert found.prompt_ids == tokenizer.encode("J")
     assert found.answer_ids == [*tokenizer.encode("N"), END_OF_TEXT]
-
-
-def test_a_template_that_thinks_first_is_no_obstacle_if_it_does_so_in_both():
-    tokenizer = tokenizer_with(THINKING)
-    found = tokenize(tokenizer, Example("Tree", None, "true"))
-    assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize(
@@ -234,11 +184,8 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_a_beginning_of_text_token_begins_the_prompt_and_not_the_answer():
+def test_a_beginning_of_text_token_begins_the_prompt_and_an_eos_token_must_end_the_answer():
     found = tokenize(Letters(), Example("ab", None, "c"))
     assert (found.prompt_ids, found.answer_ids) == ([1, 97, 98], [99, 2])
-
-
-def test_a_tokenizer_without_an_eos_token_is_refused():
     with pytest.raises(DataError, match="no eos token"):
         tokenize(Letters(None), Example("a", None, "b"))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import random
-import tracemalloc
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,43 +13,60 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data import amazon_reviews, commitpackft
-from kmerge_mlx.data.examples import ExampleFile
-from kmerge_mlx.data.sampling import Pair, SplitSizes, write_splits
-from kmerge_mlx.errors import DataError
+from kmerge_mlx.data.amazon_reviews import AmazonReviews
+from kmerge_mlx.data.commitpackft import CommitPackFT
+from kmerge_mlx.data.splits import Pair
+from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
 REVIEWS, COMMITS = SAMPLES / "amazon_reviews.jsonl", SAMPLES / "commitpackft.jsonl"
-SMALL = SplitSizes(test=8, valid=5, train=12)
+SMALL = {"test": 8, "valid": 5, "train": 12}
+# SHA-256 (its first 12 digits) of the test, train and valid file that release 0.1.0 wrote.
+GOLDEN = [
+    (AmazonReviews, REVIEWS, 42, {"test": 8, "valid": 5}, "f7fff14f9502 f92db00a168c 6aedaa26ff0f"),
+    (AmazonReviews, REVIEWS, 9, SMALL, "63d4cbdd9ec4 4402c71f9b08 c01966b7e82f"),
+    (CommitPackFT, COMMITS, 42, {"test": 8, "valid": 5}, "f0986bdab20a 211ff650a057 976091e9e031"),
+]
+
+
+def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=None, force=False, **options):
+    return task(file=str(source), sizes=sizes, **options).write(folder, force, progress)
 
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def draw(source: Path, folder: Path, module=amazon_reviews, sizes=SMALL, **options):
-    folder.mkdir()
-    return write_splits(source, module.pair, sizes, folder, **options)
-
-
 def splits(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return {
         path.stem: [(row["prompt"], row["completion"]) for row in rows_of(path)]
-        for path in folder.iterdir()
+        for path in folder.glob("*.jsonl")
     }
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.jsonl"))
+    }
 
 
-@pytest.mark.parametrize(
-    ("rating", "label"),
-    [(5.0, "positive"), (4, "positive"), (3.5, "positive"), (3.4, "negative"), (3.0, "negative")],
-)
-def test_a_review_is_positive_from_three_and_a_half_stars(rating, label):
-    row = {"text": "Love it", "rating": rating, "title": "Nice"}
-    assert amazon_reviews.pair(row) == Pair("Review: Love it, Label:", label, label)
+@pytest.mark.parametrize(("task", "file", "seed", "sizes", "expected"), GOLDEN)
+def test_the_files_are_those_of_the_first_release_byte_for_byte(
+    tmp_path, task, file, seed, sizes, expected
+):
+    draw(file, tmp_path / "data", task, sizes, seed=seed)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    draw(packed, tmp_path / "packed", task, sizes, seed=seed)
+    found = digests(tmp_path / "data")
+    assert " ".join(digest[:12] for digest in found.values()) == expected
+    assert digests(tmp_path / "packed") == found
+
+
+def test_a_review_is_positive_from_three_and_a_half_stars():
+    for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
+        row = {"text": "Love it", "rating": rating, "title": "Nice"}
+        assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
 
 
 def test_a_commits_prompt_is_the_papers_to_the_letter():
@@ -63,13 +77,7 @@ def test_a_commits_prompt_is_the_papers_to_the_letter():
         "Instructions: Rename a\n"
         "New Content:\n"
     )
-    assert commitpackft.pair(row) == Pair(expected, "b = 1\n")
-
-
-def test_the_papers_sizes_are_the_defaults():
-    reviews = amazon_reviews.SIZES.of(2_500_939)  # about what Amazon_Fashion holds
-    assert reviews == {"test": 50_000, "valid": 1_000, "train": 244_993}
-    assert commitpackft.SIZES.of(56_025) == {"test": 5_600, "valid": 500, "train": 49_925}
+    assert CommitPackFT.pair(row) == Pair(expected, "b = 1\n")
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
@@ -79,38 +87,28 @@ def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
         label = "negative" if row["rating"] < 3.5 else "positive"
         labels.setdefault(f"Review: {row['text']}, Label:", label)  # the first of its kind
     found = splits(tmp_path / "data")
-    assert {split: len(rows) for split, rows in found.items()} == {
-        "train": 12,
-        "valid": 5,
-        "test": 8,
-    }
-    assert all(labels[prompt] == label for rows in found.values() for prompt, label in rows)
+    assert {split: len(rows) for split, rows in found.items()} == SMALL
     for split, rows in found.items():
+        assert all(labels[prompt] == label for prompt, label in rows)
         assert summary["splits"][split]["labels"] == Counter(label for _, label in rows)
 
 
-def test_every_commit_written_is_a_commit_of_the_file(tmp_path):
-    draw(COMMITS, tmp_path / "data", commitpackft)
-    known = {(row["subject"], row["new_contents"]) for row in rows_of(COMMITS)}
-    for rows in splits(tmp_path / "data").values():
-        for prompt, answer in rows:
-            subject = prompt.rsplit("Instructions: ", 1)[1].removesuffix("\nNew Content:\n")
-            assert (subject, answer) in known
-
-
-def test_the_splits_read_back_as_examples(tmp_path):
-    draw(COMMITS, tmp_path / "data", commitpackft)
-    example = ExampleFile(tmp_path / "data" / "train.jsonl")[0]
-    assert example.context.startswith("Update the old python code")
-    assert example.prompt is None
-    assert example.answer
+def test_examples_in_memory_are_those_of_the_files(tmp_path):
+    draw(COMMITS, tmp_path / "data", CommitPackFT)
+    found = CommitPackFT(file=str(COMMITS), sizes=SMALL).examples(("test", "valid"))
+    for split, examples in found.items():
+        rows = splits(tmp_path / "data")[split]
+        assert [(e.context, e.answer) for e in examples] == rows
+        assert all(e.prompt is None for e in examples)
+    assert list(found) == ["test", "valid"]
+    assert found["valid"].where(-5) == "commitpackft valid row 1"
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
 
 
 @given(st.lists(st.tuples(texts, st.integers(1, 5)), min_size=12, max_size=60), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_prompt_is_in_two_splits_or_twice_in_one(tmp_path_factory, reviews, seed):
     folder = tmp_path_factory.mktemp("any")
     rows = [json.dumps({"text": text, "rating": rating}) for text, rating in reviews]
@@ -118,148 +116,91 @@ def test_no_prompt_is_in_two_splits_or_twice_in_one(tmp_path_factory, reviews, s
     distinct = len({text for text, _ in reviews})
     if distinct < 3:
         return
-    sizes = SplitSizes(test=1, valid=1, train=distinct - 2)
+    sizes = {"test": 1, "valid": 1, "train": distinct - 2}
     summary = draw(folder / "raw.jsonl", folder / "data", sizes=sizes, seed=seed)
-    hashes = [
-        hashlib.sha256(prompt.encode()).digest()
-        for found in splits(folder / "data").values()
-        for prompt, _ in found
-    ]
-    assert len(hashes) == len(set(hashes)) == distinct
+    prompts = [prompt for found in splits(folder / "data").values() for prompt, _ in found]
+    assert len(prompts) == len(set(prompts)) == distinct
     assert summary["shared_prompts"] == 0
     assert summary["repeated_prompts"] == len(reviews) - distinct
 
 
-def test_the_same_seed_gives_the_same_bytes_plain_or_packed_and_another_seed_others(tmp_path):
-    packed = tmp_path / "reviews.jsonl.gz"
-    packed.write_bytes(gzip.compress(REVIEWS.read_bytes()))
-    draw(REVIEWS, tmp_path / "one")
-    draw(packed, tmp_path / "two")
-    draw(REVIEWS, tmp_path / "three", seed=43)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert digests(tmp_path / "one")["test.jsonl"] != digests(tmp_path / "three")["test.jsonl"]
-
-
 def test_the_draw_does_not_depend_on_the_order_of_the_file(tmp_path):
     rows = [row for row in COMMITS.read_text().splitlines() if "Wait longer" not in row]
-    random.Random(1).shuffle(rows)
-    (tmp_path / "shuffled.jsonl").write_text("\n".join(rows))
-    (tmp_path / "sorted.jsonl").write_text("\n".join(sorted(rows)))
-    for name in ("shuffled", "sorted"):
-        draw(tmp_path / f"{name}.jsonl", tmp_path / name, commitpackft)
-    assert digests(tmp_path / "shuffled") == digests(tmp_path / "sorted")
+    for name, order in (("one", rows), ("two", sorted(rows))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
+        draw(tmp_path / f"{name}.jsonl", tmp_path / name, CommitPackFT)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_a_larger_training_set_leaves_the_other_splits_alone_and_holds_the_smaller(tmp_path):
-    draw(REVIEWS, tmp_path / "small")
-    draw(REVIEWS, tmp_path / "large", sizes=replace(SMALL, train=20))
-    small, large = splits(tmp_path / "small"), splits(tmp_path / "large")
+    found = [
+        AmazonReviews(file=str(REVIEWS), sizes=SMALL | {"train": rows}).examples()
+        for rows in (12, 20)
+    ]
+    small, large = ({s: list(rows) for s, rows in splits.items()} for splits in found)
     assert (small["test"], small["valid"]) == (large["test"], large["valid"])
     assert large["train"][:12] == small["train"]
 
 
-def test_rows_are_written_in_random_order_not_in_that_of_the_file(tmp_path):
-    rows = [json.dumps({"text": str(i), "rating": 5}) for i in range(300)]
+def test_rows_are_written_in_random_order_and_progress_only_grows(tmp_path):
+    rows = [json.dumps({"text": str(i), "rating": 5}) for i in range(3000)]
     (tmp_path / "raw.jsonl").write_text("\n".join(rows))
-    draw(tmp_path / "raw.jsonl", tmp_path / "data", sizes=SplitSizes(100, 100, 100))
+    sizes, seen = {"test": 100, "valid": 100, "train": 100}, []
+    draw(tmp_path / "raw.jsonl", tmp_path / "data", sizes=sizes, progress=lambda *n: seen.append(n))
     for found in splits(tmp_path / "data").values():
         order = [int(prompt.split()[1].rstrip(",")) for prompt, _ in found]
-        rising = sum(a < b for a, b in pairwise(order))
-        assert 30 < rising < 70
+        assert 30 < sum(a < b for a, b in pairwise(order)) < 70
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert set(totals) == {done[-1]}
 
 
 def test_rows_without_an_answer_are_counted_and_left_out(tmp_path):
-    summary = draw(COMMITS, tmp_path / "data", commitpackft, SplitSizes(5, 5))
+    summary = draw(COMMITS, tmp_path / "data", CommitPackFT, {"test": 5, "valid": 5})
     assert summary["rows_read"] == 40
     assert (summary["rows_without_answer"], summary["repeated_prompts"]) == (1, 1)
     assert sum(split["rows"] for split in summary["splits"].values()) == 38
     assert all(answer for rows in splits(tmp_path / "data").values() for _, answer in rows)
 
 
-BAD = {
-    "no text": ('{"rating": 5}', "text is None, expected the text of a review"),
-    "no rating": ('{"text": "a"}', "rating is None, expected a number"),
-    "a rating in words": ('{"text": "a", "rating": "five"}', "rating is 'five', expected a number"),
-    "no JSON": ("{", "not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path, name):
-    line, message = BAD[name]
-    path = tmp_path / "raw.jsonl"
-    rows = REVIEWS.read_text().splitlines()
-    path.write_text("\n".join([*rows[:6], line, *rows[6:]]))
-    with pytest.raises(DataError, match=f"raw.jsonl line 7: {message}"):
-        draw(path, tmp_path / "stopped")
-    summary = draw(path, tmp_path / "skipped", skip_bad=True)
-    assert summary["bad_lines"] == 1
-    assert summary["first_bad"].startswith(f"{path} line 7: {message}")
+def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
+    path, rows = tmp_path / "raw.jsonl", REVIEWS.read_text().splitlines()
     draw(REVIEWS, tmp_path / "plain")
-    assert digests(tmp_path / "skipped") == digests(tmp_path / "plain")
-
-
-def test_a_commit_without_its_texts_is_named():
-    row = {"old_contents": "", "subject": None, "new_contents": "a"}
+    for line, message in {
+        '{"rating": 5}': "text is None, expected the text of a review",
+        '{"text": "a", "rating": "five"}': "rating is 'five', expected a number",
+        "{": "not JSON",
+    }.items():
+        path.write_text("\n".join([*rows[:6], line, *rows[6:]]))
+        with pytest.raises(DataError, match=f"raw.jsonl line 7: {message}"):
+            draw(path, tmp_path / "data", force=True)
+        summary = draw(path, tmp_path / "data", skip_bad=True, force=True)
+        assert summary["bad_lines"] == 1
+        assert summary["first_bad"].startswith(f"{path} line 7: {message}")
+        assert digests(tmp_path / "data") == digests(tmp_path / "plain")
+    found = AmazonReviews(file=str(path), sizes=SMALL, skip_bad=True).examples()
+    assert sum(examples.bad for examples in found.values()) == 1
     with pytest.raises(DataError, match="subject is None, expected text"):
-        commitpackft.pair(row)
+        CommitPackFT.pair({"old_contents": "", "subject": None, "new_contents": "a"})
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (amazon_reviews.SIZES, "found 37 distinct prompts, expected more than --test 50000"),
-        (SplitSizes(10, 10, 18), "--test 10 and --valid 10 and --train 18"),
-        (SplitSizes(37, 0), "found 37 distinct prompts"),
-        (SplitSizes(0, 0, 0), "all 0: nothing to write"),
+        ({}, "too small for the paper's splits .found 37 distinct prompts, .* `test` 50000"),
+        ({"test": 10, "valid": 10, "train": 18}, "`test` 10 and `valid` 10 and `train` 18"),
+        ({"test": 37, "valid": 0}, "found 37 distinct prompts"),
+        ({"test": 0, "valid": 0, "train": 0}, "all 0: nothing to write"),
     ],
 )
 def test_more_rows_than_there_are_is_an_error(tmp_path, sizes, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, SettingsError), match=message):
         draw(REVIEWS, tmp_path / "data", sizes=sizes)
 
 
-@pytest.mark.parametrize("sizes", [{"test": -1}, {"train": 1.5}, {"train_share": 0}])
-def test_sizes_that_are_none_are_refused(sizes):
-    with pytest.raises(DataError, match="expected"):
-        SplitSizes(**({"test": 1, "valid": 1} | sizes))
-
-
-def test_a_split_of_no_rows_leaves_no_file(tmp_path):
-    draw(REVIEWS, tmp_path / "data", sizes=SplitSizes(5, 0, 0))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["test.jsonl"]
-
-
-def test_memory_goes_with_the_rows_not_with_the_file(tmp_path):
-    row = json.dumps({"text": "x" * 20_000, "rating": 5, "n": 0})
-    with (tmp_path / "raw.jsonl").open("w") as file:
-        for i in range(1500):  # 30 MB
-            file.write(row.replace("xx", f"{i:04d}", 1) + "\n")
-    sizes, progress = SplitSizes(100, 100, 1000), []
-    tracemalloc.start()
-    draw(
-        tmp_path / "raw.jsonl",
-        tmp_path / "data",
-        sizes=sizes,
-        progress=lambda done, total: progress.append((done, total)),
-    )
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    tracemalloc.stop()
-    done, totals = zip(*progress, strict=True)
-    assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]}
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a b", "Amazon/Fashion"])
-def test_a_name_that_is_none_never_reaches_the_hub(name):
-    with pytest.raises(DataError, match="expected a name such as Amazon_Fashion"):
-        amazon_reviews.fetch(name)
-    with pytest.raises(DataError, match="expected a name such as python"):
-        commitpackft.fetch(name)
-
-
-@pytest.mark.parametrize(("path", "keys"), [(REVIEWS, 10), (COMMITS, 10)])
-def test_the_samples_have_the_schema_of_the_data_sets(path, keys):
-    rows = rows_of(path)
-    assert len(rows) == 40
-    assert {len(row) for row in rows} == {keys}
+def test_a_name_that_is_none_never_reaches_the_hub():
+    for name in ("../x", "a b", "Amazon/Fashion"):
+        with pytest.raises(DataError, match="expected a name such as Amazon_Fashion"):
+            AmazonReviews(name).fetch()
+        with pytest.raises(DataError, match="expected a name such as python"):
+            CommitPackFT(name).fetch()

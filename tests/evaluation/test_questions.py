@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx.data import amazon_reviews, commitpackft
-from kmerge_mlx.data.sampling import SplitSizes
+from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.errors import DataError, EvaluateError, KMergeError
 from kmerge_mlx.evaluation.questions import Group, Questions, load_questions
 from kmerge_mlx.evaluation.report import group_scores
@@ -246,14 +245,15 @@ def test_a_trees_positive_label_may_be_chosen():
 
 
 @pytest.mark.parametrize(
-    ("task", "module", "file", "begins"),
+    ("task", "file", "begins"),
     [
-        ("amazon-reviews", amazon_reviews, REVIEWS, "Review: "),
-        ("commitpackft", commitpackft, COMMITS, "Update the old python code"),
+        ("amazon-reviews", REVIEWS, "Review: "),
+        ("commitpackft", COMMITS, "Update the old python code"),
     ],
 )
-def test_reviews_and_commits_come_from_a_file(tmp_path, monkeypatch, task, module, file, begins):
-    monkeypatch.setattr(module, "SIZES", SplitSizes(test=8, valid=5))
+def test_reviews_and_commits_come_from_a_file(tmp_path, monkeypatch, task, file, begins):
+    monkeypatch.setattr(HUB_TASKS[task], "test", 8)
+    monkeypatch.setattr(HUB_TASKS[task], "valid", 5)
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
     test = asked(task=task, file=str(file))
@@ -268,7 +268,8 @@ def test_reviews_and_commits_come_from_a_file(tmp_path, monkeypatch, task, modul
 
 
 def test_a_bad_review_is_named_or_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(amazon_reviews, "SIZES", SplitSizes(test=8, valid=5))
+    monkeypatch.setattr(HUB_TASKS["amazon-reviews"], "test", 8)
+    monkeypatch.setattr(HUB_TASKS["amazon-reviews"], "valid", 5)
     rows = REVIEWS.read_text().splitlines()
     path = tmp_path / "reviews.jsonl"
     path.write_text("\n".join([*rows[:3], '{"rating": 5}', *rows[3:]]))
@@ -287,7 +288,7 @@ def test_a_file_too_small_for_the_papers_splits_says_what_to_do():
     said = refused(DataError, task="amazon-reviews", file=str(REVIEWS))
     assert said == (
         f"{REVIEWS} is too small for the paper's splits (found 37 distinct prompts, expected more "
-        "than --test 50000 and --valid 1000): `kmerge-mlx data amazon-reviews --file "
-        f"{REVIEWS} --test N --valid N` draws others, for --data"
+        "than `test` 50000 and `valid` 1000): `kmerge-mlx data amazon-reviews --file "
+        f"{REVIEWS} --test N --valid N` draws others, for `data`"
     )
     assert "there is no such file" in refused(DataError, task="commitpackft", file="no.jsonl")

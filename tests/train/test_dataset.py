@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx.data import amazon_reviews
-from kmerge_mlx.data.sampling import SplitSizes
+from kmerge_mlx.data.amazon_reviews import AmazonReviews
 from kmerge_mlx.data.sources import load_examples
-from kmerge_mlx.data.textualized_tree import TreeTask, draw
-from kmerge_mlx.data.trees import Stage
+from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError
 from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
@@ -72,7 +71,7 @@ def test_no_tree_is_in_two_splits(tokenizer):
     stage, size = Stage(1, 2, 1, 1), 1200
     splits = dict.fromkeys(("train", "valid", "test"), size)
     task = TreeTask(stage, questions_per_tree=2, splits=splits)
-    unchecked = [{draw(task, split, i)[0].text for i in range(size)} for split in splits]
+    unchecked = [{task.draw(split, i)[0].text for i in range(size)} for split in splits]
     assert unchecked[0] & unchecked[1]
     sets = tree_sets(task, tokenizer, Limits(4, 2048))
     train, valid, test = (
@@ -236,7 +235,8 @@ def test_a_curriculum_that_is_none_is_one_line(tmp_path, settings, said):
 
 
 def test_the_papers_other_tasks_train_from_a_local_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(amazon_reviews, "SIZES", SplitSizes(4, 4))
+    for name, value in {"test": 4, "valid": 4, "train_share": 1}.items():
+        monkeypatch.setattr(AmazonReviews, name, value)
     file = tmp_path / "reviews.jsonl"
     file.write_bytes(REVIEWS.read_bytes() + b"{\n")
     task = ("--task", "amazon-reviews", "--file", file, *OPTIONS)
