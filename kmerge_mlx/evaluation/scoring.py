@@ -1,13 +1,18 @@
-"""Answers a model gives, and how likely it finds the right ones.
+"""Asks a model the questions in batches, and keeps its answers in a file that a stop leaves whole.
 
-Owns one pass over a batch of questions: greedy generation through mlx-lm's batching, and the
-likelihood of the right answer. Does not know what is made of them.
+The file (``--predictions``) is JSON lines: first ``{"evaluation": ...}``, what the answers depend
+on, then an answer each. It is appended to batch by batch. An unfinished batch is asked again,
+because the last digits of a likelihood depend on the batch; of two answers the later one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,8 +20,9 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import EvaluateError, PromptError, short
 from kmerge_mlx.evaluation.baselines import Method
+from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
@@ -28,12 +34,15 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt
 MOST_POSITIONS = 1 << 14
 """Positions read at once for likelihoods: at D = 896, some 300 MB."""
 MOST_LOGITS = 1 << 27
-"""Logits held at once, for the same: 512 MiB."""
+"""Logits held at once for likelihoods: 512 MiB."""
+OF = "evaluation"
+MOST_SHOWN = 20
+"""Longer values are digests, and an error does not show them."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came of one question.
+    """The answer to one question.
 
     Args:
         text: What the model wrote.
@@ -51,10 +60,10 @@ class Prediction:
 
 
 class Scorer:
-    """Scores questions with one model.
+    """Asks one model questions.
 
     Args:
-        model: From :func:`methods.reader`.
+        model: A model with a wrapped embedding.
         tokenizer: mlx-lm's tokenizer wrapper.
         batch_size: Most questions at once.
     """
@@ -82,7 +91,7 @@ class Scorer:
             rows: Prompts and right answers; at most ``batch_size``.
             max_tokens: Most tokens of each answer.
         """
-        # Merged anew, whatever came before: an answer's last digits depend on its batch alone.
+        # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.cut(row.segments)) for row in rows]
         answers = batch_generate(
@@ -102,9 +111,9 @@ class Scorer:
     def _nll(
         self, prompts: Sequence[CompressedPrompt], answers: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Each right answer's negative log-likelihood."""
+        """The negative log-likelihood of each right answer."""
         embedding, found = self._embedding, []
-        # A virtual id is bound, so a prompt is read as it stands.
+        # Virtual ids stand for their blocks, so nothing merges here.
         read = [
             TokenizedExample([Segment(prompt.ids, False)], list(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -121,7 +130,7 @@ class Scorer:
 def _in_passes(
     rows: Sequence[TokenizedExample], vocab_size: int
 ) -> Iterator[Sequence[TokenizedExample]]:
-    """Rows in runs that are read at once: long prompts and long answers take memory."""
+    """Runs of rows that are read at once, within a bounded memory."""
     start = 0
     for end in range(1, len(rows) + 1):
         grown = rows[start : end + 1]
@@ -135,7 +144,147 @@ def _in_passes(
 def in_batches(
     method: Method, rows: Sequence[TokenizedExample], batch_size: int
 ) -> list[list[int]]:
-    """Every row once, in batches of similar length: the same ones whenever it is asked."""
+    """The indices of all rows in batches of similar length, the same ones at every call."""
     lengths = [num_positions(replace(r, segments=method.cut(r.segments)), method.k) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class PredictionsFile:
+    """Answers by method and question.
+
+    Args:
+        path: The JSONL file, or None to keep them in memory alone.
+        identity: What the answers depend on, by name; a file made of something else is refused.
+        size: How many questions there are.
+
+    Raises:
+        EvaluateError: The file cannot be read or written, is not a predictions file, or belongs to
+            another evaluation. It is not changed then.
+    """
+
+    def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
+        self._path = None if path is None else Path(path)
+        self._size = size
+        self._found: dict[tuple[str, int], dict[int, Prediction]] = defaultdict(dict)
+        if self._path is None:
+            return
+        if self._path.exists() and not self._path.is_file():
+            raise EvaluateError(f"`predictions` {path} is not a file: name one")
+        known, end = self._read() if self._path.exists() else ({}, 0)
+        changed = [
+            name
+            if max(len(str(known[name])), len(what)) > MOST_SHOWN
+            else f"{name}, {known[name]} there and {what} here"
+            for name, what in identity.items()
+            if known.get(name, what) != what
+        ]
+        if changed:
+            raise EvaluateError(
+                f"`predictions` {path} holds answers of another evaluation (not the same: "
+                f"{'; '.join(changed)}): name another file, or remove it"
+            )
+        # An adapter that the file does not know yet is added.
+        more = {name: what for name, what in identity.items() if name not in known}
+        self._append([{OF: more}] if more else [], end)
+
+    def missing(self, method: Method, batches: Sequence[Sequence[int]]) -> list[int]:
+        """The numbers of the batches that are not all there."""
+        found = self._found[method.name, method.k]
+        return [n for n, batch in enumerate(batches) if not all(i in found for i in batch)]
+
+    def add(
+        self,
+        method: Method,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        predictions: Sequence[Prediction],
+    ) -> None:
+        """Adds the answers of a batch, which are on the disk when it returns.
+
+        Args:
+            method: The method that gave them.
+            indices: Which questions they answer.
+            questions: Those questions.
+            predictions: The answers.
+
+        Raises:
+            EvaluateError: They cannot be written.
+        """
+        lines = []
+        for i, question, prediction in zip(indices, questions, predictions, strict=True):
+            self._found[method.name, method.k][i] = prediction
+            place = {"method": method.name, "k": method.k, "question": i}
+            asked = {"group": question.group, "answer": question.answer}
+            lines.append(place | asked | asdict(prediction))
+        if self._path is not None:
+            self._append(lines)
+
+    def of(self, method: Method) -> list[Prediction]:
+        """A method's answers, in the order of the questions; all must be there."""
+        found = self._found[method.name, method.k]
+        return [found[i] for i in range(self._size)]
+
+    def _append(self, lines: Sequence[Mapping[str, Any]], end: int | None = None) -> None:
+        """Writes lines at the end of the file, or at ``end``, where it is cut off first."""
+        try:
+            with self._path.open("ab") as file:
+                if end is not None:
+                    file.truncate(end)
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
+
+    def _read(self) -> tuple[dict[str, str], int]:
+        """Takes the answers of every whole line.
+
+        Returns:
+            What they depend on, and where the last whole line ends, in bytes.
+        """
+        known: dict[str, str] = {}
+        end, begun = 0, f'{{"{OF}": {{'.encode()
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
+        for number, data in enumerate(lines, 1):
+            if number == 1 and data[: len(begun)] != begun[: len(data)]:
+                raise EvaluateError(
+                    f"`predictions` {self._path} is not a predictions file: name another, or a "
+                    "new one"
+                )
+            if not data.endswith(b"\n"):
+                break  # torn when a run was killed
+            try:
+                line = json.loads(data)
+                if OF in line:
+                    known |= line[OF]
+                else:
+                    self._take(line)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                problem = f"no {error}" if isinstance(error, KeyError) else short(str(error))
+                raise EvaluateError(
+                    f"`predictions` {self._path} line {number}: {problem}; the file was damaged: "
+                    "remove it, or its lines from there on"
+                ) from None
+            end += len(data)
+        return known, end
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        """Takes an answer.
+
+        Raises:
+            ValueError, KeyError, TypeError: The line is not an answer.
+        """
+        kinds = {"method": "str", "k": "int", "question": "int"}
+        kinds |= {field.name: field.type for field in fields(Prediction)}
+        for name, kind in kinds.items():
+            if type(line[name]).__name__ != kind:
+                raise ValueError(f"{name} is {short(line[name])}")
+        if not 0 <= line["question"] < self._size:
+            raise ValueError(f"question is {line['question']}, and there are {self._size:,}")
+        prediction = Prediction(**{field.name: line[field.name] for field in fields(Prediction)})
+        self._found[line["method"], line["k"]][line["question"]] = prediction
