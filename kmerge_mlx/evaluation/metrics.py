@@ -1,4 +1,4 @@
-"""Scores of answers, and their 95% intervals.
+"""Scores of answers that are labels, perplexity, and 95% intervals.
 
 Every score is a function of sums over examples, so the same function gives the score (of the sums)
 and its bootstrap (of the sums of each resample). Labels are counted in arrays (..., 3, L), L the
@@ -32,12 +32,7 @@ class Interval:
 
 
 def wilson_interval(successes: int, n: int) -> Interval:
-    """Wilson's score interval of a proportion.
-
-    Args:
-        successes: How many.
-        n: Out of how many, at least 1.
-    """
+    """Wilson's score interval of a proportion, of ``successes`` out of ``n`` (at least 1)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     p, scale = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
@@ -47,21 +42,21 @@ def wilson_interval(successes: int, n: int) -> Interval:
     return Interval(low, 1.0 if successes == n else float(centre + half))
 
 
-def balanced_accuracy_interval(right: np.ndarray, answered: np.ndarray) -> Interval:
-    """The interval of a mean of independent proportions.
+def mean_interval(successes: np.ndarray, totals: np.ndarray) -> Interval:
+    """The interval of the mean of independent proportions, such as balanced accuracy.
 
-    Each label's proportion is drawn from its Jeffreys posterior, Beta(right + 1/2, wrong + 1/2),
-    and the mean over the labels is taken. The interval includes the score itself.
+    Each proportion is drawn from its Jeffreys posterior, Beta(successes + 1/2, failures + 1/2), and
+    the mean of the draws is taken, with a fixed seed. The interval includes the mean itself.
 
     Args:
-        right: (L,) how often each label was right.
-        answered: (L,) how often it was the answer; labels without an answer do not count.
+        successes: (L,) how many.
+        totals: (L,) out of how many; a proportion of none is left out.
     """
-    right, answered = right[answered > 0], answered[answered > 0]
+    successes, totals = successes[totals > 0], totals[totals > 0]
     beta = np.random.default_rng(SEED).beta
-    draws = beta(right + 0.5, answered - right + 0.5, (DRAWS, len(right))).mean(axis=1)
-    score, ends = (right / answered).mean(), _middle(draws)
-    return Interval(float(min(ends.low, score)), float(max(ends.high, score)))
+    draws = beta(successes + 0.5, totals - successes + 0.5, (DRAWS, len(totals))).mean(axis=1)
+    mean, ends = (successes / totals).mean(), _middle(draws)
+    return Interval(float(min(ends.low, mean)), float(max(ends.high, mean)))
 
 
 def bootstrap_interval(
@@ -102,15 +97,11 @@ def label_outcomes(
     Returns:
         (n, 3, L) bool: whether the label is right, is the answer, and is predicted.
     """
-    every = np.array(labels, object)
-    answered = np.array(answers, object)[:, None] == every
-    predicted = np.array(predictions, object)[:, None] == every
+    answered, predicted = (
+        np.array(texts, object)[:, None] == np.array(labels, object)
+        for texts in (answers, predictions)
+    )
     return np.stack([answered & predicted, answered, predicted], axis=1)
-
-
-def accuracy(counts: np.ndarray) -> np.ndarray:
-    """The share of answers that were predicted: (...) of counts (..., 3, L)."""
-    return counts[..., RIGHT, :].sum(axis=-1) / counts[..., ANSWERED, :].sum(axis=-1)
 
 
 def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
@@ -126,20 +117,17 @@ def f1(counts: np.ndarray) -> np.ndarray:
     return 2 * counts[..., RIGHT, :] / np.maximum(seen, 1)
 
 
-def macro_f1(counts: np.ndarray, resampled_from: np.ndarray | None = None) -> np.ndarray:
-    """The mean of :func:`f1` over all labels.
+def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
+    """The mean F1 of all labels.
 
     Args:
         counts: (..., 3, L).
-        resampled_from: (3, L), the counts that ``counts`` are resamples of. A label that occurs
-            there and not in a resample is left out of it.
+        resampled_from: (3, L), the counts that ``counts`` are resamples of, or the counts
+            themselves. A label that occurs there and not in a resample is left out of it.
     """
-    each = f1(counts)
-    if resampled_from is None:
-        return each.mean(axis=-1)
-    absent = resampled_from[ANSWERED:].sum(axis=0) == 0
     occurs = counts[..., ANSWERED:, :].sum(axis=-2) > 0
-    return each.sum(axis=-1) / (occurs | absent).sum(axis=-1)
+    never = resampled_from[ANSWERED:].sum(axis=0) == 0
+    return f1(counts).sum(axis=-1) / (occurs | never).sum(axis=-1)
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:

@@ -273,10 +273,10 @@ def _label_scores(
     right, answered = counts[metrics.RIGHT], counts[metrics.ANSWERED]
     macro = partial(metrics.macro_f1, resampled_from=counts)
     wilson = wilson_interval(int(right.sum()), len(answers))
-    balanced = metrics.balanced_accuracy_interval(right, answered)
+    balanced = metrics.mean_interval(right, answered)
     f1 = bootstrap_interval(outcomes, lambda sums: metrics.f1(sums)[..., 0])
     return {
-        "accuracy": Score(float(metrics.accuracy(counts)), wilson),
+        "accuracy": Score(float(right.sum() / len(answers)), wilson),
         "balanced_accuracy": Score(float(metrics.balanced_accuracy(counts)), balanced),
         "f1": Score(float(metrics.f1(counts)[0]), f1),
         "f1_macro": Score(float(macro(counts)), bootstrap_interval(outcomes, macro)),

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import EvaluateError, PromptError, short
+from kmerge_mlx.errors import EvaluateError, PromptError, first_line
 from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.generation.stream import batch_generate, check_context
@@ -263,28 +263,14 @@ class PredictionsFile:
                 if OF in line:
                     known |= line[OF]
                 else:
-                    self._take(line)
+                    found = self._found[line["method"], line["k"]]
+                    found[line["question"]] = Prediction(
+                        *(line[f.name] for f in fields(Prediction))
+                    )
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                problem = f"no {error}" if isinstance(error, KeyError) else short(str(error))
                 raise EvaluateError(
-                    f"`predictions` {self._path} line {number}: {problem}; the file was damaged: "
-                    "remove it, or its lines from there on"
+                    f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "
+                    "remove the file, or its lines from there on"
                 ) from None
             end += len(data)
         return known, end
-
-    def _take(self, line: Mapping[str, Any]) -> None:
-        """Takes an answer.
-
-        Raises:
-            ValueError, KeyError, TypeError: The line is not an answer.
-        """
-        kinds = {"method": "str", "k": "int", "question": "int"}
-        kinds |= {field.name: field.type for field in fields(Prediction)}
-        for name, kind in kinds.items():
-            if type(line[name]).__name__ != kind:
-                raise ValueError(f"{name} is {short(line[name])}")
-        if not 0 <= line["question"] < self._size:
-            raise ValueError(f"question is {line['question']}, and there are {self._size:,}")
-        prediction = Prediction(**{field.name: line[field.name] for field in fields(Prediction)})
-        self._found[line["method"], line["k"]][line["question"]] = prediction

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
 from itertools import pairwise, takewhile
@@ -17,11 +16,10 @@ from kmerge_mlx.evaluation.questions import Questions
 from kmerge_mlx.evaluation.recall import recall_questions
 from kmerge_mlx.evaluation.report import group_scores
 from kmerge_mlx.evaluation.scoring import Prediction
-from kmerge_mlx.evaluation.settings import BASELINES, LENGTHS, EvaluateConfig
+from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, run
 from tests.conftest import UPSTREAM
-from tests.evaluations import measured, silent, write_folders
-from tests.plots.test_plots import words_of
+from tests.evaluations import silent, words_of, write_folders
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # The tests' tokenizer knows trees: a sentence takes it some 35 tokens.
@@ -36,7 +34,9 @@ class Written:
         if template is not None:
             self.tokenizer._tokenizer.chat_template = template
             self.tokenizer.has_chat_template = True
-        config = EvaluateConfig(model="any", task="recall", **{"num_needles": 4} | settings)
+        config = EvaluateSettings.of(
+            {"task": "recall", "haystack": "text", "num_needles": 4} | settings
+        )
         self.questions: Questions = recall_questions(config, self.count, silent)
 
     def count(self, example) -> int:
@@ -54,7 +54,7 @@ class Written:
 
 @pytest.fixture(scope="module", params=["text", "tree"])
 def written(request) -> Written:
-    return Written(haystack=request.param, lengths=LONG[request.param], depths=DEPTHS)
+    return Written(haystack=request.param, length=LONG[request.param], depth=DEPTHS)
 
 
 def haystack_of(written: Written) -> str:
@@ -75,7 +75,7 @@ def test_few_prompts_are_counted_to_write_one(written):
 
 def test_a_chat_template_counts():
     for template in (None, CHATML):
-        found = Written(template, haystack="text", lengths=(500,), depths=(0.5,))
+        found = Written(template, haystack="text", length=(500,), depth=(0.5,))
         assert 450 <= min(found.sizes(500)) <= max(found.sizes(500)) <= 500
     rendered = found.tokenizer.decode(found.ids(found.questions.items[0].example))
     assert rendered.startswith("<|im_start|>user")
@@ -89,7 +89,7 @@ def place_of(context: str) -> tuple[float, str]:
 
 
 def test_the_number_is_told_at_its_depth_among_the_same_sentences_and_asked_for():
-    questions = Written(haystack="text", lengths=(1500,), depths=DEPTHS).questions
+    questions = Written(haystack="text", length=(1500,), depth=DEPTHS).questions
     places = {group.name: group.place for group in questions.groups}
     texts: dict[tuple[str, str | None], set[str]] = {}
     for question in questions.items:
@@ -106,7 +106,7 @@ def test_the_number_is_told_at_its_depth_among_the_same_sentences_and_asked_for(
 
 
 def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
-    questions = Written(haystack="tree", lengths=(300,), depths=DEPTHS).questions
+    questions = Written(haystack="tree", length=(300,), depth=DEPTHS).questions
     places = {group.name: group.place for group in questions.groups}
     trees: dict[str, int] = {}
     for question in questions.items:
@@ -125,7 +125,7 @@ def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
 
 def test_a_small_tree_has_as_few_children_as_in_training():
     counts: Counter[int] = Counter()
-    for question in Written(haystack="tree", lengths=(48,), num_needles=20).questions.items:
+    for question in Written(haystack="tree", length=(48,), num_needles=20).questions.items:
         rows = question.example.context.removeprefix("Tree: ").split(",")[0].split("\n")
         depths = [row.count("+") for row in rows]
         for at, depth in enumerate(depths):
@@ -136,7 +136,7 @@ def test_a_small_tree_has_as_few_children_as_in_training():
 
 
 def test_lengths_and_depths_are_shown_in_order_and_once():
-    questions = Written(lengths=(200, 150, 200), depths=(1, 0.125, 0.1251, 0.125)).questions
+    questions = Written(length=(200, 150, 200), depth=(1, 0.125, 0.1251, 0.125)).questions
     assert [group.place for group in questions.groups] == [
         (length, depth) for length in (150, 200) for depth in (0.125, 0.1251, 1)
     ]
@@ -147,34 +147,29 @@ def test_lengths_and_depths_are_shown_in_order_and_once():
 
 
 def test_the_same_seed_writes_the_same_and_another_other_prompts():
-    one, two = (Written(lengths=(150,)).questions.items for _ in range(2))
+    one, two = (Written(length=(150,)).questions.items for _ in range(2))
     assert one == two
-    assert one == Written(lengths=(100, 150)).questions.items[-len(one) :]
-    assert not set(one) & set(Written(lengths=(150,), data_seed=1).questions.items)
-
-
-def test_the_lengths_that_none_were_given_for_are_the_haystacks():
-    found = Written(haystack="tree", num_needles=1).questions
-    assert sorted({group.place[0] for group in found.groups}) == sorted(LENGTHS["tree"])
+    assert one == Written(length=(100, 150)).questions.items[-len(one) :]
+    assert not set(one) & set(Written(length=(150,), data_seed=1).questions.items)
 
 
 @pytest.mark.parametrize(
     ("haystack", "length", "said"),
     [
-        ("text", 30, "--length is 30, and a needle and its question alone have "),
-        ("tree", 9, "--length is 9, and a needle and its question alone have "),
-        ("tree", 9000, "--length is 9,000, and a tree of all 676 names has no more tokens: use"),
+        ("text", 30, "`length` is 30, and a needle and its question alone have "),
+        ("tree", 9, "`length` is 9, and a needle and its question alone have "),
+        ("tree", 9000, "`length` is 9,000, and a tree of all 676 names has fewer tokens: use"),
     ],
 )
 def test_a_length_without_a_prompt_is_refused(haystack, length, said):
     with pytest.raises(EvaluateError) as caught:
-        Written(haystack=haystack, lengths=(length,), num_needles=1)
+        Written(haystack=haystack, length=(length,), num_needles=1)
     assert str(caught.value).startswith(said)
 
 
 def test_a_number_may_stand_among_other_words_and_a_name_may_not():
     def recall(haystack: str, answer: str, *texts: str) -> float:
-        (group,) = Written(haystack=haystack, lengths=(150,), depths=(0.5,)).questions.groups
+        (group,) = Written(haystack=haystack, length=(150,), depth=(0.5,)).questions.groups
         answers = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
         return group_scores(group, [answer] * len(texts), answers)["recall"].value
 
@@ -227,41 +222,3 @@ def test_a_table_without_a_row_says_so(narrow):
     assert result.out == "no method can read these prompts\n"
     assert "there is nothing to draw, every method is left out" in result.err
     assert not Path("recall.svg").exists()
-
-
-def test_every_length_and_depth_is_in_the_report(narrow):
-    report = measured(
-        **narrow.settings(task="recall", ks=(4,), baselines=BASELINES, max_tokens=1),
-        haystack="tree",
-        lengths=(60, 300),
-        depths=(0.5, 1),
-        num_needles=2,
-    ).to_json()
-    places = [(g["length"], g["depth"], g["questions"]) for g in report["groups"].values()]
-    assert places == [(60, 0.5, 2), (60, 1, 2), (300, 0.5, 2), (300, 1, 2)]
-    refused, *others = report["rows"]
-    assert set(refused) == {"method", "k", "label", "refused"}
-    assert [(row["method"], row["k"]) for row in others] == [
-        *(("merged", 4), ("mean", 4), ("truncate", 4), ("stride", 4)),
-    ]
-    for row in others:
-        assert set(row["scores"]) == set(report["groups"])
-        assert all(set(scores) == {"recall", "perplexity"} for scores in row["scores"].values())
-
-
-def test_the_size_that_fits_is_found_whatever_a_sentence_costs():
-    from kmerge_mlx.evaluation.recall import _most
-
-    for seed in range(50):
-        rng = random.Random(seed)
-        costs = [rng.choice([1, 3, 40]) for _ in range(400)]
-        limit, asked = rng.randint(5, 2000), []
-
-        def count(size: int, costs=costs, asked=asked) -> int:
-            asked.append(size)
-            return 5 + sum(costs[:size])
-
-        size = _most(lambda n: [n], limit, count, too_large=400)
-        assert count(size) <= limit
-        assert size == 399 or count(size + 1) > limit
-        assert len(asked) < 60
