@@ -16,19 +16,16 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """A way to read a prompt.
+    """A way to read a prompt in K times fewer positions.
 
-    Args:
-        k: Merge factor: how many times fewer positions.
+    ``title`` is its label in a table, ``about`` stands in the help. If it ``merges``, it reads with
+    the adapter for K, else with the one for K = 1.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    """The label in a table, with ``{k}``."""
     about: ClassVar[str] = ""
-    """What ``--help`` says of it."""
     merges: ClassVar[bool] = False
-    """Whether it reads with the adapter for K; the others read with the one for K = 1."""
 
     def __init__(self, k: int):
         self.k = k

@@ -25,12 +25,7 @@ MOST_LABELS = 20
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and the answer that is right.
-
-    Args:
-        example: Prompt and answer.
-        group: Name of the group that it is scored in.
-    """
+    """A prompt with the right answer, and the name of the group that it is scored in."""
 
     example: Example
     group: str
@@ -63,9 +58,8 @@ class Group:
     place: tuple[int, float] | None = None
 
     def is_right(self, prediction: str, answer: str) -> bool:
-        """Whether a prediction is right, white space around it aside."""
-        wanted, found = answer.strip(), prediction.strip()
-        return wanted in found if self.anywhere else wanted == found
+        """Whether a prediction is right; both without white space around them."""
+        return answer in prediction if self.anywhere else answer == prediction
 
 
 @dataclass(frozen=True)

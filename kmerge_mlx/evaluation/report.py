@@ -151,7 +151,7 @@ class Report:
 def make_report(
     settings: EvaluateSettings, questions: Questions, layout: Layout, rows: Sequence[Row]
 ) -> Report:
-    """The report of an evaluation that ran here."""
+    """Makes the report of an evaluation."""
     named = asdict(settings) | {"baseline": settings.baselines}
     about: dict[str, dict[str, Any]] = {}
     for group in questions.groups:
@@ -216,13 +216,7 @@ def cell(name: str, score: Score) -> str:
 
 
 def row_of(method: Method, questions: Questions, predictions: Sequence[Prediction]) -> Row:
-    """Scores a method.
-
-    Args:
-        method: The method.
-        questions: What it was asked.
-        predictions: What it answered, one for each question.
-    """
+    """Scores a method's answers, one for each question."""
     sizes, scores = {}, {}
     for group in questions.groups:
         pairs = zip(questions.items, predictions, strict=True)
@@ -237,24 +231,15 @@ def row_of(method: Method, questions: Questions, predictions: Sequence[Predictio
 def group_scores(
     group: Group, answers: Sequence[str], predictions: Sequence[Prediction]
 ) -> dict[str, Score]:
-    """The scores of a group: of labels where its answers are classes, else of texts.
-
-    Args:
-        group: The group.
-        answers: The right answers, at least one.
-        predictions: One for each.
-
-    Returns:
-        Scores by name.
-    """
+    """The scores of a group by name, with a prediction for each right answer (at least one)."""
     texts, wanted = [p.text.strip() for p in predictions], [a.strip() for a in answers]
     if group.labels:
         scores = _label_scores(group.labels, wanted, texts)
     else:
         right, n = sum(map(group.is_right, texts, wanted)), len(texts)
         found = Score(right / n, wilson_interval(right, n))
-        scores = {"exact_match" if group.place is None else "recall": found}
-    if not group.labels and group.place is None:
+        scores = {"recall" if group.place else "exact_match": found}
+    if "exact_match" in scores:
         similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
         interval = bootstrap_interval(similar, lambda sums: sums / len(texts))
         scores["edit_similarity"] = Score(float(similar.mean()), interval)

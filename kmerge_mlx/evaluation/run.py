@@ -7,7 +7,6 @@ import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -40,13 +39,7 @@ Sources = Mapping[int, Source]
 
 @dataclass(frozen=True)
 class _Asked:
-    """What every method is asked.
-
-    Args:
-        questions: The questions.
-        rows: Prompt and right answer of each, as ids.
-        limits: Most tokens of each answer.
-    """
+    """Questions, their token ids, and the most tokens of each answer."""
 
     questions: Questions
     rows: Sequence[TokenizedExample]
@@ -63,19 +56,20 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     Raises:
         KMergeError: A model, an adapter, data or a file that is not as it should be.
     """
-    sources = find_sources(settings)
-    own = sources[1]
+    names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
+    sources = {source.k: source for source in find_all(*names, settings.k, trust)}
+    methods = wanted(settings, [*sources])
+    if any(method.adapter_k == 1 for method in methods):
+        sources |= {1: sources.get(1) or find_all(*names, (1,), trust)[0]}
+    sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
+    own = next(iter(sources.values()))
     settings = replace(
         settings,
         model=own.model,
         adapter_path=own.adapter_path,
         haystack=settings.haystack or (TREE if own.model == BUNDLED else TEXT),
     )
-    methods = wanted(settings, sources)
-    tokenizer = base.read_tokenizer(
-        own.path, base.read_config(own.path), own.model, own.trust_remote_code
-    )
-    sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
+    tokenizer = base.read_tokenizer(own.path, base.read_config(own.path), own.model, trust)
     layout = _layout(settings, sources)
     layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
     asked = _ask(settings, tokenizer, layout, bar)
@@ -96,42 +90,41 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     return make_report(settings, asked.questions, layout, [found[method] for method in methods])
 
 
-def find_sources(settings: EvaluateSettings) -> Sources:
-    """Finds the base and the adapters that are asked for, and the one for K = 1 if there is one.
+def find_all(
+    model: str | None, adapter_path: str | None, ks: Sequence[int], trust_remote_code: bool
+) -> list[Source]:
+    """Finds the base with the adapter for each K, or for each there is; 1 may be the base alone.
 
     Raises:
         ModelError: The base cannot be found.
         AdapterError: An adapter that is not there (lists those that are).
     """
-    model, path, trust = settings.model, settings.adapter_path, settings.trust_remote_code
-    if path is None and model in (None, BUNDLED):
-        path = BUNDLED
-    elif path is None:
-        path = Source.find(model).adapter_path  # the one that the model's folder carries
-    have = {} if path is None else find_adapters(path)
-    ks = [k for k in {*(settings.k or have), 1} if k != 1 or k in have]
-    found = {k: Source.find(model, path, k, trust) for k in ks}
-    if 1 not in found:
-        any_k = min(found or have, default=None)
-        alone = Source.find(model, path, any_k, trust)
-        found[1] = replace(alone, adapter=None, merge=None)
+    if adapter_path is None:
+        # The bundled one, or what the model's folder carries.
+        adapter_path = Source.find(model).adapter_path
+    have = {} if adapter_path is None else find_adapters(adapter_path)
+    found = []
+    for k in sorted({*(ks or have or (1,))}):
+        alone = k == 1 and k not in have
+        any_k = min(have, default=None) if alone else k
+        source = Source.find(model, adapter_path, any_k, trust_remote_code)
+        found.append(replace(source, adapter=None, merge=None) if alone else source)
     return found
 
 
-def wanted(settings: EvaluateSettings, sources: Sources) -> list[Method]:
-    """The methods to measure, in the order in which they are shown.
+def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:
+    """The methods to measure at these merge factors, in the order in which they are shown.
 
     Raises:
         EvaluateError: A baseline of merging, and nothing is merged.
     """
-    ks = sorted(settings.k or [k for k, source in sources.items() if source.merge] or [1])
     names = [Merged.name, *(n for n in settings.baselines if n != Uncompressed.name)]
-    if len(names) > 1 and ks[-1] == 1:
+    if len(names) > 1 and max(ks) == 1:
         raise EvaluateError(f"`baseline` {names[1]} has the budget of merging: give `k` above 1")
     methods: list[Method] = []
     if 1 in ks or Uncompressed.name in settings.baselines:
         methods.append(Uncompressed(1))
-    return methods + [METHODS[name](k) for k in dict.fromkeys(ks) if k > 1 for name in names]
+    return methods + [METHODS[name](k) for k in ks if k > 1 for name in names]
 
 
 def reader(source: Source) -> tuple[nn.Module, Any]:
@@ -179,14 +172,11 @@ def _measured(
         if refusal := scorer.refusal(method, asked.rows):
             found[method] = Row(method.name, method.k, method.label, refused=refusal)
             continue
-        batches = in_batches(method, asked.rows, batch_size)
-        missing = set(file.missing(method, batches))
-        for i, batch in enumerate(batches):
-            if i in missing:
-                rows = [asked.rows[question] for question in batch]
-                limits = [asked.limits[question] for question in batch]
-                questions = [asked.questions.items[question] for question in batch]
-                file.add(method, batch, questions, scorer.score(method, rows, limits))
+        for batch in in_batches(method, asked.rows, batch_size):
+            if not file.has(method, batch):
+                rows, limits = [asked.rows[i] for i in batch], [asked.limits[i] for i in batch]
+                predictions = scorer.score(method, rows, limits)
+                file.add(method, batch, [asked.questions.items[i] for i in batch], predictions)
             progress(len(batch))
         found[method] = row_of(method, asked.questions, file.of(method))
     return found
@@ -248,25 +238,19 @@ def _identity(
         prompt = [[segment.merge, *segment.ids] for segment in row.segments]
         about = [question.group, question.answer, prompt, row.answer_ids]
         digest.update(json.dumps(about).encode() + b"\n")
-    (path,) = {source.path for source in sources.values()}
-    adapters = {
-        f"the adapter for K={k}": "none" if source.adapter is None else _digest(source.adapter)
-        for k, source in sources.items()
-    }
-    return {
+    path = next(iter(sources.values())).path
+    identity = {
         "the base model": base.weights_digest(path),
         "the questions": digest.hexdigest(),
         "--batch-size": str(settings.batch_size),
         "--max-tokens": str(settings.max_tokens),
         "the chat template": "used" if layout.chat_template else "unused",
-        **adapters,
     }
-
-
-def _digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's files."""
-    digest = hashlib.sha256()
-    for name in FILES:
-        with (adapter / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    for k, source in sources.items():
+        files = [] if source.adapter is None else [source.adapter / name for name in FILES]
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        identity[f"the adapter for K={k}"] = digest.hexdigest() if files else "none"
+    return identity

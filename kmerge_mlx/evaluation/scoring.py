@@ -29,7 +29,6 @@ from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import AnswerHead, cross_entropy
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 MOST_POSITIONS = 1 << 14
 """Positions read at once for likelihoods: at D = 896, some 300 MB."""
@@ -60,13 +59,7 @@ class Prediction:
 
 
 class Scorer:
-    """Asks one model questions.
-
-    Args:
-        model: A model with a wrapped embedding.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        batch_size: Most questions at once.
-    """
+    """Asks one model, whose embedding is wrapped, up to ``batch_size`` questions at once."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int):
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
@@ -84,13 +77,7 @@ class Scorer:
     def score(
         self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch of questions.
-
-        Args:
-            method: How their prompts are read.
-            rows: Prompts and right answers; at most ``batch_size``.
-            max_tokens: Most tokens of each answer.
-        """
+        """Answers a batch of questions, each with at most its ``max_tokens``."""
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.cut(row.segments)) for row in rows]
@@ -102,22 +89,20 @@ class Scorer:
             prefill_batch_size=self._batch_size,
             completion_batch_size=self._batch_size,
         )
-        nll = self._nll(prompts, [row.answer_ids for row in rows])
+        # Virtual ids stand for their blocks, so nothing merges here.
+        read = [
+            TokenizedExample([Segment(prompt.ids, False)], row.answer_ids)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        nll = self._nll(read)
         return [
             Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
             for row, prompt, text, loss in zip(rows, prompts, answers.texts, nll, strict=True)
         ]
 
-    def _nll(
-        self, prompts: Sequence[CompressedPrompt], answers: Sequence[Sequence[int]]
-    ) -> list[float]:
+    def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
         """The negative log-likelihood of each right answer."""
         embedding, found = self._embedding, []
-        # Virtual ids stand for their blocks, so nothing merges here.
-        read = [
-            TokenizedExample([Segment(prompt.ids, False)], list(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
         for rows in _in_passes(read, embedding.vocab_size):
             batch = make_batch(rows, 1, embedding.pad_token_id, embedding.vocab_size)
             logits = self._head.logits(self._model, batch).astype(mx.float32)
@@ -188,10 +173,9 @@ class PredictionsFile:
         more = {name: what for name, what in identity.items() if name not in known}
         self._append([{OF: more}] if more else [], end)
 
-    def missing(self, method: Method, batches: Sequence[Sequence[int]]) -> list[int]:
-        """The numbers of the batches that are not all there."""
-        found = self._found[method.name, method.k]
-        return [n for n, batch in enumerate(batches) if not all(i in found for i in batch)]
+    def has(self, method: Method, indices: Sequence[int]) -> bool:
+        """Whether a method's answers to all these questions are there."""
+        return {*indices} <= self._found[method.name, method.k].keys()
 
     def add(
         self,
@@ -200,13 +184,7 @@ class PredictionsFile:
         questions: Sequence[Question],
         predictions: Sequence[Prediction],
     ) -> None:
-        """Adds the answers of a batch, which are on the disk when it returns.
-
-        Args:
-            method: The method that gave them.
-            indices: Which questions they answer.
-            questions: Those questions.
-            predictions: The answers.
+        """Adds a method's answers to some questions; they are on the disk when it returns.
 
         Raises:
             EvaluateError: They cannot be written.

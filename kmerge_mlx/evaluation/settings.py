@@ -63,23 +63,15 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     task: str | None = option(
         None,
         str,
-        "One of the paper's tasks instead, or `recall`: a needle at every depth of long prompts.",
+        "One of the paper's tasks instead, or `recall`: a needle in long prompts.",
         choices=EVALUATED,
     )
     split: str = option(SPLITS[0], str, "Which split of --data or --task.", choices=SPLITS)
-    limit: int | None = option(
-        None, int, "Most examples of --data, reviews or commits. Default: all.", low=1
-    )
+    limit: int | None = option(None, int, "Most rows, the first ones. Default: all.", low=1)
     stage: str = TrainSettings.setting("stage", choices=tuple(STAGES))
-    max_nodes: int | None = option(
-        None, int, "Trees: most nodes of one. Default: the stage's.", low=2
-    )
-    num_trees: int = option(
-        1000, int, "Trees: how many, each asked one true and one false question.", low=1
-    )
-    find_parent: int = option(
-        1, int, "Trees: how many more questions for a parent's name.", low=0, shown="1"
-    )
+    max_nodes: int | None = option(None, int, "Trees: most nodes. Default: the stage's.", low=2)
+    num_trees: int = option(1000, int, "Trees, each asked a true and a false question.", low=1)
+    find_parent: int = option(1, int, "Trees: more questions, for a parent's name.", low=0)
     reference_sampling: bool = TrainSettings.setting("reference_sampling")
     data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.")
     category: str | None = TrainSettings.setting("category")
@@ -88,8 +80,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     haystack: str | None = option(
         None,
         str,
-        "Recall: a number among sentences (text), or a node of a tree (the bundled model's "
-        "default).",
+        "Recall: a number in a text, or a node of a tree (the bundled model's default).",
         choices=HAYSTACKS,
     )
     length: tuple[int, ...] = option(
@@ -113,15 +104,12 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         [], list, "The answers that are classes, such as true,false. Default: found in the data."
     )
     positive: str | None = option(
-        None,
-        str,
-        "The label that F1 is of. Default: the first of --labels, or the most frequent.",
+        None, str, "Label that F1 is of. Default: the first of --labels, or the most frequent."
     )
     max_tokens: int | None = option(
         None,
         int,
-        "Most tokens of an answer. Default: as many as the longest right one has, and some more "
-        "for recall from text.",
+        "Most tokens of an answer. Default: those of the longest right one; more for recall.",
         low=1,
         flags=("--max-tokens", "-m"),
     )

@@ -352,7 +352,7 @@ def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
 
 
 def test_a_likelihood_that_cannot_be_computed_is_null_in_the_report(monkeypatch, folders, data):
-    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, prompts, answers: [math.nan] * 4)
+    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, read: [math.nan] * 4)
     report = measured(**folders.settings(k=(4,), data=str(data), limit=4), max_tokens=1)
     score = report.to_json()["rows"][0]["scores"]["data"]["perplexity"]
     assert score == {"value": None}
