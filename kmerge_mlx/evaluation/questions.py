@@ -84,7 +84,7 @@ class Questions:
 
 
 def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
-    """Reads, draws or fetches the questions; those of recall are in ``recall.py``.
+    """Reads, draws or fetches the questions of all tasks but recall.
 
     Raises:
         DataError: A bad row (named), or data that cannot be had.

@@ -23,8 +23,7 @@ _WHAT = (
     "a wooden boat",
     "the blue lamp",
     "some letters",
-    "a long map",
-    "two bells",
+    *("a long map", "two bells"),
 )
 _WHERE = ("by the river", "behind the station", "in the market", "near the mill", "on the hill")
 _CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Cairo", "Perth", "Dakar", "Turin", "Kyoto", "Lima")
@@ -40,18 +39,11 @@ Haystack = Callable[[int], list[Example]]
 
 
 def recall_questions(settings: EvaluateSettings, count: Count, bar: Bar) -> Questions:
-    """Writes prompts of every length with a needle at every depth.
+    """Writes prompts of every length with a needle at every depth, a group for each.
 
     A prompt has as many sentences or rows as fit into its length; they are the same at every depth.
-
-    Args:
-        settings: Lengths in tokens, depths, how many prompts of each, and the haystack.
-        count: The tokens of a prompt, as the model is to read it.
-        bar: Shows how far it is.
-
-    Returns:
-        The questions, a group for each length and depth. A text's question stays raw, and its
-        answer may stand among other words; a tree merges with its question, as in training.
+    A text's question stays raw, and its answer may stand among other words; a tree merges with its
+    question, as in training.
 
     Raises:
         EvaluateError: A length for which there is no prompt.

@@ -47,7 +47,7 @@ def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shif
     Args:
         axes: matplotlib's, with its limits set.
         points: In order along the axis.
-        number: Chooses colour and marker. A second round of colours has other markers.
+        number: Chooses colour and marker.
         name: The legend's.
         shift: How far beside their place they are drawn, in 1/72 inch.
     """
@@ -84,11 +84,7 @@ def plain(axes: Any) -> None:
 
 
 def write(figure: Any, path: str | Path) -> None:
-    """Writes a picture under a temporary name and renames it.
-
-    Args:
-        figure: matplotlib's.
-        path: The picture; its name chooses the format.
+    """Writes a whole picture, in the format that its name says, or none.
 
     Raises:
         PlotError: It cannot be written.

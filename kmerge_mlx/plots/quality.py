@@ -22,21 +22,17 @@ SAME = 0.05  # doublings within which two ratios are the same
 TICKS_APART = 0.1  # of the axis: labels nearer than that would touch
 MARGIN = 2**0.35  # left and right of the points
 
-Place = tuple[float, float]
-"""Compression ratio and value."""
+Place = tuple[float, float]  # compression ratio and value
 
 
 def draw_quality(report: Report, path: str | Path) -> None:
     """Draws quality over compression ratio, a panel for each score.
 
-    A method looks the same in every panel. Points of one ratio are drawn side by side.
-
-    Args:
-        report: An evaluation that some method could read.
-        path: The picture; its name chooses the format.
+    A method looks the same in every panel. Points of one ratio are drawn side by side. At least one
+    method must have been able to read the prompts.
 
     Raises:
-        PlotError: It cannot be written.
+        PlotError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -67,14 +63,11 @@ def draw_quality(report: Report, path: str | Path) -> None:
 
 
 def pareto_frontier(places: Sequence[Place], sign: int = 1) -> list[Place]:
-    """The places that are not worse than another one in one respect and not better in the other.
+    """The places that no other one beats, in order of ratio.
 
     Args:
         places: Any number.
         sign: 1 if a higher value is better, else -1.
-
-    Returns:
-        Places in order of ratio, so that the quality falls.
     """
     frontier: list[Place] = []
     finite = [place for place in places if np.isfinite(place[1])]

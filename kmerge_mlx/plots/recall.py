@@ -15,12 +15,8 @@ MOST_TICKS = 6  # more depths than that are not all written out
 def draw_recall(report: Report, path: str | Path) -> None:
     """Draws recall over the needle's depth, a panel for each length and a line for each method.
 
-    Args:
-        report: An evaluation of recall that some method could read.
-        path: The picture; its name chooses the format.
-
     Raises:
-        PlotError: It cannot be written.
+        PlotError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -21,10 +21,10 @@ def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:
     Args:
         rows: What was measured, K = 1 included.
         title: Where it was measured.
-        path: The picture; its name chooses the format.
+        path: The picture.
 
     Raises:
-        PlotError: It cannot be written.
+        PlotError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
 
