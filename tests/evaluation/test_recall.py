@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from itertools import pairwise, takewhile
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -52,24 +50,14 @@ class Written:
         return [len(self.ids(question.example)) for question in mine]
 
 
-@pytest.fixture(scope="module", params=["text", "tree"])
-def written(request) -> Written:
-    return Written(haystack=request.param, length=LONG[request.param], depth=DEPTHS)
-
-
-def haystack_of(written: Written) -> str:
-    return "text" if written.questions.groups[0].anywhere else "tree"
-
-
-def test_a_prompt_keeps_to_its_length_and_fills_it(written):
-    for length in LONG[haystack_of(written)]:
+@pytest.mark.parametrize("haystack", LONG)
+def test_a_prompt_keeps_to_its_length_and_fills_it(haystack):
+    written = Written(haystack=haystack, length=LONG[haystack], depth=DEPTHS)
+    for length in LONG[haystack]:
         sizes = written.sizes(length)
         assert len(sizes) == 4 * len(DEPTHS)
         assert 0.9 * length <= min(sizes) <= max(sizes) <= length
-
-
-def test_few_prompts_are_counted_to_write_one(written):
-    """Looking for the right size one sentence after the other would count hundreds."""
+    # Looking for the right size one sentence after the other would count hundreds.
     assert written.counted < 25 * len(written.questions.items)
 
 
@@ -123,18 +111,6 @@ def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
     assert list(trees.values()) == [len(DEPTHS)] * 4
 
 
-def test_a_small_tree_has_as_few_children_as_in_training():
-    counts: Counter[int] = Counter()
-    for question in Written(haystack="tree", length=(48,), num_needles=20).questions.items:
-        rows = question.example.context.removeprefix("Tree: ").split(",")[0].split("\n")
-        depths = [row.count("+") for row in rows]
-        for at, depth in enumerate(depths):
-            below = list(takewhile(lambda d, depth=depth: d > depth, depths[at + 1 :]))
-            if at + len(below) + 1 < len(depths):  # of the last nodes, some children are cut off
-                counts[below.count(depth + 1)] += 1
-    assert set(counts) == {0, 1, 2, 3}
-
-
 def test_lengths_and_depths_are_shown_in_order_and_once():
     questions = Written(length=(200, 150, 200), depth=(1, 0.125, 0.1251, 0.125)).questions
     assert [group.place for group in questions.groups] == [
@@ -186,23 +162,19 @@ def narrow(tmp_path_factory):
 
 def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narrow):
     picture = tmp_path / "recall.svg"
+    recall = ("--task", "recall", "--length", 100, "--length", 600, "--num-needles", 2, "-m", 2)
     result = run(
-        *("evaluate", *narrow.flags(), "--task", "recall", "--length", 100, "--length", 600),
-        *("--num-needles", 2, "--depth", 0.5, "--depth", 0, "--k", 4, "--baseline", "all"),
-        *("-m", 2, "--plot", picture),
+        *("evaluate", *narrow.flags(), *recall, "--depth", 0.5, "--depth", 0, "--k", 4),
+        *("--baseline", "all", "--plot", picture),
     )
     assert result.code == 0, result.err
     note = r"note: uncompressed is left out: the prompt has \d+ positions, and the model's context "
     assert re.search(note + "is 256: shorten it", result.err)
-    assert "uncompressed" not in result.out
-    tables = result.out.split("\n\n")
-    assert [table.splitlines()[0] for table in tables] == [
-        "recall at 100 tokens: 2 questions at each depth",
-        "recall at 600 tokens: 2 questions at each depth",
-    ]
     ratios: list[set[float]] = []
-    for table in tables:
-        heads, *rows = (re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:])
+    for table, length in zip(result.out.split("\n\n"), (100, 600), strict=True):
+        title, *lines = table.splitlines()
+        assert title == f"recall at {length} tokens: 2 questions at each depth"
+        heads, *rows = (re.split(r" {2,}", line.strip()) for line in lines)
         assert heads == ["ratio", "depth 0%", "depth 50%"]
         assert [row[0] for row in rows] == [
             *("K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4"),
@@ -213,12 +185,6 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     (short,), (long,) = ratios
     assert 1 < short < long < 4
     assert words_of(picture) >= {"100 tokens", "600 tokens", "recall", "K=4", "0%", "50%"}
-
-
-def test_a_table_without_a_row_says_so(narrow):
-    alone = ("--model", str(narrow.base), "--task", "recall", "--length", 400, "--num-needles", 1)
-    result = run("evaluate", *alone, "--plot", "recall.svg")
-    assert result.code == 1
-    assert result.out == "no method can read these prompts\n"
-    assert "there is nothing to draw, every method is left out" in result.err
-    assert not Path("recall.svg").exists()
+    alone = run("evaluate", "--model", narrow.base, *recall, "--plot", picture)
+    assert (alone.code, alone.out) == (1, "no method can read these prompts\n")
+    assert "there is nothing to draw, every method is left out" in alone.err
