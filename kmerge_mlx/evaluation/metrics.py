@@ -11,7 +11,6 @@ Source: Wilson, J. Am. Stat. Assoc. 22 (1927); Brown, Cai and DasGupta, Stat. Sc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -23,12 +22,8 @@ DRAWS = 20_000
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Where a value lies with 95% confidence; both ends belong to it."""
-
-    low: float
-    high: float
+Interval = tuple[float, float]
+"""The low and the high end of where a value lies with 95% confidence."""
 
 
 def wilson_interval(successes: int, n: int) -> Interval:
@@ -39,7 +34,7 @@ def wilson_interval(successes: int, n: int) -> Interval:
     half = z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / scale
     # The ends are exact there, and rounding would leave [0, 1].
     low = 0.0 if successes == 0 else float(centre - half)
-    return Interval(low, 1.0 if successes == n else float(centre + half))
+    return low, 1.0 if successes == n else float(centre + half)
 
 
 def mean_interval(successes: np.ndarray, totals: np.ndarray) -> Interval:
@@ -55,8 +50,8 @@ def mean_interval(successes: np.ndarray, totals: np.ndarray) -> Interval:
     successes, totals = successes[totals > 0], totals[totals > 0]
     beta = np.random.default_rng(SEED).beta
     draws = beta(successes + 0.5, totals - successes + 0.5, (DRAWS, len(totals))).mean(axis=1)
-    mean, ends = (successes / totals).mean(), _middle(draws)
-    return Interval(float(min(ends.low, mean)), float(max(ends.high, mean)))
+    mean, (low, high) = (successes / totals).mean(), _middle(draws)
+    return float(min(low, mean)), float(max(high, mean))
 
 
 def bootstrap_interval(
@@ -84,7 +79,7 @@ def bootstrap_interval(
 def _middle(values: np.ndarray) -> Interval:
     # Values that occurred: interpolating between two infinite ones gives NaN.
     low = np.quantile(values, (1 - LEVEL) / 2, method="lower")
-    return Interval(float(low), float(np.quantile(values, (1 + LEVEL) / 2, method="higher")))
+    return float(low), float(np.quantile(values, (1 + LEVEL) / 2, method="higher"))
 
 
 def label_outcomes(

@@ -14,27 +14,19 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from kmerge_mlx import __version__
-from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation import metrics
 from kmerge_mlx.evaluation.baselines import Method
-from kmerge_mlx.evaluation.metrics import Interval, bootstrap_interval, wilson_interval
+from kmerge_mlx.evaluation.metrics import bootstrap_interval, wilson_interval
 from kmerge_mlx.evaluation.questions import Group, Questions
 from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.prompts.policy import Layout
 
-COLUMNS = {
-    "balanced_accuracy": True,
-    "accuracy": True,
-    "f1": True,
-    "f1_macro": True,
-    "exact_match": True,
-    "recall": True,
-    "edit_similarity": True,
-    "perplexity": False,
-}
+_SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "exact_match", "recall")
+COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
 """The scores of a table, in its order, and whether each is a share."""
 _JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}
 _UNREPORTED = ("predictions", "json", "plot")
@@ -42,20 +34,16 @@ _UNREPORTED = ("predictions", "json", "plot")
 
 @dataclass(frozen=True)
 class Score:
-    """A score and its 95% interval.
-
-    Args:
-        value: Of the questions that were asked; NaN where it cannot be computed.
-        interval: Of questions like them; None for a score without one.
-    """
+    """A score, NaN where it cannot be computed, and its 95% interval, or None without one."""
 
     value: float
-    interval: Interval | None = None
+    low: float | None = None
+    high: float | None = None
 
     def to_json(self) -> dict[str, float | None]:
         """The value and the interval's ends; JSON has no infinity, so that is null."""
-        named = {"value": self.value} | ({} if self.interval is None else vars(self.interval))
-        return {name: value if math.isfinite(value) else None for name, value in named.items()}
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value if math.isfinite(value) else None for name, value in known.items()}
 
 
 @dataclass(frozen=True)
@@ -194,25 +182,21 @@ def _saved_row(row: Mapping[str, Any]) -> Row:
     sizes = row["prompt_tokens"], row["positions"]
     if not all(is_int(n, 1) for n in (row["k"], *sizes)):
         raise ValueError(f"a row has k = {short(row['k'])} and sizes of {short(sizes)}")
-    scores = {
-        group: {name: _saved_score(score) for name, score in named.items()}
-        for group, named in row["scores"].items()
-    }
+    scores: dict[str, dict[str, Score]] = {}
+    for group, named in row["scores"].items():
+        scores[group] = {}
+        for name, score in named.items():
+            known = {key: math.inf if v is None else float(v) for key, v in score.items()}
+            scores[group][name] = Score(**known)
     return Row(str(row["method"]), row["k"], str(row["label"]), {"all": sizes}, scores)
-
-
-def _saved_score(score: Mapping[str, Any]) -> Score:
-    ends = score.get("low"), score.get("high")
-    value = math.nan if score["value"] is None else float(score["value"])
-    return Score(value, Interval(*ends) if all(map(is_number, ends)) else None)
 
 
 def cell(name: str, score: Score) -> str:
     """A score and its interval as a table shows it."""
-    value, ends = score.value, score.interval
+    value, low, high = score.value, score.low, score.high
     if COLUMNS[name]:
-        return f"{value:.2%} ({100 * ends.low:.1f}-{100 * ends.high:.1f})"
-    return f"{value:.4g}" if ends is None else f"{value:.4g} ({ends.low:.4g}-{ends.high:.4g})"
+        return f"{value:.2%} ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{value:.4g}" if low is None else f"{value:.4g} ({low:.4g}-{high:.4g})"
 
 
 def row_of(method: Method, questions: Questions, predictions: Sequence[Prediction]) -> Row:
@@ -237,17 +221,17 @@ def group_scores(
         scores = _label_scores(group.labels, wanted, texts)
     else:
         right, n = sum(map(group.is_right, texts, wanted)), len(texts)
-        found = Score(right / n, wilson_interval(right, n))
+        found = Score(right / n, *wilson_interval(right, n))
         scores = {"recall" if group.place else "exact_match": found}
     if "exact_match" in scores:
         similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
         interval = bootstrap_interval(similar, lambda sums: sums / len(texts))
-        scores["edit_similarity"] = Score(float(similar.mean()), interval)
+        scores["edit_similarity"] = Score(float(similar.mean()), *interval)
     terms = np.array([(p.nll, p.answer_tokens) for p in predictions], np.float64)
     # A model that overflows has infinite likelihoods, or NaN.
     finite = np.isfinite(terms).all()
-    interval = bootstrap_interval(terms, metrics.perplexity) if finite else None
-    return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), interval)}
+    interval = bootstrap_interval(terms, metrics.perplexity) if finite else ()
+    return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), *interval)}
 
 
 def _label_scores(
@@ -261,10 +245,10 @@ def _label_scores(
     balanced = metrics.mean_interval(right, answered)
     f1 = bootstrap_interval(outcomes, lambda sums: metrics.f1(sums)[..., 0])
     return {
-        "accuracy": Score(float(right.sum() / len(answers)), wilson),
-        "balanced_accuracy": Score(float(metrics.balanced_accuracy(counts)), balanced),
-        "f1": Score(float(metrics.f1(counts)[0]), f1),
-        "f1_macro": Score(float(macro(counts)), bootstrap_interval(outcomes, macro)),
+        "accuracy": Score(float(right.sum() / len(answers)), *wilson),
+        "balanced_accuracy": Score(float(metrics.balanced_accuracy(counts)), *balanced),
+        "f1": Score(float(metrics.f1(counts)[0]), *f1),
+        "f1_macro": Score(float(macro(counts)), *bootstrap_interval(outcomes, macro)),
         "majority_accuracy": Score(float(answered.max() / answered.sum())),
         "majority_balanced_accuracy": Score(float(1 / (answered > 0).sum())),
     }

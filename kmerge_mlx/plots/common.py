@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.errors import PlotError, first_line
-from kmerge_mlx.evaluation.metrics import Interval
+from kmerge_mlx.evaluation.report import Score
 from kmerge_mlx.files import replacing_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -19,9 +19,6 @@ SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 APART = 5.0  # 1/72 inch between points of one place, so that their error bars can be seen
-
-Point = tuple[float, float, Interval | None]
-"""Place along the axis, value, and the value's interval if it is known."""
 
 
 def check_plot(path: str | Path) -> None:
@@ -41,12 +38,14 @@ def check_plot(path: str | Path) -> None:
         raise PlotError(f"`plot` is {path}, which cannot be written: name another file")
 
 
-def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shift: float) -> None:
-    """Draws points and their intervals, joined by a line if there are several.
+def draw_scores(
+    axes: Any, points: Sequence[tuple[float, Score]], number: int, name: str, shift: float
+) -> None:
+    """Draws scores and their intervals, joined by a line if there are several.
 
     Args:
         axes: matplotlib's, with its limits set.
-        points: In order along the axis.
+        points: Place along the axis and score of each, in order.
         number: Chooses colour and marker.
         name: The legend's.
         shift: How far beside their place they are drawn, in 1/72 inch.
@@ -56,8 +55,8 @@ def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shif
     colour = COLOURS[number % len(COLOURS)]
     place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     axes.plot(
-        [x for x, _, _ in points],
-        [value for _, value, _ in points],
+        [x for x, _ in points],
+        [score.value for _, score in points],
         color=colour,
         marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         markersize=7,
@@ -69,7 +68,7 @@ def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shif
         zorder=3,
         label=name,
     )
-    known = [(x, ends.low, ends.high) for x, _, ends in points if ends is not None]
+    known = [(x, score.low, score.high) for x, score in points if score.low is not None]
     x, *ends = np.array(known).reshape(-1, 3).T
     low, high = np.clip(ends, *axes.get_ylim())  # one may be infinite
     # Bars around the middle, because a bootstrap's interval need not include the value.

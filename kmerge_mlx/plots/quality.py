@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row
-from kmerge_mlx.plots.common import APART, draw_points, plain, write
+from kmerge_mlx.plots.common import APART, draw_scores, plain, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
@@ -84,8 +84,8 @@ def _draw_panel(
     scores = [row.scores[group][name] for row in rows]
     places = [(row.ratio([group]), score.value) for row, score in zip(rows, scores, strict=True)]
     majority = rows[0].scores[group].get(f"majority_{name}")
-    values = [score.value for score in (*scores, *([majority] if majority else []))]
-    values += [end for s in scores if s.interval for end in vars(s.interval).values()]
+    drawn = [*scores, *([majority] if majority else [])]
+    values = [value for score in drawn for value in vars(score).values() if value is not None]
     _draw_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
     axes.set_ylabel(f"{group.replace('_', ' ')}: {name.replace('_', ' ')}")
     if majority is not None:
@@ -106,13 +106,9 @@ def _draw_panel(
     first = sorted(range(len(rows)), key=lambda i: places[i] not in frontier)
     shifts = _shifts([(rows[i].method, places[i][0]) for i in first])
     for number, (method, label) in enumerate(names.items()):
-        mine = [
-            (*place, score.interval)
-            for row, place, score in zip(rows, places, scores, strict=True)
-            if row.method == method
-        ]
+        mine = [(places[i][0], scores[i]) for i, row in enumerate(rows) if row.method == method]
         mine.sort(key=lambda point: point[0])
-        draw_points(axes, mine, number, label, shifts.get(method, 0.0))
+        draw_scores(axes, mine, number, label, shifts.get(method, 0.0))
 
 
 def _draw_axes(axes: Any, ratios: list[float], values: list[float], is_share: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.evaluation.report import Report
-from kmerge_mlx.plots.common import APART, draw_points, plain, write
+from kmerge_mlx.plots.common import APART, draw_scores, plain, write
 
 ABREAST = 3  # panels
 MOST_TICKS = 6  # more depths than that are not all written out
@@ -31,10 +31,9 @@ def draw_recall(report: Report, path: str | Path) -> None:
     for axes, (length, depths) in zip(grid.flat, panels.items(), strict=False):
         _draw_axes(axes, f"{length:,} tokens", sorted(depths.values()))
         for number, row in enumerate(report.measured):
-            scores = [(depth, row.scores[name]["recall"]) for name, depth in depths.items()]
-            points = [(depth, score.value, score.interval) for depth, score in scores]
+            points = [(depth, row.scores[name]["recall"]) for name, depth in depths.items()]
             shift = APART * (number - (len(report.measured) - 1) / 2)
-            draw_points(axes, points, number, row.label, shift)
+            draw_scores(axes, points, number, row.label, shift)
     for axes in grid[:, 0]:
         axes.set_ylabel("recall")
     figure.legend(

@@ -10,7 +10,6 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kmerge_mlx.errors import PlotError
-from kmerge_mlx.evaluation.metrics import Interval
 from kmerge_mlx.evaluation.report import Report, Row, Score
 from kmerge_mlx.plots import quality
 from kmerge_mlx.plots.common import COLOURS
@@ -24,8 +23,8 @@ def row(
     method: str, ratio: float, value: float, half: float | None = 0.04, name: str = "exact_match"
 ) -> Row:
     """A method's score in both of two groups."""
-    ends = None if half is None else Interval(value - half, value + half)
-    scores = {name: Score(value, ends), f"majority_{name}": Score(0.5)}
+    ends = () if half is None else (value - half, value + half)
+    scores = {name: Score(value, *ends), f"majority_{name}": Score(0.5)}
     sizes = dict.fromkeys(("one", "two"), (round(1000 * ratio), 1000))
     return Row(method, round(ratio), f"{method} {ratio}", sizes, dict.fromkeys(sizes, scores))
 
@@ -106,7 +105,7 @@ def test_every_method_has_a_colour_and_a_marker_of_its_own_in_all_panels(figure)
 
 def test_error_bars_are_the_intervals_even_beside_the_value(figure):
     skewed = row("a", 4, 0.6, 0.1)
-    skewed.scores["one"]["exact_match"] = Score(0.9, Interval(0.5, 0.7))
+    skewed.scores["one"]["exact_match"] = Score(0.9, 0.5, 0.7)
     axes = figure([skewed, row("b", 8, 0.9, None)]).axes[0]
     bars = [tuple(s[:, 1]) for c in axes.collections for s in c.get_segments() if len(s)]
     assert bars == [pytest.approx((0.5, 0.7))]
@@ -162,7 +161,7 @@ def test_everything_is_inside_the_axes_and_a_share_stays_near_0_to_1(figure):
 
 def test_infinite_ends_of_a_perplexity_are_cut_at_the_axes(figure):
     endless = row("a", 2, 5.0, 1.0, name="perplexity")
-    endless.scores["one"]["perplexity"] = Score(5.0, Interval(4.0, np.inf))
+    endless.scores["one"]["perplexity"] = Score(5.0, 4.0, np.inf)
     axes = figure([endless, row("b", 4, np.inf, None, name="perplexity")]).axes[0]
     assert np.isfinite(axes.get_ylim()).all()
     (bar,) = [s for c in axes.collections for s in c.get_segments() if len(s)]

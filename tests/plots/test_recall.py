@@ -25,7 +25,7 @@ def report(lengths: int, names=FIVE, depths=DEPTHS) -> Report:
             about[f"{i} {depth}"] = {"questions": 20, "length": 512 * 4**i, "depth": depth}
             for number, row in enumerate(rows):
                 found = max(20 - 4 * number - i, 0)
-                score = Score(found / 20, wilson_interval(found, 20))
+                score = Score(found / 20, *wilson_interval(found, 20))
                 row.scores[f"{i} {depth}"] = {"recall": score}
     return Report("1", "cpu", {}, {}, 0, about, rows)
 
@@ -66,7 +66,7 @@ def test_error_bars_are_the_intervals(figure):
     (bars,) = figure(1, ("K=4",)).axes[0].containers
     ends = wilson_interval(20, 20)
     for segment in bars.lines[2][0].get_segments():
-        assert segment[:, 1] == pytest.approx([ends.low, ends.high])
+        assert segment[:, 1] == pytest.approx(ends)
 
 
 def test_the_points_of_a_depth_do_not_lie_on_each_other(figure):
