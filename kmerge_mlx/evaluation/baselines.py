@@ -44,7 +44,7 @@ class Method:
         """Changes the model that it reads with, or takes what it needs of it, before any prompt."""
 
     def keep(self, ids: Sequence[int]) -> Sequence[int]:
-        """The ids that are read, out of a run that would merge."""
+        """The ids that are read, out of a run that would merge; called once for each run."""
         return ids
 
     def cut(self, segments: Sequence[Segment]) -> list[Segment]:

@@ -169,13 +169,15 @@ def _measured(
     found = {}
     for method in methods:
         method.prepare(model)
-        if refusal := scorer.refusal(method, asked.rows):
+        cut = [replace(row, segments=method.cut(row.segments)) for row in asked.rows]
+        if refusal := scorer.refusal(cut):
             found[method] = Row(method.name, method.k, method.label, refused=refusal)
             continue
-        for batch in in_batches(method, asked.rows, batch_size):
+        for batch in in_batches(cut, method.k, batch_size):
             if not file.has(method, batch):
-                rows, limits = [asked.rows[i] for i in batch], [asked.limits[i] for i in batch]
-                predictions = scorer.score(method, rows, limits)
+                sizes = [len(asked.rows[i].prompt_ids) for i in batch]
+                limits = [asked.limits[i] for i in batch]
+                predictions = scorer.score([cut[i] for i in batch], sizes, limits)
                 file.add(method, batch, [asked.questions.items[i] for i in batch], predictions)
             progress(len(batch))
         found[method] = row_of(method, asked.questions, file.of(method))

@@ -11,7 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +65,28 @@ class Scorer:
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._embedding, self._head = merged_embedding(model), AnswerHead(model)
 
-    def refusal(self, method: Method, rows: Sequence[TokenizedExample]) -> str | None:
-        """Why a method cannot read some prompt, or None if it can read all."""
+    def refusal(self, rows: Sequence[TokenizedExample]) -> str | None:
+        """Why the model cannot read some prompt, or None if it can read all."""
         for row in rows:
             try:
-                check_context(self._model, method.cut(row.segments))
+                check_context(self._model, row.segments)
             except PromptError as error:
                 return str(error)
         return None
 
     def score(
-        self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
+        self, rows: Sequence[TokenizedExample], sizes: Sequence[int], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch of questions, each with at most its ``max_tokens``."""
+        """Answers a batch of questions.
+
+        Args:
+            rows: What is read of their prompts, and the right answers.
+            sizes: Tokens of the whole prompts.
+            max_tokens: Most tokens of each answer.
+        """
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
-        prompts = [self._embedding.compress(method.cut(row.segments)) for row in rows]
+        prompts = [self._embedding.compress(row.segments) for row in rows]
         answers = batch_generate(
             self._model,
             self._tokenizer,
@@ -96,8 +102,8 @@ class Scorer:
         ]
         nll = self._nll(read)
         return [
-            Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
-            for row, prompt, text, loss in zip(rows, prompts, answers.texts, nll, strict=True)
+            Prediction(text, loss, len(row.answer_ids), size, len(row.prompt_ids))
+            for row, size, text, loss in zip(read, sizes, answers.texts, nll, strict=True)
         ]
 
     def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
@@ -126,11 +132,9 @@ def _in_passes(
             start = end
 
 
-def in_batches(
-    method: Method, rows: Sequence[TokenizedExample], batch_size: int
-) -> list[list[int]]:
+def in_batches(rows: Sequence[TokenizedExample], k: int, batch_size: int) -> list[list[int]]:
     """The indices of all rows in batches of similar length, the same ones at every call."""
-    lengths = [num_positions(replace(r, segments=method.cut(r.segments)), method.k) for r in rows]
+    lengths = [num_positions(row, k) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import Counter
 
@@ -179,16 +178,13 @@ def test_the_options_of_trees_are_used():
         ("commitpackft", commitpackft, COMMITS, "Update the old python code"),
     ],
 )
-def test_reviews_and_commits_come_from_a_file(tmp_path, monkeypatch, task, module, file, begins):
+def test_reviews_and_commits_come_from_a_file(monkeypatch, task, module, file, begins):
     monkeypatch.setattr(module, "SIZES", SplitSizes(test=8, valid=5))
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(file.read_bytes()))
-    test = asked(task=task, file=str(file))
-    valid = asked(task=task, file=str(packed), split="valid")
+    found = {"task": task, "file": str(file)}
+    test, valid = asked(**found), asked(**found, split="valid")
     assert (len(test.items), len(valid.items)) == (8, 5)
     assert all(q.example.context.startswith(begins) and q.answer for q in test.items)
     assert not set(texts_of(test)) & set(texts_of(valid))
-    assert texts_of(asked(task=task, file=str(packed))) == texts_of(test)
-    assert texts_of(asked(task=task, file=str(file), data_seed=1)) != texts_of(test)
-    assert texts_of(asked(task=task, file=str(file), limit=3)) == texts_of(test)[:3]
+    assert texts_of(asked(**found, data_seed=1)) != texts_of(test)
+    assert texts_of(asked(**found, limit=3)) == texts_of(test)[:3]
     assert bool(test.groups[0].labels) == (task == "amazon-reviews")

@@ -23,7 +23,7 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
-from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Mean, Stride, Truncate, Uncompressed
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Stride, Truncate
 from kmerge_mlx.evaluation.report import read_report
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.policy import Layout
@@ -238,18 +238,6 @@ def test_every_method_reads_any_prompt_and_has_a_label(name):
     assert name == "uncompressed" or "4" in method.label
 
 
-def test_without_its_encoder_a_model_reads_means_and_another_is_whole(folders):
-    segments = [Segment([5, 6, 7, 8, 9])]
-    model = load(str(folders.base), folders.adapters, 4)[0]
-    merged = merged_embedding(model)
-    kept = merged(mx.array(merged.compress(segments).ids))
-    Mean(4).prepare(model)
-    rows = merged(mx.array(merged.compress(segments).ids))
-    means = merged.embedding(mx.array([[5, 6, 7, 8], [9, PAD, PAD, PAD]])).mean(axis=1)
-    assert mx.allclose(rows, means, atol=1e-6)
-    assert mx.abs(kept - means).max().item() > 0.01
-
-
 def test_uncompressed_is_the_base_where_there_is_no_adapter_for_1(tmp_path, folders, data, batched):
     report = measured(
         **folders.settings(adapter_path=str(folders.adapters / "k4"), baseline=("uncompressed",)),
@@ -274,11 +262,11 @@ def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_
     data = write_data(tmp_path / "data", labelled(["true", "one two three", "false"]))
     lengths, limits, plain = [], [], scoring.Scorer.score
 
-    def score(self, method, rows, max_tokens):
+    def score(self, rows, sizes, max_tokens):
         lengths.extend(len(row.answer_ids) for row in rows)
         assert {row.answer_ids[-1] for row in rows} == {2}
         limits.extend(max_tokens)
-        return plain(self, method, rows, max_tokens)
+        return plain(self, rows, sizes, max_tokens)
 
     monkeypatch.setattr(scoring.Scorer, "score", score)
     measured(model=str(base), data=str(data))
@@ -312,8 +300,8 @@ def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders,
 def test_batches_are_of_similar_lengths_and_the_same_whenever_they_are_made():
     sizes = [9, 3, 40, 1, 3, 17, 2]
     rows = [TokenizedExample([Segment(range(size))], [1, 0]) for size in sizes]
-    assert scoring.in_batches(Uncompressed(1), rows, 3) == [[3, 6, 1], [4, 0, 5], [2]]
-    assert scoring.in_batches(Truncate(40), rows, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert scoring.in_batches(rows, 1, 3) == [[3, 6, 1], [4, 0, 5], [2]]
+    assert scoring.in_batches(rows, 40, 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_long_answers_are_likely_alike_however_few_logits_are_held(

@@ -15,7 +15,7 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.questions import Question
-from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile, Scorer
+from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile
 from tests.cli_runner import assert_one_error, command, copy_base, environment, run
 from tests.evaluations import (
     TEMPLATE,
@@ -196,13 +196,13 @@ def test_another_k_and_another_baseline_go_on_with_the_file(
 ):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(unbroken[1])
-    asked, plain = [], Scorer.score
+    asked, plain = [], PredictionsFile.add
 
-    def score(self, method, rows, limits):
+    def add(self, method, *answers):
         asked.append((method.name, method.k))
-        return plain(self, method, rows, limits)
+        plain(self, method, *answers)
 
-    monkeypatch.setattr(Scorer, "score", score)
+    monkeypatch.setattr(PredictionsFile, "add", add)
     more = ("--k", 4, "--k", 2, "--baseline", "mean", "--baseline", "stride")
     flags = ("evaluate", *folders.flags(), "--data", data, *more, *QUICK)
     found = [run(*flags, "--predictions", path) for _ in range(2)]
