@@ -13,7 +13,7 @@ import typer
 from kmerge_mlx.errors import UploadError
 
 if TYPE_CHECKING:
-    from kmerge_mlx.evaluation.saved import SavedReport
+    from kmerge_mlx.evaluation.report import Report
     from kmerge_mlx.tools.upload import Upload
 
 # A hub identifier, such as apache-2.0; the hub knows which there are.
@@ -113,8 +113,8 @@ def upload(
       kmerge-mlx upload ./adapter me/my-adapter --license mit --metrics evaluate.json --private
     """
     # The heavy imports wait until the command line is known to be good.
-    from kmerge_mlx.evaluation.saved import read_report
-    from kmerge_mlx.hub.fetch import is_namespaced, parse
+    from kmerge_mlx.evaluation.report import read_report
+    from kmerge_mlx.hub import names
     from kmerge_mlx.tools.model_card import card
     from kmerge_mlx.tools.upload import CARD, check_base, collect, send
 
@@ -143,7 +143,7 @@ def upload(
     print(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB", file=sys.stderr)
 
 
-def _check_metrics(adapter: str, planned: Upload, reports: dict[Path, SavedReport]) -> None:
+def _check_metrics(adapter: str, planned: Upload, reports: dict[Path, Report]) -> None:
     """Refuses an evaluation of another K; says where one is of another folder."""
     ks = [facts["merge_factor"] for facts in planned.adapters]
     for path, report in reports.items():

@@ -17,12 +17,11 @@ from typing import Any
 import yaml
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli.evaluated import COLUMNS, cell
 from kmerge_mlx.cli.info import encoder_line, tuning_lines
-from kmerge_mlx.data import HUB_TASKS
-from kmerge_mlx.evaluation.saved import SavedReport, SavedRow
-from kmerge_mlx.evaluation.settings import MERGED
-from kmerge_mlx.hub.fetch import is_namespaced, parse
+from kmerge_mlx.data import amazon_reviews, commitpackft
+from kmerge_mlx.evaluation.baselines import Merged
+from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
+from kmerge_mlx.hub import names
 from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.tools.upload import Upload
 
@@ -31,7 +30,7 @@ TAGS = ("mlx", "kmerge-mlx", "k-token-merging", "prompt-compression")
 DATASETS = {name: task.repo for name, task in HUB_TASKS.items()}
 
 
-def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[SavedReport]) -> str:
+def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Report]) -> str:
     """The card of what goes up.
 
     Args:
@@ -49,7 +48,7 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Sa
 
 
 def _metadata(
-    upload: Upload, license: str, data: Sequence[str], reports: Sequence[SavedReport]
+    upload: Upload, license: str, data: Sequence[str], reports: Sequence[Report]
 ) -> dict[str, Any]:
     tuned = {"lora" for facts in upload.adapters if facts["lora_modules"]}
     found: dict[str, Any] = {
@@ -69,7 +68,7 @@ def _metadata(
     return found
 
 
-def _results(upload: Upload, report: SavedReport) -> Iterator[dict[str, Any]]:
+def _results(upload: Upload, report: Report) -> Iterator[dict[str, Any]]:
     """The measured scores as the hub's ``model-index`` has them."""
     name, kind = _measured_on(report)
     for group in report.groups:
@@ -77,14 +76,14 @@ def _results(upload: Upload, report: SavedReport) -> Iterator[dict[str, Any]]:
             {"type": metric, "value": round(score.value, 6), "name": f"{metric} (K={row.k})"}
             for row in rows_of(upload, report)
             for metric, score in row.scores[group].items()
-            if row.method == MERGED and metric in COLUMNS and math.isfinite(score.value)
+            if row.method == Merged.name and metric in COLUMNS and math.isfinite(score.value)
         ]
         if metrics:
             dataset = {"name": f"{name}: {group.replace('_', ' ')}", "type": kind}
             yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
 
 
-def rows_of(upload: Upload, report: SavedReport) -> list[SavedRow]:
+def rows_of(upload: Upload, report: Report) -> list[Row]:
     """The rows of an evaluation that say something of what goes up, baselines included."""
     ks = {1, *(facts["merge_factor"] for facts in upload.adapters)}
     return [row for row in report.rows if row.k in ks]
@@ -170,7 +169,7 @@ def _recorded_data(upload: Upload) -> list[str]:
     return [text if text in DATASETS.values() else f"`{text}`" for text in texts]
 
 
-def _metrics(upload: Upload, reports: Sequence[SavedReport]) -> Iterator[str]:
+def _metrics(upload: Upload, reports: Sequence[Report]) -> Iterator[str]:
     if not reports:
         return
     yield "## Metrics\n\nWith 95% intervals. `ratio` is prompt tokens to positions read."
@@ -179,7 +178,7 @@ def _metrics(upload: Upload, reports: Sequence[SavedReport]) -> Iterator[str]:
             yield _table(upload, report, group, questions)
 
 
-def _table(upload: Upload, report: SavedReport, group: str, questions: int) -> str:
+def _table(upload: Upload, report: Report, group: str, questions: int) -> str:
     rows = rows_of(upload, report)
     shown = [name for name in COLUMNS if all(name in row.scores[group] for row in rows)]
     heads = [name.replace("_", " ").replace("f1", "F1") for name in shown]
@@ -196,7 +195,7 @@ def _table(upload: Upload, report: SavedReport, group: str, questions: int) -> s
     return "\n".join([title, "", *lines])
 
 
-def _measured_on(report: SavedReport) -> tuple[str, str]:
+def _measured_on(report: Report) -> tuple[str, str]:
     """What an evaluation asked about: a name for people, and the hub's name or one like it."""
     task, data = report.settings.get("task"), str(report.settings.get("data"))
     if isinstance(task, str):
