@@ -1,4 +1,4 @@
-"""``python -m kmerge_mlx``."""
+"""Runs the command line as ``python -m kmerge_mlx``."""
 
 from kmerge_mlx.cli import main
 

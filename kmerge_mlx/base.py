@@ -1,9 +1,4 @@
-"""What a base model's config and modules say, before any adapter touches it.
-
-Owns: finding a base (folder or hub), its normalised config (RoPE), its tokenizer, context length
-and padding token, the fingerprint that tells one base from another, the search for the embedding
-table, and the refusal of models that cannot take virtual ids. Does not know adapters.
-"""
+"""Finds a base model, reads its config and tokenizer, and checks that it can take virtual ids."""
 
 from __future__ import annotations
 
@@ -19,12 +14,11 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
-from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub.fetch import fetch
 
-# What must agree between the base an adapter was made for and the one it is loaded on.
+# The config entries by which two base models are told apart.
 FINGERPRINT = (
     "model_type",
     "hidden_size",
@@ -38,44 +32,41 @@ FINGERPRINT = (
     "rope_theta",
 )
 
-# What mlx-lm and transformers raise over a folder that is no model.
+# What mlx-lm and transformers raise over a folder that is not a model, or over impossible sizes.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, RuntimeError, OSError)
-LOAD_ERRORS += (ArithmeticError, AssertionError, AttributeError)  # over impossible sizes
+LOAD_ERRORS += (ArithmeticError, AssertionError, AttributeError)
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 """What weights may be cast to, as configs and ``--dtype`` name it."""
 
-_SAMPLES, _SAMPLE = 64, 1 << 16  # of each weights file, for its digest
-
-# Compared against transformers and PEFT by this project's tests; others are probed at load.
 PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm3"})
+"""Architectures that the tests compare with transformers and PEFT; others are probed at load."""
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """A local folder for a base model, downloaded from the hub if it is not one already.
+    """The local folder of a base model, downloaded from the hub if it is not one already.
 
     Args:
         path_or_hf_repo: A folder, a hub repo id (``user/name@revision``), or ``bundled``.
         revision: Hub revision, where the id names none.
-        weights: Whether the weights are wanted, or the config, the tokenizer and what adapter it
-            carries.
+        weights: Whether the weights are wanted too. The config, the tokenizer and the adapter that
+            the repo carries always are.
 
     Raises:
-        ModelError: Neither a folder nor a repo that can be had.
+        ModelError: Not a folder, and not a repo that can be downloaded.
     """
-    if path_or_hf_repo == BUNDLED:
+    if path_or_hf_repo == bundled.BUNDLED:
         return bundled.BASE
     path = Path(path_or_hf_repo)
     try:
         if path.is_dir():
             return path
         if path.exists():
-            raise ModelError(f"--model {path} is a file: give the folder that holds config.json")
+            raise ModelError(f"`model` {path} is a file: give the folder that holds config.json")
     except OSError as e:
-        raise ModelError(f"cannot read --model {path}: {e.strerror}") from None
+        raise ModelError(f"cannot read `model` {path}: {e.strerror}") from None
     patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
-    patterns.append(f"{CARRIED}/*")
-    return fetch(str(path_or_hf_repo), patterns, ModelError, revision=revision)
+    return fetch(str(path_or_hf_repo), [*patterns, f"{CARRIED}/*"], ModelError, revision=revision)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -87,11 +78,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = load_config(path)
     except FileNotFoundError:
-        raise ModelError(f"{path} holds no config.json: --model takes a base model") from None
+        raise ModelError(f"{path} holds no config.json: `model` takes a base model") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}/config.json cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path}/config.json names no model_type: --model takes a base model")
+        raise ModelError(f"{path}/config.json names no model_type: `model` takes a base model")
     return normalise(config)
 
 
@@ -107,7 +98,7 @@ def read_tokenizer(
     Args:
         path: Its folder.
         config: Its config.
-        name: What to call the base.
+        name: What to call the base in an error.
         trust_remote_code: Let its own Python files run.
         options: Further arguments for the tokenizer.
 
@@ -127,11 +118,10 @@ def read_tokenizer(
 def default_pad_token_id(tokenizer: Any) -> int:
     """The token that fills the last block: a space, else the pad, else the eos token.
 
-    Source: the reference's rule, DESIGN section 1; docs/method.md.
+    Source: the rule of the paper's code; docs/method.md.
     """
     space = tokenizer.encode(" ", add_special_tokens=False)
-    candidates = [*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id]
-    for token in candidates:
+    for token in (*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise ModelError("the tokenizer has no space, pad or eos token to fill the last block with")
@@ -153,8 +143,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     fixed = dict(config)
     if isinstance(fixed.get("text_config"), Mapping):
         fixed["text_config"] = normalise(fixed["text_config"])
-    rope = fixed.get("rope_parameters")
-    if isinstance(rope, Mapping):
+    if isinstance(rope := fixed.get("rope_parameters"), Mapping):
         _spell_rope(fixed, rope)
     types = fixed.get("layer_types")
     if isinstance(types, list) and "full_attention" in types and "sliding_attention" in types:
@@ -183,10 +172,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config entries by which two base models are told apart.
+    """The entries of a normalised config by which two base models are told apart.
 
-    Args:
-        config: A normalised config. Quantization does not count: it is the same base.
+    Quantization is not one of them: it is the same base.
     """
     text = text_config(config)
     return {name: text[name] for name in FINGERPRINT if text.get(name) is not None}
@@ -199,7 +187,7 @@ def scales_embeddings(config: Mapping[str, Any]) -> bool:
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
     """Whether the output head is the embedding table, or None where the config does not say."""
-    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    tied = text_config(config).get("tie_word_embeddings")
     return tied if isinstance(tied, bool) else None
 
 
@@ -209,8 +197,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     length = text.get("max_position_embeddings")
     if not isinstance(length, int) or length < 1:
         return None
-    scaling = text.get("rope_scaling")
-    if isinstance(scaling, Mapping):
+    if isinstance(scaling := text.get("rope_scaling"), Mapping):
         trained = scaling.get("original_max_position_embeddings")
         factor = scaling.get("factor")
         # Some configs already give the stretched length (Llama 3), some the trained one (Qwen).
@@ -225,42 +212,39 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """The one table that turns token ids into embeddings.
+    """The one table that turns token ids into embeddings: its path in the model, and the module.
 
     Args:
         model: A freshly loaded mlx-lm model.
         name: What to call it in an error.
 
-    Returns:
-        Its path in the module tree, and the module.
-
     Raises:
         ModelError: No table, or a second one that is looked up by token id as well (gemma3n's and
             gemma4's per-layer inputs, n-gram embeddings): it could not read a virtual id.
     """
-    kinds = (nn.Embedding, nn.QuantizedEmbedding)
-    tables = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
-    tokens = {path: m for path, m in tables.items() if not _is_positional(path)}
-    if len(tokens) == 1:
-        return next(iter(tokens.items()))
-    if not tokens:
+    tables = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+        and (last := path.rsplit(".", 1)[-1]) != "wpe"
+        and "position" not in last
+    }
+    if not tables:
         raise ModelError(f"{name} has no embedding table that this release knows how to wrap")
-    raise ModelError(
-        f"{name} looks token ids up in {len(tokens)} tables ({', '.join(sorted(tokens))}), so a "
-        "merged block cannot stand for a token: use a base model with a single embedding table"
-    )
-
-
-def _is_positional(path: str) -> bool:
-    last = path.rsplit(".", 1)[-1]
-    return last == "wpe" or "position" in last
+    if len(tables) > 1:
+        raise ModelError(
+            f"{name} looks token ids up in {len(tables)} tables ({', '.join(sorted(tables))}), so "
+            "a merged block cannot stand for a token: use a base model with a single embedding "
+            "table"
+        )
+    return next(iter(tables.items()))
 
 
 def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
     """Checks that a virtual id whose row is a token's embedding gives that token's logits.
 
-    One forward pass over two one-token rows; run at load for architectures that the tests do not
-    cover, because some look at ids in places that the module tree does not show.
+    One forward pass over two one-token rows. It runs at load for architectures that the tests do
+    not cover, because some look at ids in places that the module tree does not show.
 
     Args:
         model: The wrapped model.
@@ -283,8 +267,8 @@ def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
 def weights_digest(path: Path) -> str:
     """SHA-256 by which a resumed run knows its base model again, in moments for any size.
 
-    Of each weights file: its name, its size, its beginning (the header) and 64 samples from the
-    rest.
+    It reads the name and length of each weights file, its beginning (the header) and 64 samples of
+    the rest, not every byte.
 
     Args:
         path: A base model's folder.
@@ -292,16 +276,16 @@ def weights_digest(path: Path) -> str:
     Raises:
         ModelError: A file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, samples, size = hashlib.sha256(), 64, 1 << 16
     try:
         for file in sorted(path.glob("*.safetensors")):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
+            length = file.stat().st_size
+            digest.update(f"{file.name} {length}\n".encode())
             with file.open("rb") as weights:
-                digest.update(weights.read(_SAMPLE))
-                for i in range(_SAMPLES):
-                    weights.seek(size * i // _SAMPLES)
-                    digest.update(weights.read(_SAMPLE))
+                digest.update(weights.read(size))
+                for i in range(samples):
+                    weights.seek(length * i // samples)
+                    digest.update(weights.read(size))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

@@ -1,9 +1,6 @@
-"""Every default and every on-disk setting, as frozen dataclasses that refuse nonsense.
+"""Numbers and names that several parts share, and the checks for plain numbers.
 
-Owns: the numbers a user can leave out, and the schema of ``merge_config.json``. Knows nothing of
-arrays: importing it must stay cheap, because ``kmerge-mlx --help`` does.
-
-Source: arXiv 2604.15153 section 3 (encoder sizes); the defaults of ``mlx_lm.generate``.
+Importing it must stay cheap: ``kmerge-mlx --help`` does.
 """
 
 from __future__ import annotations
@@ -12,20 +9,19 @@ import math
 from dataclasses import dataclass
 
 MAX_BLOCKS = 131_072
-"""Distinct blocks that may be in use at once: 512k tokens at K=4."""
+"""Most distinct blocks in use at once: 512k tokens at K=4."""
 
 BLOCKS_PER_CHUNK = 512
-"""Blocks the encoder reads at once: its activations stay near 30 MB at D=896, whatever T is."""
+"""Blocks that the encoder reads at once: its activations stay near 30 MB at D=896 for any T."""
 
 CONTEXT_SEPARATOR = "\n\n"
-"""What stands between two FILEs, and between the FILEs and the ``-p`` text."""
+"""The text between two FILEs, and between the FILEs and the ``-p`` text."""
 
 DATA_SEED = 42
 """Seed of every draw and split of data, as in the paper."""
 
 TASKS = ("textualized-tree", "amazon-reviews", "commitpackft")
-"""The paper's."""
-
+"""The tasks of the paper."""
 
 CARRIED = "kmerge"
 """The sub-folder of a model folder that holds the adapter it carries."""
@@ -71,7 +67,7 @@ def is_int(value: object, low: int = 0) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite int or float (and not a bool)."""
-    # An int past float64 is no number that arithmetic here can use.
+    # Arithmetic here cannot use an int past float64.
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

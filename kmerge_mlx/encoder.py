@@ -1,6 +1,4 @@
-"""The merge encoder f: K token embeddings to one merged embedding.
-
-Owns the arithmetic and its bounded-memory form. Does not know tokens, prompts or files.
+"""The merge encoder: K token embeddings to one merged embedding.
 
 Source: arXiv 2604.15153 section 3.2: block mean plus a 3-layer ReLU MLP over the K embeddings laid
 end to end. The paper calls it average-initialised; here the last layer starts at zero, so training
@@ -30,10 +28,8 @@ class MergeEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        wide = config.merge_factor * config.hidden_size
-        self.w1 = nn.Linear(config.context * config.hidden_size + wide, config.inner_size)
-        self.w2 = nn.Linear(config.inner_size, wide)
-        self.w3 = nn.Linear(wide, config.hidden_size)
+        widths = config.layers().values()
+        self.w1, self.w2, self.w3 = (nn.Linear(inner, out) for out, inner in widths)
         self.w3.weight = mx.zeros_like(self.w3.weight)
         self.w3.bias = mx.zeros_like(self.w3.bias)
         if config.quantization is not None:

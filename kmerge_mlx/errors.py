@@ -1,7 +1,7 @@
-"""The exceptions a user can cause, one family.
+"""The errors that a user can cause, one family.
 
-Every message is one line (or a list of one-line findings) that says what was found, what was
-expected, and which flag or file to change. The CLI prints it and exits 1; nothing here prints.
+A message is one line, or a summary and a list, and says what was found, what was expected and what
+to change. A setting stands in backticks; the command line writes its flag.
 """
 
 from __future__ import annotations
@@ -71,33 +71,25 @@ class BlockTableFullError(KMergeError):
 
 
 def findings(summary: str, problems: Sequence[str]) -> str:
-    """Joins everything wrong with one input into one message.
-
-    Args:
-        summary: What the problems belong to, without a colon.
-        problems: One line each, at least one.
-
-    Returns:
-        ``summary: problem`` for a single problem, else the summary and an indented list.
-    """
+    """Everything wrong with one input in one message: ``summary: problem``, or an indented list."""
     if len(problems) == 1:
         return f"{summary}: {problems[0]}"
     return f"{summary}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems)
 
 
 def first_line(error: BaseException) -> str:
-    """What another library said, in one line."""
+    """The first line of another library's error, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def of_mlx_lm(error: BaseException) -> str:
-    """What mlx-lm says of options that it refuses, with this project's names for them."""
-    reason = first_line(error).replace("[quantize]", "--kv-bits and --kv-group-size:")
+    """An error of mlx-lm about its options, with this project's names for them."""
+    reason = first_line(error).replace("[quantize]", "`kv_bits` and `kv_group_size`:")
     return f"mlx-lm refused these options: {reason}"
 
 
 def short(value: object) -> str:
-    """A value as it may stand in an error: printable, and no longer than 60 characters."""
+    """A value as it may stand in an error: printable, and not longer than 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,8 +1,4 @@
-"""Reading files that strangers made, and writing folders that are never torn.
-
-Owns: bounded JSON, safetensors whose header is checked before MLX maps the data, and the atomic
-replacement of a folder. Does not know what the files mean.
-"""
+"""Reads files that strangers made, and writes files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +7,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +56,11 @@ def read_json(path: Path, error: type[KMergeError]) -> Any:
     except (ValueError, RecursionError) as e:
         reason = first_line(e) if isinstance(e, json.JSONDecodeError) else "unreadable"
         raise error(f"{path} is not valid JSON ({reason})") from None
-    if _is_deep(data):
+    level = [data]
+    for _ in range(MAX_JSON_DEPTH):
+        boxes = [box for box in level if isinstance(box, dict | list)]
+        level = [item for b in boxes for item in (b.values() if isinstance(b, dict) else b)]
+    if any(isinstance(item, dict | list) for item in level):
         raise error(f"{path} is nested more than {MAX_JSON_DEPTH} deep: not a config file")
     return data
 
@@ -71,14 +71,6 @@ def _integer(text: str) -> int | str:
 
 def _float(text: str) -> float | str:
     return value if math.isfinite(value := float(text)) else text
-
-
-def _is_deep(data: Any) -> bool:
-    level = [data]
-    for _ in range(MAX_JSON_DEPTH):
-        boxes = [box for box in level if isinstance(box, dict | list)]
-        level = [item for b in boxes for item in (b.values() if isinstance(b, dict) else b)]
-    return any(isinstance(item, dict | list) for item in level)
 
 
 def _regular_size(path: Path, error: type[KMergeError]) -> int:
@@ -140,11 +132,7 @@ def _header_problem(
 def read_safetensors(
     path: Path, error: type[KMergeError], dtypes: Collection[str] = FLOAT_DTYPES
 ) -> dict[str, mx.array]:
-    """Reads the tensors of a safetensors file, lazily, after checking its header.
-
-    Raises:
-        KMergeError: As for :func:`safetensors_shapes`.
-    """
+    """Reads the tensors of a safetensors file, lazily, after :func:`safetensors_shapes`."""
     safetensors_shapes(path, error, dtypes)
     try:
         return dict(sorted(mx.load(str(path)).items()))
@@ -161,10 +149,8 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     text = json.dumps(data, indent=2) + "\n"
     if len(text) > MAX_JSON_BYTES:
         raise OSError(errno.EFBIG, f"{path.name} would be over {MAX_JSON_BYTES >> 20} MiB")
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        _sync(file.fileno())
+    path.write_text(text, encoding="utf-8")
+    flush(path)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: str = "mlx") -> None:
@@ -173,7 +159,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: st
     Args:
         path: The file.
         tensors: By name.
-        framework: Whose file it says it is: ``mlx``, or ``pt`` for PyTorch.
+        framework: The framework that the file names: ``mlx``, or ``pt`` for PyTorch.
 
     Raises:
         OSError: It cannot be written.
@@ -187,22 +173,45 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: st
 
 
 def write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
-    """What went wrong when MLX could not write: it has one word for whatever it is.
-
-    Args:
-        error: MLX's.
-        folder: Where it was writing.
-        size: How many bytes.
-    """
+    """The likely reason why MLX could not write ``size`` bytes into a folder."""
     if shutil.disk_usage(folder).free < size:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return OSError(errno.EIO, f"MLX could not write it ({first_line(error)})")
 
 
 def flush(path: Path) -> None:
-    """Makes sure that what was written to a file is on the disk."""
-    with path.open("rb") as file:
-        _sync(file.fileno())
+    """Makes sure that what was written to a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` when the block ends without an error.
+
+    Killed at any moment, ``path`` is what it was, or absent, or whole. What killed runs left beside
+    it is cleared.
+
+    Args:
+        path: The file to create, or to replace.
+
+    Yields:
+        The file to write; its name ends as ``path``'s does.
+    """
+    for leftover in _leftovers(path, "new"):
+        if not _is_folder(leftover):
+            leftover.unlink(missing_ok=True)
+    new = path.with_name(f".{path.name}.new-{os.getpid()}{path.suffix}")
+    try:
+        yield new
+        flush(new)
+        new.replace(path)
+        flush(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -221,18 +230,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    new = Path(tempfile.mkdtemp(prefix=_prefix(path, "new"), dir=path.parent))
+    new = _beside(path, "new")
+    new.mkdir()
     try:
-        new.chmod(0o777 & ~_umask())
         yield new
-        _sync_folder(new)
+        flush(new)
         if path.exists():
             _swap(new, path)
         else:
             new.rename(path)
-        _sync_folder(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts a folder in another's place; an error leaves the other where it was."""
+    old = _beside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_destination(
@@ -263,21 +284,21 @@ def check_destination(
     try:
         if not path.is_symlink():
             clear_leftovers(path)
-        if not path.exists() and not path.is_symlink():
-            return
+            if not path.exists():
+                return
         if not force:
-            raise error(f"{path} exists: choose another folder, or give --force to replace it")
+            raise error(f"{path} exists: choose another folder, or give `force` to replace it")
         if path.is_symlink():
-            raise error(f"{path} is a symbolic link, and --force replaces only a folder")
+            raise error(f"{path} is a symbolic link: `force` replaces only {kind} folders")
         if not path.is_dir() or (marker is not None and not (path / marker).is_file()):
-            raise error(f"{path} is no {kind} folder, and --force replaces nothing else")
+            raise error(f"{path} is something else: `force` replaces only {kind} folders")
         more = sorted(child.name for child in path.iterdir() if child.name not in names)
     except OSError as e:
         raise error(f"cannot write {path}: {e.strerror}") from None
     if more:
         raise error(
             f"{path} holds more than {kind} files ({', '.join(more[:8])}): move that away, "
-            "--force would delete it"
+            "`force` would delete it"
         )
 
 
@@ -295,63 +316,23 @@ def clear_leftovers(path: Path) -> None:
         return
     for kind in ("old", "new"):
         for leftover in filter(_is_folder, _leftovers(path, kind)):
-            if kind == "old" and not path.exists() and any(leftover.iterdir()):
+            if kind == "old" and not path.exists():
                 leftover.rename(path)
             else:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` when the block ends without an error.
-
-    Killed at any moment, ``path`` is what it was, or absent, or whole. What killed runs left beside
-    it is cleared.
-
-    Args:
-        path: The file to create, or to replace.
-
-    Yields:
-        The file to write; its name ends as ``path``'s does.
-    """
-    for leftover in _leftovers(path, "new"):
-        if not _is_folder(leftover):
-            leftover.unlink(missing_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}{path.suffix}")
-    try:
-        yield new
-        flush(new)
-        new.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Puts a folder in another's place; an error leaves the other where it was."""
-    old = Path(tempfile.mkdtemp(prefix=_prefix(path, "old"), dir=path.parent))
-    try:
-        path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-    finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+def _beside(path: Path, kind: str) -> Path:
+    """A name beside a folder that says which run it belongs to, for the next one to clear."""
+    return path.parent / f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _leftovers(path: Path, kind: str) -> Iterator[Path]:
-    """What runs that are over left beside a file or a folder: its name says whose it is."""
+    """What runs that have ended left beside a file or a folder."""
     own = re.compile(re.escape(f".{path.name}.{kind}-") + r"(\d+)(?:[-.].*)?", re.DOTALL)
     for child in list(path.parent.iterdir()):
         if (found := own.fullmatch(child.name)) and not _is_running(int(found[1])):
             yield child
-
-
-def _prefix(path: Path, kind: str) -> str:
-    return f".{path.name}.{kind}-{os.getpid()}-"
 
 
 def _is_folder(path: Path) -> bool:
@@ -359,30 +340,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # a container gives every run the same one
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
     except PermissionError:
         return True
-    return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
+    except (OSError, OverflowError):
+        return False
+    return pid != os.getpid()  # a container gives every run the same one

@@ -1,8 +1,7 @@
-"""Base model + tokenizer + adapter -> a model that takes virtual token ids.
+"""Loads a base model with an adapter on it: mlx-lm's own model, which now reads virtual tokens.
 
-Owns loading, the check that an adapter fits its base, and the wiring: LoRA layers, the wrapped
-embedding, the head; fresh or loaded, frozen or not, and back to an adapter. What comes out is
-mlx-lm's own model object: everything in mlx-lm that takes token ids takes it.
+Everything in mlx-lm that takes token ids takes what :func:`load` returns. :func:`wire` puts a fresh
+adapter on a model for training, and :func:`adapter_of` takes the trained one off again.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from kmerge_mlx import base, bundled
-from kmerge_mlx.adapters import full, lora
-from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.schema import LoRASpec, MergeConfig
+from kmerge_mlx.adapters import lora
+from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
+from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig, Tuning
-from kmerge_mlx.config import MAX_BLOCKS, is_int
+from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 from kmerge_mlx.source import Source
@@ -44,11 +43,11 @@ def load(
     """Loads a base model and an adapter, as ``mlx_lm.load`` does (the adapter comes second here).
 
     Args:
-        path_or_hf_repo: Base model, a folder, a hub repo id (``user/name@revision``), or
+        path_or_hf_repo: Base model: a folder, a hub repo id (``user/name@revision``), or
             ``bundled``.
-        adapter_path: Adapter folder (see ``adapter.py``), a hub repo id, or ``bundled``; for the
-            one that the base's folder carries, that folder again. None loads the base alone, and
-            prompts are then read unmerged.
+        adapter_path: Adapter folder, a hub repo id, or ``bundled``. None takes the adapter that
+            the base's folder carries; without one the base is loaded alone, and prompts are read
+            unmerged.
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
         revision: Hub revision of the base, where its id names none.
@@ -75,19 +74,21 @@ def load_source(
     lazy: bool = False,
     max_blocks: int = MAX_BLOCKS,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """Loads what a source names; as :func:`load`, and always with the base's config."""
-    adapter = None if source.adapter is None else load_adapter(source.adapter)
-    path, name = source.path, source.model
-    config = base.read_config(path)
+    """Loads the base model and the adapter of a source, as :func:`load` does.
+
+    Returns:
+        The model, its tokenizer, and the base's config as mlx-lm reads it.
+    """
+    adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
+    path, name, trust = source.path, source.model, source.trust_remote_code
+    config = source.config
     if adapter is not None:
         check_fit(adapter, config, name)
     try:
-        model, config = load_model(
-            path, lazy=lazy, model_config=config, trust_remote_code=source.trust_remote_code
-        )
+        model, config = load_model(path, lazy, model_config=config, trust_remote_code=trust)
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
-    tokenizer = base.read_tokenizer(path, config, name, source.trust_remote_code, tokenizer_config)
+    tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:
@@ -103,9 +104,9 @@ def padding_of(adapter: Adapter, tokenizer: Any) -> int:
 
 
 def widen(model: nn.Module, path: Path) -> None:
-    """Makes the bundled model compute in float32, and its adapters with it; others are left alone.
+    """Makes the bundled model compute in float32, its adapter too; other models stay as they are.
 
-    They are stored as float16, so that the wheel stays small.
+    Its weights are stored as float16, so that the wheel stays small.
 
     Args:
         model: A loaded model.
@@ -114,11 +115,11 @@ def widen(model: nn.Module, path: Path) -> None:
     if path == bundled.BASE:
         model.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
         if (merged := merged_embedding(model)) is not None:
-            merged.forget_blocks()  # the rows are no parameters, and still as the table was
+            merged.forget_blocks()  # the rows are not parameters, and still have the old dtype
 
 
 def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
-    """Refuses a base model that an adapter was not made for.
+    """Refuses a base model, called ``name``, that an adapter was not made for.
 
     Args:
         adapter: The adapter.
@@ -128,21 +129,10 @@ def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
     Raises:
         AdapterError: Every difference, listed.
     """
-    fields = base.fingerprint(config)
-    problems = adapter.merge.base.differences(fields)
-    known = {problem.split()[0] for problem in problems}
-    encoder, width = adapter.merge.encoder, fields.get("hidden_size")
-    if "hidden_size" not in known and encoder is not None and is_int(width):
-        d = encoder.hidden_size
-        problems += [f"hidden_size is {width}, the encoder has {d}"] if width != d else []
-    covered, layers = adapter.tuning.num_layers, fields.get("num_hidden_layers")
-    if "num_hidden_layers" not in known and is_int(layers) and layers < covered:
-        what = "LoRA" if isinstance(adapter.tuning, LoRAConfig) else "full fine-tuning"
-        problems.append(f"it has {layers} layers, the {what} covers {covered}")
-    if problems:
-        made_for = adapter.merge.base.id
-        made_for = f" (it was made for {made_for})" if made_for else ""
-        raise AdapterError(findings(f"the adapter does not fit {name}{made_for}", problems))
+    made_for = adapter.merge.base
+    if problems := made_for.differences(base.fingerprint(config)):
+        known = f" (it was made for {made_for.id})" if made_for.id else ""
+        raise AdapterError(findings(f"the adapter does not fit {name}{known}", problems))
 
 
 def attach(
@@ -163,22 +153,23 @@ def attach(
 
     Raises:
         ModelError: The model cannot take virtual ids.
-        AdapterError: Tensors or modules that do not fit (all of them listed).
+        AdapterError: Tensors or modules that do not fit the base's (all of them listed).
     """
-    merge, tuning = adapter.merge, adapter.tuning
-    merged = wire(model, merge, tuning, pad_token_id, name, max_blocks)
-    what = "the LoRA does" if isinstance(tuning, LoRAConfig) else "the fine-tuned layers do"
-    tuned, where = _tuned(model, merge, tuning), f"{what} not fit {name}"
-    lora.load_strictly(model, tuned, adapter.tuning_weights, where)
-    if merge.encoder is not None:
-        shapes = merge.encoder.shapes()
-        weights, packed = adapter.encoder_weights, merge.encoder.packed
-        lora.load_strictly(merged.encoder, shapes, weights, "the merge encoder", packed)
-        mx.eval(merged.encoder.parameters())
-    if merge.head_lora is not None:
-        head = _head(model, merged)
-        expected, where = _lora_parts(head), f"the output head's LoRA does not fit {name}"
-        lora.load_strictly(head, expected, adapter.head_weights, where)
+    merged = wire(model, adapter.merge, adapter.tuning, pad_token_id, name, max_blocks)
+    found = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
+    tuned, encoder, head = found
+    problems = lora.tensor_problems(_tuned(model, adapter.merge, adapter.tuning), tuned)
+    carrier = None if adapter.merge.head_lora is None else _head(model, merged)
+    if carrier is not None:
+        problems += [f"{HEAD}.{p}" for p in lora.tensor_problems(_lora_parts(carrier), head)]
+    if problems:
+        raise AdapterError(findings(f"the adapter does not fit {name}", problems))
+    model.load_weights(list(tuned.items()), strict=False)
+    if carrier is not None:
+        carrier.load_weights(list(head.items()), strict=False)
+    if merged.encoder is not None:  # its shapes were checked where its file was read
+        merged.encoder.load_weights(list(encoder.items()))
+    mx.eval(found)
     model.eval()
 
 
@@ -190,9 +181,10 @@ def wire(
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
 ) -> MergedEmbedding:
-    """Puts a fresh adapter on a loaded base model, in place: nothing but the mean is changed.
+    """Puts a fresh adapter on a loaded base model, in place.
 
-    The encoder's W3 and every LoRA B are zero, every LoRA A is random; all are float32.
+    A fresh adapter reads a block as the mean of its embeddings and changes nothing else: the
+    encoder's W3 and every LoRA B are zero, every LoRA A is random. All tensors are float32.
 
     Args:
         model: A freshly loaded mlx-lm model.
@@ -220,10 +212,13 @@ def wire(
     if isinstance(tuning, LoRAConfig):
         lora.attach(model, tuning)
     else:
-        full.check(model, tuning, name)
-    if merge.head_lora is not None:
+        lora.check_full(model, tuning, name)
+    if (spec := merge.head_lora) is not None:
         dropout = tuning.dropout if isinstance(tuning, LoRAConfig) else 0.0
-        _add_head_lora(model, merged, merge.head_lora, dropout)
+        if (head := output_head(model)) is None:
+            merged.add_head_lora(spec, dropout)
+        else:
+            lora.attach(model, LoRAConfig(0, dropout, modules={head[0]: spec}))
     model.update_modules(tree_unflatten([(path, merged)]))
     if getattr(model, "model_type", None) not in base.PROVEN:
         _probe(model, merged, name)
@@ -286,9 +281,9 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _tuned(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> dict[str, mx.array]:
-    """What ``adapters.safetensors`` holds of a wired model, by full name."""
+    """The tensors of a wired model that ``adapters.safetensors`` holds, by full name."""
     if isinstance(tuning, FullConfig):
-        return full.parameters(model, tuning)
+        return lora.full_parameters(model, tuning)
     found = lora.parameters(model)
     if merge.head_lora is None:
         return found
@@ -296,7 +291,7 @@ def _tuned(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> dict[str, mx
 
 
 def _head(model: nn.Module, merged: MergedEmbedding) -> nn.Module:
-    """What carries the output head's LoRA: the head, or the embedding of a tied model."""
+    """The module with the output head's LoRA: the head, or the embedding of a tied model."""
     head = output_head(model)
     return merged if head is None else head[1]
 
@@ -305,21 +300,11 @@ def _lora_parts(module: nn.Module) -> dict[str, mx.array]:
     return {name: module[name] for name in lora.LORA_PARTS}
 
 
-def _add_head_lora(
-    model: nn.Module, merged: MergedEmbedding, spec: LoRASpec, dropout: float
-) -> None:
-    """The output head's LoRA: an ordinary LoRA layer, or inside the embedding of a tied model."""
-    if (head := output_head(model)) is not None:
-        lora.attach(model, LoRAConfig(0, dropout, modules={head[0]: spec}))
-    else:
-        merged.add_head_lora(spec, dropout)
-
-
 def _probe(model: nn.Module, merged: MergedEmbedding, name: str) -> None:
     """Tries a virtual id, and the head's LoRA, on an architecture the tests do not cover."""
     merged.head_calls = 0
     token = merged.pad_token_id
-    # Without an encoder no virtual id is ever read: only the head is tried then.
+    # Without an encoder a virtual id is never read: only the head is tried then.
     base.probe(model, token, token if merged.encoder is None else merged.stand_in(token), name)
     if "lora_a" in merged and not merged.head_calls:
         raise ModelError(

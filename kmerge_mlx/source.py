@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import adapter_folder, base_of, carried_by, read_merge_config
+from kmerge_mlx.adapters.folder import AdapterFolders, carried_by, look_up
 from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import AdapterError, ModelError
@@ -21,7 +24,7 @@ class Source:
         path: The base's folder.
         adapter_path: What the adapter is called, or None without one.
         adapter: The folder of the adapter for this K, or None.
-        merge: What the adapter says of itself, or None.
+        merge: The content of its ``merge_config.json``, or None.
         trust_remote_code: Let the base's own Python files run.
     """
 
@@ -36,7 +39,7 @@ class Source:
     def find(
         cls,
         model: str | None = None,
-        adapter_path: str | None = None,
+        adapter_path: str | Path | None = None,
         k: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
@@ -58,24 +61,83 @@ class Source:
             ModelError: The adapter does not name its base, or the model cannot be found.
             AdapterError: No adapter, or no such K.
         """
-        if adapter_path is None and model in (None, BUNDLED):
-            model = adapter_path = BUNDLED
-        if adapter_path is None:
-            path = base.resolve(model, revision, weights)
-            carried = carried_by(path)
-            adapter_path = None if carried is None else str(carried)
-        elif model is None and (model := base_of(adapter_path)) is None:
-            raise ModelError(f"{adapter_path} does not name its base model: give `model`")
-        else:
-            path = None
-        if adapter_path is None and k not in (None, 1):
-            raise AdapterError(f"`k` is {k}, and there is no merge encoder: give `adapter_path`")
-        folder = None if adapter_path is None else adapter_folder(adapter_path, k)
-        merge = None if folder is None else read_merge_config(folder)
-        path = base.resolve(model, revision, weights) if path is None else path
-        return cls(model, path, adapter_path, folder, merge, trust_remote_code)
+        name, path, folders = _look_up(model, adapter_path, revision, weights)
+        if folders is None:
+            if k not in (None, 1):
+                raise AdapterError(
+                    f"`k` is {k}, and there is no merge encoder: give `adapter_path`"
+                )
+            return cls(name, path, trust_remote_code=trust_remote_code)
+        folder, merge = folders.choose(k)
+        path = path or base.resolve(name, revision, weights)
+        return cls(name, path, folders.name, folder, merge, trust_remote_code)
+
+    @classmethod
+    def find_all(
+        cls,
+        model: str | None = None,
+        adapter_path: str | Path | None = None,
+        ks: Sequence[int] = (),
+        trust_remote_code: bool = False,
+    ) -> list[Source]:
+        """Finds the base model and several adapters of one folder, which is read once.
+
+        Args:
+            model: As for :meth:`find`.
+            adapter_path: As for :meth:`find`.
+            ks: Merge factors wanted; empty: all there are. 1 is the base model alone where there
+                is no adapter for it.
+            trust_remote_code: Let the base's own Python files run.
+
+        Returns:
+            One source for each K, ascending.
+
+        Raises:
+            ModelError: As for :meth:`find`.
+            AdapterError: As for :meth:`find`.
+        """
+        name, path, folders = _look_up(model, adapter_path)
+        found = {} if folders is None else folders.found
+        ks = sorted({*(ks or found or (1,))})
+        if folders is None and ks != [1]:
+            raise AdapterError(
+                f"`k` is {ks[-1]}, and there is no merge encoder: give `adapter_path`"
+            )
+        chosen = [folders.choose(k) if k != 1 or k in found else (None, None) for k in ks]
+        path = path or base.resolve(name)
+        called = None if folders is None else folders.name
+        return [cls(name, path, called, *one, trust_remote_code) for one in chosen]
 
     @property
     def k(self) -> int:
         """The merge factor; 1 where nothing merges."""
         return 1 if self.merge is None else self.merge.merge_factor
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The base's config, spelled as mlx-lm reads it; its file is read once.
+
+        Raises:
+            ModelError: As for :func:`base.read_config`.
+        """
+        return base.read_config(self.path)
+
+
+def _look_up(
+    model: str | None,
+    adapter_path: str | Path | None,
+    revision: str | None = None,
+    weights: bool = True,
+) -> tuple[str, Path | None, AdapterFolders | None]:
+    """The base's name, its folder where that had to be opened, and the adapters."""
+    if adapter_path is None and model in (None, BUNDLED):
+        model = adapter_path = BUNDLED
+    path = None
+    if adapter_path is None:
+        path = base.resolve(model, revision, weights)
+        adapter_path = carried_by(path)
+    folders = None if adapter_path is None else look_up(adapter_path)
+    name = model if model is not None else folders.base
+    if name is None:
+        raise ModelError(f"{adapter_path} does not name its base model: give `model`")
+    return name, path, folders

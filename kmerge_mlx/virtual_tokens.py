@@ -1,12 +1,15 @@
-"""Tokens to blocks to virtual tokens, and the embedding module that reads both kinds of id.
+"""Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
-A merged block is a pure function of the token ids that the encoder reads: its own K, and with an
-encoder context of c the c before it. So every distinct block gets an id past the vocabulary,
-V + slot, and its merged embedding is row ``slot`` of a table. The language model goes on taking
-token ids, and all of mlx-lm works on compressed prompts unchanged.
+The merged embedding of a block depends only on the token ids that the encoder reads: the block's
+own K, and with an encoder context of c the c before it. So every distinct block gets an id of its
+own past the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table:
 
-Owns: which slot belongs to which block and for how long, the rows, and the output head's LoRA of a
-tied model. Does not know text, files or generation.
+    block (token ids)  ->  id V + slot  ->  row ``slot``
+
+:class:`BlockTable` does the first step and says how long a slot stays with its block.
+:class:`MergedEmbedding` does the second: it stands in the model where the embedding table stood,
+and reads both kinds of id. The language model goes on taking ids, so all of mlx-lm (prompt caches,
+batches, sampling) works on compressed prompts unchanged.
 """
 
 from __future__ import annotations
@@ -54,21 +57,16 @@ class CompressedPrompt:
     def after(self, positions: int) -> CompressedPrompt:
         """What is left to read when a KV cache holds the first ``positions`` of this prompt."""
         tokens = sum(self.lengths[:positions])
-        return CompressedPrompt(
-            self.ids[positions:],
-            self.original_ids[tokens:],
-            self.lengths[positions:],
-            self.table,
-            whole=self,
-        )
+        ids, original_ids = self.ids[positions:], self.original_ids[tokens:]
+        return CompressedPrompt(ids, original_ids, self.lengths[positions:], self.table, self)
 
 
 class BlockTable:
-    """Interns blocks into a bounded number of slots.
+    """Gives each distinct block a slot, of which there is a bounded number.
 
-    A binding stands as long as any live :class:`CompressedPrompt` or protected cache key names it:
-    a slot re-used earlier would make a prefix match between different texts. When the slots run
-    out, everything unnamed is freed at once (mark and sweep).
+    A block keeps its slot as long as a live :class:`CompressedPrompt` or the key of a KV cache
+    names it: a slot re-used earlier would make a prefix match between different texts. When the
+    slots run out, all that nothing names are freed at once (mark and sweep).
 
     Args:
         vocab_size: V, the first virtual id.
@@ -88,11 +86,11 @@ class BlockTable:
         return len(self._slot_of)
 
     def track(self, prompt: CompressedPrompt) -> None:
-        """Keeps a prompt's bindings for as long as the object lives."""
+        """Keeps the slots of a prompt's blocks for as long as the object lives."""
         self._prompts.add(prompt)
 
     def protect(self, provider: Callable[[], Iterable[Sequence[int]]]) -> None:
-        """Keeps the bindings that cache keys name.
+        """Keeps the slots that the keys of KV caches name.
 
         Args:
             provider: Called at every sweep; returns the id sequences that index KV caches.
@@ -107,7 +105,7 @@ class BlockTable:
 
         Returns:
             The virtual id of each block, and the slots that are new, whose rows the caller must
-            fill (or give back by :meth:`forget` if it cannot).
+            write (or give back by :meth:`forget` if it cannot).
 
         Raises:
             BlockTableFullError: More blocks in use than slots; nothing has changed then.
@@ -131,7 +129,7 @@ class BlockTable:
         return [self.vocab_size + self._slot_of[block] for block in blocks], new
 
     def forget(self, slots: dict[int, Block]) -> None:
-        """Unbinds slots whose rows were never written."""
+        """Frees slots, given with their blocks."""
         for slot, block in slots.items():
             del self._slot_of[block]
             self._free.append(slot)
@@ -139,23 +137,17 @@ class BlockTable:
     def _room(self) -> int:
         return len(self._free) + self.capacity - self._used
 
-    def _live_ids(self) -> Iterator[int]:
-        for prompt in self._prompts:
-            yield from prompt.ids
-        for provider in self._providers:
-            for ids in provider():
-                yield from ids
-
     def _sweep(self, keep: set[int]) -> None:
-        keep.update(i - self.vocab_size for i in self._live_ids() if i >= self.vocab_size)
-        dead = {slot: block for block, slot in self._slot_of.items() if slot not in keep}
-        self.forget(dead)
+        named = [prompt.ids for prompt in self._prompts]
+        named += [ids for provider in self._providers for ids in provider()]
+        keep.update(i - self.vocab_size for ids in named for i in ids if i >= self.vocab_size)
+        self.forget({slot: block for block, slot in self._slot_of.items() if slot not in keep})
 
 
 class MergedEmbedding(nn.Module):
     """An embedding that also reads virtual ids, and a tied output head that may carry LoRA.
 
-    Ids below V are looked up in the base table, ids from V on in the rows of the block table.
+    Ids below V are looked up in the base table, ids from V on in the rows of merged embeddings.
     ``as_linear`` is the base's, plus the head's LoRA: PEFT's ``lm_head`` adapter changes only the
     output side of a tied model, which is why it cannot live in mlx-lm's ``LoRAEmbedding``.
 
@@ -216,7 +208,7 @@ class MergedEmbedding(nn.Module):
         """Embeds ordinary and virtual ids.
 
         Args:
-            ids: ``(...)``, any integer dtype, each below V or bound in the block table.
+            ids: ``(...)``, any integer dtype, each below V or of a block in the table.
 
         Returns:
             Embeddings ``(..., D)`` in the base table's dtype.
@@ -237,7 +229,7 @@ class MergedEmbedding(nn.Module):
         return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
 
     def forget_blocks(self) -> None:
-        """Starts an empty block table: the rows of an encoder that was trained since are stale.
+        """Starts an empty block table, because the encoder was trained since the rows were written.
 
         Prompts compressed before belong to the old table, and are refused from then on.
         """
@@ -251,7 +243,7 @@ class MergedEmbedding(nn.Module):
 
     @contextmanager
     def reading(self, rows: mx.array) -> Iterator[None]:
-        """Lets virtual ids mean rows computed on the spot, through which gradients flow.
+        """Makes virtual ids read rows computed on the spot, through which gradients flow.
 
         Args:
             rows: ``(M, D)``; id V + i reads row i.
@@ -263,21 +255,19 @@ class MergedEmbedding(nn.Module):
             self._rows = kept
 
     def compress(self, segments: Iterable[Segment]) -> CompressedPrompt:
-        """Turns a prompt into what the language model reads, merging every new block once.
+        """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
         Args:
             segments: The prompt's parts in order; blocks never straddle two of them.
 
         Returns:
-            The compressed prompt, whose blocks stay bound while the object lives.
+            The compressed prompt, whose blocks keep their slots while the object lives.
 
         Raises:
             PromptError: A token id outside the vocabulary.
             BlockTableFullError: Too many blocks in use at once.
         """
-        segments = list(segments)
-        if self.encoder is None:
-            segments = [Segment(segment.ids, merge=False) for segment in segments]
+        segments, k = list(segments), self.merge_factor
         original_ids = [i for segment in segments for i in segment.ids]
         if original_ids and not 0 <= min(original_ids) <= max(original_ids) < self.vocab_size:
             bad = next(i for i in original_ids if not 0 <= i < self.vocab_size)
@@ -285,20 +275,34 @@ class MergedEmbedding(nn.Module):
                 f"token id {bad} is outside the base model's vocabulary of {self.vocab_size:,}: "
                 "use the tokenizer of that model"
             )
+        merges = [segment.merge and self.encoder is not None for segment in segments]
         blocks: list[Block] = []
-        for segment in segments:
-            if segment.merge:
-                blocks += split(segment.ids, self.merge_factor, self.pad_token_id, self.context)
-        virtual, new = self.table.intern(blocks)
-        try:
-            self._write(new)
-        except BaseException:  # Ctrl-C included: a bound slot without its row would be silent
-            self.table.forget(new)
-            raise
-        prompt = _assemble(segments, iter(virtual), self.merge_factor, original_ids)
-        prompt.table = self.table
+        for segment, merge in zip(segments, merges, strict=True):
+            blocks += split(segment.ids, k, self.pad_token_id, self.context) if merge else []
+        virtual = self._virtual_ids(blocks)
+        ids: list[int] = []
+        lengths: list[int] = []
+        for segment, merge in zip(segments, merges, strict=True):
+            count = len(segment.ids)
+            if merge:
+                ids += [next(virtual) for _ in range(0, count, k)]
+                lengths += [min(k, count - start) for start in range(0, count, k)]
+            else:
+                ids += segment.ids
+                lengths += [1] * count
+        prompt = CompressedPrompt(ids, original_ids, lengths, self.table)
         self.table.track(prompt)
         return prompt
+
+    def _virtual_ids(self, blocks: Sequence[Block]) -> Iterator[int]:
+        """The virtual ids of blocks, each with its row written."""
+        ids, new = self.table.intern(blocks)
+        try:
+            self._write(new)
+        except BaseException:  # Ctrl-C included: a slot without its row would go unnoticed
+            self.table.forget(new)
+            raise
+        return iter(ids)
 
     def _write(self, new: dict[int, Block]) -> None:
         """Encodes new blocks and stores their rows, at most a chunk in memory at once."""
@@ -314,7 +318,7 @@ class MergedEmbedding(nn.Module):
             start += merged.shape[0]
 
     def _grow(self, size: int) -> None:
-        """Makes room by doubling, so the table costs what is used and never much more."""
+        """Makes room by doubling, so that the rows take at most twice the memory in use."""
         rows, d = self._rows.shape
         if size <= rows:
             return
@@ -323,7 +327,7 @@ class MergedEmbedding(nn.Module):
         mx.eval(self._rows)
 
     def _no_rows(self) -> mx.array:
-        """One row that stands for no block, of the width and dtype that look-ups have."""
+        """One row of zeros, with the width and dtype of an embedding."""
         return mx.zeros_like(self.embedding(mx.array([0])))
 
 
@@ -343,24 +347,8 @@ def split(
     Returns:
         c + K ids a block.
 
-    Source: arXiv 2604.15153 section 3.1; the padding token is the reference's (a space).
+    Source: arXiv 2604.15153 section 3.1; the padding token is that of the paper's code (a space).
     """
     width = context + merge_factor
     padded = [*[pad_token_id] * context, *ids, *[pad_token_id] * (-len(ids) % merge_factor)]
     return [tuple(padded[i : i + width]) for i in range(0, len(padded) - context, merge_factor)]
-
-
-def _assemble(
-    segments: Sequence[Segment], virtual: Iterator[int], merge_factor: int, original_ids: list[int]
-) -> CompressedPrompt:
-    ids: list[int] = []
-    lengths: list[int] = []
-    for segment in segments:
-        if not segment.merge:
-            ids.extend(segment.ids)
-            lengths.extend([1] * len(segment.ids))
-            continue
-        for start in range(0, len(segment.ids), merge_factor):
-            ids.append(next(virtual))
-            lengths.append(min(merge_factor, len(segment.ids) - start))
-    return CompressedPrompt(ids, original_ids, lengths)

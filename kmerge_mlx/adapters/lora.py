@@ -1,11 +1,10 @@
-"""LoRA on a base model, attached through mlx-lm.
+"""Puts LoRA on a base model through mlx-lm, and loads tensors into modules strictly.
 
-Owns: turning a :class:`LoRAConfig` into LoRA layers (uniform, or by module with
-its own rank and scale), and loading tensors into a module strictly. The head of a tied model is
-not here: it lives in :class:`~kmerge_mlx.virtual_tokens.MergedEmbedding`.
+The LoRA of a tied output head lives in :class:`~kmerge_mlx.virtual_tokens.MergedEmbedding`.
 
 Source: ``y = W x + scale * B A x`` (arXiv 2106.09685); names and shapes are mlx-lm's: ``lora_a``
-is ``(in, r)``, ``lora_b`` is ``(r, out)``.
+is ``(in, r)``, ``lora_b`` is ``(r, out)``. Full fine-tuning is mlx-lm's ``fine_tune_type: full``:
+the last ``num_layers`` layers whole, not the embedding table, the last norm or the output head.
 """
 
 from __future__ import annotations
@@ -16,22 +15,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError, findings
 
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
 LORA_PARTS = ("lora_a", "lora_b")
 
 # What mlx-lm puts LoRA on when no keys are given.
-CARRIERS = (
-    *(nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear),
-    *(nn.Embedding, nn.QuantizedEmbedding),
-)
+CARRIERS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+CARRIERS += (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def last_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
@@ -70,21 +68,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> None:
         AdapterError: Modules that the covered layers do not have, or that cannot carry LoRA; all
             are listed.
     """
-    names = {name for name, _ in model.named_modules()}
-    inside = {
-        n for layer in last_layers(model, config.num_layers) for n, _ in layer.named_modules()
-    }
-    missing = [name for name in config.modules if name not in names]
-    if config.num_layers > len(model.layers):
-        missing.append(f"{config.num_layers} layers (the model has {len(model.layers)})")
-    missing += [key for key in config.keys if key not in names | inside]
-    ends = tuple(f".{key}" for key in config.keys)
-    missing += [
-        f"{name} as a plain linear layer"
-        for name, module in model.named_modules()
-        if hasattr(module, "to_lora") and (name in config.modules or f".{name}".endswith(ends))
-    ]
-    if missing:
+    if missing := _missing(model, config):
         raise AdapterError(
             findings("the base model does not have what the adapter changes", missing)
         )
@@ -98,17 +82,30 @@ def attach(model: nn.Module, config: LoRAConfig) -> None:
         _convert(model, len(model.layers), spec, config.dropout, modules)
 
 
+def _missing(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """What the config names and the model does not have, one line each."""
+    modules = dict(model.named_modules())
+    covered = last_layers(model, config.num_layers)
+    known = modules.keys() | {name for layer in covered for name, _ in layer.named_modules()}
+    missing = [name for name in config.modules if name not in modules]
+    if config.num_layers > len(model.layers):
+        missing.append(f"{config.num_layers} layers (the model has {len(model.layers)})")
+    missing += [key for key in config.keys if key not in known]
+    ends = tuple(f".{key}" for key in config.keys)
+    missing += [
+        f"{name} as a plain linear layer"
+        for name, module in modules.items()
+        if hasattr(module, "to_lora") and (name in config.modules or f".{name}".endswith(ends))
+    ]
+    return missing
+
+
 def _convert(
     model: nn.Module, num_layers: int, spec: LoRASpec, dropout: float, keys: list[str]
 ) -> None:
-    parameters: dict[str, Any] = {
-        "rank": spec.rank,
-        "scale": spec.scale,
-        "dropout": dropout,
-        "keys": keys,
-    }
+    options = {"rank": spec.rank, "scale": spec.scale, "dropout": dropout, "keys": keys}
     try:
-        linear_to_lora_layers(model, num_layers, parameters)
+        linear_to_lora_layers(model, num_layers, options)
     except ValueError as error:
         raise AdapterError(f"the base model cannot carry this adapter: {error}") from error
 
@@ -123,55 +120,57 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return {f"{path}.{part}": m[part] for path, m in layers(model) for part in LORA_PARTS}
 
 
-def load_strictly(
-    module: nn.Module,
-    expected: Mapping[str, Any],
-    weights: Mapping[str, mx.array],
-    where: str,
-    packed: Collection[str] = (),
-) -> None:
-    """Loads tensors into a module after checking every name and shape.
+def full_parameters(model: nn.Module, config: FullConfig) -> dict[str, mx.array]:
+    """The parameters of the layers that full fine-tuning covers, by their names in the model."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {
+        f"{paths[id(layer)]}.{name}": array
+        for layer in last_layers(model, config.num_layers)
+        for name, array in tree_flatten(layer.parameters())
+    }
 
-    Args:
-        module: Receives the tensors.
-        expected: Parameter names to arrays or shapes; exactly these must be given.
-        weights: Tensors by parameter name.
-        where: The file they come from, for the error.
-        packed: Names of those that hold unsigned 32-bit integers; the others are floating-point.
+
+def check_full(model: nn.Module, config: FullConfig, name: str) -> None:
+    """Refuses a model, called ``name``, whose layers cannot be fine-tuned whole.
 
     Raises:
-        AdapterError: Missing, extra or misshapen tensors, all of them listed with both shapes.
+        AdapterError: Fewer layers than are covered, or quantized ones.
     """
-    shapes = {n: tuple(getattr(e, "shape", e)) for n, e in expected.items()}
-    problems = tensor_problems(shapes, {n: tuple(w.shape) for n, w in weights.items()})
-    problems += dtype_problems(weights, packed)
-    if problems:
-        raise AdapterError(findings(where, problems))
-    module.load_weights(list(weights.items()), strict=False)
-
-
-def dtype_problems(weights: Mapping[str, mx.array], packed: Collection[str] = ()) -> list[str]:
-    """Tensors of a dtype that they cannot have, one line each."""
-    problems = []
-    for name, array in weights.items():
-        if name in packed:
-            good, expected = array.dtype == mx.uint32, mx.uint32
-        else:
-            good, expected = mx.issubdtype(array.dtype, mx.floating), "a floating-point dtype"
-        if not good:
-            problems.append(f"{name} has dtype {array.dtype}, expected {expected}")
-    return problems
+    if config.num_layers > len(model.layers):
+        raise AdapterError(
+            f"{name} has {len(model.layers)} layers, full fine-tuning covers {config.num_layers}"
+        )
+    for parameter, array in full_parameters(model, config).items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise AdapterError(
+                f"full fine-tuning changes {parameter}, which is quantized in {name}: use LoRA, "
+                "or a base that is not quantized"
+            )
 
 
 def tensor_problems(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, Any], found: Mapping[str, Any], packed: Collection[str] = ()
 ) -> list[str]:
-    """Missing, extra and misshapen tensors, one line each with both shapes."""
-    problems = [f"{n} is missing, expected shape {expected[n]}" for n in expected if n not in found]
-    problems += [f"{n} {found[n]} belongs to nothing here" for n in found if n not in expected]
+    """Missing, extra and misshapen tensors, and those of a wrong dtype, one line each.
+
+    Args:
+        expected: By name an array, or a shape.
+        found: By name an array, or a shape. The dtypes of arrays are checked too.
+        packed: Names of tensors of unsigned 32-bit integers; the others are floating-point.
+    """
+    wanted = {name: tuple(getattr(array, "shape", array)) for name, array in expected.items()}
+    shapes = {name: tuple(getattr(array, "shape", array)) for name, array in found.items()}
+    problems = [f"{n} is missing, expected shape {wanted[n]}" for n in wanted if n not in shapes]
+    problems += [f"{n} {shapes[n]} belongs to nothing here" for n in shapes if n not in wanted]
     problems += [
-        f"{n} has shape {found[n]}, expected {expected[n]}"
-        for n in expected
-        if n in found and found[n] != expected[n]
+        f"{name} has shape {shapes[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if shapes.get(name, shape) != shape
     ]
+    for name, array in found.items():
+        dtype = getattr(array, "dtype", mx.float32)
+        if name in packed and dtype != mx.uint32:
+            problems.append(f"{name} has dtype {dtype}, expected {mx.uint32}")
+        elif name not in packed and not mx.issubdtype(dtype, mx.floating):
+            problems.append(f"{name} has dtype {dtype}, expected a floating-point dtype")
     return problems

@@ -1,4 +1,4 @@
-"""What the files of an adapter folder say, as frozen dataclasses that refuse nonsense.
+"""The content of ``merge_config.json``: encoder sizes, base model, padding token, layout.
 
 Source: arXiv 2604.15153 section 3 (encoder sizes); docs/adapter-format.md.
 """
@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
-from kmerge_mlx.adapters.packing import ENTRY as QUANTIZATION
-from kmerge_mlx.adapters.packing import EncoderQuantization
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
 from kmerge_mlx.prompts.policy import Layout
@@ -21,16 +18,19 @@ from kmerge_mlx.prompts.policy import Layout
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""
 
-
-ENCODER_FACTORS = MappingProxyType({2: 2.0, 3: 2.0, 4: 1.5})
-
-
-ENCODER_FACTOR = 1.5
-"""H = int(factor * K) * D; past K = 4 the factor of K = 4 is kept."""
-
+ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
+"""The paper's factor for each K, in H = int(factor * K) * D; past K = 4 that of K = 4."""
 
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
-"""What ``merge_config.json`` says of the encoder's sizes."""
+QUANTIZATION = "encoder_quantization"
+"""Entry of a quantized encoder's bits and group size; absent where it is not quantized."""
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (64, 32, 128)
+"""MLX's group sizes, the preferred one first."""
+
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+"""MLX's quantization modes for a base model. An encoder is always packed by the first."""
 
 
 def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:
@@ -45,8 +45,48 @@ def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None)
         H = int(factor * K) * D; the paper's is 4D, 6D, 6D for K = 2, 3, 4.
     """
     if factor is None:
-        factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTOR)
+        factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTORS[4])
     return int(factor * merge_factor) * hidden_size
+
+
+@dataclass(frozen=True)
+class EncoderQuantization:
+    """How the weights of a merge encoder are packed, as ``mlx.nn.QuantizedLinear`` packs them.
+
+    Args:
+        bits: Bits of a weight.
+        group_size: How many weights share a scale and a bias.
+
+    Raises:
+        AdapterError: Values that MLX does not have.
+    """
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
+            value = getattr(self, name)
+            if not is_int(value) or value not in known:
+                raise AdapterError(
+                    f"{QUANTIZATION}: {name} is {short(value)}, expected one of {known}"
+                )
+
+    @classmethod
+    def of_width(cls, bits: int, widths: Iterable[int]) -> EncoderQuantization:
+        """The packing for weights whose rows have these widths.
+
+        Raises:
+            AdapterError: No group size divides all of them, or MLX does not have such bits.
+        """
+        widths = sorted(set(widths))
+        for group_size in GROUP_SIZES:
+            if all(width % group_size == 0 for width in widths):
+                return cls(bits, group_size)
+        raise AdapterError(
+            f"the merge encoder cannot be quantized: it reads {', '.join(map(str, widths))} "
+            f"numbers, and none of MLX's groups of {GROUP_SIZES} divides all of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +101,7 @@ class EncoderConfig:
         quantization: How its weights are packed, or None: they are floating-point numbers.
 
     Raises:
-        AdapterError: A size that no encoder can have, or that cannot be packed so.
+        AdapterError: A size that an encoder cannot have, or that cannot be packed this way.
     """
 
     merge_factor: int
@@ -71,39 +111,42 @@ class EncoderConfig:
     quantization: EncoderQuantization | None = None
 
     def __post_init__(self) -> None:
-        sizes = zip(self._sizes().items(), (2, 1, 1, 0), strict=True)
+        lowest = dict(zip(ENCODER_ENTRIES, (2, 1, 1, 0), strict=True))
         problems = [
-            f"{name} is {short(value)}, expected a whole number of at least {low}"
-            for (name, value), low in sizes
-            if not is_int(value, low)
+            f"{name} is {short(value)}, expected a whole number of at least {lowest[name]}"
+            for name, value in self._sizes().items()
+            if not is_int(value, lowest[name])
         ]
-        if not problems and (packing := self.quantization) is not None:
+        if not problems and self.quantization is not None:
+            group = self.quantization.group_size
             problems = [
-                f"{layer} reads {inner} numbers, expected whole groups of {packing.group_size}"
+                f"{layer} reads {inner} numbers, expected whole groups of {group}"
                 for layer, (_, inner) in self.layers().items()
-                if not packing.divides(inner)
+                if inner % group
             ]
         if problems:
             raise AdapterError(findings("merge encoder", problems))
 
     def layers(self) -> dict[str, tuple[int, int]]:
-        """How many numbers each layer writes and reads: ``(out, in)``."""
+        """The ``(out, in)`` widths of each layer."""
         wide, d, h = self.merge_factor * self.hidden_size, self.hidden_size, self.inner_size
         return {"w1": (h, self.context * d + wide), "w2": (wide, h), "w3": (d, wide)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer, size in self.layers().items():
-            weight = {f"{layer}.weight": size}
-            if self.quantization is not None:
-                weight = self.quantization.shapes(layer, *size)
-            shapes |= weight | {f"{layer}.bias": size[:1]}
+        for layer, (out, inner) in self.layers().items():
+            shapes[f"{layer}.weight"] = (out, inner)
+            if (packing := self.quantization) is not None:
+                shapes[f"{layer}.weight"] = (out, inner * packing.bits // 32)
+                shapes[f"{layer}.scales"] = (out, inner // packing.group_size)
+                shapes[f"{layer}.biases"] = (out, inner // packing.group_size)
+            shapes[f"{layer}.bias"] = (out,)
         return shapes
 
     @property
     def packed(self) -> frozenset[str]:
-        """Names of the parameters that hold unsigned 32-bit integers: none, or every weight."""
+        """Names of the parameters that hold packed integers: every weight when quantized."""
         names = () if self.quantization is None else self.layers()
         return frozenset(f"{layer}.weight" for layer in names)
 
@@ -114,7 +157,7 @@ class EncoderConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``."""
-        if self.quantization is None:  # what earlier releases wrote, to the byte
+        if self.quantization is None:
             return self._sizes()
         return self._sizes() | {QUANTIZATION: asdict(self.quantization)}
 
@@ -124,27 +167,30 @@ class EncoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EncoderConfig | None:
-        """Reads the encoder's entries of ``merge_config.json``.
-
-        Returns:
-            The sizes, or None for merge factor 1: there is nothing to merge then.
+        """Reads the encoder's entries of ``merge_config.json``; None for K = 1, without encoder.
 
         Raises:
-            AdapterError: A size that no encoder can have, or one without an encoder.
+            AdapterError: A size that an encoder cannot have, or one where K is 1.
         """
-        factor, *others = (data.get(name) for name in (*ENCODER_ENTRIES, QUANTIZATION))
-        if not is_int(factor) or factor != 1:
-            hidden, inner, context, packing = others
-            # The first adapters do not name the context: theirs is 0.
-            context = 0 if context is None else context
-            return cls(factor, hidden, inner, context, EncoderQuantization.from_json(packing))
-        sizes = zip((*ENCODER_ENTRIES[1:], QUANTIZATION), others, strict=True)
-        if extra := [f"{name} is {short(value)}" for name, value in sizes if value is not None]:
-            raise AdapterError(
-                f"merge_config.json: {', '.join(extra)}, expected null: merge_factor 1 has no "
-                "encoder"
-            )
-        return None
+        factor, hidden, inner, context = (data.get(name) for name in ENCODER_ENTRIES)
+        packing = data.get(QUANTIZATION)
+        if is_int(factor) and factor == 1:
+            others = [n for n in (*ENCODER_ENTRIES[1:], QUANTIZATION) if data.get(n) is not None]
+            if others:
+                found = ", ".join(f"{name} is {short(data[name])}" for name in others)
+                raise AdapterError(
+                    f"merge_config.json: {found}, expected null: merge_factor 1 has no encoder"
+                )
+            return None
+        if packing is not None:
+            if not isinstance(packing, dict) or set(packing) != {"bits", "group_size"}:
+                raise AdapterError(
+                    f"merge_config.json: {QUANTIZATION} is {short(packing)}, expected null or an "
+                    "object with bits and group_size"
+                )
+            packing = EncoderQuantization(**packing)
+        # The first adapters do not name the context: theirs is 0.
+        return cls(factor, hidden, inner, 0 if context is None else context, packing)
 
 
 @dataclass(frozen=True)
@@ -154,6 +200,9 @@ class LoRASpec:
     Args:
         rank: Inner width r of A and B.
         scale: mlx-lm's scale, which is PEFT's alpha / r (alpha / sqrt(r) under rsLoRA).
+
+    Raises:
+        AdapterError: A rank below 1, or a scale that is not a finite number.
     """
 
     rank: int
@@ -168,11 +217,7 @@ class LoRASpec:
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> LoRASpec:
-        """Reads ``{"rank": r, "scale": s}``.
-
-        Raises:
-            AdapterError: Anything else; ``where`` says which entry.
-        """
+        """Reads ``{"rank": r, "scale": s}``; ``where`` names the entry in an error."""
         if not isinstance(data, dict) or set(data) != {"rank", "scale"}:
             raise AdapterError(f"{where} is {short(data)}, expected {{rank, scale}}")
         return cls(data["rank"], data["scale"])
@@ -234,7 +279,7 @@ class MergeConfig:
         return 1 if self.encoder is None else self.encoder.merge_factor
 
     def encoder_entries(self) -> dict[str, Any]:
-        """What ``merge_config.json`` says of the encoder; without one, all but K is null."""
+        """The encoder's entries of ``merge_config.json``; without an encoder all but K are null."""
         if self.encoder is None:
             return dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
         return self.encoder.to_json()
@@ -272,8 +317,7 @@ class MergeConfig:
                 f"merge_config.json: format_version {short(version)} is newer than this release "
                 f"reads ({FORMAT_VERSION}): update kmerge-mlx"
             )
-        problems = _merge_config_problems(data)
-        if problems:
+        if problems := _problems(data):
             raise AdapterError(findings("merge_config.json", problems))
         entry, head = data.get("base_model") or {}, data.get("head_lora")
         base = BaseModelConfig(entry.get("id"), entry.get("config") or {})
@@ -292,17 +336,16 @@ class MergeConfig:
         )
 
 
-def _merge_config_problems(data: Mapping[str, Any]) -> list[str]:
-    """What is of the wrong type in ``merge_config.json``, one line each."""
+def _problems(data: Mapping[str, Any]) -> list[str]:
+    """Entries of the wrong type in ``merge_config.json``, one line each."""
     problems = [
         f"{name} is {short(data[name])}, expected an object"
         for name in ("base_model", "layout", "provenance")
-        if data.get(name) is not None and not isinstance(data[name], dict)
+        if not isinstance(data.get(name), dict | None)
     ]
-    pad = data.get("pad_token_id")
+    pad, base = data.get("pad_token_id"), data.get("base_model")
     if pad is not None and not is_int(pad):
         problems.append(f"pad_token_id is {short(pad)}, expected a token id or null")
-    base = data.get("base_model")
     if isinstance(base, dict):
         if not isinstance(base.get("id"), str | None):
             problems.append(f"base_model.id is {short(base['id'])}, expected a name or null")

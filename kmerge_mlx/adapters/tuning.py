@@ -1,6 +1,4 @@
-"""How an adapter changes its base model: LoRA, or the last layers' own weights.
-
-Owns the schema of ``adapter_config.json``, which is mlx-lm's. Knows nothing of arrays.
+"""The content of ``adapter_config.json``: which modules carry LoRA, or which layers are whole.
 
 Source: mlx-lm's ``fine_tune_type``, ``num_layers`` and ``lora_parameters``
 (``mlx_lm.tuner.utils.load_adapters``).
@@ -17,6 +15,7 @@ from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import AdapterError, short
 
 LORA, FULL = "lora", "full"
+_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class LoRAConfig:
     schema; the file then holds no global ``scale``, and mlx-lm refuses it instead of misreading it.
 
     Args:
-        num_layers: L, how many layers the adapter covers.
+        num_layers: How many layers the adapter covers, counted from the last.
         dropout: LoRA dropout of the training run.
         uniform: Rank and scale of every module in ``keys``, or None.
         keys: Module paths inside one layer (``self_attn.q_proj``), or full ones (``lm_head``).
@@ -44,7 +43,6 @@ class LoRAConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``."""
-        parameters: dict[str, Any]
         if self.uniform is not None:
             parameters = {**asdict(self.uniform), "dropout": self.dropout, "keys": [*self.keys]}
         else:
@@ -63,26 +61,23 @@ class LoRAConfig:
         Raises:
             AdapterError: A key that is missing or of the wrong type.
         """
-        parameters = data.get("lora_parameters")
-        if not isinstance(parameters, dict) or not is_int(data.get("num_layers")):
-            raise AdapterError("adapter_config.json: expected num_layers and lora_parameters")
+        layers, parameters = data.get("num_layers"), data.get("lora_parameters")
+        if not isinstance(parameters, dict) or not is_int(layers):
+            raise AdapterError(f"{_FILE}: expected num_layers and lora_parameters")
         dropout = parameters.get("dropout", 0.0)
         if not is_number(dropout) or not 0 <= dropout < 1:
-            raise AdapterError(f"adapter_config.json: dropout {short(dropout)} is not in [0, 1)")
+            raise AdapterError(f"{_FILE}: dropout {short(dropout)} is not in [0, 1)")
         if "modules" in parameters:
-            return cls(data["num_layers"], dropout, modules=_read_modules(parameters["modules"]))
+            modules, where = parameters["modules"], f"{_FILE}: lora_parameters.modules"
+            if not isinstance(modules, dict):
+                raise AdapterError(f"{where} is not an object")
+            specs = {n: LoRASpec.from_json(s, f"{where}.{n}") for n, s in modules.items()}
+            return cls(layers, dropout, modules=specs)
         keys = parameters.get("keys")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise AdapterError("adapter_config.json: lora_parameters.keys is not a list of names")
+            raise AdapterError(f"{_FILE}: lora_parameters.keys is not a list of names")
         uniform = LoRASpec(parameters.get("rank"), parameters.get("scale"))
-        return cls(data["num_layers"], dropout, uniform, tuple(keys))
-
-
-def _read_modules(data: Any) -> dict[str, LoRASpec]:
-    if not isinstance(data, dict):
-        raise AdapterError("adapter_config.json: lora_parameters.modules is not an object")
-    where = "adapter_config.json: lora_parameters.modules."
-    return {name: LoRASpec.from_json(spec, where + name) for name, spec in data.items()}
+        return cls(layers, dropout, uniform, tuple(keys))
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,8 @@ class FullConfig:
         layers = data.get("num_layers")
         if not is_int(layers, -1):
             raise AdapterError(
-                f"adapter_config.json: num_layers is {short(layers)}, expected a whole number, "
-                "or -1 for all layers"
+                f"{_FILE}: num_layers is {short(layers)}, expected a whole number, or -1 for all "
+                "layers"
             )
         return cls(layers)
 
@@ -126,11 +121,10 @@ def read_tuning(data: Any) -> Tuning:
             that is missing or of the wrong type.
     """
     if not isinstance(data, dict):
-        raise AdapterError(f"adapter_config.json holds {short(data)}, expected an object")
+        raise AdapterError(f"{_FILE} holds {short(data)}, expected an object")
     kind = data.get("fine_tune_type", LORA)
     if kind not in (LORA, FULL):
         raise AdapterError(
-            f"adapter_config.json: fine_tune_type {short(kind)} is not supported, "
-            f"expected {LORA} or {FULL}"
+            f"{_FILE}: fine_tune_type {short(kind)} is not supported, expected {LORA} or {FULL}"
         )
     return (LoRAConfig if kind == LORA else FullConfig).from_json(data)

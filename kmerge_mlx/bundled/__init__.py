@@ -1,7 +1,7 @@
-"""The model that comes with the package: a tiny base, and adapters for it (see README.md here).
+"""Where the model that comes with the package lies: a tiny base, and adapters for it (README.md).
 
-Owns where they are. ``bundled`` stands for them wherever a model or an adapter is named; a folder
-of that name in the working directory is reached as ``./bundled``.
+``bundled`` stands for it wherever a model or an adapter is named; a folder of that name in the
+working directory is reached as ``./bundled``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 BUNDLED = "bundled"
 DEFAULT_K = 4
-"""The merge factor of the bundled adapters that is meant where nobody names one."""
+"""The merge factor of the bundled adapters that is used where none is named."""
 
 BASE = Path(__file__).parent / "base"
 ADAPTERS = Path(__file__).parent / "adapters"

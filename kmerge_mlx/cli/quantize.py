@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from kmerge_mlx.adapters.packing import BITS, MODES
+from kmerge_mlx.adapters.schema import BITS, MODES
 from kmerge_mlx.cli.fuse import NewModelSettings, print_made, read_text
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.settings import option

@@ -114,15 +114,15 @@ def upload(
     """
     # The heavy imports wait until the command line is known to be good.
     from kmerge_mlx.evaluation.saved import read_report
-    from kmerge_mlx.hub import names
+    from kmerge_mlx.hub.fetch import is_namespaced, parse
     from kmerge_mlx.tools.model_card import card
     from kmerge_mlx.tools.upload import CARD, check_base, collect, send
 
-    if not names.is_namespaced(repo):
+    if not is_namespaced(repo):
         raise UploadError(f"{repo} is no name of a hub repo: expected user/name")
     if any(not text.isprintable() or not text.strip() for text in data or ()):
         raise typer.BadParameter("expected printable text", param_hint="--data")
-    name = names.parse(repo, UploadError, revision)
+    name = parse(repo, UploadError, revision)
     planned = collect(adapter, name, k, base_model)
     reports = {path: read_report(path) for path in metrics or ()}
     _check_metrics(adapter, planned, reports)

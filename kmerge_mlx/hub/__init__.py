@@ -1,1 +1,1 @@
-"""The Hugging Face hub: what a name means, fetching what it names, and uploading an adapter."""
+"""Files of Hugging Face hub repos."""

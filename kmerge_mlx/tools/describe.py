@@ -16,13 +16,12 @@ from kmerge_mlx.adapters.folder import (
     find_adapters,
     load_adapter,
 )
-from kmerge_mlx.adapters.packing import ENTRY as QUANTIZATION
+from kmerge_mlx.adapters.schema import QUANTIZATION
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import ENCODER, FETCHED, find_checkpoint, read_checkpoint
 from kmerge_mlx.convert.companion import COMPANION
 from kmerge_mlx.errors import AdapterError, DataError
-from kmerge_mlx.hub.fetch import fetch
-from kmerge_mlx.hub.names import is_namespaced
+from kmerge_mlx.hub.fetch import fetch, is_namespaced
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_progress
 from kmerge_mlx.train.log import read_log
 

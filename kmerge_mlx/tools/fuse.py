@@ -26,9 +26,8 @@ from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import (
     HEAD,
     Adapter,
-    carried_by,
     check_adapter_destination,
-    load_adapter,
+    read_adapter,
     write_adapter,
 )
 from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
@@ -112,7 +111,7 @@ def fuse(
     check_model_destination(save_path, "save_path", force, source)
     model, tokenizer, config = load_source(source)
     comparison = Comparison(model, tokenizer, text, progress)
-    adapter = load_adapter(source.adapter)
+    adapter = read_adapter(source.adapter, source.merge)
     encoder = adapter_of(model, adapter.merge, adapter.tuning).encoder_weights
     pad, untied = merged_embedding(model).pad_token_id, "lora_a" in merged_embedding(model)
     model, config = fused(model, config, source.model, dequantize)
@@ -287,8 +286,7 @@ def write_model(
             for file in folder.iterdir():
                 if file.is_file():
                     flush(file)
-            trusted = source.trust_remote_code
-            written = Source(str(folder), folder, None, carried_by(folder), None, trusted)
+            written = Source.find(str(folder), trust_remote_code=source.trust_remote_code)
             return comparison.with_model(load_source(written)[0])
     except OSError as e:
         raise ModelError(f"cannot write {path}: {e.strerror or first_line(e)}") from e

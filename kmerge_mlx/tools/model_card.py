@@ -22,7 +22,7 @@ from kmerge_mlx.cli.info import encoder_line, tuning_lines
 from kmerge_mlx.data import amazon_reviews, commitpackft
 from kmerge_mlx.evaluation.saved import SavedReport, SavedRow
 from kmerge_mlx.evaluation.settings import MERGED
-from kmerge_mlx.hub import names
+from kmerge_mlx.hub.fetch import is_namespaced, parse
 from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.tools.upload import Upload
 
@@ -61,7 +61,7 @@ def _metadata(
         found["base_model"] = upload.base.id.partition("@")[0]
         found["base_model_relation"] = "adapter"
     found["tags"] = [*TAGS, *sorted(tuned)]
-    if datasets := [text for text in data if names.is_namespaced(text)]:
+    if datasets := [text for text in data if is_namespaced(text)]:
         found["datasets"] = datasets
     if results := [result for report in reports for result in _results(upload, report)]:
         name = upload.repo.id.rpartition("/")[2]
@@ -115,7 +115,7 @@ def _introduction(upload: Upload) -> str:
 def _base(upload: Upload) -> str:
     if upload.base.id == BUNDLED:
         return "the model that comes with kmerge-mlx"
-    repo = names.parse(upload.base.id, ValueError)
+    repo = parse(upload.base.id, ValueError)
     link = f"[{repo.id}](https://huggingface.co/{repo.id})"
     return link if repo.revision is None else f"{link} (revision `{repo.revision}`)"
 
@@ -155,7 +155,7 @@ def _use(upload: Upload) -> str:
 def _data(data: Sequence[str]) -> str:
     lines = [
         f"- [{text}](https://huggingface.co/datasets/{text})"
-        if names.is_namespaced(text)
+        if is_namespaced(text)
         else f"- {text}"
         for text in data
     ]
@@ -201,7 +201,7 @@ def _measured_on(report: SavedReport) -> tuple[str, str]:
     task, data = report.settings.get("task"), str(report.settings.get("data"))
     if isinstance(task, str):
         return (DATASETS.get(task, task),) * 2
-    if names.is_namespaced(data) and not Path(data).exists():
+    if is_namespaced(data) and not Path(data).exists():
         return data, data.partition("@")[0]
     return (Path(data).name or "data",) * 2
 

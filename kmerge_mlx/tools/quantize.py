@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.packing import EncoderQuantization
+from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, read_adapter
+from kmerge_mlx.adapters.schema import EncoderQuantization
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
@@ -83,8 +83,10 @@ def quantize(
         PromptError: The text has no token.
     """
     check_model_destination(mlx_path, "mlx_path", force, source)
-    _check(base.read_config(source.path), packing, source.model)
-    adapter = None if source.adapter is None else load_adapter(source.adapter)
+    _check(source.config, packing, source.model)
+    adapter = None
+    if source.adapter is not None:
+        adapter = read_adapter(source.adapter, source.merge)
     encoder_packing = _encoder_packing(encoder_bits, adapter)
     model, tokenizer, _ = load_source(source)
     comparison = Comparison(model, tokenizer, text, progress)
@@ -92,7 +94,7 @@ def quantize(
         pad = merged_embedding(model).pad_token_id
         adapter = adapter_of(model, adapter.merge, adapter.tuning)
     del model
-    alone = replace(source, adapter=None)
+    alone = replace(source, adapter=None, merge=None)
     model, tokenizer, config = load_source(alone, lazy=True)
     model, config = quantized(model, config, packing, source.model)
     bits, tied = compute_bits_per_weight(model), output_head(model) is None

@@ -31,11 +31,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import KMergeError, UploadError, findings
 from kmerge_mlx.files import read_json
-from kmerge_mlx.hub import names
-from kmerge_mlx.hub.fetch import fetch
-from kmerge_mlx.hub.names import RepoName
-from kmerge_mlx.hub.quiet import quietly
-from kmerge_mlx.hub.refusals import why
+from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, parse, quiet, why
 from kmerge_mlx.tools.describe import describe_adapter
 
 CARD = "README.md"
@@ -148,8 +144,9 @@ def send(upload: Upload, message: str, private: bool) -> tuple[str, list[str]]:
     Raises:
         UploadError: With one line, whatever the hub said; nothing is in the repo then.
     """
+    quiet()
     try:
-        with warnings.catch_warnings(record=True) as odd, quietly():
+        with warnings.catch_warnings(record=True) as odd:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)  # the others are for programmers
             address = _send(upload, message, private)
@@ -195,7 +192,7 @@ def _check_layout(upload: Upload, there: set[str]) -> None:
 def _base_on_hub(adapter: str, merges: Sequence[MergeConfig], given: str | None) -> str:
     """What the base is called where others can find it."""
     if given is not None:
-        return str(names.parse(given, UploadError))
+        return str(parse(given, UploadError))
     recorded = {merge.base.id for merge in merges}
     if len(recorded) > 1:
         listed = " and ".join(sorted(map(str, recorded)))
@@ -205,8 +202,8 @@ def _base_on_hub(adapter: str, merges: Sequence[MergeConfig], given: str | None)
         raise UploadError(f"{adapter} does not name its base model: give --base-model user/name")
     if name == BUNDLED:
         return name
-    if names.is_namespaced(name) and not Path(name).exists():
-        return str(names.parse(name, UploadError))
+    if is_namespaced(name) and not Path(name).exists():
+        return str(parse(name, UploadError))
     raise UploadError(
         f"{adapter} was made on {name}, which is no hub repo: say what it is called there, "
         "--base-model user/name"

@@ -12,7 +12,7 @@ from mlx_lm.models import cache as caches
 from kmerge_mlx import load
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.adapters.full import parameters
+from kmerge_mlx.adapters.lora import full_parameters as parameters
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.errors import AdapterError, PromptError

@@ -1,0 +1,301 @@
+"""Adapter folders: strict when read, bit for bit when written, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tuner.lora import LoRASwitchLinear
+from safetensors.numpy import load_file
+
+from kmerge_mlx.adapters.folder import (
+    FILES,
+    Adapter,
+    check_adapter_destination,
+    find_adapters,
+    load_adapter,
+    save_adapter,
+)
+from kmerge_mlx.adapters.schema import FORMAT_VERSION, MergeConfig
+from kmerge_mlx.errors import AdapterError
+from tests.saved_adapters import UP, D, Q, R, V, make, refused, saved
+
+
+def change(path: Path, name: str, **values) -> None:
+    """Sets entries of a JSON file of an adapter."""
+    content = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(content | values))
+
+
+# ---- save, then load ----
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("by_module", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_what_is_saved_is_loaded_bit_for_bit_and_saved_the_same(tmp_path, head, by_module, dtype):
+    adapter = make(head=head, by_module=by_module, dtype=dtype)
+    save_adapter(adapter, tmp_path / "a")
+    found = load_adapter(tmp_path / "a")
+    assert (found.merge, found.tuning) == (adapter.merge, adapter.tuning)
+    for part in ("tuning_weights", "encoder_weights", "head_weights"):
+        theirs, ours = getattr(adapter, part), getattr(found, part)
+        assert theirs.keys() == ours.keys()
+        for name, array in theirs.items():
+            assert ours[name].dtype == dtype
+            assert mx.array_equal(ours[name].view(mx.uint16), array.view(mx.uint16))
+    save_adapter(found, tmp_path / "b")
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_adapter_can_be_saved_over_the_one_it_was_loaded_from(tmp_path):
+    """Tensors are read lazily: they must be read before their file goes."""
+    path = saved(tmp_path / "a")
+    before = {name: (path / name).read_bytes() for name in FILES}
+    save_adapter(load_adapter(path), path)
+    assert {name: (path / name).read_bytes() for name in FILES} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_folder_holds_the_four_files_and_standard_safetensors(tmp_path):
+    adapter, path = make(), saved(tmp_path / "a")
+    assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+    stored = load_file(path / "merge_encoder.safetensors")
+    assert stored["encoder.w1.weight"].shape == (12, 4 * D)
+    assert stored["lm_head.lora_b"].shape == (R, V)
+    for name, array in load_file(path / "adapters.safetensors").items():
+        assert array.tobytes() == np.array(adapter.tuning_weights[name]).tobytes()
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "lora"
+    assert config["lora_parameters"]["scale"] == 8.0
+    assert config["model"] == "some/base"
+
+
+# ---- strict loading ----
+
+
+def test_every_tensor_that_is_missing_extra_or_misshapen_is_listed_with_its_shapes(tmp_path):
+    adapter = make()
+    del adapter.encoder_weights["w2.bias"]
+    adapter.encoder_weights["w1.weight"] = mx.zeros((12, 3))
+    adapter.encoder_weights["w9.weight"] = mx.zeros((5, 6))
+    adapter.head_weights["lora_a"] = mx.zeros((D + 1, R))
+    del adapter.head_weights["lora_b"]
+    del adapter.tuning_weights[f"model.layers.0.{Q}.lora_b"]
+    adapter.tuning_weights[f"model.layers.1.{Q}.lora_a"] = mx.zeros((D, R + 1))
+    adapter.tuning_weights["model.norm.weight"] = mx.zeros((D,))
+    save_adapter(adapter, tmp_path / "a")
+    lines = refused(tmp_path / "a").splitlines()
+    assert lines[0].endswith("8 problems")
+    for line, (file, text) in zip(
+        sorted(lines[1:]),
+        [
+            ("adapters", f"model.layers.0.{Q}.lora_b is missing"),
+            ("adapters", f"model.layers.1.{Q} has lora_a (8, 3) and lora_b (2, 6), expected (in,"),
+            ("adapters", "model.norm.weight (8,) belongs to nothing here"),
+            ("merge_encoder", "encoder.w1.weight has shape (12, 3), expected (12, 32)"),
+            ("merge_encoder", "encoder.w2.bias is missing, expected shape (32,)"),
+            ("merge_encoder", "encoder.w9.weight (5, 6) belongs to nothing here"),
+            ("merge_encoder", "lm_head.lora_a has shape (9, 2), expected (8, 2)"),
+            ("merge_encoder", "lm_head.lora_b is missing, expected shape (2, "),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"  - {file}.safetensors: {text}")
+
+
+def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path):
+    adapter = make(head=False)
+    adapter.head_weights["lora_a"] = mx.zeros((D, R))
+    save_adapter(adapter, tmp_path / "a")
+    assert "lm_head.lora_a (8, 2) belongs to nothing here" in refused(tmp_path / "a")
+    for shape in ((), (V,), (R, V, 1), (R + 1, V)):
+        adapter = make()
+        adapter.head_weights["lora_b"] = mx.zeros(shape)
+        save_adapter(adapter, tmp_path / "a")
+        assert f"lm_head.lora_b has shape {shape}, expected (2, " in refused(tmp_path / "a")
+
+
+def test_modules_and_keys_without_tensors_are_refused(tmp_path):
+    for by_module in (False, True):
+        adapter = make(by_module=by_module)
+        for name in [n for n in adapter.tuning_weights if UP in n]:
+            del adapter.tuning_weights[name]
+        save_adapter(adapter, tmp_path / "a")
+        text = refused(tmp_path / "a")
+        assert (f"model.layers.0.{UP}.lora_a is missing" if by_module else f"key {UP} has") in text
+
+
+def test_the_experts_layout_of_mlx_lm_is_accepted_at_its_rank(tmp_path):
+    adapter, experts = make(), LoRASwitchLinear(D, 6, 5, r=R)
+    for layer in (0, 1):
+        for part in ("lora_a", "lora_b"):
+            adapter.tuning_weights[f"model.layers.{layer}.{UP}.{part}"] = experts[part]
+    save_adapter(adapter, tmp_path / "a")
+    assert load_adapter(tmp_path / "a")
+    adapter.tuning_weights[f"model.layers.0.{UP}.lora_b"] = mx.zeros((5, 6, R + 1))
+    save_adapter(adapter, tmp_path / "a")
+    assert "lora_b (5, 6, 3)" in refused(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_or_torn_file_is_named(tmp_path, name):
+    path = saved(tmp_path / "a")
+    content = (path / name).read_bytes()
+    for keep in (0.0, 0.01, 0.5, 0.99):
+        (path / name).write_bytes(content[: int(keep * len(content))])
+        assert name in refused(path)
+    (path / name).unlink()
+    text = refused(path)
+    assert name in text
+    assert "\n" not in text
+
+
+def test_configs_with_wrong_entries_are_refused_by_the_name_of_their_folder(tmp_path):
+    lora = {"rank": 2, "scale": 8.0, "dropout": 0.0, "keys": [Q, UP]}
+    path = saved(tmp_path / "a")
+    for name, values in (
+        ("merge_config.json", {"format_version": FORMAT_VERSION + 1}),
+        ("merge_config.json", {"merge_factor": 1}),
+        ("merge_config.json", {"merge_factor": 10**30}),
+        ("merge_config.json", {"merge_factor": 10**18, "hidden_size": 10**18}),
+        ("merge_config.json", {"head_lora": {"rank": 2**40, "scale": 1.0}}),
+        ("adapter_config.json", {"fine_tune_type": "dora"}),
+        ("adapter_config.json", {"lora_parameters": lora | {"rank": 3}}),
+        ("adapter_config.json", {"lora_parameters": lora | {"rank": 2**40}}),
+        ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q, UP, "k_proj"]}}),
+        ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q]}}),
+        ("adapter_config.json", {"lora_parameters": {"modules": {"x": {"rank": 2, "scale": 8.0}}}}),
+    ):
+        kept = (path / name).read_text()
+        change(path, name, **values)
+        assert str(path) in refused(path).splitlines()[0], values
+        (path / name).write_text(kept)
+    for name in ("adapter_config.json", "merge_config.json"):
+        kept = (path / name).read_text()
+        for content in ("null", "[]", "3", '"x"', "{}"):
+            (path / name).write_text(content)
+            text = refused(path)
+            assert str(path) in text
+            assert name in text
+            assert "\n" not in text
+        (path / name).write_text(kept)
+
+
+# ---- several K in one folder ----
+
+
+def test_a_folder_of_several_k_asks_which_and_gives_each(tmp_path):
+    for k in (10, 2, 4):
+        saved(tmp_path / f"k{k}", k=k)
+    saved(tmp_path / ".k3.new-123-abc", k=3)  # what a killed run left
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "README.md").write_text("")
+    assert list(find_adapters(tmp_path)) == [2, 4, 10]
+    for k in (2, 4, 10):
+        assert find_adapters(tmp_path)[k] == tmp_path / f"k{k}"
+        assert load_adapter(tmp_path, k).merge.merge_factor == k
+    assert "holds adapters for K = 2, 4, 10: choose one with `k`" in refused(tmp_path)
+    assert "holds no adapter for `k` 3: it has K = 2, 4, 10" in refused(tmp_path, 3)
+    assert "holds no adapter for `k` 3: it has K = 4" in refused(tmp_path / "k4", 3)
+    saved(tmp_path / "new", k=4)
+    assert "several adapters for K = 4: name one of k4, new" in refused(tmp_path, 4)
+
+
+def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
+    peft, mlx, sub, nothing = (tmp_path / name for name in ("peft", "mlx", "sub", "nothing"))
+    shutil.copytree(checkpoint_path, peft)
+    (peft / "encoder.pth").unlink()
+    shutil.copytree(checkpoint_path, sub / "best")
+    saved(mlx)
+    (mlx / "merge_config.json").unlink()
+    nothing.mkdir()
+    for path, what in (
+        (checkpoint_path, f"is a PyTorch checkpoint: run `kmerge-mlx convert {checkpoint_path}"),
+        (sub, f"holds PyTorch checkpoints: run `kmerge-mlx convert {sub} DST` first"),
+        (peft, "is a PEFT adapter without a merge encoder: convert the whole checkpoint folder"),
+        (mlx, "is an mlx-lm adapter without a merge encoder (merge_config.json is missing)"),
+        (base_path, "is a base model, not an adapter: give it as `model`"),
+        (nothing, "is not an adapter folder: merge_config.json is missing"),
+        (tmp_path / "absent", "is not a folder: expected an adapter"),
+        (base_path / "config.json", "is not a folder: expected an adapter"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        assert what in refused(path)
+
+
+# ---- where an adapter may be written ----
+
+
+def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):
+    check_adapter_destination(tmp_path / "new", force=False)
+    check_adapter_destination(tmp_path / "new", force=True)
+    path = saved(tmp_path / "a")
+    check_adapter_destination(path, force=True)
+    with pytest.raises(AdapterError, match="exists: choose another folder, or give `force`"):
+        check_adapter_destination(path, force=False)
+    (path / "training").mkdir()
+    with pytest.raises(AdapterError, match=r"more than adapter files \(training\): move"):
+        check_adapter_destination(path, force=True)
+    with pytest.raises(AdapterError, match=r"cannot write .*File name too long"):
+        check_adapter_destination(tmp_path / ("x" * 300), force=False)
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty", "file", "link", "dangling", "several"])
+def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
+    path = tmp_path / "dst"
+    if kind in ("folder", "empty"):
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("1")
+    elif kind == "link":
+        path.symlink_to(saved(tmp_path / "a"))
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "absent")
+    else:
+        saved(path / "k4")
+    if kind == "folder":
+        (path / "precious.txt").write_text("1")
+    why = "a symbolic link" if kind in ("link", "dangling") else "something else"
+    with pytest.raises(AdapterError, match=f"is {why}: `force` replaces only adapter folders"):
+        check_adapter_destination(path, force=True)
+    with pytest.raises(AdapterError, match="exists"):
+        check_adapter_destination(path, force=False)
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("file", "loop"):
+        with pytest.raises(AdapterError, match=rf"cannot write .*/{place}/a: "):
+            save_adapter(make(), tmp_path / place / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_folder_that_a_killed_run_was_replacing_is_given_back_before_it_is_asked_about(tmp_path):
+    pid = int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
+    saved(tmp_path / f".a.old-{pid}-x")
+    with pytest.raises(AdapterError, match="exists"):
+        check_adapter_destination(tmp_path / "a", force=False)
+    assert load_adapter(tmp_path / "a").merge.merge_factor == 4
+    assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+def test_a_save_that_fails_leaves_the_adapter_that_was_there(tmp_path):
+    path = saved(tmp_path / "a")
+    before = {name: (path / name).read_bytes() for name in FILES}
+    adapter = make(k=2)
+    huge = MergeConfig(adapter.merge.encoder, provenance={"log": "x" * (2 << 20)})
+    broken = Adapter(huge, adapter.tuning, adapter.tuning_weights, adapter.encoder_weights)
+    with pytest.raises(AdapterError, match=r"cannot write .*merge_config\.json would be over 1 Mi"):
+        save_adapter(broken, path)
+    assert {name: (path / name).read_bytes() for name in FILES} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
