@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.errors import ModelError
+from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools import sizing
 from kmerge_mlx.tools.bench import BenchmarkConfig
@@ -192,7 +193,7 @@ def test_every_kind_of_kv_cache_is_sized_as_generation_fills_it(base, options, t
 def test_the_calculator_says_what_bench_measures(tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**HYBRIDS["qwen3_5"])))
     lengths = (7, 60)
-    sides = benchmark.load_sides(path, {2: None, 4: None}, lengths)
+    sides = benchmark.load_sides(Source.find(path), {2: None, 4: None}, lengths)
     rows = benchmark.measure(sides, BenchmarkConfig(lengths, 1, 1, 2048, 0, 0))
     found = calculate(path, SizingConfig(lengths, (2, 4)))
     assert [(row.length, row.k, row.positions, row.kv_bytes) for row in found.rows] == [
