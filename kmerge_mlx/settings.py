@@ -164,7 +164,13 @@ class Settings:
             SettingsError: Names them.
         """
         foreign = {name for names in own.values() for name in names} - set(own[chosen])
-        named = [name for name in self.given() if name in foreign]
+        plain = type(self).__dataclass_fields__
+        named = [
+            name
+            for name, value in self.given().items()
+            # A file of --print-config names every default; a list's default is empty.
+            if name in foreign and value not in (plain[name].default, [])
+        ]
         if named:
             raise SettingsError(
                 findings(self.NAME, [f"`{name}` is not an option of {chosen}" for name in named])

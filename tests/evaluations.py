@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.evaluation.run import Report, evaluate
-from kmerge_mlx.evaluation.settings import EvaluateConfig
+from kmerge_mlx.evaluation.report import Report
+from kmerge_mlx.evaluation.run import evaluate
+from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.tiny import build, qwen2_config, random_adapter, write_base
 
 Row = dict[str, Any]
@@ -97,7 +99,12 @@ def silent(label: str) -> Any:
 
 def measured(**settings: Any) -> Report:
     """An evaluation in this process."""
-    return evaluate(EvaluateConfig(**settings), silent)
+    return evaluate(EvaluateSettings.of(settings), silent)
+
+
+def words_of(picture: Path) -> set[str]:
+    """Every text in an SVG: matplotlib draws letters, and names each text in a comment."""
+    return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
 
 
 def lines_of(file: Path) -> list[Row]:

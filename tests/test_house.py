@@ -146,7 +146,7 @@ def test_the_runtime_needs_no_more_than_it_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {spec.split(">")[0].split("[")[0] for spec in project["dependencies"]}
     assert names == {
-        *("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub", "typer"),
+        *("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub", "typer", "rapidfuzz"),
         # Imported here, and in every install anyhow: mlx-lm and the hub client bring them.
         *("safetensors", "pyyaml", "tqdm"),
     }

@@ -1,14 +1,12 @@
-"""A needle at a chosen depth of a long prompt: is it still read after merging?
+"""Questions for `--task recall`: a needle at a chosen depth of a long prompt.
 
-Owns the prompts: a fact among sentences of no interest, or a node of a tree whose parent is asked.
-Does not know models.
-
-Source: the "needle in a haystack" test of long contexts (G. Kamradt, 2023), with generated text:
-nothing of it is anyone's, and no model has seen it.
+Source: the "needle in a haystack" test of long contexts (G. Kamradt, 2023), with generated text
+that no model has seen.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -16,7 +14,7 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.trees import NAMES, Stage, Tree, below, draw_tree
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation.questions import Bar, Group, Question, Questions
-from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateConfig
+from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateSettings
 
 _WHO = ("The baker", "A sailor", "My neighbour", "The old teacher", "A young painter", "The guard")
 _DOES = ("carried", "described", "forgot", "repaired", "sold", "counted", "cleaned", "painted")
@@ -25,8 +23,7 @@ _WHAT = (
     "a wooden boat",
     "the blue lamp",
     "some letters",
-    "a long map",
-    "two bells",
+    *("a long map", "two bells"),
 )
 _WHERE = ("by the river", "behind the station", "in the market", "near the mill", "on the hill")
 _CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Cairo", "Perth", "Dakar", "Turin", "Kyoto", "Lima")
@@ -35,54 +32,41 @@ _DEEPEST = 4
 _CHILDREN = (3, 4, 5, 6, 7)
 """The most children of a node, as few as will do; the fewest are two less."""
 _DRAWS = 10
-_EACH = 8.0  # tokens of a sentence or a row, before one was counted
 
 Count = Callable[[Example], int]
 Haystack = Callable[[int], list[Example]]
-"""So many sentences or rows, with the needle at each depth."""
+"""From a number of sentences or rows to prompts of that size, one with the needle at each depth."""
 
 
-def recall_questions(config: EvaluateConfig, count: Count, bar: Bar) -> Questions:
-    """Prompts of every length with a needle at every depth.
+def recall_questions(settings: EvaluateSettings, count: Count, bar: Bar) -> Questions:
+    """Writes prompts of every length with a needle at every depth, a group for each.
 
-    A prompt has as many sentences, or rows, as there is room for: no token more than its length.
-    The haystack is the same one at every depth.
-
-    Args:
-        config: Lengths in tokens, depths, how many prompts of each, and what the haystack is.
-        count: The tokens of a prompt, as the model is to read it.
-        bar: Shows how far it is.
-
-    Returns:
-        The questions, a group for each length and depth. A text's question stays raw, and its
-        answer may stand among other words; a tree merges with its question, as in training.
+    A prompt has as many sentences or rows as fit into its length; they are the same at every depth.
+    A text's question stays raw, and its answer may stand among other words; a tree merges with its
+    question, as in training.
 
     Raises:
         EvaluateError: A length for which there is no prompt.
     """
-    lengths = sorted(set(config.lengths or LENGTHS[config.haystack]))
-    depths = sorted(set(config.depths))
-    make = _tree if config.haystack == TREE else _text
+    lengths = sorted(set(settings.length or LENGTHS[settings.haystack]))
+    depths = sorted(set(settings.depth))
+    make = _tree if settings.haystack == TREE else _text
     items, groups = [], []
-    progress, total = bar("Writing prompts"), len(lengths) * config.num_needles
+    progress, total = bar("Writing prompts"), len(lengths) * settings.num_needles
     for length in lengths:
-        of_length = [
-            Group(
-                f"{length:,} tokens, depth {100 * depth:.12g}%", (), make is _text, (length, depth)
-            )
-            for depth in depths
-        ]
-        groups += of_length
-        for number in range(config.num_needles):
-            rng = Random(f"recall {config.haystack} {config.data_seed} {length} {number}")
+        names = [f"{length:,} tokens, depth {100 * depth:.12g}%" for depth in depths]
+        places = [(length, depth) for depth in depths]
+        groups += [Group(n, (), make is _text, p) for n, p in zip(names, places, strict=True)]
+        for number in range(settings.num_needles):
+            rng = Random(f"recall {settings.haystack} {settings.data_seed} {length} {number}")
             examples = make(rng, length, depths, count)
-            items += [Question(e, g.name) for e, g in zip(examples, of_length, strict=True)]
+            items += [Question(e, name) for e, name in zip(examples, names, strict=True)]
             progress(len(items) // len(depths), total)
     return Questions(items, tuple(groups))
 
 
 def _text(rng: Random, length: int, depths: Sequence[float], count: Count) -> list[Example]:
-    """Sentences, between which a city's secret number is told."""
+    """Sentences, one of which tells a city's secret number."""
     city, number = _pick(rng, _CITIES), "".join(str(below(rng, 10)) for _ in range(_DIGITS))
     needle = f"The secret number of {city} is {number}."
     question = f"Question: What is the secret number of {city}?\nAnswer:"
@@ -107,7 +91,7 @@ def _tree(rng: Random, length: int, depths: Sequence[float], count: Count) -> li
     def haystack(tree: Tree, size: int) -> list[Example]:
         # The first rows of a tree are a tree.
         tree = Tree(tree.names[: size + 2], tree.parents[: size + 2])
-        children = [1 + round(depth * size) for depth in depths]
+        children = [1 + round(depth * (len(tree) - 2)) for depth in depths]
         return [
             Example(
                 f"Tree: {tree.text}, Task: Find Parent, Child: {tree.names[child]}, Answer: ",
@@ -120,44 +104,28 @@ def _tree(rng: Random, length: int, depths: Sequence[float], count: Count) -> li
     for most in _CHILDREN:
         for _ in range(_DRAWS):
             tree = draw_tree(rng, Stage(_DEEPEST, len(NAMES), most - 2, most))
-            whole = len(tree) - 2
-            if max(map(count, haystack(tree, whole))) > length:
-                size = _most(lambda n, tree=tree: haystack(tree, n), length, count, whole)
-                return haystack(tree, size)
+            if max(map(count, haystack(tree, len(tree)))) > length:
+                return haystack(tree, _most(lambda n, tree=tree: haystack(tree, n), length, count))
     raise EvaluateError(
-        f"--length is {length:,}, and a tree of all {len(NAMES)} names has no more tokens: use "
-        "--haystack text"
+        f"`length` is {length:,}, and a tree of all {len(NAMES)} names has fewer tokens: use "
+        "`haystack` text"
     )
 
 
-def _most(haystack: Haystack, length: int, count: Count, too_large: int | None = None) -> int:
-    """How large a haystack may be for its longest prompt to keep to a length.
+def _most(haystack: Haystack, length: int, count: Count) -> int:
+    """The most sentences or rows with which every prompt keeps to a length in tokens."""
 
-    Args:
-        haystack: Its prompts; they grow about evenly.
-        length: Most tokens of a prompt.
-        count: Counts them.
-        too_large: A size that is known to be too large, or None.
+    def tokens(size: int) -> int:
+        return max(map(count, haystack(size)))
 
-    Raises:
-        EvaluateError: The needle and its question are longer than that.
-    """
-    low, tokens = 0, max(map(count, haystack(0)))
-    if tokens > length:
+    if (bare := tokens(0)) > length:
         raise EvaluateError(
-            f"--length is {length:,}, and a needle and its question alone have {tokens:,} tokens"
+            f"`length` is {length:,}, and a needle and its question alone have {bare:,} tokens"
         )
-    bare, each = tokens, _EACH
-    while too_large is None or low + 1 < too_large:
-        size = low + max(1, int((length - tokens) / each))
-        size = size if too_large is None else min(size, too_large - 1)
-        found = max(map(count, haystack(size)))
-        each = max((found - bare) / size, 1e-3)
-        if found <= length:
-            low, tokens = size, found
-        else:
-            too_large = size
-    return low
+    size = 1
+    while tokens(size) <= length:
+        size *= 2
+    return bisect_right(range(size), length, lo=size // 2, key=tokens) - 1
 
 
 def _pick(rng: Random, words: Sequence[str]) -> str:

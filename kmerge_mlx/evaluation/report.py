@@ -1,155 +1,253 @@
-"""Answers to a table: every score of every method, with its interval.
-
-Owns which scores a group of questions has. Does not know models, or how a table is shown.
-"""
+"""The result of an evaluation: every score with its interval, to JSON and back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
+from kmerge_mlx import __version__
+from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation import metrics
 from kmerge_mlx.evaluation.baselines import Method
-from kmerge_mlx.evaluation.intervals import (
-    Interval,
-    bootstrap_interval,
-    mean_proportion_interval,
-    wilson_interval,
-)
+from kmerge_mlx.evaluation.metrics import Interval, bootstrap_interval, wilson_interval
 from kmerge_mlx.evaluation.questions import Group, Questions
 from kmerge_mlx.evaluation.scoring import Prediction
+from kmerge_mlx.evaluation.settings import EvaluateSettings
+from kmerge_mlx.files import read_json
+from kmerge_mlx.prompts.policy import Layout
+
+COLUMNS = {
+    "balanced_accuracy": True,
+    "accuracy": True,
+    "f1": True,
+    "f1_macro": True,
+    "exact_match": True,
+    "recall": True,
+    "edit_similarity": True,
+    "perplexity": False,
+}
+"""The scores of a table, in its order, and whether each is a share."""
+_JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}
+_UNREPORTED = ("predictions", "json", "plot")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score and where it lies, at 95% confidence.
+    """A score and its 95% interval.
 
     Args:
-        value: Of the questions that were asked; NaN where a likelihood is none.
-        interval: Of questions like them; None for a score that has none.
+        value: Of the questions that were asked; NaN where it cannot be computed.
+        interval: Of questions like them; None for a score without one.
     """
 
     value: float
     interval: Interval | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """The value, and its interval where there is one; JSON has no infinity: that is null."""
-        ends = {} if self.interval is None else vars(self.interval)
-        named = {"value": self.value, **ends}
-        return {name: value if np.isfinite(value) else None for name, value in named.items()}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one method made of one group of questions.
-
-    Args:
-        prompt_tokens: Of the group's prompts together.
-        positions: In how many they were read.
-        scores: By name.
-    """
-
-    prompt_tokens: int
-    positions: int
-    scores: Mapping[str, Score]
+        """The value and the interval's ends; JSON has no infinity, so that is null."""
+        named = {"value": self.value} | ({} if self.interval is None else vars(self.interval))
+        return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method made of all questions.
+    """The scores of one method.
 
     Args:
-        method: The method.
-        results: By group; empty where ``refused`` says why.
+        method: ``merged``, or a baseline's name.
+        k: Its merge factor.
+        label: Its name in a table.
+        sizes: By group, the tokens of its prompts and the positions that they were read in.
+        scores: By group, by name.
         refused: Why the method cannot read these prompts, or None.
     """
 
-    method: Method
-    results: Mapping[str, Result] = field(default_factory=dict)
+    method: str
+    k: int
+    label: str
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     refused: str | None = None
 
-    def compression_ratio(self, groups: Iterable[str] | None = None) -> float:
-        """Original tokens over positions, of some groups or of all; of no refused method."""
-        results = [self.results[name] for name in groups or self.results]
-        return sum(r.prompt_tokens for r in results) / sum(r.positions for r in results)
+    def ratio(self, groups: Iterable[str]) -> float:
+        """Original tokens over positions, of some groups."""
+        tokens, positions = zip(*(self.sizes[name] for name in groups), strict=True)
+        return sum(tokens) / sum(positions)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Original tokens over positions, of all groups."""
+        return self.ratio(self.sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, by name."""
-        entry = {"method": self.method.name, "k": self.method.k, "label": self.method.label}
+        entry = {"method": self.method, "k": self.k, "label": self.label}
         if self.refused is not None:
             return entry | {"refused": self.refused}
+        scores = {g: {n: s.to_json() for n, s in named.items()} for g, named in self.scores.items()}
         return entry | {
-            "prompt_tokens": sum(result.prompt_tokens for result in self.results.values()),
-            "positions": sum(result.positions for result in self.results.values()),
-            "compression_ratio": self.compression_ratio(),
-            "scores": {
-                group: {name: score.to_json() for name, score in result.scores.items()}
-                for group, result in self.results.items()
-            },
+            "prompt_tokens": sum(tokens for tokens, _ in self.sizes.values()),
+            "positions": sum(positions for _, positions in self.sizes.values()),
+            "compression_ratio": self.compression_ratio,
+            "scores": scores,
         }
 
 
-def row_of(method: Method, questions: Questions, predictions: Sequence[Prediction]) -> Row:
-    """Scores a method.
+@dataclass(frozen=True)
+class Report:
+    """The result of an evaluation.
 
     Args:
-        method: The method.
-        questions: What it was asked.
-        predictions: What it answered, one for each question.
+        version: Of kmerge-mlx.
+        device: What it ran on.
+        settings: What was measured.
+        layout: How prompts were laid out.
+        bad_rows: How many rows were left out.
+        about: By group, its number of ``questions`` and what it has of ``labels`` (the positive
+            one first), ``length`` and ``depth``.
+        rows: The scores of each method.
     """
-    answers: dict[str, list[str]] = {group.name: [] for group in questions.groups}
-    answered: dict[str, list[Prediction]] = {group.name: [] for group in questions.groups}
-    for question, prediction in zip(questions.items, predictions, strict=True):
-        answers[question.group].append(question.answer)
-        answered[question.group].append(prediction)
-    results = {
-        group.name: Result(
-            sum(prediction.prompt_tokens for prediction in answered[group.name]),
-            sum(prediction.positions for prediction in answered[group.name]),
-            group_scores(group, answers[group.name], answered[group.name]),
-        )
-        for group in questions.groups
+
+    version: str
+    device: str
+    settings: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    bad_rows: int
+    about: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Row]
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Number of questions, by group."""
+        return {name: group["questions"] for name, group in self.about.items()}
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows of methods that could read the prompts."""
+        return [row for row in self.rows if row.refused is None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, by name, as :func:`read_report` reads it."""
+        return {
+            "kmerge_mlx": self.version,
+            "device": self.device,
+            "settings": self.settings,
+            "layout": self.layout,
+            "bad_rows": self.bad_rows,
+            "groups": self.about,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def make_report(
+    settings: EvaluateSettings, questions: Questions, layout: Layout, rows: Sequence[Row]
+) -> Report:
+    """Makes the report of an evaluation."""
+    named = asdict(settings) | {"baseline": settings.baselines}
+    about: dict[str, dict[str, Any]] = {}
+    for group in questions.groups:
+        about[group.name] = {"questions": questions.sizes()[group.name]}
+        about[group.name] |= {"labels": list(group.labels)} if group.labels else {}
+        about[group.name] |= dict(zip(("length", "depth"), group.place or (), strict=False))
+    return Report(
+        __version__,
+        str(mx.default_device()),
+        {_JSON_NAMES.get(n, n): v for n, v in named.items() if n not in _UNREPORTED},
+        asdict(layout),
+        questions.bad,
+        about,
+        rows,
+    )
+
+
+def read_report(path: Path) -> Report:
+    """Reads the object that ``evaluate --json`` printed.
+
+    Raises:
+        EvaluateError: It cannot be read, or is not such an object.
+    """
+    data = read_json(path, EvaluateError)
+    try:
+        rows = [_saved_row(row) for row in data["rows"] if "refused" not in row]
+        about, settings = dict(data["groups"]), dict(data["settings"])
+        known = all(is_int(group["questions"], 1) for group in about.values())
+        if not known or any(set(row.scores) != set(about) for row in rows):
+            raise ValueError("its rows do not score the groups that it names")
+        return Report(str(data["kmerge_mlx"]), str(data["device"]), settings, {}, 0, about, rows)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else short(str(error))
+        raise EvaluateError(
+            f"{path} is not what `kmerge-mlx evaluate --json` prints ({reason})"
+        ) from None
+
+
+def _saved_row(row: Mapping[str, Any]) -> Row:
+    sizes = row["prompt_tokens"], row["positions"]
+    if not all(is_int(n, 1) for n in (row["k"], *sizes)):
+        raise ValueError(f"a row has k = {short(row['k'])} and sizes of {short(sizes)}")
+    scores = {
+        group: {name: _saved_score(score) for name, score in named.items()}
+        for group, named in row["scores"].items()
     }
-    return Row(method, results)
+    return Row(str(row["method"]), row["k"], str(row["label"]), {"all": sizes}, scores)
+
+
+def _saved_score(score: Mapping[str, Any]) -> Score:
+    ends = score.get("low"), score.get("high")
+    value = math.nan if score["value"] is None else float(score["value"])
+    return Score(value, Interval(*ends) if all(map(is_number, ends)) else None)
+
+
+def cell(name: str, score: Score) -> str:
+    """A score and its interval as a table shows it."""
+    value, ends = score.value, score.interval
+    if COLUMNS[name]:
+        return f"{value:.2%} ({100 * ends.low:.1f}-{100 * ends.high:.1f})"
+    return f"{value:.4g}" if ends is None else f"{value:.4g} ({ends.low:.4g}-{ends.high:.4g})"
+
+
+def row_of(method: Method, questions: Questions, predictions: Sequence[Prediction]) -> Row:
+    """Scores a method's answers, one for each question."""
+    sizes, scores = {}, {}
+    for group in questions.groups:
+        pairs = zip(questions.items, predictions, strict=True)
+        mine = [(q.answer, p) for q, p in pairs if q.group == group.name]
+        answers, answered = zip(*mine, strict=True)
+        tokens = sum(prediction.prompt_tokens for prediction in answered)
+        sizes[group.name] = tokens, sum(prediction.positions for prediction in answered)
+        scores[group.name] = group_scores(group, answers, answered)
+    return Row(method.name, method.k, method.label, sizes, scores)
 
 
 def group_scores(
     group: Group, answers: Sequence[str], predictions: Sequence[Prediction]
 ) -> dict[str, Score]:
-    """The scores of a group: of labels where its answers are classes, else of texts.
-
-    Args:
-        group: The group.
-        answers: The right answers, at least one.
-        predictions: One for each.
-
-    Returns:
-        Scores by name. The accuracy, or exact match, or recall, comes first.
-    """
+    """The scores of a group by name, with a prediction for each right answer (at least one)."""
     texts, wanted = [p.text.strip() for p in predictions], [a.strip() for a in answers]
-    n = len(texts)
     if group.labels:
         scores = _label_scores(group.labels, wanted, texts)
-    elif group.place is not None:
-        found = sum(map(group.is_right, texts, wanted))
-        scores = {"recall": Score(found / n, wilson_interval(found, n))}
     else:
-        matches = int(metrics.exact_matches(wanted, texts).sum())
-        pairs = zip(texts, wanted, strict=True)
-        similar = np.array([metrics.edit_similarity(*pair) for pair in pairs])
-        terms = np.stack([similar, np.ones(n)], axis=1)
-        scores = {
-            "exact_match": Score(matches / n, wilson_interval(matches, n)),
-            "edit_similarity": Score(float(similar.mean()), bootstrap_interval(terms, _mean)),
-        }
+        right, n = sum(map(group.is_right, texts, wanted)), len(texts)
+        found = Score(right / n, wilson_interval(right, n))
+        scores = {"recall" if group.place else "exact_match": found}
+    if "exact_match" in scores:
+        similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
+        interval = bootstrap_interval(similar, lambda sums: sums / len(texts))
+        scores["edit_similarity"] = Score(float(similar.mean()), interval)
     terms = np.array([(p.nll, p.answer_tokens) for p in predictions], np.float64)
-    # A model that overflows finds an answer impossible, or knows no likelihood at all.
-    interval = bootstrap_interval(terms, _perplexity) if np.isfinite(terms).all() else None
-    return scores | {"perplexity": Score(float(_perplexity(terms.sum(axis=0))), interval)}
+    # A model that overflows has infinite likelihoods, or NaN.
+    finite = np.isfinite(terms).all()
+    interval = bootstrap_interval(terms, metrics.perplexity) if finite else None
+    return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), interval)}
 
 
 def _label_scores(
@@ -158,29 +256,15 @@ def _label_scores(
     outcomes = metrics.label_outcomes(answers, texts, labels)
     counts = outcomes.sum(axis=0)
     right, answered = counts[metrics.RIGHT], counts[metrics.ANSWERED]
-
-    def positive_f1(sums: np.ndarray) -> Any:
-        return metrics.f1(sums)[..., 0]
-
-    def resampled(statistic: Any) -> Score:
-        return Score(float(statistic(counts)), bootstrap_interval(outcomes, statistic))
-
-    n = len(answers)
+    macro = partial(metrics.macro_f1, resampled_from=counts)
+    wilson = wilson_interval(int(right.sum()), len(answers))
+    balanced = metrics.mean_interval(right, answered)
+    f1 = bootstrap_interval(outcomes, lambda sums: metrics.f1(sums)[..., 0])
     return {
-        "accuracy": Score(float(metrics.accuracy(counts)), wilson_interval(int(right.sum()), n)),
-        "balanced_accuracy": Score(
-            float(metrics.balanced_accuracy(counts)), mean_proportion_interval(right, answered)
-        ),
-        "f1": resampled(positive_f1),
-        "f1_macro": resampled(partial(metrics.macro_f1, resampled_from=counts)),
-        "majority_accuracy": Score(float(metrics.majority_accuracy(counts))),
-        "majority_balanced_accuracy": Score(float(metrics.majority_balanced_accuracy(counts))),
+        "accuracy": Score(float(right.sum() / len(answers)), wilson),
+        "balanced_accuracy": Score(float(metrics.balanced_accuracy(counts)), balanced),
+        "f1": Score(float(metrics.f1(counts)[0]), f1),
+        "f1_macro": Score(float(macro(counts)), bootstrap_interval(outcomes, macro)),
+        "majority_accuracy": Score(float(answered.max() / answered.sum())),
+        "majority_balanced_accuracy": Score(float(1 / (answered > 0).sum())),
     }
-
-
-def _mean(sums: np.ndarray) -> Any:
-    return sums[..., 0] / sums[..., 1]
-
-
-def _perplexity(sums: np.ndarray) -> Any:
-    return metrics.perplexity(sums[..., 0], sums[..., 1])

@@ -1,240 +1,256 @@
-"""One evaluation from its settings to its table.
-
-Owns the order of things: questions, models one after the other, batches, the file of answers. Does
-not print; how far it is goes to a callback.
-"""
+"""Runs an evaluation: questions, then each model and its methods, then the report."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import mlx.core as mx
+import mlx.nn as nn
 
-from kmerge_mlx import __version__, base
-from kmerge_mlx.adapters.folder import FILES, adapter_folder
+from kmerge_mlx import base
+from kmerge_mlx.adapters.folder import FILES, find_adapters
+from kmerge_mlx.adapters.schema import MergeConfig
+from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError, KMergeError
-from kmerge_mlx.evaluation.baselines import (
-    Method,
-    adapters,
-    layout_of,
-    reader,
-    take_encoder_away,
-    wanted,
-)
-from kmerge_mlx.evaluation.predictions import PredictionsFile
+from kmerge_mlx.evaluation.baselines import METHODS, Merged, Method, Uncompressed
 from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions
 from kmerge_mlx.evaluation.recall import recall_questions
-from kmerge_mlx.evaluation.report import Row, row_of
-from kmerge_mlx.evaluation.scoring import Scorer, in_batches
-from kmerge_mlx.evaluation.settings import MEAN, RECALL, EvaluateConfig
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
+from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer, in_batches
+from kmerge_mlx.evaluation.settings import RECALL, TEXT, TREE, EvaluateSettings
+from kmerge_mlx.model import load_source, wire
+from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.source import Source
 
 MORE_TOKENS = 8
-"""How many tokens longer than a right one an answer may be in which the right one is looked for."""
+"""How many tokens longer than a right one an answer may be that has to contain it."""
 
-
-@dataclass(frozen=True)
-class Report:
-    """What an evaluation measured.
-
-    Args:
-        config: What it was to measure.
-        questions: What was asked.
-        rows: What each method made of it.
-        layout: How prompts were laid out.
-    """
-
-    config: EvaluateConfig
-    questions: Questions
-    rows: Sequence[Row]
-    layout: Layout
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the answers, by name; where these are kept makes no difference."""
-        settings, sizes = asdict(self.config), self.questions.sizes()
-        del settings["predictions"]
-        return {
-            "kmerge_mlx": __version__,
-            "device": str(mx.default_device()),
-            "settings": settings,
-            "layout": asdict(self.layout),
-            "bad_rows": self.questions.bad,
-            "groups": {
-                group.name: {"questions": sizes[group.name], **group.to_json()}
-                for group in self.questions.groups
-            },
-            "rows": [row.to_json() for row in self.rows],
-        }
+Sources = Mapping[int, Source]
+"""The base with the adapter for each merge factor; the base alone for 1 if there is none."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What every method is asked.
-
-    Args:
-        questions: The questions.
-        rows: Prompt and right answer of each, as ids.
-        limits: Most tokens of each answer.
-    """
+    """Questions, their token ids, and the most tokens of each answer."""
 
     questions: Questions
     rows: Sequence[TokenizedExample]
     limits: Sequence[int]
 
 
-def evaluate(config: EvaluateConfig, bar: Bar) -> Report:
-    """Measures what a config asks for.
+def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
+    """Measures what the settings ask for.
 
     Args:
-        config: What to measure, and on what.
-        bar: A label to what is called with (work done, work in all).
+        settings: What to measure, and on what.
+        bar: From a label to what is called with (work done, work in all).
 
     Raises:
-        KMergeError: A model, an adapter, data or a file that is not as it should be; nothing is
-            written then but whole batches of answers.
+        KMergeError: A model, an adapter, data or a file that is not as it should be.
     """
-    methods = wanted(config)
-    folder = base.resolve(config.model)
-    tokenizer = base.read_tokenizer(
-        folder, base.read_config(folder), config.model, config.trust_remote_code
+    names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
+    sources = {source.k: source for source in find_all(*names, settings.k, trust)}
+    methods = wanted(settings, [*sources])
+    if any(method.adapter_k == 1 for method in methods):
+        sources |= {1: sources.get(1) or find_all(*names, (1,), trust)[0]}
+    sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
+    own = next(iter(sources.values()))
+    settings = replace(
+        settings,
+        model=own.model,
+        adapter_path=own.adapter_path,
+        haystack=settings.haystack or (TREE if own.model == BUNDLED else TEXT),
     )
-    layout = layout_of(config, methods)
+    tokenizer = base.read_tokenizer(own.path, base.read_config(own.path), own.model, trust)
+    layout = _layout(settings, sources)
     layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
-    asked = _ask(config, tokenizer, layout, bar)
-    identity = _identity(config, methods, folder, asked, layout)
-    file = PredictionsFile(config.predictions, identity, len(asked.rows))
-    progress, total = bar("Evaluating"), len(methods) * len(asked.rows)
+    asked = _ask(settings, tokenizer, layout, bar)
+    identity = _identity(settings, sources, asked, layout)
+    file = PredictionsFile(settings.predictions, identity, len(asked.rows))
+    show, done, total = bar("Evaluating"), 0, len(methods) * len(asked.rows)
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        show(done, total)
+
     found: dict[Method, Row] = {}
-    for k in sorted({method.adapter_k for method in methods}):
+    for k, source in sources.items():
         mine = [method for method in methods if method.adapter_k == k]
-        before = len(found) * len(asked.rows)
-        found |= _measured(config, mine, asked, file, lambda n, b=before: progress(b + n, total))
-    progress(total, total)
-    return Report(config, asked.questions, [found[method] for method in methods], layout)
+        found |= _measured(source, mine, asked, file, settings.batch_size, progress)
+    show(total, total)
+    return make_report(settings, asked.questions, layout, [found[method] for method in methods])
+
+
+def find_all(
+    model: str | None, adapter_path: str | None, ks: Sequence[int], trust_remote_code: bool
+) -> list[Source]:
+    """Finds the base with the adapter for each K, or for each there is; 1 may be the base alone.
+
+    Raises:
+        ModelError: The base cannot be found.
+        AdapterError: An adapter that is not there (lists those that are).
+    """
+    if adapter_path is None:
+        # The bundled one, or what the model's folder carries.
+        adapter_path = Source.find(model).adapter_path
+    have = {} if adapter_path is None else find_adapters(adapter_path)
+    found = []
+    for k in sorted({*(ks or have or (1,))}):
+        alone = k == 1 and k not in have
+        any_k = min(have, default=None) if alone else k
+        source = Source.find(model, adapter_path, any_k, trust_remote_code)
+        found.append(replace(source, adapter=None, merge=None) if alone else source)
+    return found
+
+
+def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:
+    """The methods to measure at these merge factors, in the order in which they are shown.
+
+    Raises:
+        EvaluateError: A baseline of merging, and nothing is merged.
+    """
+    names = [Merged.name, *(n for n in settings.baselines if n != Uncompressed.name)]
+    if len(names) > 1 and max(ks) == 1:
+        raise EvaluateError(f"`baseline` {names[1]} has the budget of merging: give `k` above 1")
+    methods: list[Method] = []
+    if 1 in ks or Uncompressed.name in settings.baselines:
+        methods.append(Uncompressed(1))
+    return methods + [METHODS[name](k) for k in ks if k > 1 for name in names]
+
+
+def reader(source: Source) -> tuple[nn.Module, Any]:
+    """Loads the model that methods read with, and its tokenizer; its embedding is wrapped.
+
+    Raises:
+        ModelError: The base cannot be loaded.
+        AdapterError: An adapter that is torn or does not fit.
+    """
+    model, tokenizer, _ = load_source(source)
+    if source.adapter is None:
+        wire(model, MergeConfig(None), LoRAConfig(0), 0, source.model)
+        model.eval()
+    return model, tokenizer
+
+
+def _layout(settings: EvaluateSettings, sources: Sources) -> Layout:
+    """How prompts are laid out: alike for all that is compared, as the adapters were trained."""
+    stored = {source.merge.layout for source in sources.values() if source.merge} or {None}
+    asked = (settings.merges, settings.merge_threshold, settings.chat_template)
+    found = {chosen(layout, *asked) for layout in stored}
+    if len(found) > 1:
+        ks = ", ".join(str(k) for k, source in sources.items() if source.merge)
+        raise EvaluateError(
+            f"the adapters for K = {ks} were trained on prompts laid out differently: measure one "
+            "`k` at a time, or give `merges`, `merge_threshold` and `chat_template`"
+        )
+    return found.pop()
 
 
 def _measured(
-    config: EvaluateConfig,
+    source: Source,
     methods: Sequence[Method],
     asked: _Asked,
     file: PredictionsFile,
+    batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[Method, Row]:
-    """What methods that read with one model make of the questions; the model is gone after."""
-    model, tokenizer = reader(config, methods[0].adapter_k)
-    scorer = Scorer(model, tokenizer, config.batch_size)
+    """The scores of methods that read with one model, which is gone from memory afterwards."""
+    model, tokenizer = reader(source)
+    scorer = Scorer(model, tokenizer, batch_size)
     found = {}
-    for number, method in enumerate(methods):
-        if method.name == MEAN:
-            take_encoder_away(model)
-        done = number * len(asked.rows)
+    for method in methods:
+        method.prepare(model)
         if refusal := scorer.refusal(method, asked.rows):
-            found[method] = Row(method, refused=refusal)
+            found[method] = Row(method.name, method.k, method.label, refused=refusal)
             continue
-        batches = in_batches(method, asked.rows, config.batch_size)
-        missing = set(file.missing(method, batches))
-        for i, batch in enumerate(batches):
-            if i in missing:
-                rows = [asked.rows[question] for question in batch]
-                limits = [asked.limits[question] for question in batch]
-                questions = [asked.questions.items[question] for question in batch]
-                file.add(method, batch, questions, scorer.score(method, rows, limits))
-            done += len(batch)
-            progress(done)
+        for batch in in_batches(method, asked.rows, batch_size):
+            if not file.has(method, batch):
+                rows, limits = [asked.rows[i] for i in batch], [asked.limits[i] for i in batch]
+                predictions = scorer.score(method, rows, limits)
+                file.add(method, batch, [asked.questions.items[i] for i in batch], predictions)
+            progress(len(batch))
         found[method] = row_of(method, asked.questions, file.of(method))
     return found
 
 
-def _ask(config: EvaluateConfig, tokenizer: Any, layout: Layout, bar: Bar) -> _Asked:
-    """The questions, and what is made of them before any model is loaded."""
+def _ask(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -> _Asked:
+    """The questions and their token ids."""
 
     def count(example: Example) -> int:
         return len(tokenize(tokenizer, replace(example, answer=None), layout).prompt_ids)
 
-    if config.task == RECALL:
-        questions = recall_questions(config, count, bar)
+    if settings.task == RECALL:
+        questions = recall_questions(settings, count, bar)
     else:
-        questions = load_questions(config, bar)
+        questions = load_questions(settings, bar)
     kept, rows, problem = [], [], ""
     progress = bar("Tokenizing")
     for i, question in enumerate(questions.items):
         try:
-            rows.append(_compact(tokenize(tokenizer, question.example, layout)))
+            row = tokenize(tokenizer, question.example, layout)
         except KMergeError as error:
             problem = f"{questions.where(i)}: {error}"
-            if not config.skip_bad:
+            if not settings.skip_bad:
                 raise EvaluateError(problem) from error
         else:
+            # 4 bytes a token, because there may be many.
+            segments = [Segment(array("i", s.ids), s.merge) for s in row.segments]
+            rows.append(replace(row, segments=segments))
             kept.append(question)
         progress(i + 1, len(questions.items))
     if not rows:
         raise EvaluateError(f"no question is left: {problem}")
     bad = questions.bad + len(questions.items) - len(kept)
     questions = replace(questions, items=kept, bad=bad)
-    return _Asked(questions, rows, _limits(config, questions, rows))
-
-
-def _compact(row: TokenizedExample) -> TokenizedExample:
-    """A row whose prompt takes 4 bytes a token."""
-    return replace(row, segments=[Segment(array("i", s.ids), s.merge) for s in row.segments])
+    return _Asked(questions, rows, _limits(settings, questions, rows))
 
 
 def _limits(
-    config: EvaluateConfig, questions: Questions, rows: Sequence[TokenizedExample]
+    settings: EvaluateSettings, questions: Questions, rows: Sequence[TokenizedExample]
 ) -> list[int]:
-    """Most tokens of each answer: what its group's longest right one has, without its end.
+    """Most tokens of each answer: as many as its group's longest right one, without its end.
 
-    So labels are told by their first tokens, as in the paper, and no answer costs more than it can
-    be worth.
+    So a label is recognised by its first tokens, as in the paper.
     """
     longest: dict[str, int] = {}
     for question, row in zip(questions.items, rows, strict=True):
         size = len(row.answer_ids) - 1
         longest[question.group] = max(longest.get(question.group, 1), size)
     more = {group.name: MORE_TOKENS if group.anywhere else 0 for group in questions.groups}
-    return [config.max_tokens or longest[q.group] + more[q.group] for q in questions.items]
+    return [settings.max_tokens or longest[q.group] + more[q.group] for q in questions.items]
 
 
 def _identity(
-    config: EvaluateConfig,
-    methods: Sequence[Method],
-    folder: Path,
-    asked: _Asked,
-    layout: Layout,
+    settings: EvaluateSettings, sources: Sources, asked: _Asked, layout: Layout
 ) -> dict[str, str]:
-    """What answers depend on, by name: files by their digest, and the settings."""
+    """What answers depend on, by name: files by their digest, and settings."""
     digest = hashlib.sha256()
     for question, row in zip(asked.questions.items, asked.rows, strict=True):
         prompt = [[segment.merge, *segment.ids] for segment in row.segments]
         about = [question.group, question.answer, prompt, row.answer_ids]
         digest.update(json.dumps(about).encode() + b"\n")
+    path = next(iter(sources.values())).path
     identity = {
-        "the base model": base.weights_digest(folder),
+        "the base model": base.weights_digest(path),
         "the questions": digest.hexdigest(),
-        "--batch-size": str(config.batch_size),
-        "--max-tokens": str(config.max_tokens),
+        "--batch-size": str(settings.batch_size),
+        "--max-tokens": str(settings.max_tokens),
         "the chat template": "used" if layout.chat_template else "unused",
     }
-    have = adapters(config)
-    for k in sorted({method.adapter_k for method in methods}):
-        digest = _digest(adapter_folder(config.adapter_path, k)) if k in have else "none"
-        identity[f"the adapter for K={k}"] = digest
+    for k, source in sources.items():
+        files = [] if source.adapter is None else [source.adapter / name for name in FILES]
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        identity[f"the adapter for K={k}"] = digest.hexdigest() if files else "none"
     return identity
-
-
-def _digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's files."""
-    digest = hashlib.sha256()
-    for name in FILES:
-        with (adapter / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,13 +1,18 @@
-"""Answers a model gives, and how likely it finds the right ones.
+"""Asks a model the questions in batches, and keeps its answers in a file that a stop leaves whole.
 
-Owns one pass over a batch of questions: greedy generation through mlx-lm's batching, and the
-likelihood of the right answer. Does not know what is made of them.
+The file (``--predictions``) is JSON lines: first ``{"evaluation": ...}``, what the answers depend
+on, then an answer each. It is appended to batch by batch. An unfinished batch is asked again,
+because the last digits of a likelihood depend on the batch; of two answers the later one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,25 +20,28 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import EvaluateError, PromptError, first_line
 from kmerge_mlx.evaluation.baselines import Method
+from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import AnswerHead, cross_entropy
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 MOST_POSITIONS = 1 << 14
 """Positions read at once for likelihoods: at D = 896, some 300 MB."""
 MOST_LOGITS = 1 << 27
-"""Logits held at once, for the same: 512 MiB."""
+"""Logits held at once for likelihoods: 512 MiB."""
+OF = "evaluation"
+MOST_SHOWN = 20
+"""Longer values are digests, and an error does not show them."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came of one question.
+    """The answer to one question.
 
     Args:
         text: What the model wrote.
@@ -51,13 +59,7 @@ class Prediction:
 
 
 class Scorer:
-    """Scores questions with one model.
-
-    Args:
-        model: From :func:`methods.reader`.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        batch_size: Most questions at once.
-    """
+    """Asks one model, whose embedding is wrapped, up to ``batch_size`` questions at once."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int):
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
@@ -75,14 +77,8 @@ class Scorer:
     def score(
         self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch of questions.
-
-        Args:
-            method: How their prompts are read.
-            rows: Prompts and right answers; at most ``batch_size``.
-            max_tokens: Most tokens of each answer.
-        """
-        # Merged anew, whatever came before: an answer's last digits depend on its batch alone.
+        """Answers a batch of questions, each with at most its ``max_tokens``."""
+        # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.cut(row.segments)) for row in rows]
         answers = batch_generate(
@@ -93,22 +89,20 @@ class Scorer:
             prefill_batch_size=self._batch_size,
             completion_batch_size=self._batch_size,
         )
-        nll = self._nll(prompts, [row.answer_ids for row in rows])
+        # Virtual ids stand for their blocks, so nothing merges here.
+        read = [
+            TokenizedExample([Segment(prompt.ids, False)], row.answer_ids)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        nll = self._nll(read)
         return [
             Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
             for row, prompt, text, loss in zip(rows, prompts, answers.texts, nll, strict=True)
         ]
 
-    def _nll(
-        self, prompts: Sequence[CompressedPrompt], answers: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """Each right answer's negative log-likelihood."""
+    def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
+        """The negative log-likelihood of each right answer."""
         embedding, found = self._embedding, []
-        # A virtual id is bound, so a prompt is read as it stands.
-        read = [
-            TokenizedExample([Segment(prompt.ids, False)], list(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
         for rows in _in_passes(read, embedding.vocab_size):
             batch = make_batch(rows, 1, embedding.pad_token_id, embedding.vocab_size)
             logits = self._head.logits(self._model, batch).astype(mx.float32)
@@ -121,7 +115,7 @@ class Scorer:
 def _in_passes(
     rows: Sequence[TokenizedExample], vocab_size: int
 ) -> Iterator[Sequence[TokenizedExample]]:
-    """Rows in runs that are read at once: long prompts and long answers take memory."""
+    """Runs of rows that are read at once, within a bounded memory."""
     start = 0
     for end in range(1, len(rows) + 1):
         grown = rows[start : end + 1]
@@ -135,7 +129,126 @@ def _in_passes(
 def in_batches(
     method: Method, rows: Sequence[TokenizedExample], batch_size: int
 ) -> list[list[int]]:
-    """Every row once, in batches of similar length: the same ones whenever it is asked."""
+    """The indices of all rows in batches of similar length, the same ones at every call."""
     lengths = [num_positions(replace(r, segments=method.cut(r.segments)), method.k) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class PredictionsFile:
+    """Answers by method and question.
+
+    Args:
+        path: The JSONL file, or None to keep them in memory alone.
+        identity: What the answers depend on, by name; a file made of something else is refused.
+        size: How many questions there are.
+
+    Raises:
+        EvaluateError: The file cannot be read or written, is not a predictions file, or belongs to
+            another evaluation. It is not changed then.
+    """
+
+    def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
+        self._path = None if path is None else Path(path)
+        self._size = size
+        self._found: dict[tuple[str, int], dict[int, Prediction]] = defaultdict(dict)
+        if self._path is None:
+            return
+        if self._path.exists() and not self._path.is_file():
+            raise EvaluateError(f"`predictions` {path} is not a file: name one")
+        known, end = self._read() if self._path.exists() else ({}, 0)
+        changed = [
+            name
+            if max(len(str(known[name])), len(what)) > MOST_SHOWN
+            else f"{name}, {known[name]} there and {what} here"
+            for name, what in identity.items()
+            if known.get(name, what) != what
+        ]
+        if changed:
+            raise EvaluateError(
+                f"`predictions` {path} holds answers of another evaluation (not the same: "
+                f"{'; '.join(changed)}): name another file, or remove it"
+            )
+        # An adapter that the file does not know yet is added.
+        more = {name: what for name, what in identity.items() if name not in known}
+        self._append([{OF: more}] if more else [], end)
+
+    def has(self, method: Method, indices: Sequence[int]) -> bool:
+        """Whether a method's answers to all these questions are there."""
+        return {*indices} <= self._found[method.name, method.k].keys()
+
+    def add(
+        self,
+        method: Method,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        predictions: Sequence[Prediction],
+    ) -> None:
+        """Adds a method's answers to some questions; they are on the disk when it returns.
+
+        Raises:
+            EvaluateError: They cannot be written.
+        """
+        lines = []
+        for i, question, prediction in zip(indices, questions, predictions, strict=True):
+            self._found[method.name, method.k][i] = prediction
+            place = {"method": method.name, "k": method.k, "question": i}
+            asked = {"group": question.group, "answer": question.answer}
+            lines.append(place | asked | asdict(prediction))
+        if self._path is not None:
+            self._append(lines)
+
+    def of(self, method: Method) -> list[Prediction]:
+        """A method's answers, in the order of the questions; all must be there."""
+        found = self._found[method.name, method.k]
+        return [found[i] for i in range(self._size)]
+
+    def _append(self, lines: Sequence[Mapping[str, Any]], end: int | None = None) -> None:
+        """Writes lines at the end of the file, or at ``end``, where it is cut off first."""
+        try:
+            with self._path.open("ab") as file:
+                if end is not None:
+                    file.truncate(end)
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
+
+    def _read(self) -> tuple[dict[str, str], int]:
+        """Takes the answers of every whole line.
+
+        Returns:
+            What they depend on, and where the last whole line ends, in bytes.
+        """
+        known: dict[str, str] = {}
+        end, begun = 0, f'{{"{OF}": {{'.encode()
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
+        for number, data in enumerate(lines, 1):
+            if number == 1 and data[: len(begun)] != begun[: len(data)]:
+                raise EvaluateError(
+                    f"`predictions` {self._path} is not a predictions file: name another, or a "
+                    "new one"
+                )
+            if not data.endswith(b"\n"):
+                break  # torn when a run was killed
+            try:
+                line = json.loads(data)
+                if OF in line:
+                    known |= line[OF]
+                else:
+                    found = self._found[line["method"], line["k"]]
+                    found[line["question"]] = Prediction(
+                        *(line[f.name] for f in fields(Prediction))
+                    )
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise EvaluateError(
+                    f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "
+                    "remove the file, or its lines from there on"
+                ) from None
+            end += len(data)
+        return known, end

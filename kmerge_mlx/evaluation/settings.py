@@ -1,161 +1,150 @@
-"""Every setting of an evaluation, checked before anything is loaded.
-
-Owns :class:`EvaluateConfig`, the names of tasks, methods and baselines, and their defaults. Knows
-nothing of arrays: ``kmerge-mlx evaluate --help`` imports it.
-"""
+"""The options of `kmerge-mlx evaluate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from kmerge_mlx.config import DATA_SEED, TASKS, is_int, is_number
+from kmerge_mlx.config import DATA_SEED, TASKS
 from kmerge_mlx.data.trees import STAGES
-from kmerge_mlx.errors import EvaluateError, findings
-from kmerge_mlx.prompts.policy import MERGES
+from kmerge_mlx.errors import short
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
+from kmerge_mlx.settings import LayoutSettings, ModelSettings, option
+from kmerge_mlx.train.settings import TrainSettings
 
 RECALL = "recall"
 EVALUATED = (*TASKS, RECALL)
 SPLITS = ("test", "valid")
 TEXT, TREE = "text", "tree"
 HAYSTACKS = (TEXT, TREE)
-
-MERGED, UNCOMPRESSED = "merged", "uncompressed"
-MEAN, TRUNCATE, STRIDE = "mean", "truncate", "stride"
 ALL = "all"
-BASELINES = (UNCOMPRESSED, MEAN, TRUNCATE, STRIDE)
-"""K=1; the mean of K without the encoder; the last tokens; every K-th token."""
 
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
-"""Tokens of a prompt with a needle, by what it lies in: the bundled model knows 12 nodes."""
+"""Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
 
-MOST_LABELS = 20
-"""Answers that are no more than so many different ones are taken for labels."""
+DATA = "`data`"
+_ROWS = ("split", "limit", "labels", "positive", "skip_bad")
+OWN_OPTIONS = {
+    DATA: _ROWS,
+    TASKS[0]: (
+        *("split", "stage", "max_nodes", "num_trees", "find_parent", "reference_sampling"),
+        *("data_seed", "positive"),
+    ),
+    TASKS[1]: (*_ROWS, "category", "file", "data_seed"),
+    TASKS[2]: (*_ROWS, "language", "file", "data_seed"),
+    RECALL: ("haystack", "length", "depth", "num_needles", "data_seed"),
+}
+"""Options that not all tasks have, by task; they are refused beside another one."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure, and on what.
+class EvaluateSettings(LayoutSettings, ModelSettings):
+    """What to measure, and on what."""
 
-    Args:
-        model: Base model, a folder or a hub repo id.
-        adapter_path: Adapter folder, or one that holds several; None measures the base alone.
-        ks: Merge factors; none: all that the adapter folder holds.
-        baselines: Which others to measure, of :data:`BASELINES`.
-        data: Folder with the split, or a hub dataset of it; None where there is a task.
-        task: One of :data:`EVALUATED`, or None.
-        split: Which split of ``data`` or of a task from the hub.
-        limit: Most examples of ``data`` or of a task from the hub, the first ones; None for all.
-        stage: Trees: how large they grow.
-        max_nodes: Trees: most nodes of one; None is the stage's.
-        num_trees: Trees: how many, each asked one true and one false question.
-        find_parent: Trees: how many of each are to be answered by the name of a parent.
-        reference_sampling: Trees: ask every pair, as the paper's code does.
-        data_seed: Of whatever is drawn.
-        category: Of the reviews; None is the paper's.
-        language: Of the commits; None is the paper's.
-        file: Reviews, commits: a local file in the dataset's schema.
-        haystack: Recall: what the needle lies in.
-        lengths: Recall: tokens of the prompts; none: :data:`LENGTHS` of the haystack.
-        depths: Recall: where the needle lies, from 0 (first) to 1 (last).
-        num_needles: Recall: prompts of every length and depth.
-        labels: The answers that are classes; none: found among the answers.
-        positive: Label whose F1 is taken; None is the first of the labels, or the most frequent.
-        max_tokens: Most tokens of an answer; None: as many as the longest right one has.
-        batch_size: Questions answered at once.
-        predictions: JSONL file of answers, which a run that was killed goes on with; or None.
-        skip_bad: Count bad rows of data and go on.
-        merges: What merges where nothing is said; None is as the adapter was trained.
-        merge_threshold: Fewest tokens of a context that merges; None likewise.
-        chat_template: Whether the tokenizer's template is applied; None likewise.
-        trust_remote_code: Let the base model's own Python files run.
+    NAME = "evaluate"
 
-    Raises:
-        EvaluateError: Settings that are out of range or exclude each other, all of them listed.
-    """
+    k: tuple[int, ...] = ModelSettings.setting(
+        "k",
+        default=(),
+        many=True,
+        help="Merge factor K; give it again for another. 1 is uncompressed. Default: all that "
+        "--adapter-path holds.",
+    )
+    baseline: tuple[str, ...] = option(
+        (),
+        str,
+        "Measure this as well; give it again for another. "
+        + "; ".join(f"{name}: {METHODS[name].about}" for name in BASELINES)
+        + "; all: each of them.",
+        many=True,
+        choices=(*BASELINES, ALL),
+    )
+    data: str | None = option(None, str, "Folder with test.jsonl, or a hub dataset of it.")
+    task: str | None = option(
+        None,
+        str,
+        "One of the paper's tasks instead, or `recall`: a needle in long prompts.",
+        choices=EVALUATED,
+    )
+    split: str = option(SPLITS[0], str, "Which split of --data or --task.", choices=SPLITS)
+    limit: int | None = option(None, int, "Most rows, the first ones. Default: all.", low=1)
+    stage: str = TrainSettings.setting("stage", choices=tuple(STAGES))
+    max_nodes: int | None = option(None, int, "Trees: most nodes. Default: the stage's.", low=2)
+    num_trees: int = option(1000, int, "Trees, each asked a true and a false question.", low=1)
+    find_parent: int = option(1, int, "Trees: more questions, for a parent's name.", low=0)
+    reference_sampling: bool = TrainSettings.setting("reference_sampling")
+    data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.")
+    category: str | None = TrainSettings.setting("category")
+    language: str | None = TrainSettings.setting("language")
+    file: str | None = TrainSettings.setting("file")
+    haystack: str | None = option(
+        None,
+        str,
+        "Recall: a number in a text, or a node of a tree (the bundled model's default).",
+        choices=HAYSTACKS,
+    )
+    length: tuple[int, ...] = option(
+        (),
+        int,
+        "Recall: most tokens of a prompt; may be given again.",
+        many=True,
+        low=1,
+        shown="; ".join(f"{' and '.join(map(str, LENGTHS[name]))} ({name})" for name in HAYSTACKS),
+    )
+    depth: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        float,
+        "Recall: where the needle lies, 0 is first and 1 last; may be given again.",
+        many=True,
+        low=0,
+        high=1,
+    )
+    num_needles: int = option(20, int, "Recall: prompts of each length and depth.", low=1)
+    labels: list[str] = option(
+        [], list, "The answers that are classes, such as true,false. Default: found in the data."
+    )
+    positive: str | None = option(
+        None, str, "Label that F1 is of. Default: the first of --labels, or the most frequent."
+    )
+    max_tokens: int | None = option(
+        None,
+        int,
+        "Most tokens of an answer. Default: those of the longest right one; more for recall.",
+        low=1,
+        flags=("--max-tokens", "-m"),
+    )
+    batch_size: int = option(32, int, "Questions answered at once.", low=1)
+    predictions: str | None = option(
+        None, str, "Write every answer into this JSONL file, and go on from it after a stop."
+    )
+    skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
+    json: bool = option(False, bool, "Print one JSON object on stdout.")
+    plot: str | None = option(None, str, "Draw a picture into this file (.png, .svg, .pdf).")
 
-    model: str
-    adapter_path: str | None = None
-    ks: tuple[int, ...] = ()
-    baselines: tuple[str, ...] = ()
-    data: str | None = None
-    task: str | None = None
-    split: str = SPLITS[0]
-    limit: int | None = None
-    stage: str = "medium"
-    max_nodes: int | None = None
-    num_trees: int = 1000
-    find_parent: int = 1
-    reference_sampling: bool = False
-    data_seed: int = DATA_SEED
-    category: str | None = None
-    language: str | None = None
-    file: str | None = None
-    haystack: str = TEXT
-    lengths: tuple[int, ...] = ()
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    num_needles: int = 20
-    labels: tuple[str, ...] = ()
-    positive: str | None = None
-    max_tokens: int | None = None
-    batch_size: int = 32
-    predictions: str | None = None
-    skip_bad: bool = False
-    merges: str | None = None
-    merge_threshold: int | None = None
-    chat_template: bool | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if problems := [*self._out_of_range(), *self._rules()]:
-            raise EvaluateError(findings("evaluate", problems))
-
-    def _out_of_range(self) -> Iterator[str]:
-        """Values that are none of those there are."""
-        least = {"num_trees": 1, "find_parent": 0, "num_needles": 1, "batch_size": 1}
-        least |= {
-            n: 1 for n in ("limit", "max_tokens", "merge_threshold") if getattr(self, n) is not None
+    def clashes(self) -> list[str]:
+        """What is wrong with settings that are good alone, one line each."""
+        texts = all(isinstance(label, str) for label in self.labels)
+        drawn = self.plot is not None and self.predictions is not None
+        rules = {
+            "found both `data` and `task`, expected one of them": bool(self.data and self.task),
+            f"no data: give `data`, or `task` ({', '.join(EVALUATED)})": (
+                not self.data and not self.task
+            ),
+            "`category` and `language` name data of the hub, and there is a `file`: leave them "
+            "out, or it": self.file is not None and not (self.category is self.language is None),
+            f"`labels` is {short(self.labels)}, expected different texts": (
+                not texts or len(set(self.labels)) < len(self.labels)
+            ),
+            f"`positive` is {self.positive}, expected one of `labels`": (
+                bool(self.labels) and self.positive not in (None, *self.labels)
+            ),
+            "`plot` and `predictions` are the same file": (
+                drawn and Path(self.plot).resolve() == Path(self.predictions).resolve()
+            ),
         }
-        least |= {"max_nodes": 2} if self.max_nodes is not None else {}
-        for name, low in least.items():
-            if not is_int(value := getattr(self, name), low):
-                flag = f"--{name.replace('_', '-')}"
-                yield f"{flag} is {value!r}, expected a whole number of at least {low}"
-        for flag, values in {"--k": self.ks, "--length": self.lengths}.items():
-            bad = [value for value in values if not is_int(value, 1)]
-            yield from (f"{flag} is {value!r}, expected at least 1" for value in bad)
-        for depth in self.depths:
-            if not (is_number(depth) and 0 <= depth <= 1):
-                yield f"--depth is {depth!r}, expected 0 (first) to 1 (last)"
-        choices = {
-            "--task": ([self.task] if self.task else [], EVALUATED),
-            "--baseline": (self.baselines, BASELINES),
-            "--split": ([self.split], SPLITS),
-            "--stage": ([self.stage], STAGES),
-            "--haystack": ([self.haystack], HAYSTACKS),
-            "--merges": ([self.merges] if self.merges else [], MERGES),
-        }
-        for flag, (values, known) in choices.items():
-            for value in values:
-                if value not in known:
-                    yield f"{flag} is {value}, expected one of {', '.join(known)}"
+        return [text for text, broken in rules.items() if broken]
 
-    def _rules(self) -> Iterator[str]:
-        """Settings that exclude each other, or miss one another."""
-        if self.data and self.task:
-            yield "found both --data and --task, expected one of them"
-        if not self.data and not self.task:
-            yield f"no data: give --data, or --task ({', '.join(EVALUATED)})"
-        if not self.depths:
-            yield "found no --depth, expected at least one"
-        if self.adapter_path is None and any(k != 1 for k in self.ks):
-            yield "--k above 1 needs --adapter-path"
-        if self.file is not None and not (self.category is self.language is None):
-            yield (
-                "--category and --language name data of the hub, and there is a --file: "
-                "leave them out, or it"
-            )
-        if len(set(self.labels)) < len(self.labels):
-            yield f"--labels are {', '.join(self.labels)}, expected each of them once"
-        if self.labels and self.positive not in (None, *self.labels):
-            yield f"--positive is {self.positive}, expected one of --labels"
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The baselines to measure, in the order in which they are shown."""
+        return tuple(name for name in BASELINES if {name, ALL} & {*self.baseline})

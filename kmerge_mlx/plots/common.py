@@ -1,7 +1,4 @@
-"""What every picture needs: colours, points with their intervals, and writing it whole.
-
-Owns the style, and which file names there may be. Does not know what is drawn.
-"""
+"""Colours, points with their intervals, and writing: what every picture shares."""
 
 from __future__ import annotations
 
@@ -14,43 +11,43 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.errors import PlotError, first_line
-from kmerge_mlx.evaluation.intervals import Interval
+from kmerge_mlx.evaluation.metrics import Interval
 from kmerge_mlx.files import replacing_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Told apart by everyone (Okabe, Ito).
+# Colour-blind people can tell them apart (Okabe, Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-APART = 5.0  # 1/72 inch between points of one place: error bars must not lie on each other
+APART = 5.0  # 1/72 inch between points of one place, so that their error bars can be seen
 
 Point = tuple[float, float, Interval | None]
-"""Where along the axis, the value, and where that lies, if it is known."""
+"""Place along the axis, value, and the value's interval if it is known."""
 
 
 def check_plot(path: str | Path) -> None:
     """Refuses a picture that cannot be drawn, before any work is done.
 
     Raises:
-        PlotError: No matplotlib, or a name that says no format.
+        PlotError: matplotlib is missing, or the file cannot be written or has no known format.
     """
     if find_spec("matplotlib") is None:
-        raise PlotError("--plot needs matplotlib: pip install 'kmerge-mlx[plot]'")
+        raise PlotError("`plot` needs matplotlib: pip install 'kmerge-mlx[plot]'")
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise PlotError(f"--plot is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
+        raise PlotError(f"`plot` is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise PlotError(f"--plot is {path}, but there is no folder {path.parent}")
+        raise PlotError(f"`plot` is {path}, but there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PlotError(f"--plot is {path}, which cannot be written: name another file")
+        raise PlotError(f"`plot` is {path}, which cannot be written: name another file")
 
 
 def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shift: float) -> None:
     """Draws points and their intervals, joined by a line if there are several.
 
     Args:
-        axes: matplotlib's, with its limits set: points beside their place do not set them.
+        axes: matplotlib's, with its limits set.
         points: In order along the axis.
-        number: Says which colour and marker. A second round of colours has other markers.
+        number: Chooses colour and marker.
         name: The legend's.
         shift: How far beside their place they are drawn, in 1/72 inch.
     """
@@ -72,37 +69,29 @@ def draw_points(axes: Any, points: Sequence[Point], number: int, name: str, shif
         zorder=3,
         label=name,
     )
-    measured = [(x, ends) for x, _, ends in points if ends is not None]
-    ends = np.array([[each.low, each.high] for _, each in measured]).reshape(-1, 2)
-    ends = ends.clip(*axes.get_ylim())  # one may be infinite
-    axes.errorbar(
-        [x for x, _ in measured],
-        ends.mean(axis=1),  # of a bootstrap, the value need not be the middle, nor even inside
-        yerr=(ends[:, 1] - ends[:, 0]) / 2,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.2,
-        capsize=2.5,
-        transform=place,
-        zorder=2,
-    )
+    known = [(x, ends.low, ends.high) for x, _, ends in points if ends is not None]
+    x, *ends = np.array(known).reshape(-1, 3).T
+    low, high = np.clip(ends, *axes.get_ylim())  # one may be infinite
+    # Bars around the middle, because a bootstrap's interval need not include the value.
+    style = {"ecolor": colour, "elinewidth": 1.2, "capsize": 2.5, "transform": place, "zorder": 2}
+    axes.errorbar(x, (low + high) / 2, yerr=(high - low) / 2, fmt="none", **style)
+
+
+def plain(axes: Any) -> None:
+    """Draws a light grid, and no frame above and to the right."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(figure: Any, path: str | Path) -> None:
-    """Writes a picture under a temporary name and renames it.
-
-    Args:
-        figure: matplotlib's.
-        path: The picture; its name says which format.
+    """Writes a whole picture, in the format that its name says, or none.
 
     Raises:
         PlotError: It cannot be written.
     """
-    path = Path(path)
     try:
-        with replacing_file(path) as new:
+        with replacing_file(Path(path)) as new:
             figure.savefig(new, dpi=120)
     except OSError as error:
-        raise PlotError(
-            f"cannot write --plot {path}: {error.strerror or first_line(error)}"
-        ) from error
+        reason = error.strerror or first_line(error)
+        raise PlotError(f"cannot write `plot` {path}: {reason}") from error

@@ -1,7 +1,4 @@
-"""The picture of a benchmark: time to first token, and KV cache, by prompt length for each K.
-
-Owns what is drawn, and how. Does not measure.
-"""
+"""Draws a benchmark: time to first token and KV cache over the prompt's length, for each K."""
 
 from __future__ import annotations
 
@@ -14,6 +11,9 @@ from kmerge_mlx.plots.common import COLOURS, MARKERS, write
 if TYPE_CHECKING:
     from kmerge_mlx.tools.bench import Row
 
+Spread = tuple[Sequence[float], Sequence[float]] | None
+"""How far the lowest and the highest measurement are from each value."""
+
 
 def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:
     """Draws lines over the prompt's length, or bars where there is only one length.
@@ -21,10 +21,10 @@ def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:
     Args:
         rows: What was measured, K = 1 included.
         title: Where it was measured.
-        path: The picture; its name says which format.
+        path: The picture.
 
     Raises:
-        PlotError: It cannot be written.
+        PlotError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -34,7 +34,7 @@ def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:
     seconds = [row.figures.time_to_first_token for row in rows]
     low, high = [s.median - s.min for s in seconds], [s.max - s.median for s in seconds]
     draw(times, rows, [s.median for s in seconds], (low, high))
-    draw(caches, rows, [row.figures.kv_bytes / 1e6 for row in rows])
+    draw(caches, rows, [row.figures.kv_bytes / 1e6 for row in rows], None)
     times.set_ylabel("time to first token (s)")
     caches.set_ylabel("KV cache of the prompt (MB)")
     figure.suptitle(title, fontsize="medium")
@@ -45,13 +45,10 @@ def _name(k: int) -> str:
     return "plain mlx-lm" if k == 1 else f"K = {k}"
 
 
-def _lines(
-    axes: Any,
-    rows: Sequence[Row],
-    values: Sequence[float],
-    spread: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> None:
+def _lines(axes: Any, rows: Sequence[Row], values: Sequence[float], spread: Spread) -> None:
     """A line for each K."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     lengths = sorted({row.length for row in rows})
     for number, k in enumerate(sorted({row.k for row in rows})):
         mine = [i for i, row in enumerate(rows) if row.k == k]
@@ -67,7 +64,9 @@ def _lines(
         )
     axes.set_xscale("log")
     if max(values) > 5 * min(values):  # on a narrow range a log axis has no readable ticks
-        _make_log(axes)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.tick_params(axis="x", rotation=45 if len(lengths) > 5 else 0)
     axes.minorticks_off()
@@ -76,21 +75,7 @@ def _lines(
     axes.legend(fontsize="small")
 
 
-def _make_log(axes: Any) -> None:
-    """Makes a constant ratio a constant distance, with ticks written out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _bars(
-    axes: Any,
-    rows: Sequence[Row],
-    values: Sequence[float],
-    spread: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> None:
+def _bars(axes: Any, rows: Sequence[Row], values: Sequence[float], spread: Spread) -> None:
     """A bar for each K, with its figure on top."""
     names = [_name(row.k).replace(" mlx", "\nmlx") for row in rows]
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]

@@ -5,17 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from kmerge_mlx.data import amazon_reviews, commitpackft
 from kmerge_mlx.data.sampling import SplitSizes
 from kmerge_mlx.errors import DataError, EvaluateError, KMergeError
-from kmerge_mlx.evaluation.questions import Group, Questions, load_questions
-from kmerge_mlx.evaluation.report import group_scores
-from kmerge_mlx.evaluation.scoring import Prediction
-from kmerge_mlx.evaluation.settings import EvaluateConfig
+from kmerge_mlx.evaluation.questions import Questions, load_questions
+from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
 from tests.data.test_reviews_and_commits import COMMITS, REVIEWS
@@ -33,18 +30,13 @@ TRUTH = ["true", "false", "true", "true", "false", "true"]
 
 
 def asked(**settings) -> Questions:
-    return load_questions(EvaluateConfig(model=BASE, **settings), silent)
+    return load_questions(EvaluateSettings.of({"model": BASE} | settings), silent)
 
 
 def refused(kind: type[KMergeError] = EvaluateError, **settings) -> str:
     with pytest.raises(kind) as caught:
         asked(**settings)
     return str(caught.value)
-
-
-def labels_of(answers: list[str], tmp_path: Path, **settings) -> tuple[str, ...]:
-    data = write_data(tmp_path / "data", labelled(answers))
-    return asked(data=str(data), **settings).groups[0].labels
 
 
 def texts_of(questions: Questions) -> list[tuple[str | None, str]]:
@@ -82,122 +74,76 @@ def test_rows_of_every_format_are_asked(tmp_path):
 
 
 def test_an_answer_in_parts_is_their_text_and_a_call_has_none(tmp_path):
-    user = {"role": "user", "content": "?"}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
-    rows = [
-        {"messages": [user, {"role": "assistant", "content": parts}]},
-        {"messages": [user, call]},
-    ]
+    answers = [{"role": "assistant", "content": parts}, call]
+    rows = [{"messages": [{"role": "user", "content": "?"}, answer]} for answer in answers]
     assert [q.answer for q in asked(data=str(write_data(tmp_path, rows))).items] == ["ab", ""]
 
 
-def test_few_answers_that_come_often_are_labels_the_most_frequent_first(tmp_path):
-    assert labels_of(TRUTH, tmp_path) == ("true", "false")
-    assert labels_of([" true", "true\n", "true", "false"], tmp_path) == ("true", "false")
-    assert labels_of(["b", "a", "a", "b"], tmp_path) == ("a", "b")
-    assert labels_of(["always"] * 5, tmp_path) == ("always",)
-    assert labels_of([str(i) for i in range(20)] * 2, tmp_path) != ()
-
-
-def test_answers_that_are_many_or_come_once_are_texts(tmp_path):
-    assert labels_of(["a", "b", "c", "a", "a"], tmp_path) == ()
-    assert labels_of([str(i) for i in range(21)] * 3, tmp_path) == ()
-    assert labels_of(["only"], tmp_path) == ()
-
-
-def test_labels_may_be_given_and_so_may_the_positive_one(tmp_path):
-    assert labels_of(["true"], tmp_path, labels=("false", "true")) == ("false", "true")
-    assert labels_of(TRUTH, tmp_path, positive="false") == ("false", "true")
-    given = {"labels": ("no", "true", "false"), "positive": "false"}
-    assert labels_of(TRUTH, tmp_path, **given) == ("false", "no", "true")
-
-
-def test_an_answer_outside_the_labels_is_named_with_its_line(tmp_path):
-    data = write_data(tmp_path, ["", *map(json.dumps, labelled(["true", "maybe", "false"]))])
-    assert refused(data=str(data), labels=("true", "false")) == (
-        f"{data / 'test.jsonl'} line 3: the answer is 'maybe', expected one of --labels "
-        "(true, false)"
-    )
-
-
-def test_a_positive_label_that_is_none_is_refused(tmp_path):
-    data = str(write_data(tmp_path, labelled(TRUTH)))
-    assert refused(data=data, positive="yes") == "--positive is yes, expected one of true, false"
-    many = str(write_data(tmp_path / "many", labelled(["a", "b", "c"])))
-    assert "3 different answers to 3 questions are no labels" in refused(data=many, positive="a")
-
-
-def test_one_label_alone_is_scored():
-    group = Group("any", ("yes",))
-    answers = [Prediction(text, 1.0, 2, 3, 1) for text in ("yes", " yes\n", "no")]
-    scores = group_scores(group, ["yes"] * 3, answers)
-    assert scores["accuracy"].value == scores["balanced_accuracy"].value == pytest.approx(2 / 3)
-    assert scores["majority_accuracy"].value == scores["majority_balanced_accuracy"].value == 1
-    assert scores["f1"].value == scores["f1_macro"].value == pytest.approx(0.8)
-
-
-def test_f1_is_of_the_first_label():
-    texts, answers = ["a", "b", "a", "x"], ["a", "a", "a", "b"]
-    predictions = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
-    found = [
-        group_scores(Group("any", labels), answers, predictions)["f1"].value
-        for labels in (("a", "b"), ("b", "a"))
-    ]
-    assert found == pytest.approx([2 * 2 / (3 + 2), 0])
-
-
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("answers", "settings", "labels"),
     [
-        ('{"prompt": "a"}', "found 'prompt', expected prompt and completion"),
-        ('{"prompt": "a", "completion": ""}', "completion is empty, expected an answer"),
-        ("{", "not JSON"),
+        (TRUTH, {}, ("true", "false")),
+        ([" true", "true\n", "true", "false"], {}, ("true", "false")),
+        (["b", "a", "a", "b"], {}, ("a", "b")),
+        (["a", "b", "c", "a", "a"], {}, ()),
+        (["only"], {}, ()),
+        ([str(i) for i in range(21)] * 3, {}, ()),
+        (["true"], {"labels": ["false", "true"]}, ("false", "true")),
+        (TRUTH, {"positive": "false"}, ("false", "true")),
+        (TRUTH, {"labels": ["no", "true", "false"], "positive": "false"}, ("false", "no", "true")),
     ],
 )
-def test_a_row_without_an_answer_is_bad_and_may_be_skipped(tmp_path, line, said):
+def test_labels_are_few_answers_that_come_often_or_those_given(tmp_path, answers, settings, labels):
+    data = str(write_data(tmp_path, labelled(answers)))
+    assert asked(data=data, **settings).groups[0].labels == labels
+
+
+def test_an_answer_outside_the_labels_and_a_positive_that_is_not_one_are_refused(tmp_path):
+    data = str(write_data(tmp_path, ["", *map(json.dumps, labelled(["true", "maybe", "false"]))]))
+    said = refused(data=data, labels=["true", "false"])
+    assert (
+        "test.jsonl line 3: the answer is 'maybe', expected one of `labels` (true, false)" in said
+    )
+    assert "3 different answers" in refused(data=data, positive="true")
+    data = str(write_data(tmp_path / "truth", labelled(TRUTH)))
+    assert "`positive` is yes, expected one of true, false" in refused(data=data, positive="yes")
+
+
+def test_a_bad_row_is_named_or_skipped(tmp_path):
     rows = [json.dumps(row) for row in labelled(["a", "b"])]
-    data = str(write_data(tmp_path, [rows[0], line, rows[1]]))
-    assert f"test.jsonl line 2: {said}" in refused(DataError, data=data)
+    data = str(write_data(tmp_path, [rows[0], '{"prompt": "a"}', rows[1]]))
+    assert "test.jsonl line 2: found 'prompt'" in refused(DataError, data=data)
     questions = asked(data=data, skip_bad=True)
     assert ([q.answer for q in questions.items], questions.bad) == (["a", "b"], 1)
-
-
-def test_no_rows_and_no_data_are_refused(tmp_path):
-    assert "holds no example" in refused(DataError, data=str(write_data(tmp_path, [])))
-    bad = write_data(tmp_path / "bad", ["{"])
-    assert "every line is bad" in refused(DataError, data=str(bad), skip_bad=True)
-    assert "is a file: give the folder" in refused(DataError, data=str(tmp_path / "test.jsonl"))
+    assert "holds no example" in refused(DataError, data=str(write_data(tmp_path / "empty", [])))
 
 
 def test_a_row_that_cannot_be_tokenized_is_named_or_skipped(tmp_path):
     """A conversation needs a chat template, which is known once there is a tokenizer."""
     chat = [{"role": "user", "content": "5?"}, {"role": "assistant", "content": "5"}]
-    rows = [*questions_of(3), {"messages": chat}]
     folders = write_folders(tmp_path, ())
-    settings = {"model": str(folders.base), "max_tokens": 1}
-    settings["data"] = str(write_data(tmp_path / "data", rows))
+    settings = {"model": str(folders.base), "max_tokens": 1, "data": str(tmp_path / "data")}
+    write_data(tmp_path / "data", [*questions_of(3), {"messages": chat}])
     with pytest.raises(EvaluateError, match=r"test.jsonl line 4: messages need a chat template"):
         measured(**settings)
     report = measured(**settings, skip_bad=True)
-    assert (report.questions.bad, report.questions.sizes()) == (1, {"data": 3})
-    assert not report.layout.chat_template
-    write_data(tmp_path / "data", rows[3:])
+    assert (report.bad_rows, report.groups) == (1, {"data": 3})
+    assert not report.layout["chat_template"]
+    write_data(tmp_path / "data", [{"messages": chat}])
     with pytest.raises(EvaluateError, match=r"no question is left: .* line 1: messages need"):
         measured(**settings, skip_bad=True)
     base = copy_base(folders.base, tmp_path / "chatty", CHATML)
-    report = measured(**settings | {"model": str(base)})
-    assert report.layout.chat_template
-    assert report.rows[0].results["data"].prompt_tokens > 10
+    assert measured(**settings | {"model": str(base)}).layout["chat_template"]
 
 
 def test_every_tree_is_asked_a_true_and_a_false_question_and_for_a_parent():
-    questions = trees(find_parent=1)
-    assert [group.name for group in questions.groups] == ["relationship", "find_parent"]
-    assert [group.labels for group in questions.groups] == [("true", "false"), ()]
+    questions = trees()
+    assert [(group.name, group.labels) for group in questions.groups] == [
+        *(("relationship", ("true", "false")), ("find_parent", ())),
+    ]
     assert questions.sizes() == {"relationship": 60, "find_parent": 30}
-    answers = Counter(q.answer for q in questions.items if q.group == "relationship")
-    assert answers == {"true": 30, "false": 30}
     of_tree: dict[str, Counter] = {}
     for question in questions.items:
         tree, rest = question.example.context.removeprefix("Tree: ").split(", Task: ")
@@ -212,37 +158,18 @@ def test_every_tree_is_asked_a_true_and_a_false_question_and_for_a_parent():
     assert all(counts["true"] == counts["false"] == 1 for counts in of_tree.values())
 
 
-@pytest.mark.parametrize(("find_parent", "more"), [(0, 0), (2, 60)])
-def test_questions_for_a_parent_are_as_many_as_asked_for(find_parent, more):
-    questions = trees(stage="medium", find_parent=find_parent)
-    assert questions.sizes().get("find_parent", 0) in range(more // 2, more + 1)
-    assert len(questions.groups) == 1 + bool(find_parent)
-
-
-def test_trees_may_be_cut_to_some_nodes():
-    def largest(**settings) -> int:
-        return max(text.count("\n") + 1 for text, _ in texts_of(trees(stage="large", **settings)))
-
-    assert largest(max_nodes=20) == 20 < largest()
-
-
-def test_the_same_seed_asks_the_same_and_another_asks_about_other_trees():
-    one, two = trees(), trees()
-    assert texts_of(one) == texts_of(two)
-    for other in (trees(data_seed=43), trees(split="valid"), trees(stage="medium")):
-        assert not set(texts_of(one)) & set(texts_of(other))
-
-
-def test_reference_sampling_asks_every_pair():
-    questions = trees(reference_sampling=True, find_parent=0, stage="medium")
-    counts = Counter(question.answer for question in questions.items)
-    assert counts["false"] > 4 * counts["true"]
-
-
-def test_a_trees_positive_label_may_be_chosen():
+def test_the_options_of_trees_are_used():
+    assert trees(stage="medium", find_parent=0).sizes() == {"relationship": 60}
+    assert trees(stage="medium", find_parent=2).sizes()["find_parent"] in range(31, 61)
+    large = texts_of(trees(stage="large", max_nodes=20))
+    assert max(text.count("\n") + 1 for text, _ in large) == 20
+    every = Counter(answer for _, answer in texts_of(trees(reference_sampling=True, find_parent=0)))
+    assert every["false"] > every["true"]
     assert trees(positive="false").groups[0].labels == ("false", "true")
-    said = refused(task="textualized-tree", positive="AB")
-    assert said == "--positive is AB, expected one of true, false"
+    assert "expected one of true, false" in refused(task="textualized-tree", positive="AB")
+    assert texts_of(trees()) == texts_of(trees())
+    for other in (trees(data_seed=43), trees(split="valid"), trees(stage="medium")):
+        assert not set(texts_of(trees())) & set(texts_of(other))
 
 
 @pytest.mark.parametrize(
@@ -265,29 +192,3 @@ def test_reviews_and_commits_come_from_a_file(tmp_path, monkeypatch, task, modul
     assert texts_of(asked(task=task, file=str(file), data_seed=1)) != texts_of(test)
     assert texts_of(asked(task=task, file=str(file), limit=3)) == texts_of(test)[:3]
     assert bool(test.groups[0].labels) == (task == "amazon-reviews")
-
-
-def test_a_bad_review_is_named_or_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(amazon_reviews, "SIZES", SplitSizes(test=8, valid=5))
-    rows = REVIEWS.read_text().splitlines()
-    path = tmp_path / "reviews.jsonl"
-    path.write_text("\n".join([*rows[:3], '{"rating": 5}', *rows[3:]]))
-    task = {"task": "amazon-reviews", "file": str(path)}
-    assert (
-        refused(DataError, **task) == f"{path} line 4: text is None, expected the text of a review"
-    )
-    questions = asked(**task, skip_bad=True)
-    assert (len(questions.items), questions.bad) == (8, 1)
-    said = refused(**task, skip_bad=True, labels=("positive",))
-    assert said.startswith("question ")
-    assert "the answer is 'negative', expected one of --labels (positive)" in said
-
-
-def test_a_file_too_small_for_the_papers_splits_says_what_to_do():
-    said = refused(DataError, task="amazon-reviews", file=str(REVIEWS))
-    assert said == (
-        f"{REVIEWS} is too small for the paper's splits (found 37 distinct prompts, expected more "
-        "than --test 50000 and --valid 1000): `kmerge-mlx data amazon-reviews --file "
-        f"{REVIEWS} --test N --valid N` draws others, for --data"
-    )
-    assert "there is no such file" in refused(DataError, task="commitpackft", file="no.jsonl")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import re
-from collections import Counter
-from itertools import pairwise, takewhile
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -17,11 +14,10 @@ from kmerge_mlx.evaluation.questions import Questions
 from kmerge_mlx.evaluation.recall import recall_questions
 from kmerge_mlx.evaluation.report import group_scores
 from kmerge_mlx.evaluation.scoring import Prediction
-from kmerge_mlx.evaluation.settings import BASELINES, LENGTHS, EvaluateConfig
+from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, run
 from tests.conftest import UPSTREAM
-from tests.evaluations import measured, silent, write_folders
-from tests.plots.test_plots import words_of
+from tests.evaluations import silent, words_of, write_folders
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # The tests' tokenizer knows trees: a sentence takes it some 35 tokens.
@@ -36,7 +32,9 @@ class Written:
         if template is not None:
             self.tokenizer._tokenizer.chat_template = template
             self.tokenizer.has_chat_template = True
-        config = EvaluateConfig(model="any", task="recall", **{"num_needles": 4} | settings)
+        config = EvaluateSettings.of(
+            {"task": "recall", "haystack": "text", "num_needles": 4} | settings
+        )
         self.questions: Questions = recall_questions(config, self.count, silent)
 
     def count(self, example) -> int:
@@ -52,30 +50,20 @@ class Written:
         return [len(self.ids(question.example)) for question in mine]
 
 
-@pytest.fixture(scope="module", params=["text", "tree"])
-def written(request) -> Written:
-    return Written(haystack=request.param, lengths=LONG[request.param], depths=DEPTHS)
-
-
-def haystack_of(written: Written) -> str:
-    return "text" if written.questions.groups[0].anywhere else "tree"
-
-
-def test_a_prompt_keeps_to_its_length_and_fills_it(written):
-    for length in LONG[haystack_of(written)]:
+@pytest.mark.parametrize("haystack", LONG)
+def test_a_prompt_keeps_to_its_length_and_fills_it(haystack):
+    written = Written(haystack=haystack, length=LONG[haystack], depth=DEPTHS)
+    for length in LONG[haystack]:
         sizes = written.sizes(length)
         assert len(sizes) == 4 * len(DEPTHS)
         assert 0.9 * length <= min(sizes) <= max(sizes) <= length
-
-
-def test_few_prompts_are_counted_to_write_one(written):
-    """Looking for the right size one sentence after the other would count hundreds."""
+    # Looking for the right size one sentence after the other would count hundreds.
     assert written.counted < 25 * len(written.questions.items)
 
 
 def test_a_chat_template_counts():
     for template in (None, CHATML):
-        found = Written(template, haystack="text", lengths=(500,), depths=(0.5,))
+        found = Written(template, haystack="text", length=(500,), depth=(0.5,))
         assert 450 <= min(found.sizes(500)) <= max(found.sizes(500)) <= 500
     rendered = found.tokenizer.decode(found.ids(found.questions.items[0].example))
     assert rendered.startswith("<|im_start|>user")
@@ -89,7 +77,7 @@ def place_of(context: str) -> tuple[float, str]:
 
 
 def test_the_number_is_told_at_its_depth_among_the_same_sentences_and_asked_for():
-    questions = Written(haystack="text", lengths=(1500,), depths=DEPTHS).questions
+    questions = Written(haystack="text", length=(1500,), depth=DEPTHS).questions
     places = {group.name: group.place for group in questions.groups}
     texts: dict[tuple[str, str | None], set[str]] = {}
     for question in questions.items:
@@ -106,7 +94,7 @@ def test_the_number_is_told_at_its_depth_among_the_same_sentences_and_asked_for(
 
 
 def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
-    questions = Written(haystack="tree", lengths=(300,), depths=DEPTHS).questions
+    questions = Written(haystack="tree", length=(300,), depth=DEPTHS).questions
     places = {group.name: group.place for group in questions.groups}
     trees: dict[str, int] = {}
     for question in questions.items:
@@ -123,20 +111,8 @@ def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
     assert list(trees.values()) == [len(DEPTHS)] * 4
 
 
-def test_a_small_tree_has_as_few_children_as_in_training():
-    counts: Counter[int] = Counter()
-    for question in Written(haystack="tree", lengths=(48,), num_needles=20).questions.items:
-        rows = question.example.context.removeprefix("Tree: ").split(",")[0].split("\n")
-        depths = [row.count("+") for row in rows]
-        for at, depth in enumerate(depths):
-            below = list(takewhile(lambda d, depth=depth: d > depth, depths[at + 1 :]))
-            if at + len(below) + 1 < len(depths):  # of the last nodes, some children are cut off
-                counts[below.count(depth + 1)] += 1
-    assert set(counts) == {0, 1, 2, 3}
-
-
 def test_lengths_and_depths_are_shown_in_order_and_once():
-    questions = Written(lengths=(200, 150, 200), depths=(1, 0.125, 0.1251, 0.125)).questions
+    questions = Written(length=(200, 150, 200), depth=(1, 0.125, 0.1251, 0.125)).questions
     assert [group.place for group in questions.groups] == [
         (length, depth) for length in (150, 200) for depth in (0.125, 0.1251, 1)
     ]
@@ -147,34 +123,29 @@ def test_lengths_and_depths_are_shown_in_order_and_once():
 
 
 def test_the_same_seed_writes_the_same_and_another_other_prompts():
-    one, two = (Written(lengths=(150,)).questions.items for _ in range(2))
+    one, two = (Written(length=(150,)).questions.items for _ in range(2))
     assert one == two
-    assert one == Written(lengths=(100, 150)).questions.items[-len(one) :]
-    assert not set(one) & set(Written(lengths=(150,), data_seed=1).questions.items)
-
-
-def test_the_lengths_that_none_were_given_for_are_the_haystacks():
-    found = Written(haystack="tree", num_needles=1).questions
-    assert sorted({group.place[0] for group in found.groups}) == sorted(LENGTHS["tree"])
+    assert one == Written(length=(100, 150)).questions.items[-len(one) :]
+    assert not set(one) & set(Written(length=(150,), data_seed=1).questions.items)
 
 
 @pytest.mark.parametrize(
     ("haystack", "length", "said"),
     [
-        ("text", 30, "--length is 30, and a needle and its question alone have "),
-        ("tree", 9, "--length is 9, and a needle and its question alone have "),
-        ("tree", 9000, "--length is 9,000, and a tree of all 676 names has no more tokens: use"),
+        ("text", 30, "`length` is 30, and a needle and its question alone have "),
+        ("tree", 9, "`length` is 9, and a needle and its question alone have "),
+        ("tree", 9000, "`length` is 9,000, and a tree of all 676 names has fewer tokens: use"),
     ],
 )
 def test_a_length_without_a_prompt_is_refused(haystack, length, said):
     with pytest.raises(EvaluateError) as caught:
-        Written(haystack=haystack, lengths=(length,), num_needles=1)
+        Written(haystack=haystack, length=(length,), num_needles=1)
     assert str(caught.value).startswith(said)
 
 
 def test_a_number_may_stand_among_other_words_and_a_name_may_not():
     def recall(haystack: str, answer: str, *texts: str) -> float:
-        (group,) = Written(haystack=haystack, lengths=(150,), depths=(0.5,)).questions.groups
+        (group,) = Written(haystack=haystack, length=(150,), depth=(0.5,)).questions.groups
         answers = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
         return group_scores(group, [answer] * len(texts), answers)["recall"].value
 
@@ -191,23 +162,19 @@ def narrow(tmp_path_factory):
 
 def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narrow):
     picture = tmp_path / "recall.svg"
+    recall = ("--task", "recall", "--length", 100, "--length", 600, "--num-needles", 2, "-m", 2)
     result = run(
-        *("evaluate", *narrow.flags(), "--task", "recall", "--length", 100, "--length", 600),
-        *("--num-needles", 2, "--depth", 0.5, "--depth", 0, "--k", 4, "--baseline", "all"),
-        *("-m", 2, "--plot", picture),
+        *("evaluate", *narrow.flags(), *recall, "--depth", 0.5, "--depth", 0, "--k", 4),
+        *("--baseline", "all", "--plot", picture),
     )
     assert result.code == 0, result.err
     note = r"note: uncompressed is left out: the prompt has \d+ positions, and the model's context "
     assert re.search(note + "is 256: shorten it", result.err)
-    assert "uncompressed" not in result.out
-    tables = result.out.split("\n\n")
-    assert [table.splitlines()[0] for table in tables] == [
-        "recall at 100 tokens: 2 questions at each depth",
-        "recall at 600 tokens: 2 questions at each depth",
-    ]
     ratios: list[set[float]] = []
-    for table in tables:
-        heads, *rows = (re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:])
+    for table, length in zip(result.out.split("\n\n"), (100, 600), strict=True):
+        title, *lines = table.splitlines()
+        assert title == f"recall at {length} tokens: 2 questions at each depth"
+        heads, *rows = (re.split(r" {2,}", line.strip()) for line in lines)
         assert heads == ["ratio", "depth 0%", "depth 50%"]
         assert [row[0] for row in rows] == [
             *("K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4"),
@@ -218,50 +185,6 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     (short,), (long,) = ratios
     assert 1 < short < long < 4
     assert words_of(picture) >= {"100 tokens", "600 tokens", "recall", "K=4", "0%", "50%"}
-
-
-def test_a_table_without_a_row_says_so(narrow):
-    alone = ("--model", str(narrow.base), "--task", "recall", "--length", 400, "--num-needles", 1)
-    result = run("evaluate", *alone, "--plot", "recall.svg")
-    assert result.code == 1
-    assert result.out == "no method can read these prompts\n"
-    assert "there is nothing to draw, every method is left out" in result.err
-    assert not Path("recall.svg").exists()
-
-
-def test_every_length_and_depth_is_in_the_report(narrow):
-    report = measured(
-        **narrow.settings(task="recall", ks=(4,), baselines=BASELINES, max_tokens=1),
-        haystack="tree",
-        lengths=(60, 300),
-        depths=(0.5, 1),
-        num_needles=2,
-    ).to_json()
-    places = [(g["length"], g["depth"], g["questions"]) for g in report["groups"].values()]
-    assert places == [(60, 0.5, 2), (60, 1, 2), (300, 0.5, 2), (300, 1, 2)]
-    refused, *others = report["rows"]
-    assert set(refused) == {"method", "k", "label", "refused"}
-    assert [(row["method"], row["k"]) for row in others] == [
-        *(("merged", 4), ("mean", 4), ("truncate", 4), ("stride", 4)),
-    ]
-    for row in others:
-        assert set(row["scores"]) == set(report["groups"])
-        assert all(set(scores) == {"recall", "perplexity"} for scores in row["scores"].values())
-
-
-def test_the_size_that_fits_is_found_whatever_a_sentence_costs():
-    from kmerge_mlx.evaluation.recall import _most
-
-    for seed in range(50):
-        rng = random.Random(seed)
-        costs = [rng.choice([1, 3, 40]) for _ in range(400)]
-        limit, asked = rng.randint(5, 2000), []
-
-        def count(size: int, costs=costs, asked=asked) -> int:
-            asked.append(size)
-            return 5 + sum(costs[:size])
-
-        size = _most(lambda n: [n], limit, count, too_large=400)
-        assert count(size) <= limit
-        assert size == 399 or count(size + 1) > limit
-        assert len(asked) < 60
+    alone = run("evaluate", "--model", narrow.base, *recall, "--plot", picture)
+    assert (alone.code, alone.out) == (1, "no method can read these prompts\n")
+    assert "there is nothing to draw, every method is left out" in alone.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import weakref
@@ -19,10 +20,11 @@ from kmerge_mlx import generate, load
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
+from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
-from kmerge_mlx.evaluation.baselines import Method, reader, take_encoder_away
-from kmerge_mlx.evaluation.settings import BASELINES, EvaluateConfig
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Mean, Stride, Truncate, Uncompressed
+from kmerge_mlx.evaluation.report import read_report
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.prompts.segments import Segment
@@ -39,7 +41,7 @@ from tests.evaluations import (
 )
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
-QUESTIONS = 60
+QUESTIONS = 36
 MAX_TOKENS = 4
 
 
@@ -58,7 +60,7 @@ def batched(tmp_path_factory, folders, data):
     """Every method's answers, 32 at a time, and the report."""
     file = tmp_path_factory.mktemp("batched") / "answers.jsonl"
     report = measured(
-        **folders.settings(ks=(2, 4), baselines=BASELINES, data=str(data)),
+        **folders.settings(k=(2, 4), baseline=BASELINES, data=str(data)),
         max_tokens=MAX_TOKENS,
         predictions=str(file),
     )
@@ -92,8 +94,8 @@ def test_perplexity_uncompressed_is_mlx_lms(tmp_path, folders, adapted):
         max_tokens=1,
         batch_size=8,
     )
-    assert report.layout.chat_template
-    found = report.rows[0].results["data"].scores["perplexity"].value
+    assert report.layout["chat_template"]
+    found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(
         host_perplexity(*mlx_lm.load(str(base), adapter_path=adapter), rows), rel=1e-5
     )
@@ -143,16 +145,16 @@ def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tup
     return naive_nll(model, ids, row.answer_ids), len(ids)
 
 
-METHODS = [("uncompressed", 1)] + [
+READ = [("uncompressed", 1)] + [
     (name, k) for k in (2, 4) for name in ("merged", "mean", "truncate", "stride")
 ]
 
 
-@pytest.mark.parametrize(("method", "k"), METHODS)
+@pytest.mark.parametrize(("method", "k"), READ)
 def test_each_method_reads_what_its_name_says(folders, data, batched, method, k):
     _, tokenizer = load(str(folders.base))
     lines = (data / "test.jsonl").read_text().splitlines()
-    assert set(batched[0]) == set(METHODS)
+    assert set(batched[0]) == set(READ)
     for number in (0, 1, 2, 30):  # with a raw part, and without
         row = tokenize(tokenizer, RowFormat().read(json.loads(lines[number])))
         nll, positions = by_hand(folders, row, method, k)
@@ -178,9 +180,7 @@ def test_other_models_are_read_as_well_and_an_encoder_with_context(tmp_path, con
     folders, file = Folders(base, tmp_path / "adapter"), tmp_path / "answers.jsonl"
     rows = questions_of(6)
     data = str(write_data(tmp_path / "data", rows))
-    measured(
-        **folders.settings(baselines=BASELINES, data=data), max_tokens=1, predictions=str(file)
-    )
+    measured(**folders.settings(baseline=BASELINES, data=data), max_tokens=1, predictions=str(file))
     found, tokenizer = answers_of(file), load(str(base))[1]
     assert set(found) == {("uncompressed", 1), *((n, 3) for n in ("merged", *BASELINES[1:]))}
     for number, row in enumerate(rows):
@@ -199,10 +199,11 @@ def test_the_answers_are_those_of_generate(folders, data, batched):
         assert batched[0]["merged", 4][number]["text"] == text != ""
 
 
+@pytest.mark.slow
 def test_one_by_one_the_answers_are_the_same(tmp_path, folders, data, batched):
     file = tmp_path / "answers.jsonl"
-    report = measured(
-        **folders.settings(ks=(4,), baselines=BASELINES, data=str(data)),
+    measured(
+        **folders.settings(k=(4,), baseline=BASELINES, data=str(data)),
         max_tokens=MAX_TOKENS,
         predictions=str(file),
         batch_size=1,
@@ -214,64 +215,55 @@ def test_one_by_one_the_answers_are_the_same(tmp_path, folders, data, batched):
         assert [line["text"] for line in lines] == [line["text"] for line in together]
         nll = [line["nll"] for line in together]
         assert [line["nll"] for line in lines] == pytest.approx(nll, abs=1e-4)
-    rows = {row.method: row for row in batched[1].rows}
-    for row in report.rows:
-        scores = rows[row.method].results["data"].scores
-        for name, score in row.results["data"].scores.items():
-            assert score.value == pytest.approx(scores[name].value, rel=1e-5)
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["truncate", "stride"])
-def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw(name, k):
-    for size in range(1, 51):
+def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw():
+    for method, k, size in itertools.product((Truncate, Stride), (2, 3, 5), range(1, 30)):
         ids, raw = list(range(size)), list(range(100, 100 + size))
         segments = [Segment(raw, False), Segment(ids), Segment([7], False), Segment(ids)]
-        before, first, between, second = Method(name, k).cut(segments)
+        before, first, between, second = method(k).cut(segments)
         assert (list(before.ids), list(between.ids)) == (raw, [7])
         assert len(first.ids) == math.ceil(size / k)
         assert not any(part.merge for part in (before, first, between, second))
-        expected = ids[-len(first.ids) :] if name == "truncate" else [*ids[k - 1 :: k], size - 1]
+        expected = ids[-len(first.ids) :] if method is Truncate else [*ids[k - 1 :: k], size - 1]
         assert list(first.ids) == list(second.ids) == sorted(set(expected))
 
 
-@pytest.mark.parametrize("name", ["merged", "mean", "uncompressed"])
-def test_what_reads_a_whole_prompt_cuts_nothing(name):
-    segments = [Segment([1, 2, 3]), Segment([4], False)]
-    assert Method(name, 4).cut(segments) == segments
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_any_prompt_and_has_a_label(name):
+    method = METHODS[name](4)
+    segments = method.cut([Segment([1, 2, 3]), Segment([4], False)])
+    assert list(segments[-1].ids) == [4]
+    assert 1 <= len(segments[0].ids) <= 3
+    assert name == "uncompressed" or "4" in method.label
 
 
 def test_without_its_encoder_a_model_reads_means_and_another_is_whole(folders):
-    config = EvaluateConfig(**folders.settings(data="any"))
     segments = [Segment([5, 6, 7, 8, 9])]
-    model, _ = reader(config, 4)
+    model = load(str(folders.base), folders.adapters, 4)[0]
     merged = merged_embedding(model)
     kept = merged(mx.array(merged.compress(segments).ids))
-    take_encoder_away(model)
+    Mean(4).prepare(model)
     rows = merged(mx.array(merged.compress(segments).ids))
     means = merged.embedding(mx.array([[5, 6, 7, 8], [9, PAD, PAD, PAD]])).mean(axis=1)
     assert mx.allclose(rows, means, atol=1e-6)
     assert mx.abs(kept - means).max().item() > 0.01
-    again = merged_embedding(reader(config, 4)[0])
-    assert mx.array_equal(again(mx.array(again.compress(segments).ids)), kept)
 
 
 def test_uncompressed_is_the_base_where_there_is_no_adapter_for_1(tmp_path, folders, data, batched):
     report = measured(
-        **folders.settings(adapter_path=str(folders.adapters / "k4"), baselines=("uncompressed",)),
+        **folders.settings(adapter_path=str(folders.adapters / "k4"), baseline=("uncompressed",)),
         data=str(data),
         limit=8,
         max_tokens=1,
     )
     alone = measured(model=str(folders.base), data=str(data), limit=8, max_tokens=1)
     first, second = report.rows
-    assert (first.method, second.method) == (Method("uncompressed", 1), Method("merged", 4))
-    assert first.results == alone.rows[0].results
+    assert [(row.method, row.k) for row in report.rows] == [("uncompressed", 1), ("merged", 4)]
+    assert first == alone.rows[0] != second
     adapted = batched[0]["uncompressed", 1][:8]
     nll, tokens = (sum(line[name] for line in adapted) for name in ("nll", "answer_tokens"))
-    assert first.results["data"].scores["perplexity"].value != pytest.approx(
-        math.exp(nll / tokens), 1e-3
-    )
+    assert first.scores["data"]["perplexity"].value != pytest.approx(math.exp(nll / tokens), 1e-3)
 
 
 def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_one(
@@ -293,38 +285,35 @@ def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_
     assert (len(set(lengths)), limits) == (2, [max(lengths) - 1] * 3)
     lengths.clear()
     limits.clear()
-    measured(model=str(base), task="recall", lengths=(500,), depths=(1,), num_needles=2)
+    measured(model=str(base), task="recall", length=(500,), depth=(1,), num_needles=2)
     assert limits == [max(lengths) - 1 + 8] * 2
 
 
 def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders, data):
-    """Told so, or because an adapter was trained so: then all that is compared is read so."""
+    """If it is left out, or if an adapter was trained so: then all that is compared is read so."""
     settings = {"data": str(data), "limit": 4, "max_tokens": 1}
     base = str(copy_base(folders.base, tmp_path / "base", TEMPLATE))
     adapter = random_adapter(build(qwen2_config()), 4, seed=4)
     plain = replace(adapter, merge=replace(adapter.merge, layout=Layout(chat_template=False)))
     save_adapter(plain, tmp_path / "plain")
-    templated = folders.settings(model=base, ks=(4,), baselines=("uncompressed",), **settings)
+    templated = folders.settings(model=base, k=(4,), baseline=("uncompressed",), **settings)
     reports = [
         measured(**templated),
         measured(**templated, chat_template=False),
         measured(**templated | {"adapter_path": str(tmp_path / "plain")}),
     ]
     bare = measured(**templated | {"model": str(folders.base)})
-    assert [report.layout.chat_template for report in reports] == [True, False, False]
-    assert [row.results for row in reports[1].rows] == [row.results for row in bare.rows]
-    # There is no adapter for K = 1 beside it.
-    assert reports[2].rows[1].results == bare.rows[1].results
-    tokens = [[row.results["data"].prompt_tokens for row in report.rows] for report in reports]
+    assert [report.layout["chat_template"] for report in reports] == [True, False, False]
+    assert reports[1].rows == bare.rows
+    tokens = [[row.sizes["data"][0] for row in report.rows] for report in reports]
     assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
 
 
 def test_batches_are_of_similar_lengths_and_the_same_whenever_they_are_made():
     sizes = [9, 3, 40, 1, 3, 17, 2]
     rows = [TokenizedExample([Segment(range(size))], [1, 0]) for size in sizes]
-    batches = scoring.in_batches(Method("uncompressed", 1), rows, 3)
-    assert batches == [[3, 6, 1], [4, 0, 5], [2]]
-    assert scoring.in_batches(Method("truncate", 40), rows, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert scoring.in_batches(Uncompressed(1), rows, 3) == [[3, 6, 1], [4, 0, 5], [2]]
+    assert scoring.in_batches(Truncate(40), rows, 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_long_answers_are_likely_alike_however_few_logits_are_held(
@@ -332,21 +321,19 @@ def test_long_answers_are_likely_alike_however_few_logits_are_held(
 ):
     monkeypatch.setattr(scoring, "MOST_LOGITS", 700 * 20)
     monkeypatch.setattr(scoring, "MOST_POSITIONS", 200)
-    widths = []
-    plain = scoring.make_batch
+    passes, plain = [], scoring._in_passes
 
-    def make_batch(*args):
-        batch = plain(*args)
-        widths.append((batch.ids.size, int(batch.weights.sum().item())))
-        return batch
+    def in_passes(*args):
+        passes.extend(found := list(plain(*args)))
+        return found
 
-    monkeypatch.setattr(scoring, "make_batch", make_batch)
-    report = measured(**folders.settings(ks=(4,), data=str(data)), max_tokens=1)
-    wanted = next(row for row in batched[1].rows if row.method == Method("merged", 4))
-    found = report.rows[0].results["data"].scores["perplexity"].value
-    assert found == pytest.approx(wanted.results["data"].scores["perplexity"].value, rel=1e-5)
-    assert len(widths) > 20
-    assert all(tokens <= 20 for _, tokens in widths)
+    monkeypatch.setattr(scoring, "_in_passes", in_passes)
+    report = measured(**folders.settings(k=(4,), data=str(data)), max_tokens=1)
+    wanted = next(row for row in batched[1].rows if (row.method, row.k) == ("merged", 4))
+    found = report.rows[0].scores["data"]["perplexity"].value
+    assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
+    assert len(passes) > 20
+    assert all(sum(len(row.answer_ids) for row in rows) <= 20 for rows in passes)
 
 
 def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
@@ -360,12 +347,40 @@ def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
         return model, tokenizer
 
     monkeypatch.setattr(session, "reader", watched)
-    measured(**folders.settings(baselines=("mean",), data=str(data), limit=4), max_tokens=1)
+    measured(**folders.settings(baseline=("mean",), data=str(data), limit=4), max_tokens=1)
     assert len(models) == 3
 
 
-def test_a_likelihood_that_is_none_is_no_number_in_the_report(monkeypatch, folders, data):
-    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, prompts, answers: [math.nan] * 4)
-    report = measured(**folders.settings(ks=(4,), data=str(data), limit=4), max_tokens=1)
+def test_a_likelihood_that_cannot_be_computed_is_null_in_the_report(monkeypatch, folders, data):
+    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, read: [math.nan] * 4)
+    report = measured(**folders.settings(k=(4,), data=str(data), limit=4), max_tokens=1)
     score = report.to_json()["rows"][0]["scores"]["data"]["perplexity"]
     assert score == {"value": None}
+
+
+def test_adapters_trained_on_other_layouts_are_measured_one_at_a_time(tmp_path, folders, data):
+    for k, layout in ((2, Layout(merges="all")), (4, Layout())):
+        adapter = random_adapter(build(qwen2_config()), k, seed=k)
+        save_adapter(
+            replace(adapter, merge=replace(adapter.merge, layout=layout)), tmp_path / f"k{k}"
+        )
+    settings = folders.settings(adapter_path=str(tmp_path), data=str(data), limit=2, max_tokens=1)
+    with pytest.raises(EvaluateError, match="K = 2, 4 were trained on prompts laid out differ"):
+        measured(**settings)
+    assert len(measured(**settings, merges="all", merge_threshold=9).rows) == 2
+    assert measured(**settings, k=(2,)).layout["merges"] == "all"
+
+
+def test_a_report_is_read_back_as_it_was_printed(tmp_path, batched):
+    path, report = tmp_path / "report.json", batched[1]
+    path.write_text(json.dumps(report.to_json()))
+    found = read_report(path)
+    assert (found.version, found.settings["task"]) == (report.version, None)
+    assert found.groups == report.groups == {"data": QUESTIONS}
+    assert [row.scores for row in found.rows] == [row.scores for row in report.rows]
+    ratios = [row.compression_ratio for row in report.rows]
+    assert [row.compression_ratio for row in found.rows] == ratios
+    for broken in ({"rows": [{}]}, {"groups": {}}, {"groups": {"data": {"questions": "7"}}}):
+        path.write_text(json.dumps(report.to_json() | broken))
+        with pytest.raises(EvaluateError, match="is not what `kmerge-mlx evaluate --json` prints"):
+            read_report(path)
