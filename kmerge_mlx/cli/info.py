@@ -17,7 +17,7 @@ from kmerge_mlx.prompts.policy import CONTEXTS
 from kmerge_mlx.settings import CacheSettings, Settings, argument, option
 
 if TYPE_CHECKING:
-    from kmerge_mlx.tools.sizing import Row, Sizing, SizingConfig
+    from kmerge_mlx.tools.sizing import SizingConfig
 
 MOST = 10_000_000
 MAX_SHOWN = 100  # characters of a value; --json shows all of it
@@ -218,8 +218,8 @@ def _calculate(settings: InfoSettings) -> None:
         quantized_kv_start=settings.quantized_kv_start,
     )
     found = calculate(settings.model, config)
-    if config.max_kv_size is not None and not found.base.obeys_max_kv_size:
-        note = f"note: mlx-lm's {found.base.model_type} makes its own KV cache and ignores "
+    if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
+        note = f"note: mlx-lm's {found['base']['model_type']} makes its own KV cache and ignores "
         print(f"{note}--max-kv-size", file=sys.stderr)
     if not settings.as_json:
         print(_tables(settings.model, config, memory, found))
@@ -231,84 +231,66 @@ def _calculate(settings: InfoSettings) -> None:
             "multiplications_per_byte": MULTIPLICATIONS_PER_BYTE,
             "usable_share_of_memory": USABLE_SHARE,
         },
-        **asdict(found),
+        **found,
     }
     print(json.dumps(report, ensure_ascii=False))
 
 
-def _tables(name: str, config: SizingConfig, memory: int | None, found: Sizing) -> str:
-    base, asked = found.base, memory is not None
-    context = f"{base.context_length:,} positions" if base.context_length else "unknown"
-    source = "weights' headers" if base.has_weights else "config"
+def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[str, Any]) -> str:
+    base, asked = found["base"], memory is not None
+    context = f"{base['context_length']:,} positions" if base["context_length"] else "unknown"
+    source = "weights' headers" if base["has_weights"] else "config"
     heads = ["K", "encoder", "its size"]
     if asked:
         unit = next(unit for unit, count in _UNITS.items() if memory >= count or unit == "M")
         heads += [f"longest prompt in {memory / _UNITS[unit]:.6g} {unit}B", "ends at"]
     factors = [heads]
-    for factor in found.factors:
-        parameters, taken = f"{factor.encoder_parameters:,}", size(factor.encoder_bytes)
-        cells = [str(factor.k), *((parameters, taken) if factor.k > 1 else ("none", "-"))]
+    for factor in found["factors"]:
+        k, longest = factor["k"], factor["longest_prompt"]
+        encoder = [f"{factor['encoder_parameters']:,}", size(factor["encoder_bytes"])]
+        cells = [str(k), *(encoder if k > 1 else ["none", "-"])]
         if asked:
-            longest = factor.longest_prompt
             cells.append("no limit found" if longest is None else f"{longest:,} tokens")
-            cells.append(factor.limited_by or "-")
+            cells.append(factor["limited_by"] or "-")
         factors.append(cells)
     heads = ["prompt", "K", "positions", "KV cache", "memory", *(["fits"] if asked else [])]
     rows = [[*heads, "less work", "speed-up at least"]]
-    return "\n".join(
-        [
-            f"{name}: {base.model_type}, {base.parameters:,} parameters, "
-            f"{size(base.weight_bytes)} ({base.dtype}, from its {source}); context {context}",
-            "",
-            aligned(factors),
-            "",
-            aligned(rows + [_cells(row) for row in found.rows]),
-            "",
-            *_legend(found, config),
-        ]
+    for row in found["rows"]:
+        ratios = (row["work_ratio"], row["speedup_floor"])
+        rows.append(
+            [
+                f"{row['length']:,} token{'' if row['length'] == 1 else 's'}",
+                str(row["k"]),
+                f"{row['positions']:,}" + ("*" if row["in_context"] is False else ""),
+                size(row["kv_bytes"]),
+                size(row["memory_bytes"]),
+                *(["yes" if row["fits"] else "no"] if asked else []),
+                *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            ]
+        )
+    title = (
+        f"{name}: {base['model_type']}, {base['parameters']:,} parameters, "
+        f"{size(base['weight_bytes'])} ({base['dtype']}, from its {source}); context {context}"
     )
+    over = any(row["in_context"] is False for row in found["rows"])
+    tables = [title, aligned(factors), aligned(rows), "\n".join(_legend(config, over))]
+    return "\n\n".join(tables)
 
 
-def _cells(row: Row) -> list[str]:
-    def times(ratio: float | None) -> str:
-        return "-" if ratio is None else f"{ratio:.2f}x"
-
-    return [
-        f"{row.length:,} token{'' if row.length == 1 else 's'}",
-        str(row.k),
-        f"{row.positions:,}" + ("*" if row.in_context is False else ""),
-        size(row.kv_bytes),
-        size(row.memory_bytes),
-        *([] if row.fits is None else ["yes" if row.fits else "no"]),
-        times(row.work_ratio),
-        times(row.speedup_floor),
-    ]
-
-
-def _legend(found: Sizing, config: SizingConfig) -> list[str]:
+def _legend(config: SizingConfig, over: bool) -> list[str]:
     cache = "" if config.kv_bits is None else f", {config.kv_bits} bits each"
     if config.kv_bits is not None and config.quantized_kv_start:
         cache += f" from position {config.quantized_kv_start:,} on"
-    lines = [
+    share = f"{USABLE_SHARE:.0%}"
+    fits = f"fits        memory within {share} of --memory: what a Mac's GPU may use at the least"
+    return [
         "K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges",
         "encoder     parameters at the default width, bytes in float32",
-    ]
-    if any(row.in_context is False for row in found.rows):
-        lines.append("*           more positions than the model was made for")
-    lines += [
-        f"KV cache    keys and values of the prompt's positions{cache}; a linear-attention layer's",
-        "            state of a fixed size",
+        *(["*           more positions than the model was made for"] if over else []),
+        f"KV cache    keys and values of the prompt's positions{cache}; a linear layer's state",
         "memory      weights, encoder, merged blocks, and the room that mlx-lm gives the KV cache;",
         "            activations and generated tokens not counted",
-    ]
-    if config.usable_bytes is not None:
-        lines += [
-            f"fits        memory within {USABLE_SHARE:.0%} of --memory: about what a Mac's GPU may "
-            "use at the least;",
-            "            the rest is the system's, and the activations'",
-        ]
-    return [
-        *lines,
+        *([] if config.usable_bytes is None else [fits]),
         "less work   multiplications at K = 1 over those at this K, the encoder's included",
         "speed-up    the least of time to first token if multiplying and reading weights take all "
         "of it, and a",

@@ -225,14 +225,8 @@ def has_quantized_layers(model: nn.Module) -> bool:
 def check_model_destination(path: str | Path, setting: str, force: bool, source: Source) -> None:
     """Refuses to write a model over something else, before any work is done.
 
-    Args:
-        path: Where the model is to be written.
-        setting: What names it, for the errors.
-        force: Whether a model folder there may be replaced.
-        source: What it is made from, which must stay.
-
     Raises:
-        ModelError: Something else is there, or one of the sources.
+        ModelError: Something else is there, or what it is made from. ``setting`` names ``path``.
         AdapterError: The adapter that it carries holds more files than its own.
     """
     path = Path(path)
@@ -295,13 +289,8 @@ def write_model(
 def carried_merge(how: str, source: Source, config: Mapping[str, Any], pad: int) -> MergeConfig:
     """What an adapter says of itself once a model folder carries it.
 
-    The base is the folder around it, wherever that is, so it has no id.
-
-    Args:
-        how: ``fused`` or ``quantized``.
-        source: What the folder is made from.
-        config: The new model's.
-        pad: Token that fills the last block.
+    The base is the folder around it, wherever that is, so it has no id. ``how`` is ``fused`` or
+    ``quantized``, ``config`` the new model's, ``pad`` the token that fills the last block.
     """
     provenance = {
         f"{how}_by": f"kmerge-mlx {__version__}",
@@ -323,11 +312,7 @@ class Comparison:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        text: str | None = None,
-        progress: Bars | None = None,
+        self, model: nn.Module, tokenizer: Any, text: str | None, progress: Bars | None = None
     ):
         self._progress = progress or (lambda _: lambda *_: None)
         embedding = merged_embedding(model)

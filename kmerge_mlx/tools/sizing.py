@@ -60,57 +60,6 @@ class SizingConfig:
 
 
 @dataclass(frozen=True)
-class BaseSizes:
-    """A base model."""
-
-    model_type: str
-    dtype: str  # of its embeddings
-    parameters: int  # before any quantization
-    weight_bytes: int  # after it
-    hidden_size: int  # D
-    context_length: int | None  # positions it was made for; None: its config does not say
-    has_weights: bool  # whether its weights files' headers were read, or its config alone
-    obeys_max_kv_size: bool  # whether mlx-lm limits its KV cache where asked to
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One merge factor."""
-
-    k: int
-    encoder_parameters: int  # of the default width; 0 at K = 1
-    encoder_bytes: int  # in float32
-    longest_prompt: int | None  # original tokens that fit; None: not asked, or no limit
-    limited_by: str | None  # MEMORY, CONTEXT or BLOCKS
-
-
-@dataclass(frozen=True)
-class Row:
-    """One merge factor at one length, batch size 1; the last two are None at K = 1."""
-
-    k: int
-    length: int  # T, original tokens of the prompt, all of them merged
-    positions: int  # prefilled: ceil(T / K)
-    in_context: bool | None  # whether the model was made for so many; None: not known
-    kv_bytes: int  # the cache after those positions, as `kmerge-mlx bench` counts it
-    memory_bytes: int  # weights, encoder, merged blocks, and all the room that the cache takes
-    fits: bool | None  # within the usable memory; None: not asked
-    multiplications: int  # of reading the prompt, the encoder's included
-    weight_traffic_bytes: int  # weights read for it, once for each step of the prefill
-    work_ratio: float | None  # multiplications of K = 1 over these
-    speedup_floor: float | None  # the least speed-up over K = 1, as `floor` assumes
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """All that was calculated; ``rows`` are by length and then by K."""
-
-    base: BaseSizes
-    factors: tuple[Factor, ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
 class _LayerCache:
     """What one layer's cache keeps: keys and values, or a state of one size."""
 
@@ -122,13 +71,17 @@ class _LayerCache:
     state_size: int = 0  # numbers
 
 
-def calculate(path_or_hf_repo: str, settings: SizingConfig) -> Sizing:
+def calculate(path_or_hf_repo: str, settings: SizingConfig) -> dict[str, Any]:
     """Calculates what prompts take at every merge factor, of which 1 is always one.
 
     Args:
         path_or_hf_repo: Base model: a folder, a hub repo id (weights are not fetched), or
             ``bundled``.
         settings: What to calculate.
+
+    Returns:
+        ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
+        docs/choosing-k.md.
 
     Raises:
         ModelError: The base cannot be found or read merged prompts, its config does not say
@@ -142,17 +95,17 @@ def calculate(path_or_hf_repo: str, settings: SizingConfig) -> Sizing:
     for length in settings.lengths:
         reference = found.row(1, length, None)
         rows += [reference, *(found.row(k, length, reference) for k in ks[1:])]
-    sizes = BaseSizes(
-        config["model_type"],
-        base.dtype_name(found.dtype),
-        get_total_parameters(model),
-        found.weight_bytes,
-        found.hidden_size,
-        found.context_length,
-        has_weights,
-        not hasattr(model, "make_cache"),  # mlx-lm's own condition
-    )
-    return Sizing(sizes, tuple(found.factor(k) for k in ks), tuple(rows))
+    sizes = {
+        "model_type": config["model_type"],
+        "dtype": base.dtype_name(found.dtype),  # of its embeddings
+        "parameters": get_total_parameters(model),  # before any quantization
+        "weight_bytes": found.weight_bytes,  # after it
+        "hidden_size": found.hidden_size,
+        "context_length": found.context_length,
+        "has_weights": has_weights,  # whether the headers of its weights files were read
+        "obeys_max_kv_size": not hasattr(model, "make_cache"),  # mlx-lm's own condition
+    }
+    return {"base": sizes, "factors": [found.factor(k) for k in ks], "rows": rows}
 
 
 def floor(whole: tuple[int, int], merged: tuple[int, int]) -> float:
@@ -195,31 +148,38 @@ class _Calculator:
                 f"windows, or `kv_group_size` {settings.kv_group_size} does not divide its heads"
             )
 
-    def row(self, k: int, length: int, reference: Row | None) -> Row:
-        """One merge factor at one length; the reference is K = 1 at the same."""
+    def row(self, k: int, length: int, reference: dict[str, Any] | None) -> dict[str, Any]:
+        """One merge factor at one length, batch size 1; the reference is K = 1 at the same."""
         positions = -(-length // k)
         usable, context = self._settings.usable_bytes, self.context_length
         memory = self._memory(k, positions)
-        work, traffic = self._multiplications(k, positions), self._weight_traffic(k, positions)
-        whole = reference and (reference.multiplications, reference.weight_traffic_bytes)
-        return Row(
-            k,
-            length,
-            positions,
-            None if context is None else positions <= context,
-            self._cache_bytes(positions, self._is_quantized(positions)),
-            memory,
-            None if usable is None else memory <= usable,
-            work,
-            traffic,
-            whole and whole[0] / work,
-            whole and floor(whole, (work, traffic)),
-        )
+        now = self._multiplications(k, positions), self._weight_traffic(k, positions)
+        whole = reference and (reference["multiplications"], reference["weight_traffic_bytes"])
+        return {
+            "k": k,
+            "length": length,
+            "positions": positions,
+            "in_context": None if context is None else positions <= context,
+            "kv_bytes": self._cache_bytes(positions, self._is_quantized(positions)),
+            "memory_bytes": memory,
+            "fits": None if usable is None else memory <= usable,
+            "multiplications": now[0],
+            "weight_traffic_bytes": now[1],
+            "work_ratio": whole and whole[0] / now[0],
+            "speedup_floor": whole and floor(whole, now),
+        }
 
-    def factor(self, k: int) -> Factor:
+    def factor(self, k: int) -> dict[str, Any]:
         """One merge factor, whatever the length."""
         parameters = self._encoder(k)[0]
-        return Factor(k, parameters, parameters * _FLOAT32, *self._longest(k))
+        longest, limit = self._longest(k)
+        return {
+            "k": k,
+            "encoder_parameters": parameters,
+            "encoder_bytes": parameters * _FLOAT32,
+            "longest_prompt": longest,
+            "limited_by": limit,
+        }
 
     def _longest(self, k: int) -> tuple[int | None, str | None]:
         """Most tokens that fit, and what limits them: a search over whole positions."""

@@ -247,8 +247,8 @@ def test_a_short_text_is_compared_whole_and_a_long_one_within_bounds(tmp_path, m
     assert short.plain == short.merged == tokenizer.encode("One two three")
     long = Comparison(model, tokenizer, "One two three four. " * 2000)
     assert (len(long.plain), len(long.merged)) == (512, 4 * 512)
-    assert Comparison(model, tokenizer).merged == Comparison(model, tokenizer).merged
+    assert Comparison(model, tokenizer, None).merged == Comparison(model, tokenizer, None).merged
     monkeypatch.setattr(fusing, "DRIFT_BYTES", 100 * 4 * 700)
-    assert len(Comparison(model, tokenizer).plain) == 50
+    assert len(Comparison(model, tokenizer, None).plain) == 50
     model.context_length = 7
-    assert len(Comparison(model, tokenizer).plain) == 7
+    assert len(Comparison(model, tokenizer, None).plain) == 7

@@ -94,12 +94,14 @@ def test_the_config_gives_the_published_sizes_and_takes_no_memory(name, tmp_path
     before = mx.get_active_memory()
     found = calculate(folder_of(tmp_path, config), SizingConfig(lengths, KS))
     assert mx.get_peak_memory() - before < 1 << 20
-    assert found.base.parameters == PARAMETERS[name]
-    assert found.base.weight_bytes == 2 * PARAMETERS[name]
-    assert found.base.context_length == config["max_position_embeddings"]
-    assert [(row.length, row.k) for row in found.rows] == [(n, k) for n in lengths for k in KS]
-    for row in found.rows:
-        assert row.kv_bytes == row.positions * position_bytes(config)
+    assert found["base"]["parameters"] == PARAMETERS[name]
+    assert found["base"]["weight_bytes"] == 2 * PARAMETERS[name]
+    assert found["base"]["context_length"] == config["max_position_embeddings"]
+    assert [(row["length"], row["k"]) for row in found["rows"]] == [
+        (n, k) for n in lengths for k in KS
+    ]
+    for row in found["rows"]:
+        assert row["kv_bytes"] == row["positions"] * position_bytes(config)
 
 
 def held(cache: list) -> int:
@@ -142,28 +144,28 @@ def test_positions_and_bytes_are_those_of_the_projects_own_generation(name, tmp_
     model, tokenizer = load(path)
     lengths = (3, 60) if name in HYBRIDS else (3, 100, 2100)
     found = calculate(path, SizingConfig(lengths, (1,)))
-    for row in found.rows:
-        assert (row.positions, row.kv_bytes) == measured(model, tokenizer, row.length)
+    for row in found["rows"]:
+        assert (row["positions"], row["kv_bytes"]) == measured(model, tokenizer, row["length"])
     parameters = [array for _, array in tree_flatten(model.parameters())]
     # mlx-lm's count leaves out the few numbers that are in no layer of a kind of their own.
-    assert found.base.parameters == pytest.approx(sum(a.size for a in parameters), rel=1e-3)
-    assert found.base.weight_bytes == sum(array.nbytes for array in parameters)
+    assert found["base"]["parameters"] == pytest.approx(sum(a.size for a in parameters), rel=1e-3)
+    assert found["base"]["weight_bytes"] == sum(array.nbytes for array in parameters)
 
 
 def test_layers_with_a_sliding_window_hold_no_more_than_it(tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**GEMMA3)))
-    (row,) = calculate(path, SizingConfig((2100,), (1,))).rows
+    (row,) = calculate(path, SizingConfig((2100,), (1,)))["rows"]
     one = 2 * 2 * 64 * 4  # keys and values of 2 heads, float32
-    assert row.kv_bytes == (5 * 128 + 2 * 2100) * one
+    assert row["kv_bytes"] == (5 * 128 + 2 * 2100) * one
 
 
 def test_linear_attention_keeps_a_state_of_a_fixed_size(tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**HYBRIDS["qwen3_5"])))
-    rows = calculate(path, SizingConfig((100, 1000), (1,))).rows
+    rows = calculate(path, SizingConfig((100, 1000), (1,)))["rows"]
     convolution = 3 * (2 * 2 * 16 + 4 * 8)
     state = 6 * 4 * (convolution + 4 * 16 * 8)
     one = 2 * 2 * 2 * 32 * 4  # keys and values of 2 heads in every fourth layer
-    assert [row.kv_bytes for row in rows] == [state + 100 * one, state + 1000 * one]
+    assert [row["kv_bytes"] for row in rows] == [state + 100 * one, state + 1000 * one]
 
 
 OPTIONS = (
@@ -185,9 +187,11 @@ def test_every_kind_of_kv_cache_is_sized_as_generation_fills_it(base, options, t
     save_adapter(random_adapter(model, 3), tmp_path / "a")
     model, tokenizer = load(str(base), tmp_path / "a")
     config = SizingConfig((5, 101, 2048, 6150), (3,), **options)
-    sizes = [row for row in calculate(str(base), config).rows if row.k == 3]
+    sizes = [row for row in calculate(str(base), config)["rows"] if row["k"] == 3]
     for row in sizes:
-        assert (row.positions, row.kv_bytes) == measured(model, tokenizer, row.length, **options)
+        assert (row["positions"], row["kv_bytes"]) == measured(
+            model, tokenizer, row["length"], **options
+        )
 
 
 def test_the_calculator_says_what_bench_measures(tmp_path):
@@ -196,12 +200,12 @@ def test_the_calculator_says_what_bench_measures(tmp_path):
     sides = benchmark.load_sides(Source.find(path), {2: None, 4: None}, lengths)
     rows = benchmark.measure(sides, BenchmarkConfig(lengths, 1, 1, 2048, 0, 0))
     found = calculate(path, SizingConfig(lengths, (2, 4)))
-    assert [(row.length, row.k, row.positions, row.kv_bytes) for row in found.rows] == [
-        (row.length, row.k, row.positions, row.figures.kv_bytes) for row in rows
-    ]
+    assert [
+        (row["length"], row["k"], row["positions"], row["kv_bytes"]) for row in found["rows"]
+    ] == [(row.length, row.k, row.positions, row.figures.kv_bytes) for row in rows]
     encoders = [side.embedding.encoder for side in sides if side.embedding is not None]
     arrays = [[array for _, array in tree_flatten(e.parameters())] for e in encoders]
-    assert [(f.encoder_parameters, f.encoder_bytes) for f in found.factors] == [
+    assert [(f["encoder_parameters"], f["encoder_bytes"]) for f in found["factors"]] == [
         (0, 0),
         *((sum(a.size for a in each), sum(a.nbytes for a in each)) for each in arrays),
     ]
@@ -217,25 +221,27 @@ def test_the_config_alone_gives_the_sizes_of_the_weights_files(changes, tmp_path
     asked = SizingConfig((100, 1000), KS, usable_bytes=1 << 24)
     full = calculate(str(path), asked)
     stored = mx.load(str(path / "model.safetensors")).values()
-    assert full.base.weight_bytes == sum(array.nbytes for array in stored)
+    assert full["base"]["weight_bytes"] == sum(array.nbytes for array in stored)
     (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
     alone = calculate(str(path), asked)
-    assert (full.base.has_weights, alone.base.has_weights) == (True, False)
-    assert (alone.rows, alone.factors) == (full.rows, full.factors)
-    assert alone.base.parameters == full.base.parameters
+    assert (full["base"]["has_weights"], alone["base"]["has_weights"]) == (True, False)
+    assert (alone["rows"], alone["factors"]) == (full["rows"], full["factors"])
+    assert alone["base"]["parameters"] == full["base"]["parameters"]
 
 
 def test_the_longest_prompt_is_the_last_that_fits(tmp_path):
     path = folder_of(tmp_path, config_of("qwen2.5-0.5b") | {"max_position_embeddings": 1 << 20})
     usable = 2 << 30
-    for factor in calculate(path, SizingConfig((1,), KS, usable_bytes=usable)).factors:
-        assert factor.limited_by == MEMORY
-        longest = factor.longest_prompt
-        rows = calculate(path, SizingConfig((longest, longest + 1), KS, usable_bytes=usable)).rows
-        fits = {row.length: row.fits for row in rows if row.k == factor.k}
+    for factor in calculate(path, SizingConfig((1,), KS, usable_bytes=usable))["factors"]:
+        assert factor["limited_by"] == MEMORY
+        longest = factor["longest_prompt"]
+        rows = calculate(path, SizingConfig((longest, longest + 1), KS, usable_bytes=usable))[
+            "rows"
+        ]
+        fits = {row["length"]: row["fits"] for row in rows if row["k"] == factor["k"]}
         assert fits == {longest: True, longest + 1: False}
     nothing = calculate(path, SizingConfig((1,), (1, 4), usable_bytes=1 << 20))
-    assert [(f.longest_prompt, f.limited_by) for f in nothing.factors] == [(0, MEMORY)] * 2
+    assert [(f["longest_prompt"], f["limited_by"]) for f in nothing["factors"]] == [(0, MEMORY)] * 2
 
 
 def test_the_longest_prompt_ends_at_the_context_or_at_the_block_table(tmp_path):
@@ -245,7 +251,9 @@ def test_the_longest_prompt_ends_at_the_context_or_at_the_block_table(tmp_path):
         found = calculate(
             folder_of(tmp_path, config), SizingConfig((1,), (4,), usable_bytes=1 << 50)
         )
-        ends.append([(factor.longest_prompt, factor.limited_by) for factor in found.factors])
+        ends.append(
+            [(factor["longest_prompt"], factor["limited_by"]) for factor in found["factors"]]
+        )
     assert ends == [
         [(32_768, "context"), (131_072, "context")],
         [(1 << 20, "context"), (4 * 131_072, "block table")],
@@ -255,12 +263,12 @@ def test_the_longest_prompt_ends_at_the_context_or_at_the_block_table(tmp_path):
 
 def test_memory_is_weights_encoder_merged_blocks_and_all_the_room_of_the_cache(tmp_path):
     config = config_of("qwen2.5-0.5b")
-    one, four = calculate(folder_of(tmp_path, config), SizingConfig((1200,), (4,))).rows
+    one, four = calculate(folder_of(tmp_path, config), SizingConfig((1200,), (4,)))["rows"]
     weights, room = 2 * PARAMETERS["qwen2.5-0.5b"], position_bytes(config)
     # mlx-lm makes room by 256 positions.
-    assert one.memory_bytes == weights + 1280 * room
+    assert one["memory_bytes"] == weights + 1280 * room
     blocks = 300 * 896 * 2
-    assert four.memory_bytes == weights + 41_756_288 * 4 + blocks + 512 * room
+    assert four["memory_bytes"] == weights + 41_756_288 * 4 + blocks + 512 * room
 
 
 D, INNER, HEADS, KV_HEADS, VOCAB = 64, 128, 4, 2, 700
@@ -291,29 +299,29 @@ def three_layers(**changes) -> dict:
 def test_reading_a_prompt_is_counted_pair_by_pair(tmp_path, quantization):
     path = str(write_base(tmp_path, three_layers(**quantization)))
     encoder = 4 * D * (6 * D) * 2 + 4 * D * D  # K = 4: W1 and W2 of 6D x 4D, W3 of D x 4D
-    one, four = calculate(path, SizingConfig((99,), (4,))).rows
-    assert one.multiplications == by_hand(99, [None] * 3)
-    assert four.multiplications == by_hand(25, [None] * 3) + 25 * encoder
-    assert four.work_ratio == one.multiplications / four.multiplications
+    one, four = calculate(path, SizingConfig((99,), (4,)))["rows"]
+    assert one["multiplications"] == by_hand(99, [None] * 3)
+    assert four["multiplications"] == by_hand(25, [None] * 3) + 25 * encoder
+    assert four["work_ratio"] == one["multiplications"] / four["multiplications"]
     if not quantization:
         biases, steps = D + 2 * KV, 1
         last = 3 * (LAYER + biases) + D * VOCAB
         fill = 2 * (LAYER + biases) + 2 * (D + 1) * KV
-        assert one.weight_traffic_bytes == 4 * (last + steps * fill)
+        assert one["weight_traffic_bytes"] == 4 * (last + steps * fill)
 
 
 def test_windows_and_experts_are_where_work_ends(tmp_path):
     gemma = {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16}
     window = {"sliding_window": 8, "sliding_window_pattern": 3}
     path = str(write_base(tmp_path / "gemma", three_layers(**gemma, **window)))
-    assert calculate(path, SizingConfig((50,), (1,))).rows[0].multiplications == by_hand(
+    assert calculate(path, SizingConfig((50,), (1,)))["rows"][0]["multiplications"] == by_hand(
         50, [8, 8, None]
     )
     path = str(
         write_base(tmp_path / "moe", three_layers(**MOE, model_type="qwen3_moe", head_dim=16))
     )
     layer = 2 * D * D + 2 * D * KV + 8 * D + 2 * 3 * D * 32  # a gate, and 2 of 8 experts
-    assert calculate(path, SizingConfig((50,), (1,))).rows[0].multiplications == by_hand(
+    assert calculate(path, SizingConfig((50,), (1,)))["rows"][0]["multiplications"] == by_hand(
         50, [None] * 3, layer
     )
 
@@ -337,8 +345,8 @@ def test_the_floor_is_below_every_speedup_that_was_measured(tmp_path):
     lowest = documented_speedups()
     assert len(lowest) == 6
     path = folder_of(tmp_path, config_of("qwen2.5-0.5b"))
-    rows = calculate(path, SizingConfig((512, 2048), (2, 4, 8), dtype="float32")).rows
-    floors = {(row.length, row.k): row.speedup_floor for row in rows if row.k > 1}
+    rows = calculate(path, SizingConfig((512, 2048), (2, 4, 8), dtype="float32"))["rows"]
+    floors = {(row["length"], row["k"]): row["speedup_floor"] for row in rows if row["k"] > 1}
     assert floors.keys() == lowest.keys()
     assert all(floors[key] < lowest[key] for key in floors)
 
