@@ -273,7 +273,8 @@ def _passes(model: nn.Module, table: nn.Module, used: int | None) -> tuple[list[
         Those of a position that only fills the cache, and those of the prompt's last one.
     """
     head = output_head(model)
-    last = max(int(m[1]) for path, _ in model.named_modules() if (m := _LAYER.search(path)))
+    found = (_LAYER.search(path) for path, _ in model.named_modules())
+    last = max((int(layer[1]) for layer in found if layer), default=-1)
     fill, full = [0, 0], [0, 0]
     for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
         weight = module.get("weight")
