@@ -50,25 +50,6 @@ def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None)
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
-    """How a base is quantized; None is the mode's own default (``affine``: 4 bits, groups of 64).
-
-    Args:
-        bits: Bits of a weight.
-        group_size: Weights that share a scale.
-        mode: One of ``MODES``.
-        embedding: Quantize the embedding table as well.
-        encoder_bits: Bits of the merge encoder's weights, or None: it stays as it is.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = MODES[0]
-    embedding: bool = False
-    encoder_bits: int | None = None
-
-
-@dataclass(frozen=True)
 class EncoderQuantization:
     """How the weights of a merge encoder are packed, as ``mlx.nn.QuantizedLinear`` packs them.
 

@@ -7,65 +7,55 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
-from kmerge_mlx.cli import options as opt
+from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.tables import aligned, size
-from kmerge_mlx.config import GenerationConfig
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
 if TYPE_CHECKING:
-    from kmerge_mlx.adapters.folder import Adapter
+    from kmerge_mlx.source import Source
     from kmerge_mlx.tools.bench import BenchmarkConfig, Row, Side, Spread
 
 K = 4
-LENGTHS = (512, 2048)
 
 
-def bench(
-    model: opt.Model = None,
-    adapter_path: opt.AdapterPath = None,
-    k: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--k",
-            "--merge-factor",
-            min=1,
-            help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured "
-            f"in any case. Default: all that --adapter-path holds; without one, {K}.",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            min=1,
-            help="Tokens of the prompt; give it again for another. Default: "
-            f"{' and '.join(map(str, LENGTHS))}.",
-            show_default=False,
-        ),
-    ] = None,
-    num_trials: Annotated[
+@dataclass(frozen=True)
+class BenchSettings(ModelSettings):
+    """What to measure."""
+
+    NAME = "bench"
+
+    k: tuple[int, ...] = option(
+        (),
         int,
-        typer.Option("--num-trials", "-n", min=1, help="Rounds, after one that warms up."),
-    ] = 3,
-    generation_tokens: Annotated[
-        int, typer.Option("--generation-tokens", "-g", min=1, help="Tokens generated in each run.")
-    ] = 16,
-    prefill_step_size: opt.PrefillStepSize = GenerationConfig.prefill_step_size,
-    delay: Annotated[
-        int, typer.Option("--delay", min=0, max=3600, help="Seconds of rest before each run.")
-    ] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random prompts.")] = 0,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    as_json: opt.Json = False,
-    plot: opt.Plot = None,
-) -> None:
+        "Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in any "
+        f"case. Default: all that --adapter-path holds; without one, {K}.",
+        low=1,
+        many=True,
+        flags=("--k", "--merge-factor"),
+    )
+    length: tuple[int, ...] = option(
+        (512, 2048), int, "Tokens of the prompt; give it again for another.", low=1, many=True
+    )
+    num_trials: int = option(
+        3, int, "Rounds, after one that warms up.", low=1, flags=("--num-trials", "-n")
+    )
+    generation_tokens: int = option(
+        16, int, "Tokens generated in each run.", low=1, flags=("--generation-tokens", "-g")
+    )
+    prefill_step_size: int = CacheSettings.setting("prefill_step_size")
+    delay: int = option(0, int, "Seconds of rest before each run.", low=0, high=3600)
+    seed: int = option(0, int, "Seed of the random prompts.")
+    as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
+    plot: str | None = option(None, str, "Draw a picture into this file (.png, .svg, .pdf).")
+
+
+@command(BenchSettings)
+def bench(settings: BenchSettings) -> None:
     """Measure speed and memory against plain mlx-lm, side by side.
 
     Prompts are random token ids. Plain mlx-lm is the base model without an adapter. Without
@@ -77,54 +67,69 @@ def bench(
       kmerge-mlx bench --model M --k 2 --k 4 --k 8 --length 512 --length 8192 --plot speed.png
       kmerge-mlx bench --adapter-path A -n 5 -g 64 --json
     """
-    # The heavy imports wait until the command line is known to be good.
-    from kmerge_mlx.plots.common import check_plot
+    if settings.plot:
+        from kmerge_mlx.plots.common import check_plot
 
-    if plot:
-        check_plot(plot)
-    model, adapter_path = opt.chosen(model, adapter_path)
+        check_plot(settings.plot)
 
     from kmerge_mlx.cli.output import bars
     from kmerge_mlx.tools import bench as benchmark
 
-    lengths = tuple(sorted(set(length or LENGTHS)))
+    source, merged = _sources(settings)
     config = benchmark.BenchmarkConfig(
-        lengths, num_trials, generation_tokens, prefill_step_size, seed, delay
+        tuple(sorted(set(settings.length))),
+        settings.num_trials,
+        settings.generation_tokens,
+        settings.prefill_step_size,
+        settings.seed,
+        settings.delay,
     )
-    adapters = _adapters(adapter_path, k)
     # On Metal mlx-lm prints a warning about large models.
     with contextlib.redirect_stdout(sys.stderr):
-        sides = benchmark.load_sides(model, adapters, lengths, trust_remote_code=trust_remote_code)
+        sides = benchmark.load_sides(source, merged, config.lengths)
         encoders = _encoders(sides)
-        if encoders and adapter_path is None:
-            _note_untrained(encoders)
+        if encoders and source.adapter_path is None:
+            sizes = ", ".join(
+                f"K={e['merge_factor']}: {e['parameters'] / 1e6:.1f}M {e['dtype']}"
+                for e in encoders
+            )
+            print(
+                "note: no --adapter-path, so the encoders are untrained, of their default sizes "
+                f"({sizes}), and there is no LoRA",
+                file=sys.stderr,
+            )
         rows = benchmark.measure(sides, config, bars(quiet=False)("Positions read"))
+    names = {"model": source.model, "adapter_path": source.adapter_path}
     report = {
         "machine": _machine(sides[0]),
-        "settings": {"model": model, "adapter_path": adapter_path, **asdict(config)},
+        "settings": names | asdict(config),
         "encoders": encoders,
         "rows": [asdict(row) for row in rows],
     }
+    as_json = settings.as_json
     print(json.dumps(report, ensure_ascii=False) if as_json else _text(report, rows, config))
-    if plot:
+    if settings.plot:
         from kmerge_mlx.plots.speed import draw_speed
 
-        draw_speed(rows, _backend(report["machine"]), plot)
+        draw_speed(rows, _backend(report["machine"]), settings.plot)
 
 
-def _adapters(path: str | None, ks: Sequence[int] | None) -> dict[int, Adapter | None]:
-    """What is measured beside plain mlx-lm, by merge factor."""
-    if path is None:
-        return {k: None for k in ks or (K,) if k > 1}
-    from kmerge_mlx.adapters.folder import find_adapters, load_adapter
+def _sources(settings: BenchSettings) -> tuple[Source, dict[int, Source | None]]:
+    """The base, and what is measured beside it, by merge factor."""
+    from kmerge_mlx.source import Source
 
-    found = {k: load_adapter(path, k) for k in ks or find_adapters(path) if k > 1}
-    if not found:
+    named = (settings.model, settings.adapter_path)
+    (base,) = Source.find_all(*named, (1,), settings.trust_remote_code)
+    if base.adapter_path is None:
+        return base, {k: None for k in settings.k or (K,) if k > 1}
+    found = Source.find_all(*named, settings.k, settings.trust_remote_code)
+    merged: dict[int, Any] = {one.k: one for one in found if one.k > 1}
+    if not merged:
         raise AdapterError(
-            "K = 1 is plain mlx-lm, which reads no adapter: leave --adapter-path out, or choose "
+            "K = 1 is plain mlx-lm, which reads no adapter: leave `adapter_path` out, or choose "
             "one with a larger K"
         )
-    return found
+    return base, merged
 
 
 def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
@@ -140,17 +145,6 @@ def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
         for side in sides
         if side.embedding is not None
     ]
-
-
-def _note_untrained(encoders: Sequence[Mapping[str, Any]]) -> None:
-    sizes = ", ".join(
-        f"K={e['merge_factor']}: {e['parameters'] / 1e6:.1f}M {e['dtype']}" for e in encoders
-    )
-    print(
-        "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-        f"({sizes}), and there is no LoRA",
-        file=sys.stderr,
-    )
 
 
 def _machine(reference: Side) -> dict[str, str]:
@@ -191,22 +185,23 @@ def _text(report: Mapping[str, Any], rows: Sequence[Row], config: BenchmarkConfi
         adapter = f"adapter {settings['adapter_path']}"
     rounds = f"{config.num_trials} round{'s' if config.num_trials > 1 else ''}"
     figure = "median (lowest-highest)" if config.num_trials > 1 else "figure"
-    lines = [
-        f"{_backend(machine)}; mlx {machine['mlx']}, mlx-lm {machine['mlx_lm']}, "
-        f"kmerge-mlx {machine['kmerge_mlx']}",
-        f"{settings['model']}, {adapter}; {figure} of {rounds} after one to warm up, "
-        f"{config.generation_tokens} tokens generated",
-        "",
-        _table(rows, config.num_trials > 1),
-        "",
-        "K = 1         plain mlx-lm on the whole prompt",
-        "TTFT          from token ids to the first token: with compressing, without tokenizing",
-        "speed-up      TTFT of K = 1 over this one, in each round",
-        "/ floor       TTFT over that of plain mlx-lm on as many ordinary tokens, in each round",
-        "prompt tok/s  original tokens over TTFT",
-        "KV cache      keys and values of the prompt's positions",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{_backend(machine)}; mlx {machine['mlx']}, mlx-lm {machine['mlx_lm']}, "
+            f"kmerge-mlx {machine['kmerge_mlx']}",
+            f"{settings['model']}, {adapter}; {figure} of {rounds} after one to warm up, "
+            f"{config.generation_tokens} tokens generated",
+            "",
+            _table(rows, config.num_trials > 1),
+            "",
+            "K = 1         plain mlx-lm on the whole prompt",
+            "TTFT          from token ids to the first token: with compressing, without tokenizing",
+            "speed-up      TTFT of K = 1 over this one, in each round",
+            "/ floor       TTFT over that of plain mlx-lm on as many plain tokens, in each round",
+            "prompt tok/s  original tokens over TTFT",
+            "KV cache      keys and values of the prompt's positions",
+        ]
+    )
 
 
 def _table(rows: Sequence[Row], spread: bool) -> str:
@@ -214,12 +209,16 @@ def _table(rows: Sequence[Row], spread: bool) -> str:
     cells = [(*heads, "decode tok/s", "peak memory", "KV cache")]
     for row in rows:
         figures = row.figures
+        seconds, form, unit = figures.time_to_first_token, "{:.2f}", " s"
+        if seconds.median < 1:
+            seconds = type(seconds).of(1e3 * trial for trial in seconds.trials)
+            form, unit = "{:.1f}", " ms"
         cells.append(
             (
                 f"{row.length:,} tokens",
                 str(row.k),
                 f"{row.positions:,}",
-                _seconds(figures.time_to_first_token, spread),
+                _figure(seconds, form, spread, unit),
                 _figure(row.speedup, "{:.2f}", spread, "x"),
                 _figure(row.overhead, "{:.3f}", spread),
                 _figure(figures.prompt_tps, "{:,.1f}", False),
@@ -237,10 +236,3 @@ def _figure(value: Spread | None, form: str, spread: bool, unit: str = "") -> st
         return "-"
     ends = f" ({form.format(value.min)}-{form.format(value.max)})" if spread else ""
     return f"{form.format(value.median)}{unit}{ends}"
-
-
-def _seconds(value: Spread, spread: bool) -> str:
-    if value.median >= 1:
-        return _figure(value, "{:.2f}", spread, " s")
-    trials = tuple(1e3 * trial for trial in value.trials)
-    return _figure(type(value).of(trials), "{:.1f}", spread, " ms")

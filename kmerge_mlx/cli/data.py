@@ -87,7 +87,7 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data amazon-reviews --out ./reviews --train 20000 --test 2000
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
     """
-    from kmerge_mlx.cli.progress import bars
+    from kmerge_mlx.cli.output import bars
 
     settings.refuse_foreign(settings.task, OWN)
     sizes = {s: n for s, n in settings.given().items() if s in SPLITS}

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import typer
+from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.settings import ModelSettings, argument, option
 
-from kmerge_mlx.cli import options as opt
-from kmerge_mlx.cli.drifts import drift_lines
-from kmerge_mlx.cli.reading import read_prompt
-from kmerge_mlx.errors import AdapterError
+if TYPE_CHECKING:
+    from kmerge_mlx.tools.fuse import Drift, Gap
 
 
-def fuse(
-    files: opt.DriftFiles = None,
-    model: opt.Model = None,
-    adapter_path: opt.AdapterPath = None,
-    k: opt.MergeFactor = None,
-    save_path: Annotated[
-        str, typer.Option("--save-path", help="Model folder to write.")
-    ] = "fused_model",
-    dequantize: Annotated[
+@dataclass(frozen=True)
+class NewModelSettings(ModelSettings):
+    """What a command that writes a model folder has."""
+
+    files: tuple[str, ...] = argument(
+        "FILE",
+        "Text to measure the drift on; `-` is stdin. Default: random tokens.",
+        many=True,
+        required=False,
+    )
+    force: bool = option(False, bool, "Replace a model folder.")
+
+
+@dataclass(frozen=True)
+class FuseSettings(NewModelSettings):
+    """What to fuse, and where to."""
+
+    NAME = "fuse"
+
+    save_path: str = option("fused_model", str, "Model folder to write.")
+    dequantize: bool = option(
+        False,
         bool,
-        typer.Option(
-            "--dequantize",
-            help="Write floating-point weights. Default: what is quantized is quantized again.",
-        ),
-    ] = False,
-    force: opt.ForceModel = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
-) -> None:
+        "Write floating-point weights. Default: what is quantized is quantized again.",
+    )
+
+
+@command(FuseSettings)
+def fuse(settings: FuseSettings) -> None:
     """Put an adapter's LoRA into its base's weights.
 
     Writes one model folder, whole or not at all, that mlx-lm runs as it is; the merge encoder comes
@@ -43,33 +54,55 @@ def fuse(
       kmerge-mlx generate --model fused report.txt -p "What changed in May?"
       kmerge-mlx fuse --adapter-path A --save-path fused --dequantize my-text.txt
     """
-    text = read_prompt(files, None)[0] if files else None
-    base, adapter = opt.chosen(model, adapter_path)
-    if adapter is None:
-        raise AdapterError(f"{base} carries no adapter to fuse: give --adapter-path")
+    text = read_text(settings)
 
     from kmerge_mlx.cli.output import bars
+    from kmerge_mlx.source import Source
     from kmerge_mlx.tools import fuse as fusing
 
     done = fusing.fuse(
-        base,
-        adapter,
-        save_path,
-        k,
-        dequantize=dequantize,
+        Source.find(settings.model, settings.adapter_path, settings.k, settings.trust_remote_code),
+        settings.save_path,
+        dequantize=settings.dequantize,
         text=text,
-        force=force,
-        trust_remote_code=trust_remote_code,
+        force=settings.force,
         progress=bars(quiet=False),
     )
     kind = "quantized weights" if done.quantized else "floating-point weights"
     encoder = "no merge encoder"
     if done.merge_factor > 1:
         encoder = f"the merge encoder for K = {done.merge_factor}"
-    print(f"{save_path}: {kind}, {encoder}\n{drift_lines(done.drift, bool(text))}", file=sys.stderr)
+    print_made(f"{settings.save_path}: {kind}, {encoder}", done.drift, text)
     if done.untied:
         print(
             "note: the output head had LoRA of its own, so it is no longer the embedding table: "
             "the model has an lm_head, and tie_word_embeddings is false",
             file=sys.stderr,
         )
+
+
+def read_text(settings: NewModelSettings) -> str | None:
+    """The text to measure the drift on, or None."""
+    from kmerge_mlx.cli.reading import read_prompt
+
+    return read_prompt(list(settings.files), None)[0] if settings.files else None
+
+
+def print_made(what: str, drift: Drift, text: str | None) -> None:
+    """Says what was written, and how far it is from what it was made from."""
+    lines = [what, f"Drift on {'random tokens' if text is None else 'your text'}:"]
+    if drift.merged is not None:
+        lines += [
+            f"  merged embeddings moved by {drift.embeddings_mean:.3%} of their length, "
+            f"{drift.embeddings_max:.3%} at most ({drift.blocks:,} blocks)",
+            f"  after a merged prompt {_moved(drift.merged)}",
+        ]
+    lines.append(f"  after a plain prompt {_moved(drift.plain)}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _moved(gap: Gap) -> str:
+    return (
+        f"log-probabilities moved by {gap.mean:.2g}, {gap.max:.2g} at most; the likeliest token "
+        f"stayed at {gap.same:.1%} of {gap.positions:,} positions"
+    )

@@ -1,103 +1,107 @@
-"""``kmerge-mlx info``: what a folder holds, and the calculator "which K"."""
+"""``kmerge-mlx info``: what a folder holds, and which K saves what."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from kmerge_mlx.adapters.schema import QUANTIZATION
-from kmerge_mlx.cli import options as opt
-from kmerge_mlx.cli.calculated import parse_memory, report_of, text_of
-from kmerge_mlx.config import USABLE_SHARE, GenerationConfig
+from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.tables import aligned, size
+from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
+from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.prompts.policy import CONTEXTS
+from kmerge_mlx.settings import CacheSettings, Settings, argument, option
 
-KS = (1, 2, 3, 4, 8)
-MAX_LENGTH = 10_000_000  # the KV cache grows in mlx-lm's own steps, which takes time
+if TYPE_CHECKING:
+    from kmerge_mlx.tools.sizing import SizingConfig
 
+MOST = 10_000_000
 MAX_SHOWN = 100  # characters of a value; --json shows all of it
 SCORES = ("metrics", "eval_accuracy")  # what the authors' code leaves beside a checkpoint
 
-_FOLDER, _CALCULATOR = "a PATH", "--model"
-OWN_OPTIONS = {
-    _FOLDER: (),
-    _CALCULATOR: (
-        *("length", "k", "memory", "dtype", "max_kv_size"),
-        *("kv_bits", "kv_group_size", "quantized_kv_start"),
-    ),
-}
+_AMOUNT = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([MGT])i?B?", re.IGNORECASE)
+_UNITS = {"T": 1 << 40, "G": 1 << 30, "M": 1 << 20}
 
 Rows = Iterable[tuple[str, Any]]
 
 
-def info(
-    context: typer.Context,
-    path: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PATH",
-            help="Adapter, checkpoint or base model: a folder, or a hub repo id "
-            "(user/name@revision).",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Calculate for this base model instead: a folder or a Hugging Face repo id, of "
-            "which no weights are read.",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            min=1,
-            max=MAX_LENGTH,
-            help="Tokens of the prompt; give it again for another.",
-            show_default=False,
-        ),
-    ] = None,
-    k: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--k",
-            "--merge-factor",
-            min=1,
-            max=MAX_LENGTH,
-            help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is "
-            f"calculated in any case. Default: {', '.join(map(str, KS))}.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help=f"Unified memory of a Mac, as in 16GB: say what fits in {USABLE_SHARE:.0%} of it.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        opt.Dtype | None,
-        typer.Option(
-            "--dtype",
-            help="Of weights and KV cache. Default: the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    max_kv_size: opt.MaxKvSize = None,
-    kv_bits: opt.KvBits = None,
-    kv_group_size: opt.KvGroupSize = GenerationConfig.kv_group_size,
-    quantized_kv_start: opt.QuantizedKvStart = GenerationConfig.quantized_kv_start,
-    as_json: opt.Json = False,
-) -> None:
+@dataclass(frozen=True)
+class InfoSettings(Settings):
+    """A folder to look into, or a base model to calculate for."""
+
+    NAME = "info"
+
+    path: str | None = argument(
+        "PATH",
+        "Adapter, checkpoint or base model: a folder, or a hub repo id (user/name@revision).",
+        required=False,
+    )
+    model: str | None = option(
+        None,
+        str,
+        "Calculate for this base model instead: a folder or a Hugging Face repo id, of which no "
+        "weights are read.",
+    )
+    length: tuple[int, ...] = option(
+        (), int, "Tokens of the prompt; give it again for another.", low=1, high=MOST, many=True
+    )
+    k: tuple[int, ...] = option(
+        (1, 2, 3, 4, 8),
+        int,
+        "Merge factor K; give it again for another. 1 is plain mlx-lm, which is calculated in any "
+        "case.",
+        low=1,
+        high=MOST,
+        many=True,
+        flags=("--k", "--merge-factor"),
+    )
+    memory: str | None = option(
+        None,
+        str,
+        f"Unified memory of a Mac, as in 16GB: say what fits in {USABLE_SHARE:.0%} of it.",
+    )
+    dtype: str | None = option(
+        None,
+        str,
+        "Of weights and KV cache. Default: the model's own.",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    max_kv_size: int | None = option(
+        None, int, "Most positions the KV cache keeps; older ones are overwritten.", low=1
+    )
+    kv_bits: int | None = CacheSettings.setting("kv_bits")
+    kv_group_size: int = CacheSettings.setting("kv_group_size")
+    quantized_kv_start: int = CacheSettings.setting("quantized_kv_start")
+    as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
+
+    def clashes(self) -> list[str]:
+        found = []
+        if (self.path is None) == (self.model is None):
+            what = "neither" if self.path is None else "both"
+            found.append(f"found {what} PATH and `model`, expected one of them")
+        elif self.model is not None and not self.length:
+            found.append("`model` needs a `length`, in tokens")
+        if self.memory is not None and not self.memory_bytes:
+            found.append(f"`memory` is {self.memory!a}, expected an amount as in 16GB")
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            found.append("`kv_bits`: mlx-lm cannot quantize a `max_kv_size` cache")
+        return found
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory is sold in powers of two: ``GB`` means ``GiB``. 0 where it is not an amount."""
+        if self.memory is None:
+            return None
+        found = _AMOUNT.fullmatch(self.memory.strip())
+        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+
+
+@command(InfoSettings)
+def info(settings: InfoSettings) -> None:
     """Say what a folder or hub repo holds, or which K saves what.
 
     With a PATH: K, sizes, base, layout, provenance, metrics. With --model and --length: positions,
@@ -110,45 +114,16 @@ def info(
       kmerge-mlx info --model Qwen/Qwen2.5-0.5B --length 2048 --length 32768 --memory 16GB
       kmerge-mlx info --model ./base --length 100000 --k 4 --k 8 --kv-bits 4
     """
-    if (path is None) == (model is None):
-        found = "neither" if path is None else "both"
-        raise typer.BadParameter(f"found {found}, expected one of them", param_hint="PATH, --model")
-    if model is None:
-        opt.refuse_foreign(context, OWN_OPTIONS, _FOLDER)
-        _folder(path, as_json)
+    if settings.model is not None:
+        _calculate(settings)
         return
-    if not length:
-        raise typer.BadParameter("--model needs it, in positions", param_hint="--length")
-    opt.check_kv(kv_bits, max_kv_size)
-    total = parse_memory(memory)
+    if foreign := settings.given().keys() - {"path", "as_json"}:
+        raise SettingsError(f"`{min(foreign)}` is an option of `model`, not of a PATH")
 
-    from kmerge_mlx.tools.sizing import SizingConfig, calculate
-
-    config = SizingConfig(
-        lengths=tuple(sorted(set(length))),
-        ks=tuple(sorted({1, *(k or KS)})),
-        dtype=dtype,
-        usable_bytes=None if total is None else int(total * USABLE_SHARE),
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-    )
-    found = calculate(model, config)
-    if max_kv_size is not None and not found.base.obeys_max_kv_size:
-        note = f"note: mlx-lm's {found.base.model_type} makes its own KV cache and ignores "
-        print(f"{note}--max-kv-size", file=sys.stderr)
-    if as_json:
-        print(json.dumps(report_of(model, config, total, found), ensure_ascii=False))
-    else:
-        print(text_of(model, config, total, found))
-
-
-def _folder(path: str, as_json: bool) -> None:
     from kmerge_mlx.tools.describe import describe
 
-    found = describe(path)
-    if as_json:
+    found = describe(settings.path)
+    if settings.as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['path']}: {found['kind']}")
@@ -159,6 +134,8 @@ def _folder(path: str, as_json: bool) -> None:
 
 
 def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
+    from kmerge_mlx.tools.describe import encoder_line, tuning_lines
+
     base = adapter["base_model"] or "not named"
     if carried:
         base, adapter = "the model around it", adapter | {"base_config": {}}
@@ -172,93 +149,39 @@ def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
         *_under(adapter["base_config"]),
         ("padding", "from the tokenizer" if pad is None else f"token {pad}"),
     ]
-    if adapter["layout"]:
-        rows.append(("layout", _layout(adapter["layout"])))
+    if layout := adapter["layout"]:
+        template = "with" if layout["chat_template"] else "without"
+        merges = "everything merges"
+        if layout["merges"] == CONTEXTS:
+            merges = f"contexts of {layout['threshold']} tokens and more merge"
+        rows.append(("layout", f"{merges}, {template} a chat template"))
     about = dict(adapter["provenance"])
     scores = {name: about.pop(name) for name in SCORES if isinstance(about.get(name), dict)}
     if about:
         rows += [("provenance", ""), *_under(about)]
     for name, values in scores.items():
         rows += [(name.replace("_", " "), ""), *_under(values)]
-    if adapter["training"]:
-        rows += _training(adapter["training"])
+    if run := adapter["training"]:
+        end = f"; {run['finished']}" if run["finished"] else ""
+        rows.append(("training", f"{run['iteration']:,} iterations{end}"))
+        if run["best"]:
+            rows += [("best validation", ""), *_under(run["best"])]
     print(f"K = {adapter['merge_factor']}")
     _print_rows(rows)
 
 
-def _layout(layout: Mapping[str, Any]) -> str:
-    template = "with" if layout["chat_template"] else "without"
-    merges = "everything merges"
-    if layout["merges"] == CONTEXTS:
-        merges = f"contexts of {layout['threshold']} tokens and more merge"
-    return f"{merges}, {template} a chat template"
-
-
-def _training(training: Mapping[str, Any]) -> Rows:
-    """The run that the folder belongs to."""
-    end = f"; {training['finished']}" if training["finished"] else ""
-    yield "training", f"{training['iteration']:,} iterations{end}"
-    if training["best"]:
-        yield "best validation", ""
-        yield from _under(training["best"])
-
-
-def _under(values: Mapping[str, Any]) -> Rows:
-    """Entries below a heading, each on a line that a terminal can show."""
-    for name, value in values.items():
-        yield f"  {_shown(name)}", _shown(value)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:.6g}"
-    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-
-
-def encoder_line(adapter: dict[str, Any]) -> str:
-    """What an adapter's encoder is, of the facts that ``describe`` gives."""
-    if adapter["merge_factor"] == 1:
-        return "none: nothing is merged"
-    context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
-    return (
-        f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
-        + (f"{context} tokens of context, " if context else "")
-        + f"{adapter['encoder_parameters']:,} parameters, "
-        f"{adapter['encoder_bytes'] / 1e6:.1f} MB "
-        + (f"at {packing['bits']} bits" if packing else adapter["dtype"])
-    )
-
-
-def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
-    """The lines on how the base is changed: by LoRA, or in whole layers, or both (the head)."""
-    rows, layers = {}, adapter["num_layers"]
-    if adapter["full_bytes"]:
-        rows["full"] = (
-            f"{f'last {layers}' if layers > 0 else 'all'} layers, "
-            f"{adapter['full_parameters']:,} parameters, {adapter['full_bytes'] / 1e6:.1f} MB"
-        )
-    if not adapter["lora_modules"] and not rows:
-        rows["LoRA"] = "none"
-    elif adapter["lora_modules"]:
-        rows["LoRA"] = (
-            f"{adapter['lora_modules']} modules, rank {_list(adapter['lora_ranks'])}, "
-            f"scale {_list(adapter['lora_scales'])}, {adapter['lora_bytes'] / 1e6:.1f} MB"
-        )
-    return rows
-
-
 def _print_base(found: dict[str, Any]) -> None:
-    bits = found["quantization_bits"]
-    rows = {
-        **{name: _shown(value) for name, value in found["config"].items()},
-        "context": f"{found['context_length']} positions" if found["context_length"] else "unknown",
-        "quantization": f"{bits} bits" if bits else "none",
-        "merging": "proven by this project's tests"
-        if found["proven_by_tests"]
-        else "checked when an adapter is loaded",
-    }
-    _print_rows(rows.items())
+    bits, context = found["quantization_bits"], found["context_length"]
+    merging = "checked when an adapter is loaded"
+    if found["proven_by_tests"]:
+        merging = "proven by this project's tests"
+    rows = [
+        *((name, _shown(value)) for name, value in found["config"].items()),
+        ("context", f"{context} positions" if context else "unknown"),
+        ("quantization", f"{bits} bits" if bits else "none"),
+        ("merging", merging),
+    ]
+    _print_rows(rows)
 
 
 def _print_rows(rows: Rows) -> None:
@@ -268,5 +191,110 @@ def _print_rows(rows: Rows) -> None:
         print(f"  {name:<{width}}  {value}".rstrip())
 
 
-def _list(values: list[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or "none"
+def _under(values: Mapping[str, Any]) -> Rows:
+    """Entries below a heading, each on a line that a terminal can show."""
+    return ((f"  {_shown(name)}", _shown(value)) for name, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _calculate(settings: InfoSettings) -> None:
+    from kmerge_mlx.tools.sizing import SizingConfig, calculate
+
+    memory = settings.memory_bytes
+    config = SizingConfig(
+        lengths=tuple(sorted(set(settings.length))),
+        ks=tuple(sorted({1, *settings.k})),
+        dtype=settings.dtype,
+        usable_bytes=None if memory is None else int(memory * USABLE_SHARE),
+        max_kv_size=settings.max_kv_size,
+        kv_bits=settings.kv_bits,
+        kv_group_size=settings.kv_group_size,
+        quantized_kv_start=settings.quantized_kv_start,
+    )
+    found = calculate(settings.model, config)
+    if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
+        note = f"note: mlx-lm's {found['base']['model_type']} makes its own KV cache and ignores "
+        print(f"{note}--max-kv-size", file=sys.stderr)
+    if not settings.as_json:
+        print(_tables(settings.model, config, memory, found))
+        return
+    report = {
+        "kind": "calculation",
+        "settings": {"model": settings.model, "memory_bytes": memory, **asdict(config)},
+        "assumed": {
+            "multiplications_per_byte": MULTIPLICATIONS_PER_BYTE,
+            "usable_share_of_memory": USABLE_SHARE,
+        },
+        **found,
+    }
+    print(json.dumps(report, ensure_ascii=False))
+
+
+def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[str, Any]) -> str:
+    base, asked = found["base"], memory is not None
+    context = f"{base['context_length']:,} positions" if base["context_length"] else "unknown"
+    source = "weights' headers" if base["has_weights"] else "config"
+    heads = ["K", "encoder", "its size"]
+    if asked:
+        unit = next(unit for unit, count in _UNITS.items() if memory >= count or unit == "M")
+        heads += [f"longest prompt in {memory / _UNITS[unit]:.6g} {unit}B", "ends at"]
+    factors = [heads]
+    for factor in found["factors"]:
+        k, longest = factor["k"], factor["longest_prompt"]
+        encoder = [f"{factor['encoder_parameters']:,}", size(factor["encoder_bytes"])]
+        cells = [str(k), *(encoder if k > 1 else ["none", "-"])]
+        if asked:
+            cells.append("no limit found" if longest is None else f"{longest:,} tokens")
+            cells.append(factor["limited_by"] or "-")
+        factors.append(cells)
+    heads = ["prompt", "K", "positions", "KV cache", "memory", *(["fits"] if asked else [])]
+    rows = [[*heads, "less work", "speed-up at least"]]
+    for row in found["rows"]:
+        ratios = (row["work_ratio"], row["speedup_floor"])
+        rows.append(
+            [
+                f"{row['length']:,} token{'' if row['length'] == 1 else 's'}",
+                str(row["k"]),
+                f"{row['positions']:,}" + ("*" if row["in_context"] is False else ""),
+                size(row["kv_bytes"]),
+                size(row["memory_bytes"]),
+                *(["yes" if row["fits"] else "no"] if asked else []),
+                *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            ]
+        )
+    title = (
+        f"{name}: {base['model_type']}, {base['parameters']:,} parameters, "
+        f"{size(base['weight_bytes'])} ({base['dtype']}, from its {source}); context {context}"
+    )
+    over = any(row["in_context"] is False for row in found["rows"])
+    tables = [title, aligned(factors), aligned(rows), "\n".join(_legend(config, over))]
+    return "\n\n".join(tables)
+
+
+def _legend(config: SizingConfig, over: bool) -> list[str]:
+    cache = "" if config.kv_bits is None else f", {config.kv_bits} bits each"
+    if config.kv_bits is not None and config.quantized_kv_start:
+        cache += f" from position {config.quantized_kv_start:,} on"
+    share = f"{USABLE_SHARE:.0%}"
+    fits = f"fits        memory within {share} of --memory: what a Mac's GPU may use at the least"
+    return [
+        "K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges",
+        "encoder     parameters at the default width, bytes in float32",
+        *(["*           more positions than the model was made for"] if over else []),
+        f"KV cache    keys and values of the prompt's positions{cache}; a linear layer's state",
+        "memory      weights, encoder, merged blocks, and the room that mlx-lm gives the KV cache;",
+        "            activations and generated tokens not counted",
+        *([] if config.usable_bytes is None else [fits]),
+        "less work   multiplications at K = 1 over those at this K, the encoder's included",
+        "speed-up    the least of time to first token if multiplying and reading weights take all "
+        "of it, and a",
+        f"            machine multiplies at most {MULTIPLICATIONS_PER_BYTE} times while it reads a "
+        "byte: an assumption, not a measurement;",
+        "            `kmerge-mlx bench` measures",
+    ]

@@ -2,69 +2,42 @@
 
 from __future__ import annotations
 
-import enum
 import sys
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
-
-from kmerge_mlx.adapters.schema import BITS, MODES, QuantizeConfig
-from kmerge_mlx.cli import options as opt
-from kmerge_mlx.cli.drifts import drift_lines
-from kmerge_mlx.cli.reading import read_prompt
-
-DEFAULTS = QuantizeConfig()
-Mode = enum.StrEnum("Mode", list(MODES))
-MODE = Mode(DEFAULTS.mode)
+from kmerge_mlx.adapters.schema import BITS, MODES
+from kmerge_mlx.cli.fuse import NewModelSettings, print_made, read_text
+from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.settings import option
 
 
-def quantize(
-    files: opt.DriftFiles = None,
-    model: opt.Model = None,
-    adapter_path: opt.AdapterPath = None,
-    k: opt.MergeFactor = None,
-    mlx_path: Annotated[
-        str, typer.Option("--mlx-path", help="Model folder to write.")
-    ] = "mlx_model",
-    q_bits: Annotated[
-        int | None,
-        typer.Option(
-            "--q-bits",
-            min=1,
-            help="Bits of a weight. Default: the mode's; affine has 4.",
-            show_default=False,
-        ),
-    ] = DEFAULTS.bits,
-    q_group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--q-group-size",
-            min=1,
-            help="Weights that share a scale. Default: the mode's; affine has 64.",
-            show_default=False,
-        ),
-    ] = DEFAULTS.group_size,
-    q_mode: Annotated[Mode, typer.Option("--q-mode", help="MLX's way to quantize.")] = MODE,
-    quantize_embedding: Annotated[
-        bool,
-        typer.Option(
-            "--quantize-embedding",
-            help="Quantize the embedding table too, which the merge encoder reads.",
-        ),
-    ] = DEFAULTS.embedding,
-    encoder_bits: Annotated[
-        int | None,
-        typer.Option(
-            "--encoder-bits",
-            callback=opt.one_of(*BITS),
-            help="Quantize the merge encoder to so many bits; 8 is safe. Default: it stays as it "
-            "is.",
-            show_default=False,
-        ),
-    ] = DEFAULTS.encoder_bits,
-    force: opt.ForceModel = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
-) -> None:
+@dataclass(frozen=True)
+class QuantizeSettings(NewModelSettings):
+    """How to quantize, and where to."""
+
+    NAME = "quantize"
+
+    mlx_path: str = option("mlx_model", str, "Model folder to write.")
+    q_bits: int | None = option(
+        None, int, "Bits of a weight. Default: the mode's; affine has 4.", low=1
+    )
+    q_group_size: int | None = option(
+        None, int, "Weights that share a scale. Default: the mode's; affine has 64.", low=1
+    )
+    q_mode: str = option(MODES[0], str, "MLX's way to quantize.", choices=MODES)
+    quantize_embedding: bool = option(
+        False, bool, "Quantize the embedding table too, which the merge encoder reads."
+    )
+    encoder_bits: int | None = option(
+        None,
+        int,
+        "Quantize the merge encoder to so many bits; 8 is safe. Default: it stays as it is.",
+        choices=BITS,
+    )
+
+
+@command(QuantizeSettings)
+def quantize(settings: QuantizeSettings) -> None:
     """Quantize a base model for merging.
 
     As mlx_lm.convert -q does it, but for the embedding table, which merged embeddings are made
@@ -77,33 +50,30 @@ def quantize(
       kmerge-mlx quantize --model M --q-bits 8
       kmerge-mlx quantize --model fused --mlx-path small --encoder-bits 8
     """
-    text = read_prompt(files, None)[0] if files else None
-    config = QuantizeConfig(q_bits, q_group_size, str(q_mode), quantize_embedding, encoder_bits)
-    base, adapter = opt.chosen(model, adapter_path)
+    text = read_text(settings)
 
     from kmerge_mlx.cli.output import bars
+    from kmerge_mlx.source import Source
     from kmerge_mlx.tools import quantize as quantizing
 
+    packing = quantizing.Packing(
+        settings.q_bits, settings.q_group_size, settings.q_mode, settings.quantize_embedding
+    )
     done = quantizing.quantize(
-        base,
-        mlx_path,
-        config,
-        adapter,
-        k,
+        Source.find(settings.model, settings.adapter_path, settings.k, settings.trust_remote_code),
+        settings.mlx_path,
+        packing,
+        settings.encoder_bits,
         text=text,
-        force=force,
-        trust_remote_code=trust_remote_code,
+        force=settings.force,
         progress=bars(quiet=False),
     )
     carries = "no adapter"
     if done.merge_factor is not None:
         carries = f"the adapter for K = {done.merge_factor}"
-    print(
-        f"{mlx_path}: {done.bits_per_weight:.2f} bits per weight, {carries}\n"
-        f"{drift_lines(done.drift, bool(text))}",
-        file=sys.stderr,
-    )
-    if done.tied and not quantize_embedding:
+    bits = f"{done.bits_per_weight:.2f} bits per weight"
+    print_made(f"{settings.mlx_path}: {bits}, {carries}", done.drift, text)
+    if done.tied and not settings.quantize_embedding:
         print(
             "note: the embedding table is the output head as well, and neither is quantized: "
             "--quantize-embedding quantizes both",

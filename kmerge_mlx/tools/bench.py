@@ -1,18 +1,16 @@
-"""Speed and memory of compressed prompts against plain mlx-lm, in one process.
+"""Times merged prompts against plain mlx-lm, side by side in one process.
 
-Owns what is timed and how: the sides, their order, fresh blocks in every round, medians and ratios.
 For every prompt length T several sides read in turn: plain mlx-lm on T tokens (the reference), and
 for each K plain mlx-lm on ceil(T/K) tokens (the floor: what so many positions cost anyway) and this
-project on T tokens merged into as many. Does not know tables, JSON or pictures.
-
-Prompts are random token ids: time and memory depend on shapes alone. Tokenizing is not measured.
+project on T tokens merged into as many. Prompts are random token ids: time and memory depend on
+shapes alone. Tokenizing is not measured.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from statistics import median
 from typing import Any
@@ -24,34 +22,34 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import Adapter
+from kmerge_mlx.adapters.folder import read_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, MergeConfig, inner_size
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.errors import PromptError, findings
-from kmerge_mlx.model import attach, check_fit, load, merged_embedding, padding_of, widen, wire
+from kmerge_mlx.model import (
+    attach,
+    check_fit,
+    load_source,
+    merged_embedding,
+    padding_of,
+    widen,
+    wire,
+)
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured, and how often.
+    """What is measured, and how often."""
 
-    Args:
-        lengths: T, tokens of each prompt.
-        num_trials: Rounds that count; one more for each length, the first, warms up.
-        generation_tokens: Tokens generated after each prompt.
-        prefill_step_size: Positions prefilled at once.
-        seed: Of the random prompts.
-        delay: Seconds of rest before each run.
-    """
-
-    lengths: tuple[int, ...]
-    num_trials: int
-    generation_tokens: int
-    prefill_step_size: int
-    seed: int
-    delay: int
+    lengths: tuple[int, ...]  # T, tokens of each prompt
+    num_trials: int  # rounds that count; one more for each length, the first, warms up
+    generation_tokens: int  # generated after each prompt
+    prefill_step_size: int  # positions prefilled at once
+    seed: int  # of the random prompts
+    delay: int  # seconds of rest before each run
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +75,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: a prompt read, and some tokens generated.
+    """One run: a prompt read, and some tokens generated."""
 
-    Args:
-        tokens: Original tokens of the prompt.
-        positions: Positions prefilled.
-        time_to_first_token: Seconds from the prompt's ids to the first token, compressing included.
-        generation_tps: Tokens per second after the first token, or None if that was all.
-        peak_bytes: Most memory in use at once: the weights that this side reads, KV cache,
-            activations.
-        kv_bytes: What the KV cache held when the first token was sampled: exactly the prompt.
-    """
-
-    tokens: int
-    positions: int
-    time_to_first_token: float
-    generation_tps: float | None
-    peak_bytes: int
-    kv_bytes: int
+    tokens: int  # of the prompt
+    positions: int  # prefilled
+    time_to_first_token: float  # seconds from the prompt's ids, compressing included
+    generation_tps: float | None  # tokens per second after the first one; None: that was all
+    peak_bytes: int  # most memory at once: the weights that this side reads, cache, activations
+    kv_bytes: int  # of the cache when the first token is sampled: exactly the prompt
 
 
 @dataclass(frozen=True)
@@ -115,18 +103,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one side did with prompts of one length; units as in :class:`Trial`.
-
-    Args:
-        time_to_first_token: Seconds.
-        prompt_tps: Original tokens per second until the first token.
-        generation_tps: Tokens per second after the first token, or None without any.
-        peak_bytes: Peak memory.
-        kv_bytes: Bytes of the prompt in the KV cache.
-    """
+    """What one side did with prompts of one length; units as in :class:`Trial`."""
 
     time_to_first_token: Spread
-    prompt_tps: Spread
+    prompt_tps: Spread  # original tokens per second until the first token
     generation_tps: Spread | None
     peak_bytes: Spread
     kv_bytes: int
@@ -146,42 +126,27 @@ class Figures:
 
 @dataclass(frozen=True)
 class Row:
-    """One merge factor at one length.
-
-    Args:
-        k: The merge factor; 1 is plain mlx-lm on the whole prompt.
-        length: T, tokens of the prompt.
-        positions: Positions prefilled.
-        figures: What it did.
-        floor: What plain mlx-lm did with as many ordinary tokens, or None at K = 1.
-        speedup: Time to first token of K = 1 over this one's, in each round, or None at K = 1.
-        overhead: Time to first token over the floor's, in each round, or None at K = 1.
-    """
+    """One merge factor at one length; K = 1 is plain mlx-lm, and has none of the last three."""
 
     k: int
-    length: int
-    positions: int
+    length: int  # T, tokens of the prompt
+    positions: int  # prefilled
     figures: Figures
-    floor: Figures | None = None
-    speedup: Spread | None = None
-    overhead: Spread | None = None
+    floor: Figures | None = None  # plain mlx-lm on as many ordinary tokens
+    speedup: Spread | None = None  # time to first token of K = 1 over this one's, in each round
+    overhead: Spread | None = None  # time to first token over the floor's, in each round
 
 
 def load_sides(
-    path_or_hf_repo: str,
-    adapters: Mapping[int, Adapter | None],
-    lengths: Sequence[int],
-    *,
-    trust_remote_code: bool = False,
+    source: Source, merged: Mapping[int, Source | None], lengths: Sequence[int]
 ) -> list[Side]:
     """Loads a base once, and for each K a model over the same weights.
 
     Args:
-        path_or_hf_repo: Base model, a folder or a hub repo id.
-        adapters: K, each above 1, to its adapter, or to None for an untrained encoder of the
+        source: The base.
+        merged: K, each above 1, to its adapter, or to None for an untrained encoder of the
             default size and no LoRA.
         lengths: T, tokens of the prompts that will be read.
-        trust_remote_code: Let the base's own Python files run.
 
     Returns:
         The reference, and for each K the floor and the merged side.
@@ -189,23 +154,33 @@ def load_sides(
     Raises:
         PromptError: A length that does not fit the model or a K (all of them listed); nothing is
             loaded then.
-        ModelError: The base cannot be found, loaded or given virtual ids.
+        ModelError: The base cannot be loaded or given virtual ids.
         AdapterError: An adapter does not fit the base.
     """
-    path = base.resolve(path_or_hf_repo)
-    config = base.read_config(path)
-    _check_lengths(lengths, adapters, base.context_length(config))
-    for adapter in adapters.values():
-        if adapter is not None:
-            check_fit(adapter, config, path_or_hf_repo)
-    plain, tokenizer = load(str(path), trust_remote_code=trust_remote_code)
+    _check_lengths(lengths, merged, base.context_length(source.config))
+    adapters = {
+        k: one and read_adapter(one.adapter, one.merge) for k, one in sorted(merged.items())
+    }
+    for adapter in filter(None, adapters.values()):
+        check_fit(adapter, source.config, source.model)
+    alone = replace(source, adapter_path=None, adapter=None, merge=None)
+    plain, tokenizer, _ = load_source(alone)
     readers = [(1, plain)]
-    for k, adapter in sorted(adapters.items()):
+    for k, adapter in adapters.items():
         # Only its modules are wanted: the lazy weights are never read.
-        llm, _ = load(str(path), lazy=True, trust_remote_code=trust_remote_code)
+        llm, _, _ = load_source(alone, lazy=True)
         llm.update(plain.parameters())
-        _merge(llm, k, adapter, tokenizer, path_or_hf_repo, Side(k, llm).positions(max(lengths)))
-        widen(llm, path)  # the adapter: the base's own arrays were cast above
+        max_blocks = Side(k, llm).positions(max(lengths))
+        if adapter is None:
+            _, table = base.find_embedding(llm, source.model)
+            d = table(mx.array([0])).shape[-1]
+            untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)))
+            pad = base.default_pad_token_id(tokenizer)
+            wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
+            llm.eval()
+        else:
+            attach(llm, adapter, padding_of(adapter, tokenizer), source.model, max_blocks)
+        widen(llm, source.path)  # the adapter: the base's own arrays were cast above
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [
@@ -221,34 +196,19 @@ def load_sides(
 
 def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
     problems = [
-        f"--length {length} is more than the model's context of {limit:,} positions, and the "
+        f"`length` {length} is more than the model's context of {limit:,} positions, and the "
         "reference reads every token"
         for length in lengths
         if limit is not None and length > limit
     ]
     problems += [
-        f"--k {k} is more than --length {length}: a block would hold more than the prompt"
+        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
         for k in ks
         for length in lengths
         if k > length
     ]
     if problems:
         raise PromptError(findings("nothing was measured", problems))
-
-
-def _merge(
-    llm: nn.Module, k: int, adapter: Adapter | None, tokenizer: Any, name: str, max_blocks: int
-) -> None:
-    """Puts an adapter, or an untrained encoder, on a model in place."""
-    if adapter is not None:
-        attach(llm, adapter, padding_of(adapter, tokenizer), name, max_blocks)
-    else:
-        _, table = base.find_embedding(llm, name)
-        d = table(mx.array([0])).shape[-1]
-        sizes = EncoderConfig(k, d, inner_size(k, d))
-        pad = base.default_pad_token_id(tokenizer)
-        wire(llm, MergeConfig(sizes), LoRAConfig(0), pad, name, max_blocks)
-        llm.eval()
 
 
 def measure(
@@ -349,11 +309,9 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:
-    """Bytes that a KV cache holds for the positions read so far, not what it has room for.
+    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for.
 
-    Args:
-        cache: mlx-lm's, one entry a layer. Keys and values, plain or quantized, are cut to the
-            positions that they hold; an entry of another kind counts whole.
+    Keys and values, plain or quantized, are cut to their positions; other entries count whole.
     """
     return sum(_entry_bytes(entry) for entry in cache)
 

@@ -1,8 +1,4 @@
-"""What a folder holds, as plain data: an adapter, a PyTorch checkpoint or a base model.
-
-Owns the questions that ``kmerge-mlx info`` answers; the CLI only lays the answers out. Of adapters
-and base models it reads headers and configs only; a checkpoint is read whole, as if to convert it.
-"""
+"""Says what a folder or a hub repo holds: an adapter, a PyTorch checkpoint or a base model."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import (
@@ -22,6 +16,7 @@ from kmerge_mlx.adapters.folder import (
     find_adapters,
     load_adapter,
 )
+from kmerge_mlx.adapters.schema import QUANTIZATION
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
     COMPANION,
@@ -38,20 +33,20 @@ PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FI
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Says what a folder or a hub repo is and holds.
+    """Says what a folder or a hub repo is and holds; only a checkpoint's weights are read.
 
     Args:
-        path: A folder, or ``user/name@revision``; a base model's weights are left there.
+        path: A folder, or ``user/name@revision``; a base model's weights are not fetched.
 
     Returns:
         ``kind`` (``adapter``, ``checkpoint``, ``base model`` or ``model with its adapter``) and its
         facts, all JSON-ready; sizes in bytes.
 
     Raises:
-        KMergeError: Nothing this project knows, or a torn one.
+        KMergeError: Nothing that this project knows, or a torn one.
     """
     try:
-        return _describe(_local(path)) | {"path": str(path)}
+        return _describe(_local(path), str(path)) | {"path": str(path)}
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}") from None
 
@@ -61,27 +56,26 @@ def _local(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not is_namespaced(str(path)):
-        raise AdapterError(f"{path} is not a folder, nor the name of a hub repo (user/name)")
+        raise AdapterError(f"{path} is not a folder, and not a hub repo id (user/name)")
     folder = fetch(str(path), PATTERNS, AdapterError)
     if not folder.is_dir():
         raise AdapterError(f"{path} holds no adapter, no checkpoint and no base model")
     return folder
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    if (carried := carried_by(path)) is not None and (path / "config.json").is_file():
+def _describe(path: Path, name: str) -> dict[str, Any]:
+    has_config = (path / "config.json").is_file()
+    if has_config and (carried := carried_by(path)) is not None:
         found = {"kind": "model with its adapter"} | _base(path)
         return found | {"adapters": [describe_adapter(load_adapter(carried), carried)]}
     if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
         if _holds(path, ENCODER) or (path / COMPANION).is_file():
             folder = find_checkpoint(str(path))
-            adapter = read_checkpoint(folder, None, None, str(path))
+            adapter = read_checkpoint(folder, None, None, name)
             return {"kind": "checkpoint", "adapters": [describe_adapter(adapter, folder)]}
-        if (path / "config.json").is_file():
+        if has_config:
             return {"kind": "base model"} | _base(path)
-    adapters = [
-        describe_adapter(load_adapter(path, k), at) for k, at in find_adapters(path).items()
-    ]
+    adapters = [describe_adapter(load_adapter(at), at) for at in find_adapters(path).values()]
     return {"kind": "adapter", "adapters": adapters}
 
 
@@ -90,18 +84,43 @@ def _holds(path: Path, name: str) -> bool:
     return (path / name).is_file() or any(path.glob(f"*/{name}"))
 
 
+def _base(path: Path) -> dict[str, Any]:
+    config = base.read_config(path)
+    fields = base.fingerprint(config)
+    quantization = config.get("quantization") or {}
+    return {
+        "config": fields,
+        "context_length": base.context_length(config),
+        "quantization_bits": quantization.get("bits") if isinstance(quantization, dict) else None,
+        "proven_by_tests": fields.get("model_type") in base.PROVEN,
+    }
+
+
 def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
-    """The facts of one adapter, and of the run in its folder, all JSON-ready; sizes in bytes."""
+    """The facts of an adapter, and of the training run in its folder; sizes in bytes."""
     merge, tuning, encoder = adapter.merge, adapter.tuning, adapter.encoder_weights
+    is_lora = isinstance(tuning, LoRAConfig)
+    whole = {} if is_lora else adapter.tuning_weights
+    lora = adapter.head_weights | (adapter.tuning_weights if is_lora else {})
+    specs = [merge.head_lora]
+    if is_lora:
+        specs += [tuning.uniform] if tuning.uniform else tuning.modules.values()
+    modules = {name.rpartition(".")[0] for name in adapter.tuning_weights} if is_lora else ()
+    packed = () if merge.encoder is None else merge.encoder.packed
+    dtypes = {base.dtype_name(a.dtype) for name, a in encoder.items() if name not in packed}
     return {
         **merge.encoder_entries(),
         "encoder_parameters": 0 if merge.encoder is None else merge.encoder.num_parameters,
-        "encoder_bytes": _bytes(encoder),
-        "dtype": ", ".join(sorted(_dtypes(adapter))),
+        "encoder_bytes": sum(array.nbytes for array in encoder.values()),
+        "dtype": ", ".join(sorted(dtypes)),
         "fine_tune_type": tuning.to_json()["fine_tune_type"],
         "num_layers": tuning.num_layers,
-        **_lora(adapter),
-        **_full(adapter),
+        "lora_modules": len(modules) + (merge.head_lora is not None),
+        "lora_ranks": sorted({spec.rank for spec in specs if spec}),
+        "lora_scales": sorted({spec.scale for spec in specs if spec}),
+        "lora_bytes": sum(array.nbytes for array in lora.values()),
+        "full_parameters": sum(array.size for array in whole.values()),
+        "full_bytes": sum(array.nbytes for array in whole.values()),
         "base_model": merge.base.id,
         "base_config": dict(merge.base.fields),
         "base_config_hash": merge.base.config_hash,
@@ -119,57 +138,42 @@ def _training(folder: Path) -> dict[str, Any] | None:
         return None
     state = read_progress(folder)
     best: dict[str, Any] = {}
-    # A run that was killed may have left a torn last line, which a resumed one drops.
-    with suppress(DataError):
+    with suppress(DataError):  # a killed run may have left a torn last line
         for record in read_log(folder / TRAINING):
             if record.get("iteration") == state.best_iteration and "val_loss" in record:
                 best = record
     return {"iteration": state.iteration, "finished": state.finished, "best": best or None}
 
 
-def _lora(adapter: Adapter) -> dict[str, Any]:
-    """LoRA modules, the output head's included, which full fine-tuning may have as well."""
-    tuning, head = adapter.tuning, adapter.merge.head_lora
-    specs, weights, modules = {head}, adapter.head_weights, set()
-    if isinstance(tuning, LoRAConfig):
-        specs |= {tuning.uniform} if tuning.uniform else set(tuning.modules.values())
-        weights = weights | adapter.tuning_weights
-        modules = {name.rsplit(".", 1)[0] for name in adapter.tuning_weights}
-    return {
-        "lora_modules": len(modules) + (head is not None),
-        "lora_ranks": sorted({s.rank for s in specs if s}),
-        "lora_scales": sorted({s.scale for s in specs if s}),
-        "lora_bytes": _bytes(weights),
-    }
+def encoder_line(adapter: dict[str, Any]) -> str:
+    """An adapter's encoder in words, from :func:`describe_adapter`'s facts."""
+    if adapter["merge_factor"] == 1:
+        return "none: nothing is merged"
+    context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
+    return (
+        f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
+        + (f"{context} tokens of context, " if context else "")
+        + f"{adapter['encoder_parameters']:,} parameters, "
+        f"{adapter['encoder_bytes'] / 1e6:.1f} MB "
+        + (f"at {packing['bits']} bits" if packing else adapter["dtype"])
+    )
 
 
-def _full(adapter: Adapter) -> dict[str, int]:
-    weights = {} if isinstance(adapter.tuning, LoRAConfig) else adapter.tuning_weights
-    return {
-        "full_parameters": sum(array.size for array in weights.values()),
-        "full_bytes": _bytes(weights),
-    }
-
-
-def _base(path: Path) -> dict[str, Any]:
-    config = base.read_config(path)
-    fields = base.fingerprint(config)
-    quantization = config.get("quantization") or {}
-    return {
-        "config": fields,
-        "context_length": base.context_length(config),
-        "quantization_bits": quantization.get("bits") if isinstance(quantization, dict) else None,
-        "proven_by_tests": fields.get("model_type") in base.PROVEN,
-    }
-
-
-def _bytes(tensors: dict[str, mx.array]) -> int:
-    return sum(array.nbytes for array in tensors.values())
-
-
-def _dtypes(adapter: Adapter) -> set[str]:
-    """Of the encoder's numbers; of packed ones, what they are unpacked to."""
-    encoder = adapter.merge.encoder
-    packed = () if encoder is None else encoder.packed
-    numbers = [a for name, a in adapter.encoder_weights.items() if name not in packed]
-    return {base.dtype_name(array.dtype) for array in numbers}
+def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
+    """How the base is changed, in words: ``full`` or ``LoRA``, or both (the head)."""
+    rows, layers = {}, adapter["num_layers"]
+    if adapter["full_bytes"]:
+        rows["full"] = (
+            f"{f'last {layers}' if layers > 0 else 'all'} layers, "
+            f"{adapter['full_parameters']:,} parameters, {adapter['full_bytes'] / 1e6:.1f} MB"
+        )
+    if adapter["lora_modules"]:
+        ranks, scales = (
+            ", ".join(f"{value:g}" for value in adapter[f"lora_{name}"]) or "none"
+            for name in ("ranks", "scales")
+        )
+        rows["LoRA"] = (
+            f"{adapter['lora_modules']} modules, rank {ranks}, scale {scales}, "
+            f"{adapter['lora_bytes'] / 1e6:.1f} MB"
+        )
+    return rows or {"LoRA": "none"}

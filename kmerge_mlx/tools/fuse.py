@@ -1,123 +1,127 @@
-"""A base model and its adapter made into one model.
+"""Makes one model of a base and its adapter, and writes model folders that carry an adapter.
 
-Owns: fusing LoRA into the base's weights, an output head of its own for a tied model whose head
-carries LoRA, and what becomes of quantized layers. The merge encoder cannot be fused: the model's
-folder carries it. Does not know the command line.
-
-Source: ``mlx_lm.fuse``; ``W + scale * (A B)^T`` (arXiv 2106.09685). The head: DESIGN section 3.
+Source: ``mlx_lm.fuse``, ``mlx_lm.utils.save``; ``W + scale * (A B)^T`` (arXiv 2106.09685).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
-from mlx_lm.utils import dequantize_model
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, dequantize_model, save
 
-from kmerge_mlx import base
+from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters import lora
-from kmerge_mlx.adapters.folder import HEAD, Adapter, adapter_folder, load_adapter
-from kmerge_mlx.adapters.tuning import LoRAConfig
-from kmerge_mlx.errors import ModelError
-from kmerge_mlx.model import adapter_of, load, merged_embedding, output_head
-from kmerge_mlx.tools import drift
-from kmerge_mlx.tools.drift import Drift, Progress
-from kmerge_mlx.tools.model_folder import (
-    carried_merge,
-    check_model_destination,
-    made_by,
-    reload,
-    write_model,
-    writing,
+from kmerge_mlx.adapters.folder import (
+    HEAD,
+    Adapter,
+    check_adapter_destination,
+    read_adapter,
+    write_adapter,
 )
+from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
+from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.config import CARRIED, DRIFT_BYTES, DRIFT_CHUNK, DRIFT_POSITIONS
+from kmerge_mlx.errors import AdapterError, ModelError, PromptError, first_line
+from kmerge_mlx.files import check_destination, flush, replacing_folder, write_error
+from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
+from kmerge_mlx.prompts.segments import Segment, wants_special_tokens
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
-SAVE_PATH = "--save-path"
+Bars = Callable[[str], Callable[[int, int], None]]
+"""A label to what is called with (positions read, positions in all)."""
+
+OWN_PATTERNS = (*DEFAULT_ALLOW_PATTERNS, "README.md", CARRIED)
+"""Files that a model folder may hold; a folder with others is never replaced."""
+
 _TIED = "tie_word_embeddings"
+_CHARACTERS = 32  # of a token, at most: so much of a text is read for each one that is wanted
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far log-probabilities moved; all are absolute differences."""
+
+    positions: int  # compared, each with V log-probabilities
+    max: float
+    mean: float
+    same: float  # share of positions whose likeliest token stayed
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model moved; the last four are None where nothing merges."""
+
+    plain: Gap  # after prompts that are read token by token
+    merged: Gap | None = None  # after prompts whose blocks are merged
+    blocks: int | None = None
+    embeddings_mean: float | None = None  # norm of a merged embedding's difference over its norm
+    embeddings_max: float | None = None
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What was written.
+    """What was written."""
 
-    Args:
-        untied: Whether a tied model got an output head of its own.
-        quantized: Whether it has quantized layers.
-        merge_factor: K of the encoder that the folder carries; 1: it carries none.
-        drift: How far it is from the base with the adapter on it.
-    """
-
-    untied: bool
-    quantized: bool
-    merge_factor: int
-    drift: Drift
+    untied: bool  # whether a tied model got an output head of its own
+    quantized: bool  # whether it has quantized layers
+    merge_factor: int  # K of the encoder that the folder carries; 1: none
+    drift: Drift  # from the base with the adapter on it
 
 
 def fuse(
-    path_or_hf_repo: str,
-    adapter_path: str | Path,
+    source: Source,
     save_path: str | Path,
-    k: int | None = None,
     *,
     dequantize: bool = False,
     text: str | None = None,
     force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Bars | None = None,
 ) -> Fused:
     """Writes a base with its adapter as one model folder that carries its merge encoder.
 
     Args:
-        path_or_hf_repo: Base model, a folder, a hub repo id, or ``bundled``.
-        adapter_path: Adapter folder.
-        save_path: The folder to write.
-        k: Merge factor, or None: the adapter's only one.
+        source: The base and the adapter.
+        save_path: The folder to write, whole or not at all.
         dequantize: Write floating-point weights. Otherwise layers that are quantized are quantized
             again, each by its own parameters.
         text: What the drift is measured on, or None: random token ids.
         force: Replace a model folder at ``save_path``.
-        trust_remote_code: Let the base's own Python files run.
-        progress: A label to what is called with (positions read, positions in all).
-
-    Returns:
-        What was written, and its drift.
+        progress: Shows how far reading is.
 
     Raises:
-        AdapterError: The adapter is torn, has no such K, or is for another base.
+        AdapterError: There is no adapter, or it is torn or for another base.
         ModelError: The base cannot be loaded or fused, or the folder cannot be written.
         PromptError: The text has no token.
     """
-    where = adapter_folder(adapter_path, k)
-    source = base.resolve(path_or_hf_repo)
-    check_model_destination(save_path, force, SAVE_PATH, [source, where])
-    adapter = load_adapter(where)
-    model, tokenizer, config = load(
-        path_or_hf_repo, where, return_config=True, trust_remote_code=trust_remote_code
-    )
-    name, bar = str(path_or_hf_repo), progress or (lambda _: lambda *_: None)
-    sample = drift.sample(model, tokenizer, text)
-    before = drift.read(model, sample, bar("Reading unfused"))
+    if source.adapter is None:
+        raise AdapterError(f"{source.model} carries no adapter to fuse: give `adapter_path`")
+    check_model_destination(save_path, "save_path", force, source)
+    model, tokenizer, config = load_source(source)
+    comparison = Comparison(model, tokenizer, text, progress)
+    adapter = read_adapter(source.adapter, source.merge)
     encoder = adapter_of(model, adapter.merge, adapter.tuning).encoder_weights
     pad, untied = merged_embedding(model).pad_token_id, "lora_a" in merged_embedding(model)
-    model, config = fused(model, config, name, dequantize)
-    quantized = any(n.endswith(".scales") for n, _ in tree_flatten(model.parameters()))
+    model, config = fused(model, config, source.model, dequantize)
     carried = None
     if encoder:
-        merge = carried_merge(adapter.merge, config, pad, made_by("fused", name, adapter_path))
-        carried = Adapter(replace(merge, head_lora=None), LoRAConfig(0), {}, encoder)
-    with writing(save_path) as folder:
-        write_model(folder, model, tokenizer, config, source, carried)
-        del model
-        model = reload(folder, trust_remote_code)
-        found = drift.compare(before, drift.read(model, sample, bar("Reading fused")))
-    return Fused(untied, quantized, 1 if carried is None else carried.merge.merge_factor, found)
+        merge = replace(carried_merge("fused", source, config, pad), head_lora=None)
+        carried = Adapter(merge, LoRAConfig(0), {}, encoder)
+    quantized = has_quantized_layers(model)
+    drift = write_model(save_path, source, model, tokenizer, config, carried, comparison)
+    return Fused(untied, quantized, 1 if carried is None else source.k, drift)
 
 
 def fused(
@@ -125,18 +129,14 @@ def fused(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Takes an adapter off a model and puts what it adds into the weights.
 
-    Args:
-        model: From :func:`kmerge_mlx.load` with an adapter; not to be used afterwards.
-        config: The base's config.
-        name: What to call the base in an error.
-        dequantize: Make all weights floating-point.
+    The model is not to be used afterwards. ``name`` is what errors call the base.
 
     Returns:
         A plain mlx-lm model, its new weights not evaluated yet, and its config.
 
     Raises:
-        ModelError: The model has a tied head with LoRA, and its class cannot have another head;
-            or experts whose quantization mlx-lm cannot fuse.
+        ModelError: A tied head has LoRA and the class cannot have another head, or mlx-lm cannot
+            fuse the experts' quantization.
     """
     config = deepcopy(dict(config))
     merged = merged_embedding(model)
@@ -168,18 +168,7 @@ def _untied(
     name: str,
     dequantize: bool,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of the same class on the same arrays, with a head of its own: table and LoRA.
-
-    Args:
-        model: The tied model, its other LoRA fused.
-        config: Its config.
-        merged: What was around its embedding table, with the head's LoRA.
-        name: What to call the base in an error.
-        dequantize: Make the head floating-point; otherwise it is quantized like the table.
-
-    Raises:
-        ModelError: The class has no such head, or computes something else with one.
-    """
+    """A model of the same class on the same arrays, with a head of its own: table and LoRA."""
     config = config | {_TIED: False}
     if isinstance(config.get("text_config"), Mapping):
         config["text_config"] = {**config["text_config"], _TIED: False}
@@ -227,3 +216,177 @@ def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
         linear.bias = mx.zeros_like(linear.bias)
     linear.weight = table.weight
     return linear
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    return any(path.endswith(".scales") for path, _ in tree_flatten(model.parameters()))
+
+
+def check_model_destination(path: str | Path, setting: str, force: bool, source: Source) -> None:
+    """Refuses to write a model over something else, before any work is done.
+
+    Raises:
+        ModelError: Something else is there, or what it is made from. ``setting`` names ``path``.
+        AdapterError: The adapter that it carries holds more files than its own.
+    """
+    path = Path(path)
+    try:
+        here = path.resolve()
+        for read in (source.path, source.adapter):
+            if read is not None and here in (read.resolve(), *read.resolve().parents):
+                raise ModelError(f"`{setting}` {path} would replace {read}, which is read")
+        inside = [child.name for child in path.iterdir()] if path.is_dir() else []
+    except OSError as e:
+        raise ModelError(f"cannot write {path}: {e.strerror}") from None
+    names = [n for n in inside if any(fnmatch(n, pattern) for pattern in OWN_PATTERNS)]
+    check_destination(path, force, "model", names, ModelError, marker="config.json")
+    if CARRIED in names:
+        check_adapter_destination(path / CARRIED, force)
+
+
+def write_model(
+    path: str | Path,
+    source: Source,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: Mapping[str, Any],
+    adapter: Adapter | None,
+    comparison: Comparison,
+) -> Drift:
+    """Writes a model folder, whole or not at all, and compares what it holds with its source.
+
+    Args:
+        path: The folder.
+        source: What it was made from; Python files and generation settings come along.
+        model: Without an adapter; it is empty afterwards, so that its memory is free.
+        tokenizer: Its tokenizer.
+        config: Its config.
+        adapter: The adapter that the folder is to carry, or None.
+        comparison: Of the source.
+
+    Raises:
+        ModelError: It cannot be written or loaded. Nothing is left at ``path`` then.
+    """
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    try:
+        with replacing_folder(Path(path)) as folder:
+            try:
+                save(folder, source.path, model, tokenizer, deepcopy(dict(config)))
+            except RuntimeError as e:
+                raise write_error(e, folder, size) from e
+            if adapter is not None:
+                (folder / CARRIED).mkdir()
+                write_adapter(adapter, folder / CARRIED)
+            for file in folder.iterdir():
+                if file.is_file():
+                    flush(file)
+            written = Source.find(str(folder), trust_remote_code=source.trust_remote_code)
+            return comparison.with_model(load_source(written)[0])
+    except OSError as e:
+        raise ModelError(f"cannot write {path}: {e.strerror or first_line(e)}") from e
+
+
+def carried_merge(how: str, source: Source, config: Mapping[str, Any], pad: int) -> MergeConfig:
+    """What an adapter says of itself once a model folder carries it.
+
+    The base is the folder around it, wherever that is, so it has no id. ``how`` is ``fused`` or
+    ``quantized``, ``config`` the new model's, ``pad`` the token that fills the last block.
+    """
+    provenance = {
+        f"{how}_by": f"kmerge-mlx {__version__}",
+        "base_model": source.model,
+        "adapter": source.adapter_path,
+        "before": dict(source.merge.provenance),
+    }
+    made_on = BaseModelConfig(None, base.fingerprint(config))
+    return replace(source.merge, base=made_on, pad_token_id=pad, provenance=provenance)
+
+
+class Comparison:
+    """What a model says of a text, or of random ids, to compare another model with it.
+
+    The log-probabilities take bounded memory, which decides how many positions are compared.
+
+    Raises:
+        PromptError: The text has no token.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, text: str | None, progress: Bars | None = None
+    ):
+        self._progress = progress or (lambda _: lambda *_: None)
+        embedding = merged_embedding(model)
+        k = 1 if embedding is None else embedding.merge_factor
+        vocab_size = base.find_embedding(model, "the model")[1].weight.shape[0]
+        kept = min(DRIFT_POSITIONS, DRIFT_BYTES // (4 * vocab_size))
+        each = max(1, kept if k == 1 else kept // 2)
+        each = min(each, model.context_length or each)
+        if text is None:
+            draw, known = random.Random(0), min(vocab_size, len(tokenizer))
+            ids = [draw.randrange(known) for _ in range(each * k)]
+        else:
+            start = text[: each * k * _CHARACTERS]
+            special = wants_special_tokens(tokenizer, text)
+            # Not verbose: a text past the model's context is cut, and no reason for a warning.
+            ids = tokenizer.encode(start, add_special_tokens=special, verbose=False)[: each * k]
+        if not ids:
+            raise PromptError("the FILEs hold no token: give a text to measure the drift on")
+        self.plain, self.merged = ids[:each], ids if k > 1 else []
+        self._before = self._read(model, "Reading the source")
+
+    def with_model(self, model: nn.Module) -> Drift:
+        """How far another model is from the first; one that gives NaN is a ModelError."""
+        (rows, plain, *merged), (other, *others) = self._before, self._read(model, "Reading back")
+        gap = _gap(plain, others[0])
+        if rows is None:
+            return Drift(gap)
+        moved = mx.linalg.norm(other - rows, axis=-1)
+        moved = moved / mx.maximum(mx.linalg.norm(rows, axis=-1), 1e-30)
+        sizes = moved.size, moved.mean().item(), moved.max().item()
+        return Drift(gap, _gap(merged[0], others[1]), *sizes)
+
+    def _read(self, model: nn.Module, label: str) -> tuple[Any, ...]:
+        """Merged embeddings ``(N, D)`` or None, and log-probabilities ``(n, V)`` in chunks."""
+        prompts, rows = [self.plain], None
+        if self.merged:
+            embedding = merged_embedding(model)
+            prompts.append(embedding.compress([Segment(self.merged)]).ids)
+            rows = embedding(mx.array(prompts[1])).astype(mx.float32)
+            mx.eval(rows)
+        total, done, bar = sum(map(len, prompts)), 0, self._progress(label)
+        found: list[list[mx.array]] = []
+        for prompt in prompts:
+            found.append([])
+            for chunk in _log_probabilities(model, prompt):
+                found[-1].append(chunk)
+                done += chunk.shape[0]
+                bar(done, total)
+        return rows, *found
+
+
+def _log_probabilities(model: nn.Module, ids: Sequence[int]) -> Iterator[mx.array]:
+    """Log-probabilities ``(n, V)``, float32, of a prompt's positions, a chunk at a time."""
+    cache = make_prompt_cache(model)
+    for start in range(0, len(ids), DRIFT_CHUNK):
+        chunk = mx.array([ids[start : start + DRIFT_CHUNK]])
+        logits = model(chunk, cache=cache)[0].astype(mx.float32)
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logits, [c.state for c in cache])
+        yield logits
+
+
+def _gap(before: Sequence[mx.array], after: Sequence[mx.array]) -> Gap:
+    largest, total, same, positions, numbers = 0.0, 0.0, 0, 0, 0
+    for old, new in zip(before, after, strict=True):
+        # Equal infinities (tokens that a model rules out) are not a difference.
+        gap = mx.where(old == new, 0.0, mx.abs(new - old))
+        if not mx.isfinite(gap).all().item():
+            raise ModelError(
+                "the model that was made gives log-probabilities that are not finite: its dtype "
+                "cannot hold what the adapter adds"
+            )
+        largest = max(largest, gap.max().item())
+        total += gap.sum().item()
+        same += (old.argmax(-1) == new.argmax(-1)).sum().item()
+        positions, numbers = positions + old.shape[0], numbers + gap.size
+    return Gap(positions, largest, total / numbers, same / positions)

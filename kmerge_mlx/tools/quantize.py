@@ -1,9 +1,6 @@
-"""A base model quantized for merging, with the adapter it is to be read with.
+"""Quantizes a base for merging, and packs a merge encoder.
 
-Owns: which layers are quantized, the packing of a merge encoder, and what is refused. Does not know
-the command line.
-
-The embedding table is left alone unless it is asked for: the merge encoder reads it, and errors of
+The embedding table stays as it is unless it is asked for: the merge encoder reads it, and errors of
 a block's K embeddings add up (a 4-bit table moves merged embeddings by 2%).
 
 Source: ``mlx_lm.convert -q``.
@@ -12,7 +9,6 @@ Source: ``mlx_lm.convert -q``.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,174 +16,132 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import Adapter, adapter_folder, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.schema import EncoderQuantization, QuantizeConfig
+from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, read_adapter
+from kmerge_mlx.adapters.schema import EncoderQuantization
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
-from kmerge_mlx.model import adapter_of, load, merged_embedding, output_head
-from kmerge_mlx.tools import drift
-from kmerge_mlx.tools.drift import Drift, Progress
-from kmerge_mlx.tools.model_folder import (
+from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
+from kmerge_mlx.source import Source
+from kmerge_mlx.tools.fuse import (
+    Bars,
+    Comparison,
+    Drift,
     carried_merge,
     check_model_destination,
-    made_by,
-    reload,
+    has_quantized_layers,
     write_model,
-    writing,
 )
 
-MLX_PATH = "--mlx-path"
+
+@dataclass(frozen=True)
+class Packing:
+    """How a base is quantized; None is the mode's own default (affine: 4 bits, groups of 64)."""
+
+    bits: int | None = None  # of a weight
+    group_size: int | None = None  # weights that share a scale
+    mode: str = "affine"  # one of MLX's
+    embedding: bool = False  # quantize the embedding table as well
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written.
+    """What was written."""
 
-    Args:
-        bits_per_weight: Of the whole model, scales included.
-        tied: Whether the embedding table is the output head as well.
-        merge_factor: K of the adapter that the folder carries, or None: it carries none.
-        drift: How far it is from what it was made from.
-    """
-
-    bits_per_weight: float
-    tied: bool
-    merge_factor: int | None
-    drift: Drift
+    bits_per_weight: float  # of the whole model, scales included
+    tied: bool  # whether the embedding table is the output head as well
+    merge_factor: int | None  # K of the adapter that the folder carries; None: none
+    drift: Drift  # from what it was made from
 
 
 def quantize(
-    path_or_hf_repo: str,
+    source: Source,
     mlx_path: str | Path,
-    config: QuantizeConfig | None = None,
-    adapter_path: str | Path | None = None,
-    k: int | None = None,
+    packing: Packing = Packing(),
+    encoder_bits: int | None = None,
     *,
     text: str | None = None,
     force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Bars | None = None,
 ) -> Quantized:
     """Writes a base quantized, as a model folder that carries its adapter if there is one.
 
     Args:
-        path_or_hf_repo: Base model, a folder, a hub repo id, or ``bundled``.
-        mlx_path: The folder to write.
-        config: How to quantize; None is the defaults.
-        adapter_path: Adapter folder, or None.
-        k: Merge factor, or None: the adapter's only one.
+        source: The base, and the adapter if there is one.
+        mlx_path: The folder to write, whole or not at all.
+        packing: How to quantize the base.
+        encoder_bits: Of the merge encoder's weights, or None: it stays as it is.
         text: What the drift is measured on, or None: random token ids.
         force: Replace a model folder at ``mlx_path``.
-        trust_remote_code: Let the base's own Python files run.
-        progress: A label to what is called with (positions read, positions in all).
-
-    Returns:
-        What was written, and its drift.
+        progress: Shows how far reading is.
 
     Raises:
-        AdapterError: The adapter is torn, has no such K, is for another base, or cannot be used
-            with a quantized one.
+        AdapterError: The adapter is torn, for another base, or cannot be used with a quantized one.
         ModelError: The base cannot be loaded or quantized, or the folder cannot be written.
         PromptError: The text has no token.
     """
-    config = config or QuantizeConfig()
-    where = None if adapter_path is None else adapter_folder(adapter_path, k)
-    source, name = base.resolve(path_or_hf_repo), str(path_or_hf_repo)
-    check_model_destination(mlx_path, force, MLX_PATH, [source, where])
-    _check(base.read_config(source), config, name)
-    adapter = None if where is None else load_adapter(where)
-    packing = _packing(config, adapter)
-    bar = progress or (lambda _: lambda *_: None)
-    trusted = {"trust_remote_code": trust_remote_code}
-    model, tokenizer = load(name, where, **trusted)
-    sample = drift.sample(model, tokenizer, text)
-    before = drift.read(model, sample, bar("Reading the base"))
+    check_model_destination(mlx_path, "mlx_path", force, source)
+    _check(source.config, packing, source.model)
+    adapter = None
+    if source.adapter is not None:
+        adapter = read_adapter(source.adapter, source.merge)
+    encoder_packing = _encoder_packing(encoder_bits, adapter)
+    model, tokenizer, _ = load_source(source)
+    comparison = Comparison(model, tokenizer, text, progress)
     if adapter is not None:  # as the model computes with it
         pad = merged_embedding(model).pad_token_id
         adapter = adapter_of(model, adapter.merge, adapter.tuning)
     del model
-    model, tokenizer, settings = load(name, lazy=True, return_config=True, **trusted)
-    model, settings = quantized(model, settings, config, name)
+    alone = replace(source, adapter=None, merge=None)
+    model, tokenizer, config = load_source(alone, lazy=True)
+    model, config = quantized(model, config, packing, source.model)
     bits, tied = compute_bits_per_weight(model), output_head(model) is None
     if adapter is not None:
-        made = made_by("quantized", name, adapter_path)
-        adapter = replace(adapter, merge=carried_merge(adapter.merge, settings, pad, made))
-        adapter = adapter if packing is None else _packed(adapter, packing)
-    with writing(mlx_path) as folder:
-        write_model(folder, model, tokenizer, settings, source, adapter)
-        del model
-        after = drift.read(reload(folder, trust_remote_code), sample, bar("Reading quantized"))
-        found = drift.compare(before, after)
-    return Quantized(bits, tied, None if adapter is None else adapter.merge.merge_factor, found)
+        adapter = replace(adapter, merge=carried_merge("quantized", source, config, pad))
+        adapter = adapter if encoder_packing is None else _packed(adapter, encoder_packing)
+    drift = write_model(mlx_path, source, model, tokenizer, config, adapter, comparison)
+    return Quantized(bits, tied, None if adapter is None else source.k, drift)
 
 
 def quantized(
-    model: nn.Module, settings: dict[str, Any], config: QuantizeConfig, name: str
+    model: nn.Module, config: dict[str, Any], packing: Packing, name: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantizes a base in place.
-
-    Args:
-        model: A base alone.
-        settings: Its own config.
-        config: How.
-        name: What to call it in an error.
-
-    Returns:
-        The model and its new config.
+    """Quantizes a base alone, in place; gives it back with its new config.
 
     Raises:
-        ModelError: It is quantized already, mlx-lm refuses the settings, or they fit no layer.
+        ModelError: It is quantized already, or the groups fit no layer.
     """
-    if _has_quantized_layers(model):
+    if has_quantized_layers(model):
         raise _quantized_already(name)
     table, _ = base.find_embedding(model, name)
     own = getattr(model, "quant_predicate", None)
 
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path == table and not config.embedding:
+        if path == table and not packing.embedding:
             return False
         return True if own is None else own(path, module)
 
-    try:
-        with redirect_stdout(io.StringIO()):  # mlx-lm says how many bits it took
-            model, settings = quantize_model(
-                model,
-                settings,
-                config.group_size,
-                config.bits,
-                mode=config.mode,
-                quant_predicate=wanted,
-            )
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise _refused(name, error) from error
-    if not _has_quantized_layers(model):
+    how = {"mode": packing.mode, "quant_predicate": wanted}
+    with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
+        model, config = quantize_model(model, config, packing.group_size, packing.bits, **how)
+    if not has_quantized_layers(model):
         raise ModelError(
-            f"no layer of {name} has rows that groups of {settings['quantization']['group_size']} "
-            "divide: give another --q-group-size"
+            f"no layer of {name} has rows that groups of {config['quantization']['group_size']} "
+            "divide: give another `q_group_size`"
         )
-    return model, settings
+    return model, config
 
 
-def _check(settings: dict[str, Any], config: QuantizeConfig, name: str) -> None:
+def _check(config: dict[str, Any], packing: Packing, name: str) -> None:
     """Refuses what can be known to fail before anything is loaded."""
-    if settings.get("quantization"):
+    if config.get("quantization"):
         raise _quantized_already(name)
     try:
-        mx.quantize(mx.zeros((1, 128)), config.group_size, config.bits, mode=config.mode)
+        mx.quantize(mx.zeros((1, 128)), packing.group_size, packing.bits, mode=packing.mode)
     except (ValueError, RuntimeError) as error:
-        raise _refused(name, error) from error
-
-
-def _refused(name: str, error: Exception) -> ModelError:
-    return ModelError(f"MLX cannot quantize {name} so: {first_line(error)}")
-
-
-def _has_quantized_layers(model: nn.Module) -> bool:
-    return any(path.endswith(".scales") for path, _ in tree_flatten(model.parameters()))
+        raise ModelError(f"MLX cannot quantize {name} so: {first_line(error)}") from error
 
 
 def _quantized_already(name: str) -> ModelError:
@@ -197,21 +151,21 @@ def _quantized_already(name: str) -> ModelError:
     )
 
 
-def _packing(config: QuantizeConfig, adapter: Adapter | None) -> EncoderQuantization | None:
-    """How the merge encoder will be packed, after everything that can be refused by then."""
+def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuantization | None:
     if adapter is not None and isinstance(adapter.tuning, FullConfig):
         raise AdapterError(
             "the adapter holds whole layers, which a quantized base cannot take: run "
             "`kmerge-mlx fuse` first, and quantize what it writes"
         )
-    if config.encoder_bits is None:
+    if bits is None:
         return None
     if adapter is None or adapter.merge.encoder is None:
         what = "no adapter" if adapter is None else "an adapter for K = 1, which has none"
-        raise AdapterError(f"--encoder-bits needs a merge encoder, found {what}")
+        raise AdapterError(f"`encoder_bits` needs a merge encoder, found {what}")
     check_not_quantized(adapter.merge, "quantized again")
-    widths = [inner for _, inner in adapter.merge.encoder.layers().values()]
-    return EncoderQuantization.of_width(config.encoder_bits, widths)
+    return EncoderQuantization.of_width(
+        bits, [width for _, width in adapter.merge.encoder.layers().values()]
+    )
 
 
 def _packed(adapter: Adapter, packing: EncoderQuantization) -> Adapter:
@@ -219,10 +173,9 @@ def _packed(adapter: Adapter, packing: EncoderQuantization) -> Adapter:
     sizes = replace(adapter.merge.encoder, quantization=packing)
     weights = {}
     for layer in sizes.layers():
-        parts = mx.quantize(
-            adapter.encoder_weights[f"{layer}.weight"], packing.group_size, packing.bits
-        )
-        names = [f"{layer}.{part}" for part in ("weight", "scales", "biases")]
+        weight = adapter.encoder_weights[f"{layer}.weight"]
+        parts = mx.quantize(weight, packing.group_size, packing.bits)
+        names = (f"{layer}.{part}" for part in ("weight", "scales", "biases"))
         weights |= dict(zip(names, parts, strict=True))
         weights[f"{layer}.bias"] = adapter.encoder_weights[f"{layer}.bias"]
     return replace(adapter, merge=replace(adapter.merge, encoder=sizes), encoder_weights=weights)

@@ -1,26 +1,24 @@
-"""Which K: what a prompt takes at every merge factor, from a base model's config alone.
+"""Calculates what a prompt takes at each merge factor, from a base model's config alone.
 
-Owns the arithmetic on positions, KV cache, encoder, multiplications and memory. The KV cache is
-mlx-lm's own, grown in mlx-lm's own steps with arrays that are never evaluated; multiplications come
-from the graph of mlx-lm's own model (``tracing.py``). Nothing is measured, and nothing is read but
-headers and configs. Does not know tables.
-
-Source: the prefill of ``mlx_lm.generate.generate_step``; arXiv 2604.15153 for the encoder's sizes.
+Source: the prefill of ``mlx_lm.generate.generate_step``, ``mlx_lm.models.cache``; arXiv 2604.15153
+for the encoder's sizes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-from mlx_lm.utils import get_total_parameters
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+
+# mlx-lm has no public name for its table of architectures.
+from mlx_lm.utils import _get_classes, get_total_parameters, load_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
@@ -28,12 +26,10 @@ from kmerge_mlx.config import (
     BLOCKS_PER_CHUNK,
     MAX_BLOCKS,
     MULTIPLICATIONS_PER_BYTE,
-    GenerationConfig,
 )
-from kmerge_mlx.errors import ModelError, first_line
-from kmerge_mlx.tools import skeleton
-from kmerge_mlx.tools.bench import kv_bytes
-from kmerge_mlx.tools.tracing import Entry, Trace, trace
+from kmerge_mlx.errors import ModelError, first_line, short
+from kmerge_mlx.model import output_head, widen
+from kmerge_mlx.settings import CacheSettings
 
 MEMORY, CONTEXT, BLOCKS = "memory", "context", "block table"
 """What a prompt's length may be limited by."""
@@ -41,162 +37,83 @@ MEMORY, CONTEXT, BLOCKS = "memory", "context", "block table"
 MAX_POSITIONS = 1 << 24
 """Where the search for the longest prompt ends if nothing limits it."""
 
-_ENCODER_ITEM = mx.float32.size  # encoders are made, trained and by default converted in float32
+_DTYPE = ("dtype", "torch_dtype")
+_ROOM = 256  # positions by which mlx-lm's KV cache grows
+_FLOAT32 = 4  # bytes; encoders are made, trained and by default converted in it
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_FILLS_CACHE = re.compile(r"\.([kv]|qkv|in|kv_a)_proj")  # what the last layer needs for its cache
 
 
 @dataclass(frozen=True)
 class SizingConfig:
-    """What is calculated.
+    """What is calculated."""
 
-    Args:
-        lengths: T, tokens of each prompt.
-        ks: Merge factors; 1 reads every token, and is the reference.
-        dtype: To think of the base in, or None: its own.
-        usable_bytes: Memory there is for all of it, or None: not asked.
-        max_kv_size: Most positions the KV cache keeps, or None.
-        kv_bits: To quantize the KV cache to, or None.
-        kv_group_size: Of that quantization.
-        quantized_kv_start: Position from which it applies.
-        prefill_step_size: Positions prefilled at once.
-    """
-
-    lengths: tuple[int, ...]
-    ks: tuple[int, ...]
-    dtype: str | None = None
-    usable_bytes: int | None = None
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = GenerationConfig.kv_group_size
-    quantized_kv_start: int = GenerationConfig.quantized_kv_start
-    prefill_step_size: int = GenerationConfig.prefill_step_size
+    lengths: tuple[int, ...]  # T, tokens of each prompt
+    ks: tuple[int, ...]  # merge factors; 1 reads every token, and is the reference
+    dtype: str | None = None  # the base's; None: its own
+    usable_bytes: int | None = None  # memory for all of it; None: not asked
+    max_kv_size: int | None = None  # most positions that the KV cache keeps
+    kv_bits: int | None = None  # to quantize it to, in groups, from a position on
+    kv_group_size: int = CacheSettings.kv_group_size
+    quantized_kv_start: int = CacheSettings.quantized_kv_start
+    prefill_step_size: int = CacheSettings.prefill_step_size
 
 
 @dataclass(frozen=True)
-class BaseSizes:
-    """A base model.
+class _LayerCache:
+    """What one layer's cache keeps: keys and values, or a state of one size."""
 
-    Args:
-        model_type: Its architecture.
-        dtype: Of its embeddings, and so of its KV cache.
-        parameters: How many numbers it holds, before any quantization.
-        weight_bytes: Bytes they take, after it.
-        hidden_size: D.
-        context_length: Positions it was made for, or None: its config does not say.
-        has_weights: Whether this is of its weights files, or of its config alone.
-        obeys_max_kv_size: Whether mlx-lm limits its KV cache where asked to.
-    """
-
-    model_type: str
-    dtype: str
-    parameters: int
-    weight_bytes: int
-    hidden_size: int
-    context_length: int | None
-    has_weights: bool
-    obeys_max_kv_size: bool
+    heads: int = 0  # of keys and values
+    widths: tuple[int, int] = (0, 0)  # of a key and a value
+    item: int = 0  # bytes of one of their numbers
+    window: int | None = None  # most positions that it keeps
+    state_bytes: int = 0
+    state_size: int = 0  # numbers
 
 
-@dataclass(frozen=True)
-class Factor:
-    """One merge factor.
-
-    Args:
-        k: K.
-        encoder_parameters: Of an encoder of the default width; 0 at K = 1.
-        encoder_bytes: In float32.
-        longest_prompt: Most original tokens that fit, or None: not asked, or no limit found.
-        limited_by: What ends there: ``memory``, ``context``, ``block table``; or None.
-    """
-
-    k: int
-    encoder_parameters: int
-    encoder_bytes: int
-    longest_prompt: int | None
-    limited_by: str | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One merge factor at one length, batch size 1.
-
-    Args:
-        k: K.
-        length: T, original tokens of the prompt, all of them merged.
-        positions: Positions prefilled: ceil(T / K).
-        in_context: Whether the model was made for so many, or None: its config does not say.
-        kv_bytes: Keys and values of those positions, as ``kmerge-mlx bench`` counts them.
-        memory_bytes: Weights, encoder, merged blocks, and all the room that the KV cache takes.
-        fits: Whether that is within the usable memory, or None: not asked.
-        multiplications: Of reading the prompt, the encoder's included, or None: not told.
-        weight_traffic_bytes: Weights read for it, once for each step of the prefill.
-        work_ratio: Multiplications of K = 1 over these, or None.
-        speedup_floor: The least speed-up over K = 1, as :func:`floor` assumes, or None.
-    """
-
-    k: int
-    length: int
-    positions: int
-    in_context: bool | None
-    kv_bytes: int
-    memory_bytes: int
-    fits: bool | None
-    multiplications: int | None
-    weight_traffic_bytes: int
-    work_ratio: float | None
-    speedup_floor: float | None
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """All that was calculated; ``rows`` are by length and then by K."""
-
-    base: BaseSizes
-    factors: tuple[Factor, ...]
-    rows: tuple[Row, ...]
-
-
-def calculate(path_or_hf_repo: str, config: SizingConfig) -> Sizing:
+def calculate(path_or_hf_repo: str, settings: SizingConfig) -> dict[str, Any]:
     """Calculates what prompts take at every merge factor, of which 1 is always one.
 
     Args:
-        path_or_hf_repo: Base model, a folder, a hub repo id (no weights are fetched), or
+        path_or_hf_repo: Base model: a folder, a hub repo id (weights are not fetched), or
             ``bundled``.
-        config: What to calculate.
+        settings: What to calculate.
+
+    Returns:
+        ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
+        docs/choosing-k.md.
 
     Raises:
-        ModelError: The base cannot be found, merged prompts cannot be read by it, or its sizes
-            cannot be told from its config.
+        ModelError: The base cannot be found or read merged prompts, its config does not say
+            enough, or mlx-lm cannot quantize its KV cache.
     """
-    path = base.resolve(path_or_hf_repo, weights=False)
-    model_config = base.read_config(path)
-    model = skeleton.build(path, model_config, path_or_hf_repo, config.dtype)
-    calculator = _Calculator(model, config, path_or_hf_repo, base.context_length(model_config))
-    ks = sorted({1, *config.ks})
-    rows = []
-    for length in config.lengths:
-        reference = calculator.row(1, length, None)
-        rows += [reference, *(calculator.row(k, length, reference) for k in ks[1:])]
-    sizes = BaseSizes(
-        model_type=model_config["model_type"],
-        dtype=base.dtype_name(calculator.dtype),
-        parameters=get_total_parameters(model),
-        weight_bytes=calculator.weight_bytes,
-        hidden_size=calculator.hidden_size,
-        context_length=calculator.context_length,
-        has_weights=skeleton.has_weights(path),
-        obeys_max_kv_size=not hasattr(model, "make_cache"),  # mlx-lm's own condition
-    )
-    return Sizing(sizes, tuple(calculator.factor(k) for k in ks), tuple(rows))
+    name, path = path_or_hf_repo, base.resolve(path_or_hf_repo, weights=False)
+    config, has_weights = base.read_config(path), _has_weights(path)
+    model = _build(path, config, name, settings.dtype, has_weights)
+    found = _Calculator(model, config, settings, name)
+    ks, rows = sorted({1, *settings.ks}), []
+    for length in settings.lengths:
+        reference = found.row(1, length, None)
+        rows += [reference, *(found.row(k, length, reference) for k in ks[1:])]
+    sizes = {
+        "model_type": config["model_type"],
+        "dtype": base.dtype_name(found.dtype),  # of its embeddings
+        "parameters": get_total_parameters(model),  # before any quantization
+        "weight_bytes": found.weight_bytes,  # after it
+        "hidden_size": found.hidden_size,
+        "context_length": found.context_length,
+        "has_weights": has_weights,  # whether the headers of its weights files were read
+        "obeys_max_kv_size": not hasattr(model, "make_cache"),  # mlx-lm's own condition
+    }
+    return {"base": sizes, "factors": [found.factor(k) for k in ks], "rows": rows}
 
 
 def floor(whole: tuple[int, int], merged: tuple[int, int]) -> float:
-    """The least speed-up that merging gives, where multiplying and reading weights take the time.
+    """The least speed-up if multiplying and reading weights take all of the time.
 
     A machine multiplies b times while it reads a byte. Reading every token takes at least the time
-    of its multiplications, M, and at least that of the weights it reads, b * W; reading merged
-    positions at most that of both, one after the other: M' + b * W'. The quotient is least at
-    b = M / W, or at the largest b there is: ``MULTIPLICATIONS_PER_BYTE``. This assumes that a
-    machine multiplies no faster in a long prompt than in a short one.
+    of its multiplications, M, and at least that of its weights, b * W; reading merged positions at
+    most M' + b * W'. The quotient is least at b = M / W, or at ``MULTIPLICATIONS_PER_BYTE``.
 
     Args:
         whole: Multiplications, and bytes of weights read, at K = 1.
@@ -206,61 +123,67 @@ def floor(whole: tuple[int, int], merged: tuple[int, int]) -> float:
     return whole[0] / (merged[0] + balance * merged[1])
 
 
-def steps(positions: int, size: int) -> Iterator[int]:
-    """How mlx-lm prefills: in steps of that size, and the last position by itself."""
-    for start in range(0, positions - 1, size):
-        yield min(size, positions - 1 - start)
-    yield 1
-
-
 class _Calculator:
     """The sizes of one base model."""
 
     def __init__(
-        self, model: nn.Module, config: SizingConfig, name: str, context_length: int | None
+        self, model: nn.Module, config: Mapping[str, Any], settings: SizingConfig, name: str
     ):
         _, table = base.find_embedding(model, name)
         looked_up = table(mx.array([0]))
         self.dtype, self.hidden_size = looked_up.dtype, looked_up.shape[-1]
-        self.context_length = context_length
+        self.context_length = base.context_length(config)
         self.weight_bytes = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-        self._config = config
-        self._trace = trace(model, name)
-        self._cache = _Cache(model, config, self._trace, name)
-        self._windows = _windows(self._trace, self._cache.windows)
+        self._settings, text = settings, base.text_config(config)
+        self._layers = _caches(model, name, settings.max_kv_size)
+        self._heads = text.get("num_attention_heads", 0)
+        used = text.get("num_experts_per_tok", text.get("experts_per_token"))
+        self._fill, self._full = _passes(model, table, used)
+        if settings.kv_bits is not None and any(
+            layer.heads and (layer.window or any(w % settings.kv_group_size for w in layer.widths))
+            for layer in self._layers
+        ):
+            raise ModelError(
+                f"mlx-lm cannot quantize the KV cache of {name} by `kv_bits`: it has sliding "
+                f"windows, or `kv_group_size` {settings.kv_group_size} does not divide its heads"
+            )
 
-    def row(self, k: int, length: int, reference: Row | None) -> Row:
-        """One merge factor at one length; the reference is K = 1 at the same."""
+    def row(self, k: int, length: int, reference: dict[str, Any] | None) -> dict[str, Any]:
+        """One merge factor at one length, batch size 1; the reference is K = 1 at the same."""
         positions = -(-length // k)
-        usable, context = self._config.usable_bytes, self.context_length
+        usable, context = self._settings.usable_bytes, self.context_length
         memory = self._memory(k, positions)
-        work, traffic = self._multiplications(k, positions), self._weight_traffic(k, positions)
-        whole = None if reference is None else reference.multiplications
-        return Row(
-            k,
-            length,
-            positions,
-            None if context is None else positions <= context,
-            self._cache.bytes(positions)[0],
-            memory,
-            None if usable is None else memory <= usable,
-            work,
-            traffic,
-            whole / work if whole and work else None,
-            floor((whole, reference.weight_traffic_bytes), (work, traffic))
-            if whole and work
-            else None,
-        )
+        now = self._multiplications(k, positions), self._weight_traffic(k, positions)
+        whole = reference and (reference["multiplications"], reference["weight_traffic_bytes"])
+        return {
+            "k": k,
+            "length": length,
+            "positions": positions,
+            "in_context": None if context is None else positions <= context,
+            "kv_bytes": self._cache_bytes(positions, self._is_quantized(positions)),
+            "memory_bytes": memory,
+            "fits": None if usable is None else memory <= usable,
+            "multiplications": now[0],
+            "weight_traffic_bytes": now[1],
+            "work_ratio": whole and whole[0] / now[0],
+            "speedup_floor": whole and floor(whole, now),
+        }
 
-    def factor(self, k: int) -> Factor:
+    def factor(self, k: int) -> dict[str, Any]:
         """One merge factor, whatever the length."""
-        parameters = _encoder_parameters(k, self.hidden_size)
+        parameters = self._encoder(k)[0]
         longest, limit = self._longest(k)
-        return Factor(k, parameters, parameters * _ENCODER_ITEM, longest, limit)
+        return {
+            "k": k,
+            "encoder_parameters": parameters,
+            "encoder_bytes": parameters * _FLOAT32,
+            "longest_prompt": longest,
+            "limited_by": limit,
+        }
 
     def _longest(self, k: int) -> tuple[int | None, str | None]:
-        """Most tokens that fit, and what ends there: a search over whole positions."""
-        usable = self._config.usable_bytes
+        """Most tokens that fit, and what limits them: a search over whole positions."""
+        usable = self._settings.usable_bytes
         if usable is None:
             return None, None
         limits = {CONTEXT: self.context_length, BLOCKS: MAX_BLOCKS if k > 1 else None}
@@ -274,107 +197,196 @@ class _Calculator:
             low, high = (middle, high) if self._memory(k, middle) <= usable else (low, middle)
         return low * k, MEMORY
 
-    def _memory(self, k: int, positions: int) -> int:
-        encoder = _encoder_parameters(k, self.hidden_size) * _ENCODER_ITEM
-        blocks = positions * self.hidden_size * self.dtype.size if k > 1 else 0
-        return self.weight_bytes + encoder + blocks + self._cache.bytes(positions)[1]
+    def _encoder(self, k: int) -> tuple[int, int]:
+        """Parameters of an encoder, and its multiplications for a block: they leave out biases."""
+        if k == 1:
+            return 0, 0
+        sizes = EncoderConfig(k, self.hidden_size, inner_size(k, self.hidden_size))
+        return sizes.num_parameters, sum(out * width for out, width in sizes.layers().values())
 
-    def _multiplications(self, k: int, positions: int) -> int | None:
-        if self._windows is None:
-            return None
-        first, last, before = self._trace.prefill, self._trace.last, positions - 1
-        total = before * first.linear + last.linear
-        # The prefill leaves out what its KV cache does not need: the last layer's attention.
-        for count, window in zip(first.attention, self._windows, strict=False):
-            total += count * _pairs(before, window)
-        for count, window in zip(last.attention, self._windows, strict=True):
-            total += count * min(positions, window or positions)
-        return total + positions * _encoder_multiplications(k, self.hidden_size)
+    def _cache_bytes(self, positions: int, quantized: bool, room: bool = False) -> int:
+        """Bytes of so many positions, or of the room that mlx-lm makes for them."""
+        settings, total = self._settings, 0
+        count = -(-positions // _ROOM) * _ROOM if room else positions
+        for layer in self._layers:
+            # A step of the prefill comes on top of a window.
+            step = min(settings.prefill_step_size, positions) - 1 if room else 0
+            kept = min(count, layer.window + step) if layer.window else count
+            bits = 8 * layer.item
+            if quantized:  # a scale and a bias for each group
+                bits = settings.kv_bits + 16 * layer.item / settings.kv_group_size
+            total += int(kept * layer.heads * sum(layer.widths) * bits) // 8 + layer.state_bytes
+        return total
+
+    def _is_quantized(self, positions: int) -> bool:
+        settings = self._settings
+        return settings.kv_bits is not None and positions >= settings.quantized_kv_start
+
+    def _memory(self, k: int, positions: int) -> int:
+        blocks = positions * self.hidden_size * self.dtype.size if k > 1 else 0
+        quantized, before = self._is_quantized(positions), positions
+        if quantized:  # the cache is whole until a step of the prefill passes the start
+            start = max(1, self._settings.quantized_kv_start)
+            before = min(
+                max(positions - 1, start),
+                -(-start // self._settings.prefill_step_size) * self._settings.prefill_step_size,
+            )
+        cache = max(
+            self._cache_bytes(before, False, room=True),
+            self._cache_bytes(positions, quantized, room=True),
+        )
+        return self.weight_bytes + self._encoder(k)[0] * _FLOAT32 + blocks + cache
+
+    def _multiplications(self, k: int, positions: int) -> int:
+        before = positions - 1
+        total = before * self._fill[0] + self._full[0]
+        for i, layer in enumerate(self._layers):
+            pair, window = self._heads * sum(layer.widths), layer.window or positions
+            # The prefill leaves out what its cache does not need: the last layer's attention.
+            if i + 1 < len(self._layers):
+                total += pair * _pairs(before, window)
+            total += pair * min(positions, window)
+            total += 3 * layer.state_size * positions  # decayed, updated and read
+        return total + positions * self._encoder(k)[1]
 
     def _weight_traffic(self, k: int, positions: int) -> int:
-        chunks = -(-(positions - 1) // self._config.prefill_step_size)
-        read = chunks * self._trace.prefill.weight_bytes + self._trace.last.weight_bytes
-        encoder = _encoder_parameters(k, self.hidden_size) * _ENCODER_ITEM
-        return read + encoder * -(-positions // BLOCKS_PER_CHUNK)
+        steps = -(-(positions - 1) // self._settings.prefill_step_size)
+        encoder = self._encoder(k)[0] * _FLOAT32 * -(-positions // BLOCKS_PER_CHUNK)
+        return steps * self._fill[1] + self._full[1] + encoder
 
 
-class _Cache:
-    """mlx-lm's KV cache of a model, as large as a prompt makes it."""
-
-    def __init__(self, model: nn.Module, config: SizingConfig, trace: Trace, name: str):
-        self._model, self._config, self._name = model, config, name
-        self._known: dict[int, tuple[int, int]] = {}
-        pairs = zip(self._fresh(), trace.entries, strict=True)
-        kinds = [(_window(cache), entry) for cache, entry in pairs]
-        self.windows = [window for window, entry in kinds if entry is not None]
-        # Layers of a kind are alike: one of them is enough.
-        counts = Counter(kind for kind in kinds if kind[1] is not None)
-        self._layers = [(kinds.index(kind), kind[1], count) for kind, count in counts.items()]
-
-    def bytes(self, positions: int) -> tuple[int, int]:
-        """Bytes held for a prompt of so many positions, and the most that it takes meanwhile."""
-        if positions not in self._known:
-            sizes = [(self._grown(i, e, positions), n) for i, e, n in self._layers]
-            held, room = (sum(size[part] * n for size, n in sizes) for part in (0, 1))
-            self._known[positions] = held, room
-        return self._known[positions]
-
-    def _fresh(self) -> list[Any]:
-        return make_prompt_cache(self._model, self._config.max_kv_size)
-
-    def _grown(self, layer: int, entry: Entry, positions: int) -> tuple[int, int]:
-        config, room = self._config, 0
-        cache = [self._fresh()[layer]]
-        try:
-            for count in steps(positions, config.prefill_step_size):
-                shape = (1, entry.heads, count)
-                keys = mx.zeros((*shape, entry.key_size), entry.dtype)
-                values = mx.zeros((*shape, entry.value_size), entry.dtype)
-                cache[0].update_and_fetch(keys, values)
-                room = max(room, cache[0].nbytes)
-                maybe_quantize_kv_cache(
-                    cache, config.quantized_kv_start, config.kv_group_size, config.kv_bits
-                )
-        except (NotImplementedError, ValueError) as error:
-            raise ModelError(
-                f"mlx-lm cannot quantize the KV cache of {self._name} (--kv-bits, "
-                f"--kv-group-size): {first_line(error)}"
-            ) from error
-        return kv_bytes(cache), room
-
-
-def _window(cache: Any) -> int | None:
-    """How many positions a layer looks back, or None: to the first."""
-    return cache.max_size if isinstance(cache, RotatingKVCache) else None
-
-
-def _windows(trace: Trace, layers: Sequence[int | None]) -> list[int | None] | None:
-    """The window of every product of the attention, or None where that cannot be told."""
-    products = len(trace.last.attention)
-    if len(set(layers)) == 1:
-        return layers[:1] * products
-    if products == 2 * len(layers):
-        return [window for window in layers for _ in range(2)]
-    return None
-
-
-def _pairs(positions: int, window: int | None) -> int:
+def _pairs(positions: int, window: int) -> int:
     """Pairs of a query and a key that causal attention needs."""
-    full = min(positions, window or positions)
+    full = min(positions, window)
     return full * (full + 1) // 2 + (positions - full) * full
 
 
-def _encoder_parameters(k: int, hidden_size: int) -> int:
-    return 0 if k == 1 else _encoder(k, hidden_size).num_parameters
+def _passes(model: nn.Module, table: nn.Module, used: int | None) -> tuple[list[int], list[int]]:
+    """A position's multiplications with weights, and their bytes.
+
+    Args:
+        model: The base.
+        table: Its embedding table, which is also the head of a tied model.
+        used: How many experts of a layer a position uses, or None: all.
+
+    Returns:
+        Those of a position that only fills the cache, and those of the prompt's last one.
+    """
+    head = output_head(model)
+    found = (_LAYER.search(path) for path, _ in model.named_modules())
+    last = max((int(layer[1]) for layer in found if layer), default=-1)
+    fill, full = [0, 0], [0, 0]
+    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+        weight = module.get("weight")
+        looked_up = module is table and head is not None
+        if weight is None or weight.ndim < 2 or isinstance(module, nn.Conv1d) or looked_up:
+            continue
+        count = weight.size * 32 // module.bits if "scales" in module else weight.size
+        if weight.ndim == 3 and used:  # experts
+            count = count // weight.shape[0] * used
+        size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+        full = [full[0] + count, full[1] + size]
+        is_head = module is table or (head is not None and module is head[1])
+        layer = _LAYER.search(path)
+        in_last = layer is not None and int(layer[1]) == last
+        if not is_head and (not in_last or _FILLS_CACHE.search(path)):
+            fill = [fill[0] + count, fill[1] + size]
+    return fill, full
 
 
-def _encoder_multiplications(k: int, hidden_size: int) -> int:
-    """For each block: every weight once, and no bias."""
-    if k == 1:
-        return 0
-    shapes = _encoder(k, hidden_size).shapes().values()
-    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+def _caches(model: nn.Module, name: str, max_kv_size: int | None) -> list[_LayerCache]:
+    """What each layer caches: the model reads placeholders, and nothing is evaluated."""
+    cache = make_prompt_cache(model, max_kv_size)
+    kinds = {type(entry) for entry in cache}
+    if others := kinds - {KVCache, RotatingKVCache, ArraysCache}:
+        listed = ", ".join(sorted(kind.__name__ for kind in others))
+        raise ModelError(
+            f"{name} keeps {listed}, which the calculator does not know; `kmerge-mlx bench` "
+            "measures it"
+        )
+    parameters = dict(tree_flatten(model.parameters()))
+
+    def forward(ids: mx.array, **placeholders: mx.array) -> mx.array:
+        model.update(tree_unflatten(list(placeholders.items())))
+        return model(ids, cache=cache)
+
+    try:
+        with mx.stream(mx.cpu):
+            ids = mx.zeros((1, 2), mx.int32)
+            mx.export_function(lambda _: None, forward, ids, **parameters)
+    except base.LOAD_ERRORS as error:
+        raise ModelError(f"{name} cannot be read: {first_line(error)}") from error
+    finally:
+        model.update(tree_unflatten(list(parameters.items())))
+    return [_layer_cache(entry) for entry in cache]
 
 
-def _encoder(k: int, hidden_size: int) -> EncoderConfig:
-    return EncoderConfig(k, hidden_size, inner_size(k, hidden_size))
+def _layer_cache(entry: Any) -> _LayerCache:
+    if isinstance(entry, ArraysCache):
+        arrays = [array for array in entry.cache if array is not None]
+        sizes = sum(array.nbytes for array in arrays), sum(array.size for array in arrays)
+        return _LayerCache(state_bytes=sizes[0], state_size=sizes[1])
+    if entry.keys is None:
+        return _LayerCache()
+    _, heads, _, width = entry.keys.shape
+    window = entry.max_size if isinstance(entry, RotatingKVCache) else None
+    return _LayerCache(heads, (width, entry.values.shape[-1]), entry.keys.dtype.size, window)
+
+
+def _has_weights(path: Path) -> bool:
+    """Whether all weights files of a base are in its folder: their names count them."""
+    names = [file.name for file in path.glob("model*.safetensors")]
+    counts = {int(m[1]) for name in names if (m := re.search(r"-of-(\d+)\.", name))}
+    return bool(names) and all(count == len(names) for count in counts)
+
+
+def _build(
+    path: Path, config: Mapping[str, Any], name: str, dtype: str | None, has_weights: bool
+) -> nn.Module:
+    """mlx-lm's model for a config: it has shapes and dtypes, and is never evaluated."""
+    try:
+        if has_weights:
+            model, _ = load_model(path, lazy=True, model_config=dict(config))
+            widen(model, path)
+        else:
+            model = _from_config(config, name)
+            dtype = dtype or _stated_dtype(config, name)
+    except base.LOAD_ERRORS as error:
+        raise ModelError(f"cannot build {name}: {first_line(error)}") from error
+    if dtype is not None:
+        model.set_dtype(base.DTYPES[dtype])
+    return model
+
+
+def _stated_dtype(config: Mapping[str, Any], name: str) -> str:
+    entries = [part.get(key) for part in (base.text_config(config), config) for key in _DTYPE]
+    stated = next((entry for entry in entries if entry is not None), None)
+    if stated not in base.DTYPES:
+        raise ModelError(f"config.json of {name} specifies dtype {short(stated)}: give `dtype`")
+    return stated
+
+
+def _from_config(config: Mapping[str, Any], name: str) -> nn.Module:
+    quantization = config.get("quantization")
+    if quantization is None and config.get("quantization_config") is not None:
+        raise ModelError(
+            f"{name} is quantized by {short(config['quantization_config'])}, and its config does "
+            "not specify which layers are: give a folder that holds its weights"
+        )
+    model_class, arguments = _get_classes(dict(config))
+    model = model_class(arguments.from_dict(dict(config)))
+    if quantization is None:
+        return model
+    group_size, own = quantization["group_size"], getattr(model, "quant_predicate", None)
+
+    def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        """What ``mlx_lm.convert`` quantizes: the config names only what differs."""
+        if path in quantization:
+            return quantization[path]
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+            return False
+        return True if own is None else own(path, module)
+
+    mode = quantization.get("mode", "affine")
+    nn.quantize(model, group_size, quantization["bits"], mode=mode, class_predicate=wanted)
+    return model

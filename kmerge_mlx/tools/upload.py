@@ -1,10 +1,6 @@
-"""An adapter to a hub repo: what goes up, and the one commit that it goes up in.
+"""Uploads adapters to a hub repo in one commit, without the paths of this machine.
 
-Owns which files these are and their names in the repo, what the configs say of the base there, and
-that no path of the machine they were made on goes with them. Does not know what a card says.
-
-Layout: an adapter's four files at the root of the repo, or those of a folder of several under
-``k{K}/``.
+An adapter's four files lie at the root of the repo, those of a folder of several under ``k{K}/``.
 """
 
 from __future__ import annotations
@@ -22,10 +18,9 @@ from kmerge_mlx.adapters.folder import (
     FILES,
     MERGE_CONFIG,
     TUNING_CONFIG,
-    adapter_folder,
-    find_adapters,
     is_carried,
-    load_adapter,
+    look_up,
+    read_adapter,
 )
 from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
@@ -75,7 +70,7 @@ def collect(
         adapter: An adapter folder, a folder of them, or ``bundled``.
         repo: Where to.
         k: The one merge factor wanted, or None: all there are.
-        base_model: What the base is called on the hub; None takes what the adapters name.
+        base_model: The base's repo id; None takes what the adapters name.
 
     Raises:
         AdapterError: No adapter, a torn one, or no such K.
@@ -83,30 +78,25 @@ def collect(
     """
     if adapter != BUNDLED and not Path(adapter).is_dir():
         raise UploadError(f"{adapter} is not a folder: give the adapter folder to upload")
-    found = find_adapters(adapter)
-    ks = [k] if k is not None else list(found)
-    folders = {factor: adapter_folder(adapter, factor) for factor in ks}
-    if any(is_carried(folder) for folder in folders.values()):
+    found = look_up(adapter)
+    chosen = [found.choose(factor) for factor in ([k] if k is not None else found.found)]
+    if any(is_carried(folder) for folder, _ in chosen):
         raise UploadError(
-            f"{adapter} carries its adapter, which is none without the model: upload the whole "
+            f"{adapter} carries its adapter, which needs the model around it: upload the whole "
             f"folder (`hf upload {repo.id} {adapter}`), or the adapter that it was made from"
         )
-    loaded = {factor: load_adapter(adapter, factor) for factor in ks}
-    on_hub = _base_on_hub(adapter, [one.merge for one in loaded.values()], base_model)
+    on_hub = _base_on_hub(adapter, [merge for _, merge in chosen], base_model)
     files: dict[str, bytes | Path] = {}
     adapters, changes = [], []
-    for factor, folder in folders.items():
-        inside = "" if folder == Path(adapter) else f"k{factor}/"
-        merge, tuning, told = _configs(folder, on_hub)
-        changes += [f"{inside}{line}" for line in told]
-        configs = {MERGE_CONFIG: merge, TUNING_CONFIG: tuning}
-        for name in FILES:
-            content = configs.get(name)
-            files[inside + name] = folder / name if content is None else _to_bytes(content)
-        facts = describe_adapter(loaded[factor])
-        provenance = merge.get("provenance") or {}
+    for folder, merge in chosen:
+        inside = "" if folder == Path(adapter) else f"k{merge.merge_factor}/"
+        configs, changed = _configs(folder, on_hub)
+        changes += [f"{inside}{line}" for line in changed]
+        files |= {f"{inside}{name}": configs.get(name, folder / name) for name in FILES}
+        provenance = json.loads(configs[MERGE_CONFIG]).get("provenance") or {}
+        facts = describe_adapter(read_adapter(folder, merge))
         adapters.append(facts | {"base_model": on_hub, "provenance": provenance})
-    fields = loaded[ks[0]].merge.base.fields
+    fields = chosen[0][1].base.fields
     return Upload(repo, BaseModelConfig(on_hub, fields), files, adapters, changes)
 
 
@@ -123,8 +113,8 @@ def check_base(upload: Upload) -> None:
         config = base.read_config(fetch(name, ["config.json"], UploadError))
     except KMergeError as error:
         raise UploadError(
-            f"the adapter goes up as made on {name}, which cannot be had: {error} "
-            "(--base-model names another)"
+            f"the adapter goes up as made on {name}, which cannot be fetched: {error} "
+            "(`base_model` names another)"
         ) from error
     if problems := upload.base.differences(base.fingerprint(config)):
         raise UploadError(findings(f"{name} is not the base of this adapter", problems))
@@ -165,28 +155,24 @@ def _send(upload: Upload, message: str, private: bool) -> str:
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     about = api.repo_info(repo)
     if private and not about.private:
-        raise UploadError(f"{repo} is there and public: leave --private out, or make it private")
+        raise UploadError(f"{repo} is there and public: leave `private` out, or make it private")
     if branch is not None:
         try:
             about = api.repo_info(repo, revision=branch)
         except errors.RevisionNotFoundError:
             api.create_branch(repo, branch=branch, exist_ok=True)
-    _check_layout(upload, {file.rfilename for file in about.siblings or ()})
-    files = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
-    commit = api.create_commit(repo, files, commit_message=message, revision=branch)
-    return str(commit.commit_url)
-
-
-def _check_layout(upload: Upload, there: set[str]) -> None:
-    """Refuses to put adapters beside others in a way in which some would not be found."""
+    there = {file.rfilename for file in about.siblings or ()}
     configs = {name for name in there if name.rpartition("/")[2] == MERGE_CONFIG}
-    # One at the root hides all in folders.
+    # A config at the root hides all in folders.
     others = configs - {MERGE_CONFIG} if MERGE_CONFIG in upload.files else configs & {MERGE_CONFIG}
     if others:
         raise UploadError(
             f"{upload.repo} holds {min(others)}: with the adapter that is to go up beside it, one "
-            "of the two would not be found; choose another repo or --revision, or delete that one"
+            "of the two would not be found; choose another repo or `revision`, or delete that one"
         )
+    files = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
+    commit = api.create_commit(repo, files, commit_message=message, revision=branch)
+    return str(commit.commit_url)
 
 
 def _base_on_hub(adapter: str, merges: Sequence[MergeConfig], given: str | None) -> str:
@@ -196,21 +182,21 @@ def _base_on_hub(adapter: str, merges: Sequence[MergeConfig], given: str | None)
     recorded = {merge.base.id for merge in merges}
     if len(recorded) > 1:
         listed = " and ".join(sorted(map(str, recorded)))
-        raise UploadError(f"{adapter} names several bases ({listed}): choose one with --k")
+        raise UploadError(f"{adapter} names several bases ({listed}): choose one with `k`")
     (name,) = recorded
     if name is None:
-        raise UploadError(f"{adapter} does not name its base model: give --base-model user/name")
+        raise UploadError(f"{adapter} does not name its base model: give `base_model` user/name")
     if name == BUNDLED:
         return name
     if is_namespaced(name) and not Path(name).exists():
         return str(parse(name, UploadError))
     raise UploadError(
-        f"{adapter} was made on {name}, which is no hub repo: say what it is called there, "
-        "--base-model user/name"
+        f"{adapter} was made on {name}, which is not a hub repo id: give the base's, as "
+        "`base_model` user/name"
     )
 
 
-def _configs(folder: Path, on_hub: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def _configs(folder: Path, on_hub: str) -> tuple[dict[str, bytes], list[str]]:
     """An adapter's two configs as they go up, and what they say otherwise than on the disk."""
     merge = read_json(folder / MERGE_CONFIG, UploadError)
     tuning = read_json(folder / TUNING_CONFIG, UploadError)
@@ -219,10 +205,12 @@ def _configs(folder: Path, on_hub: str) -> tuple[dict[str, Any], dict[str, Any],
     if entry.get("id") != on_hub:
         changes.append(f"{MERGE_CONFIG}: base_model.id is {entry.get('id')}, goes up as {on_hub}")
     merge["base_model"], tuning["model"] = entry | {"id": on_hub}, on_hub
-    for name, config in ((MERGE_CONFIG, merge), (TUNING_CONFIG, tuning)):
-        for key in config:
-            config[key] = _without_paths(config[key], f"{name}: {key}", changes)
-    return merge, tuning, changes
+    configs = {MERGE_CONFIG: merge, TUNING_CONFIG: tuning}
+    texts = {}
+    for name, config in configs.items():
+        cut = {key: _without_paths(config[key], f"{name}: {key}", changes) for key in config}
+        texts[name] = (json.dumps(cut, indent=2) + "\n").encode()
+    return texts, changes
 
 
 def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
@@ -246,7 +234,3 @@ def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
 
 def _last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] or "/"
-
-
-def _to_bytes(config: Mapping[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2) + "\n").encode()

@@ -15,10 +15,10 @@ from mlx_lm.generate import generate_step
 
 from kmerge_mlx import compress, load
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
-from kmerge_mlx.tools.fuse import fuse
 from tests.conftest import UPSTREAM
 from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import load_reference
+from tests.tools.models import fuse_folders
 
 NAMES = (
     *("tied_k2_as_the_reference_trains", "untied_k3_with_lm_head"),
@@ -35,7 +35,7 @@ def case(request, tmp_path_factory):
         source.mkdir()
         make_checkpoint(source, next(spec for spec in SPECS if spec.name == request.param))
     convert_checkpoint(str(source / "checkpoint"), home / "adapter", str(source / "base"))
-    fuse(str(source / "base"), home / "adapter", home / "fused")
+    fuse_folders(source / "base", home / "adapter", home / "fused")
     return source, home / "fused"
 
 

@@ -1,17 +1,14 @@
-"""``fuse`` and ``quantize``, killed 20 times each: the destination is as it was, absent or whole.
+"""``fuse`` and ``quantize``, killed at 20 steps each: the destination is old, absent or whole.
 
-One process imports everything and forks at each kill, so that a kill costs no imports: random
-moments spread over the measured duration, dense where files are written.
+One process imports everything and forks for each run. A run kills itself at its n-th step on the
+disk near the destination, so that neither the clock nor the load decides where.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,50 +17,47 @@ from mlx.utils import tree_flatten
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.tools.fuse import fuse
-from tests.tools.test_fuse import made
+from tests.tools.models import fuse_folders, made
 
-# Reads lines "DESTINATION SECONDS": does it in a fork, which is killed after so many seconds (0:
-# never), and says whether it was, how long it took, and how long until something was written.
+# Reads lines "DESTINATION STEP": does it in a fork that kills itself at that step (0: never), and
+# says how it ended and how many steps it took.
 FORKING = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
-import kmerge_mlx.tools.fuse, kmerge_mlx.tools.quantize
+from kmerge_mlx.source import Source
+from kmerge_mlx.tools.fuse import fuse
+from kmerge_mlx.tools.quantize import quantize
 
-how, base, adapter = sys.argv[1:]
-TEXT = "One two three"  # little to measure: most moments are those of writing
+write = {"fuse": fuse, "quantize": quantize}[sys.argv[1]]
+source = Source.find(*sys.argv[2:])
+STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
+around, at, taken = "", 0, 0
 
-def work(destination):
-    if how == "fuse":
-        kmerge_mlx.tools.fuse.fuse(base, adapter, destination, text=TEXT, force=True)
-    else:
-        kmerge_mlx.tools.quantize.quantize(base, destination, None, adapter, text=TEXT, force=True)
+def count(event, arguments):
+    global taken
+    if around and event in STEPS and around in str(arguments[0]):
+        taken += 1
+        if taken == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
+sys.addaudithook(count)
 for line in sys.stdin:
-    destination, seconds = line.rsplit(" ", 1)
-    around = Path(destination).parent
-    there, begun, wrote = len(list(around.iterdir())), time.monotonic(), 0.0
+    destination, step = line.rsplit(" ", 1)
+    ours, theirs = os.pipe()
     child = os.fork()
     if not child:
+        around, at = str(Path(destination).parent), int(step)
         try:
-            work(destination)
+            write(source, destination, text="One two three", force=True)
+            os.write(theirs, str(taken).encode())
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(3)
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        passed = time.monotonic() - begun
-        if pid:
-            break
-        if not wrote and len(list(around.iterdir())) > there:
-            wrote = passed
-        if float(seconds) and passed >= float(seconds):
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.0005)
-    print(os.waitstatus_to_exitcode(status), wrote, passed, flush=True)
+    os.close(theirs)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), os.read(ours, 20).decode() or 0, flush=True)
+    os.close(ours)
 """
 KILLS = 20
 
@@ -79,12 +73,12 @@ class Forks:
             text=True,
         )
 
-    def run(self, destination: Path, seconds: float = 0.0) -> tuple[int, float, float]:
-        """Exit code, seconds until something was written, seconds in all."""
-        self.process.stdin.write(f"{destination} {seconds}\n")
+    def run(self, destination: Path, step: int = 0) -> tuple[int, int]:
+        """Exit code, and the steps that it took."""
+        self.process.stdin.write(f"{destination} {step}\n")
         self.process.stdin.flush()
-        code, wrote, passed = self.process.stdout.readline().split()
-        return int(code), float(wrote), float(passed)
+        code, taken = self.process.stdout.readline().split()
+        return int(code), int(taken)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -99,38 +93,31 @@ def content(path: Path) -> dict[str, bytes]:
     return found
 
 
-def moments(wrote: float, ends: float) -> Iterator[float]:
-    """Seconds, without an end: of five, one before the writing, one about its end."""
-    draw = random.Random(5)
-    for span in itertools.cycle([(0.01, wrote), *[(wrote, ends)] * 3, (0.85 * ends, ends)]):
-        yield draw.uniform(*span)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fuse", "quantize"])
-def test_killed_at_20_moments_the_destination_is_never_torn(tmp_path, how):
-    base, adapter = made(tmp_path / "made", hidden_size=256, intermediate_size=1024)
-    other = made(tmp_path / "other")
-    fuse(str(other[0]), other[1], tmp_path / "old", text="One")
-    old = content(tmp_path / "old")
+def test_killed_at_20_steps_the_destination_is_never_torn(tmp_path, how):
+    base, adapter = made(tmp_path / "made")
+    other = made(tmp_path / "other", k=2)
+    fuse_folders(*other, tmp_path / "old", text="One")
+    old, found = content(tmp_path / "old"), []
     forks = Forks(how, base, adapter)
     with forks.process:
-        for folder in ("whole", "timed"):
-            (tmp_path / folder).mkdir()
-            code, wrote, ends = forks.run(tmp_path / folder / "dst")
-            assert code == 0
-        new, found, killed = content(tmp_path / "whole" / "dst"), [], 0
-        for i, seconds in enumerate(moments(wrote, ends)):
-            if killed == KILLS:
-                break
-            assert i < 3 * KILLS  # some end before they are killed
-            home = tmp_path / str(i)
+        homes = [tmp_path / name for name in ("first", "replacing")]
+        for home in homes:
             home.mkdir()
-            replace = i % 2
+        shutil.copytree(tmp_path / "old", homes[1] / "dst")
+        counts = [forks.run(home / "dst") for home in homes]
+        assert [code for code, _ in counts] == [0, 0]
+        new = content(homes[0] / "dst")
+        for i in range(KILLS):
+            home, replace = tmp_path / str(i), i % 2
+            home.mkdir()
             if replace:
                 shutil.copytree(tmp_path / "old", home / "dst")
-            code, _, _ = forks.run(home / "dst", seconds)
-            assert code in (0, -9)
-            killed += code == -9
+            # Spread over all steps, the last ones (where folders change places) included.
+            steps = counts[replace][1]
+            step = steps - i // 2 if i < KILLS // 2 else 1 + i * steps // KILLS
+            assert forks.run(home / "dst", max(1, step))[0] == -9
             if (home / "dst").exists():
                 after = content(home / "dst")
                 found.append("new" if after == new else "old" if replace and after == old else "?")
@@ -142,4 +129,4 @@ def test_killed_at_20_moments_the_destination_is_never_torn(tmp_path, how):
             assert [path.name for path in home.iterdir()] == ["dst"]
         forks.process.stdin.close()
     assert "?" not in found
-    assert {"absent", "old"} <= set(found)
+    assert {"absent", "old", "new"} <= set(found)
