@@ -100,15 +100,6 @@ OTHERS = {
     "starcoder2": {"model_type": "starcoder2", "norm_epsilon": 1e-5},
     "cohere": {"model_type": "cohere", "logit_scale": 0.1},
     "phi3": {"model_type": "phi3", "rope_scaling": None, "pad_token_id": 0},
-    "granite": {
-        "model_type": "granite",
-        "logits_scaling": 1.0,
-        "attention_multiplier": 0.1,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 64,
@@ -142,36 +133,6 @@ def test_a_head_that_bypasses_as_linear_is_refused_with_head_lora():
         attach(model, random_adapter(model, 3, keys=()), PAD)
 
 
-GEMMA3N = {
-    "model_type": "gemma3n",
-    "text_config": {
-        "model_type": "gemma3n_text",
-        "hidden_size": 64,
-        "num_hidden_layers": 5,
-        "intermediate_size": [64] * 5,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 700,
-        "num_key_value_heads": 1,
-        "num_kv_shared_layers": 0,
-        "vocab_size_per_layer_input": 700,
-        "sliding_window": 8,
-        "max_position_embeddings": 512,
-        "rope_local_base_freq": 1e4,
-        "rope_theta": 1e4,
-        "final_logit_softcapping": 30.0,
-        "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
-        "activation_sparsity_pattern": [0.0] * 5,
-        "hidden_size_per_layer_input": 16,
-        "altup_num_inputs": 2,
-        "altup_coef_clip": 120.0,
-        "altup_correct_scale": True,
-        "altup_active_idx": 0,
-        "laurel_rank": 8,
-        "rope_scaling": None,
-    },
-}
 GEMMA4 = {
     "model_type": "gemma4_text",
     "hidden_size": 64,
@@ -185,10 +146,9 @@ GEMMA4 = {
 }
 
 
-@pytest.mark.parametrize(("name", "config"), [("gemma3n", GEMMA3N), ("gemma4", GEMMA4)])
-def test_models_that_embed_ids_a_second_time_are_refused_by_name(name, config):
-    with pytest.raises(ModelError, match=f"{name}.*2 tables.*per_layer"):
-        find_embedding(build(config), name)
+def test_models_that_embed_ids_a_second_time_are_refused_by_name():
+    with pytest.raises(ModelError, match=r"gemma4 looks token ids up in 2 tables.*per_layer"):
+        find_embedding(build(GEMMA4), "gemma4")
 
 
 def test_a_model_that_peeks_at_ids_is_refused_by_the_probe(monkeypatch):

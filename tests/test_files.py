@@ -55,21 +55,14 @@ def message(read, path: Path) -> str:
 # ---- JSON ----
 
 
-def test_json_reads_as_it_was_written(tmp_path):
-    path = tmp_path / "a.json"
-    for content in ({"a": [1, -2.5e3, None, True, "é", {}]}, [], 3, None, "x"):
-        for text in (json.dumps(content), json.dumps(content, ensure_ascii=False, indent=1)):
-            path.write_text(text, encoding="utf-8")
-            assert read_json(path, AdapterError) == content
-
-
 def test_numbers_that_json_has_no_place_for_stay_text_and_can_be_written_again(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[NaN, Infinity, -Infinity, 1e999, 12345678901234567890, 1e308]")
     found = read_json(path, AdapterError)
     assert found == ["NaN", "Infinity", "-Infinity", "1e999", "12345678901234567890", 1e308]
-    write_json(path, {"a": found})
-    assert read_json(path, AdapterError) == {"a": found}
+    content = {"a": found, "b": [1, -2.5e3, None, True, "é", {}]}
+    write_json(path, content)
+    assert read_json(path, AdapterError) == content == json.loads(path.read_text())
 
 
 def test_bad_json_is_one_line(tmp_path):
@@ -102,12 +95,6 @@ def test_what_is_not_a_file_is_refused_instead_of_read_forever(tmp_path):
         assert "No such file" in message(read, tmp_path / "absent.json")
 
 
-def test_json_that_could_not_be_read_again_is_not_written(tmp_path):
-    with pytest.raises(OSError, match="over 1 MiB"):
-        write_json(tmp_path / "a.json", {"a": "x" * (1 << 20)})
-    assert not (tmp_path / "a.json").exists()
-
-
 # ---- safetensors ----
 
 
@@ -126,16 +113,11 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
     assert mx.array_equal(found["a"].T.view(mx.uint16), array.view(mx.uint16))
     assert found["scalar"].shape == ()
     assert found["none"].shape == (0,)
-
-
-def test_what_the_safetensors_library_writes_is_read_and_the_other_way_round(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.ones(3, np.float16)}
-    save_file(arrays, tmp_path / "a.safetensors")
-    found = read_safetensors(tmp_path / "a.safetensors", AdapterError)
-    write_safetensors(tmp_path / "b.safetensors", found)
-    again = load_file(tmp_path / "b.safetensors")
-    for name, array in arrays.items():
-        assert np.array(found[name]).tobytes() == again[name].tobytes() == array.tobytes()
+    if dtype != mx.bfloat16:  # which numpy does not have
+        theirs = load_file(path)
+        save_file(theirs, tmp_path / "b.safetensors")
+        again = read_safetensors(tmp_path / "b.safetensors", AdapterError)
+        assert theirs["b.x"].tobytes() == np.array(again["b.x"]).tobytes()
 
 
 def test_shapes_come_from_the_header_alone(tmp_path):
@@ -147,32 +129,22 @@ def test_shapes_come_from_the_header_alone(tmp_path):
 
 
 BAD = {
-    "empty": b"",
     "a_text": b"not a safetensors file at all",
-    "a_git_lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "a_header_longer_than_the_file": header({"a": entry([1])}, ONE, 10**6),
     "a_header_longer_than_memory": header({"a": entry([1])}, ONE, 2**63),
-    "a_header_over_the_limit": header(b" " * 16, b"", 3 << 20),
     "data_cut_short": header({"a": entry([2], 0, 8)}, ONE),
     "data_left_over": header({"a": entry([1])}, ONE * 2),
     "overlapping_tensors": header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, ONE * 3),
-    "offsets_backwards": header({"a": entry([1], 4, 0)}, ONE),
     "offsets_past_the_end": header({"a": entry([1], 2**62, 2**62 + 4)}, ONE),
-    "a_shape_that_is_not_its_bytes": header({"a": entry([3])}, ONE),
     "a_shape_that_overflows": header({"a": entry([2**62, 4], 0, 0)}),
-    "a_side_past_31_bits": header({"a": entry([2**31, 0], 0, 0)}),
-    "nine_dimensions": header({"a": entry([1] * 9)}, ONE),
     "200000_dimensions": header({"a": entry([1] * 200_000)}, ONE),
     "a_negative_side": header({"a": entry([-1])}, ONE),
     "float64": header({"a": entry([1], 0, 8, "F64")}, ONE * 2),
     "bool": header({"a": entry([4], 0, 4, "BOOL")}, ONE),
-    "a_number_as_metadata": header({"__metadata__": {"a": 1}, "a": entry([1])}, ONE),
     "no_object": header([1, 2]),
     "a_deep_header": header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "a_name_of_two_lines": header({"a\nb": entry([1])}, ONE),
     "a_name_that_moves_the_cursor": header({"a\x1b[2J": entry([1])}, ONE),
     "an_endless_name": header({"a" * 501: entry([1])}, ONE),
-    "a_lone_surrogate": header(b'{"\\ud800":' + json.dumps(entry([1])).encode() + b"}", ONE),
 }
 
 
@@ -327,11 +299,3 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     done = subprocess.run(args, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("refused: "), done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_the_longest_header_is_read(tmp_path):
-    """2 MiB of tiny tensors: the most that a header may hold."""
-    one = b'"%06d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(header(b"{" + b",".join(one % i for i in range(35_000)) + b"}"))
-    assert len(read_safetensors(path, AdapterError)) == 35_000

@@ -153,6 +153,10 @@ FAULTS = {
         "and the hub has no such repo, or a private one: check the name, or `hf auth login`",
     ),
     "gated": (lambda hub: hub.locked.add("user/ckpt"), "is gated: accept its terms on its hub"),
+    "private": (
+        lambda hub: setattr(hub.repos["user/ckpt"], "private", True),
+        "and the hub has no such repo, or a private one: check the name, or `hf auth login`",
+    ),
     "401": (lambda hub: hub.refuse.update(info=401), "another token (401): `hf auth login`, or"),
     "403": (lambda hub: hub.refuse.update(info=403), "the token may not read it (403): give one"),
     "429": (lambda hub: hub.refuse.update(info=429), "too many requests (429): try again in"),
@@ -170,13 +174,9 @@ def test_a_fault_of_the_hub_is_one_line_and_a_second_try_works(hub, online, faul
     assert "\n" not in text
     for faults in (hub.locked, hub.refuse):
         faults.clear()
+    repo.private = False
     hub.repos["user/ckpt"] = repo
     assert (fetch("user/ckpt", ["*"], KMergeError) / "encoder.pth").is_file()
-
-
-def test_a_revision_that_is_not_there_is_one_line(online):
-    line = "user/ckpt has no revision v2: give a branch, tag or commit"
-    assert refused("user/ckpt@v2") == line
 
 
 @pytest.mark.slow
@@ -192,17 +192,6 @@ def test_a_connection_cut_in_mid_file_is_one_line_and_a_second_try_goes_on(hub, 
         assert run("convert", "user/ckpt", "adapter").code == 0
     asked = [r.rsplit("/", 1)[-1] for r in hub.requests if r.startswith("HEAD user/ckpt")]
     assert asked == ["encoder.pth"]  # what came whole is kept
-
-
-def test_a_private_repo_needs_a_token(hub, tmp_path):
-    hub.repos["user/ckpt"].private = True
-    hub.tokens["hf_good"] = "read"
-    with using(hub, tmp_path / "home"):
-        assert "has no such repo, or a private one" in refused()
-    with using(hub, tmp_path / "home", token="hf_bad"):
-        assert "the hub asks for another token (401): `hf auth login`" in refused()
-    with using(hub, tmp_path / "home", token="hf_good"):
-        assert fetch("user/ckpt", ["*"], KMergeError).is_dir()
 
 
 def test_offline_the_cache_does_and_the_network_is_left_alone(hub, tmp_path):
