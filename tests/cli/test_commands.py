@@ -12,14 +12,13 @@ from importlib.metadata import entry_points
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import setup_arg_parser
-from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+import kmerge_mlx.generation.stream
 from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
 from kmerge_mlx.cli.generate import GenerateSettings
 from tests.cli_runner import change_json, command, copy_base, environment, run, run_process
 from tests.conftest import UPSTREAM
-from tests.tiny import qwen2_config, write_base
 
 EXPECTED = json.loads((UPSTREAM / "expected.json").read_text())
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
@@ -235,33 +234,22 @@ def test_sampling_options_are_mlx_lms(ask, llm, tree, sampling, penalties):
     assert answer["tokens"][:8] != [284, 287, 0, 287, 0, 287, 0, 287]  # what greedy writes
 
 
-def test_max_kv_size_forgets_the_oldest_positions(ask, llm, tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_text(TREE * 40)
-    prompt = lay_out(llm[1], TREE * 40, None)
-    args = ("--temp", 1, "--seed", 3, "-m", 16)
-
-    def tokens(**options):
-        mx.random.seed(3)
-        responses = stream_generate(*llm, prompt, 16, sampler=make_sampler(1.0), **options)
-        return [r.token for r in responses]
-
-    assert ask(path, *args, "--max-kv-size", 16)["tokens"] == tokens(max_kv_size=16)
-    assert ask(path, *args)["tokens"] == tokens() != tokens(max_kv_size=16)
-
-
-def test_kv_bits_quantize_the_cache(tmp_path, monkeypatch):
-    # A group of the smallest size, 32, must divide the size of a head.
-    config = qwen2_config(num_attention_heads=1, num_key_value_heads=1)
-    base = write_base(tmp_path / "base", config)
-    calls = []
-    quantize = KVCache.to_quantized
-    monkeypatch.setattr(KVCache, "to_quantized", lambda s, **o: calls.append(o) or quantize(s, **o))
-    args = ("generate", "--model", base, "-p", TREE, "--kv-bits", 4, "--kv-group-size", 32, "-m", 4)
-    assert run(*args).code == 0
-    assert calls == []  # from position 5,000 on, as in mlx-lm
-    assert run(*args, "--quantized-kv-start", 0).code == 0
-    assert calls == [{"group_size": 32, "bits": 4}] * 2
+def test_cache_options_reach_mlx_lm(ask, tree, monkeypatch):
+    given, host = [], kmerge_mlx.generation.stream.host_stream_generate
+    monkeypatch.setattr(
+        kmerge_mlx.generation.stream,
+        "host_stream_generate",
+        lambda *args, **options: given.append(options) or host(*args, **options),
+    )
+    ask(tree, "-m", 2)
+    ask(tree, "-m", 2, "--max-kv-size", 16, "--prefill-step-size", 7)
+    ask(tree, "-m", 2, "--kv-bits", 8, "--kv-group-size", 32, "--quantized-kv-start", 9000)
+    names = ("max_kv_size", "prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+    assert [[options[name] for name in names] for options in given] == [
+        [None, 2048, None, 64, 5000],
+        [16, 7, None, 64, 5000],
+        [None, 2048, 8, 32, 9000],
+    ]
 
 
 @pytest.mark.parametrize("token", ["<|endoftext|>", "0"])

@@ -68,22 +68,6 @@ def test_batched_penalties_are_each_prompts_own(tiny, options):
         assert tokens == [r.token for r in alone if r.finish_reason != "stop"]
 
 
-def test_ids_past_the_vocabulary_never_reach_a_processor(tiny):
-    model, tokenizer = tiny
-    seen = []
-
-    def spy(tokens, logits):
-        seen.append(tokens.tolist())
-        return logits
-
-    ids = prompts_of(1, 50, 50)[0]
-    list(stream_generate(model, tokenizer, ids, max_tokens=4, logits_processors=[spy]))
-    batch_generate(model, tokenizer, [ids, ids[:9]], max_tokens=4, logits_processors=[spy])
-    assert len(seen) >= 12
-    assert all(0 <= token < V for tokens in seen for token in tokens)
-    assert seen[0] == ids
-
-
 def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):
     """The decode loop must not wait: the guard only builds arrays."""
     prompt = compress(*tiny, [1, 2, 3, 4, 5])
