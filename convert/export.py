@@ -26,7 +26,7 @@ from kmerge_mlx.convert.checkpoint import (
 )
 from kmerge_mlx.convert.encoder import encoder_to_torch
 from kmerge_mlx.convert.peft import place
-from kmerge_mlx.convert.peft_write import PeftAdapter, lora_to_peft
+from kmerge_mlx.convert.peft_write import lora_to_peft
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
@@ -61,10 +61,9 @@ def export_adapter(
     adapter = load_adapter(source, k)
     if problems := _objections(adapter):
         raise AdapterError(findings(f"{source} cannot be exported", problems))
-    peft = lora_to_peft(adapter, _base_model(adapter))
     try:
         with replacing_folder(Path(destination)) as folder:
-            _write(adapter, peft, folder)
+            _write(adapter, folder)
     except OSError as e:
         reason = e.strerror or first_line(e)
         raise CheckpointError(f"cannot write {destination}: {reason}") from e
@@ -121,9 +120,10 @@ def _base_model(adapter: Adapter) -> str | None:
         return name
 
 
-def _write(adapter: Adapter, peft: PeftAdapter, folder: Path) -> None:
-    write_json(folder / PEFT_CONFIG, peft.config)
-    write_safetensors(folder / PEFT_WEIGHTS[0], peft.tensors, "pt")
+def _write(adapter: Adapter, folder: Path) -> None:
+    config, tensors, scales = lora_to_peft(adapter, _base_model(adapter))
+    write_json(folder / PEFT_CONFIG, config)
+    write_safetensors(folder / PEFT_WEIGHTS[0], tensors, "pt")
     if adapter.encoder_weights:
         write_state_dict(folder / ENCODER, encoder_to_torch(adapter.encoder_weights))
     provenance = dict(adapter.merge.provenance)
@@ -135,4 +135,4 @@ def _write(adapter: Adapter, peft: PeftAdapter, folder: Path) -> None:
             if (folder / name).stat().st_size <= MAX_PROVENANCE_BYTES:
                 del provenance[name.removesuffix(".json")]
     merge = replace(adapter.merge, provenance=provenance)
-    write_json(folder / COMPANION, Companion(merge, peft.scales).to_json())
+    write_json(folder / COMPANION, Companion(merge, scales).to_json())

@@ -16,7 +16,6 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import HEAD
-from kmerge_mlx.adapters.lora import LORA_PARTS
 from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.config import is_int, is_number
@@ -27,7 +26,6 @@ PREFIX = "base_model.model."
 
 # What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
 SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
-THEIRS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 # Tensors that only repeat the base model. PEFT saves them when the head is a target.
 COPIES = (".base_layer.weight", ".base_layer.bias")
@@ -208,16 +206,15 @@ def _config_problems(config: Any) -> list[str]:
 def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, dict[str, mx.array]]:
     """Module path to its ``lora_a`` and ``lora_b``, transposed."""
     pairs: dict[str, dict[str, mx.array]] = {}
-    copies: dict[str, tuple[str, str]] = {}
     for name, array in tensors.items():
         path = ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
         reason = next((why for part, why in REFUSED_TENSORS if part in path), None)
-        suffix = next((s for s in (*SUFFIXES, *COPIES) if path.endswith(s)), "")
+        suffix = next((s for s in SUFFIXES if path.endswith(s)), "")
         module, shape = path.removesuffix(suffix), tuple(array.shape)
         if reason is not None:
             problems.append(f"tensor {name}: {reason}")
-        elif suffix in COPIES:
-            copies[name] = (module, suffix)
+        elif path.endswith(COPIES):
+            continue
         elif not suffix:
             problems.append(f"tensor {name} {shape} is not part of a LoRA")
         elif array.ndim != 2 or 0 in shape:
@@ -226,15 +223,6 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
             problems.append(f"tensor {name} is there under two names")
         else:
             pairs[module][SUFFIXES[suffix]] = array.T
-    for name, (module, suffix) in copies.items():
-        pair, shape = pairs.get(module, {}), tuple(tensors[name].shape)
-        if len(pair) < len(LORA_PARTS):
-            problems.append(f"tensor {name} {shape} is not part of a LoRA")
-            continue
-        inner, out = pair["lora_a"].shape[0], pair["lora_b"].shape[1]
-        expected = (out, inner) if suffix == COPIES[0] else (out,)
-        if shape != expected:
-            problems.append(f"tensor {name} has shape {shape}, its LoRA expects {expected}")
     if not pairs and not problems:
         problems.append("the adapter holds no LoRA tensors")
     return pairs
@@ -249,8 +237,8 @@ def _spec(
     problems: list[str],
 ) -> LoRASpec | None:
     """Rank and scale of one module, after checking its two tensors against the config."""
-    if absent := [THEIRS[part] for part in LORA_PARTS if part not in pair]:
-        problems.append(f"{name}: {absent[0]} is missing")
+    if absent := [suffix for suffix, part in SUFFIXES.items() if part not in pair]:
+        problems.append(f"{name}{absent[0]} is missing")
         return None
     a, b = pair["lora_a"], pair["lora_b"]
     if a.shape[1] != b.shape[0]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -24,27 +23,18 @@ from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
 _MOST_EXACT = 2**53  # integers up to this are float64s as well
 
 
-@dataclass
-class PeftAdapter:
-    """A LoRA as PEFT has it.
-
-    Args:
-        config: The content of ``adapter_config.json``.
-        tensors: The content of ``adapter_model.safetensors``.
-        scales: Those scales that no ``lora_alpha`` gives to the last bit, ascending.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, mx.array]
-    scales: tuple[float, ...]
-
-
-def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
+def lora_to_peft(
+    adapter: Adapter, base_model: str | None
+) -> tuple[dict[str, Any], dict[str, mx.array], list[float]]:
     """Says an adapter's LoRA in PEFT's terms.
 
     Args:
         adapter: Its LoRA, the output head's included, which PEFT finds as ``lm_head``.
         base_model: What PEFT is to call the base: a folder, a repo id, or None.
+
+    Returns:
+        The content of ``adapter_config.json``, that of ``adapter_model.safetensors``, and the
+        scales that no ``lora_alpha`` gives to the last bit, ascending.
     """
     tuning, weights = adapter.tuning, dict(adapter.tuning_weights)
     modules = {name.rpartition(".")[0] for name in weights}
@@ -76,7 +66,7 @@ def lora_to_peft(adapter: Adapter, base_model: str | None) -> PeftAdapter:
         "modules_to_save": None,
     }
     inexact = {s.scale for name, s in specs.items() if alphas[name] / s.rank != s.scale}
-    return PeftAdapter(config, tensors, tuple(sorted(inexact)))
+    return config, tensors, sorted(inexact)
 
 
 def _alpha(spec: LoRASpec) -> float:

@@ -246,8 +246,8 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
         weights[f"{name}.lora_a"] = mx.zeros((3, spec.rank))
         weights[f"{name}.lora_b"] = mx.zeros((spec.rank, 3))
     adapter = Adapter(MergeConfig(None), LoRAConfig(12, modules=modules), weights, {})
-    peft = lora_to_peft(adapter, None)
-    config = LoraConfig(**json.loads(json.dumps(peft.config)))
+    made, tensors, exact_scales = lora_to_peft(adapter, None)
+    config = LoraConfig(**json.loads(json.dumps(made)))
     for name in PATHS:
         hit = bool(tuners.check_target_module_exists(config, name))
         assert hit == (name in modules) or name == "proj.lm_head"
@@ -261,9 +261,8 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
                 *(exact, math.nextafter(exact, math.inf), math.nextafter(exact, -math.inf)),
             )
     problems: list[str] = []
-    found = lora_from_peft(
-        json.loads(json.dumps(peft.config)), peft.tensors, problems, True, None, peft.scales
-    )
+    made = json.loads(json.dumps(made))
+    found = lora_from_peft(made, tensors, problems, True, None, exact_scales)
     assert problems == []
     read = found.config.modules or {
         n.rsplit(".", 1)[0]: found.config.uniform for n in found.weights
