@@ -181,9 +181,8 @@ class TreeSet(Sequence[TokenizedExample]):
         tree, number = divmod(index, self._questions)
         question = self._task.question(self._split, tree, number, self._earlier)
         try:
-            return self._limits.tokenize(
-                self._tokenizer, Example(question.prompt, None, question.answer)
-            )
+            example = Example(question.prompt, None, question.answer)
+            return self._limits.tokenize(self._tokenizer, example)
         except KMergeError as error:
             where = f"textualized-tree, {self._split} tree {tree}"
             raise DataError(f"{where}: {error}") from None

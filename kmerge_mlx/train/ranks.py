@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,14 +63,7 @@ class Ranks:
     """All processes of a run, seen from one of them.
 
     Every method is collective: each rank must call it, in the same order. It raises TrainError
-    when another rank is gone.
-
-    Args:
-        group: MLX's group, or None for a run of one process.
-
-    Attributes:
-        rank: This process, from 0.
-        size: How many there are.
+    when another rank is gone. ``rank`` is this process, from 0, and ``size`` how many there are.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None):
@@ -80,11 +72,7 @@ class Ranks:
         self.size = 1 if group is None else group.size()
 
     def sum(self, tree: Any) -> Any:
-        """Adds up arrays over the ranks, with the same bits on each; returns when it is done.
-
-        Args:
-            tree: An array, or a tree of them: the same shapes and dtypes on every rank.
-        """
+        """Adds up an array, or a tree of them, over the ranks; all get the same bits."""
         flat = tree_flatten(tree)
         if self.size == 1 or not flat:
             return tree
@@ -105,11 +93,7 @@ class Ranks:
         return tree_map(lambda _: sums[next(left)], tree)
 
     def share(self, array: mx.array) -> mx.array:
-        """Gives every rank the first one's array, with the same bits.
-
-        Args:
-            array: On the first rank what is shared; on the others its shape and dtype.
-        """
+        """Gives every rank the first one's array; the others call it with one of that shape."""
         if self.size == 1 or not array.size:
             return array
         data = array.reshape(-1).view(mx.uint8)
@@ -184,9 +168,6 @@ def _stream() -> mx.Stream:
 @contextmanager
 def _interrupted_after(seconds: int) -> Iterator[None]:
     """MLX waits for the other ranks holding Python's lock: only a signal ends that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     previous = signal.signal(signal.SIGALRM, lambda *_: None)
     signal.alarm(seconds)
     try:

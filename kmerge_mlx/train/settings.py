@@ -107,7 +107,7 @@ class TrainSettings(Settings):
     encoder_factor: float | None = option(
         None, float, "Encoder width H = int(factor * K) * D. Default: the paper's.", low=0, **_MERGE
     )
-    encoder_context: int = option(0, int, "Tokens before each block, read too.", **_LENGTH)
+    encoder_context: int = option(0, int, "Tokens before a block to read too.", **_LENGTH)
     encoder_warmup: int = option(0, int, "Iterations of the encoder alone.", low=0, **_MERGE)
     encoder_warmup_loss: str = option(
         ANSWER, str, "What it is trained for then.", choices=(ANSWER, RECONSTRUCTION), **_MERGE
@@ -148,7 +148,7 @@ class TrainSettings(Settings):
     teacher: str | None = option(
         None, str, "Learn the uncompressed base's distributions.", choices=(BASE,), **_TEACHER
     )
-    teacher_top_k: int = option(0, int, "Keep its N likeliest tokens; 0: all.", low=0, **_TEACHER)
+    teacher_top_k: int = option(0, int, "Teacher tokens to keep; 0 keeps all.", low=0, **_TEACHER)
     teacher_file: str | None = option(
         None, str, "File of the teacher's top tokens; made if missing.", fixed=False, **_TEACHER
     )

@@ -202,12 +202,8 @@ class Engine:
         last = state.iteration in (settings.iters, settings.encoder_warmup)
         if state.added == settings.grad_accumulation_steps or last:
             loss, tokens, norm = self._stepper.update(self._totals)
-            window = self._window
-            self._window = {
-                "loss": window["loss"] + loss,
-                "tokens": window["tokens"] + tokens,
-                "norm": norm,
-            }
+            loss, tokens = loss + self._window["loss"], tokens + self._window["tokens"]
+            self._window = {"loss": loss, "tokens": tokens, "norm": norm}
             self._totals, state.added = None, 0
         if self._warming and state.iteration == settings.encoder_warmup:
             self._enter_phase(False, {})

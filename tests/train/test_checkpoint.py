@@ -99,12 +99,6 @@ def test_resume_alone_goes_on_with_the_saved_settings(tmp_path):
     assert (saved["learning_rate"], saved["lora_parameters"]) == (1e-2, {"rank": 2})
 
 
-def test_the_settings_of_a_run_can_be_printed(path):
-    result = resume(path, "--print-config", "--iters", 11)
-    assert "stage: small" in result.out
-    assert "iters: 11" in result.out
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -189,26 +183,11 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path):
         assert files_of(path) == {"thesis.txt": b"years of work"}
 
 
-def test_a_run_with_a_strangers_file_in_it_is_not_replaced(path):
-    (path / "notes.txt").write_text("mine")
-    result = train(path, *EACH, "--force")
-    assert_one_error(result, 1, "holds more than adapter files (notes.txt): move that away")
-    assert (path / "notes.txt").read_text() == "mine"
-
-
 def test_resume_where_nothing_is_begins_a_run(tmp_path):
     """So the same command does for the first start and for every one after a kill."""
     result = trained(tmp_path / "run", *EACH, "--iters", 1, "--resume")
     assert result.err.startswith(f"{tmp_path / 'run'} holds no run to resume: starting one: ")
     assert state_of(tmp_path / "run")["iteration"] == 1
-
-
-def test_a_finished_run_says_so_and_changes_nothing(path):
-    before = files_of(path)
-    result = resume(path)
-    assert (result.code, result.out) == (0, "")
-    assert "This run was over at iteration 4: a larger --iters goes on\n" in result.err
-    assert files_of(path) == before
 
 
 def tear(text: str) -> Callable[[Path], object]:

@@ -93,17 +93,6 @@ def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
         assert answers == {"true", "false"}
 
 
-def test_trees_are_drawn_the_same_in_any_order_and_end(tokenizer):
-    task = TreeTask("small", questions_per_tree=2, splits={"train": 10, "valid": 1, "test": 1})
-    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
-    forth = list(data)
-    back = [data[i] for i in reversed(range(20))][::-1]
-    assert len(forth) == 20
-    assert forth == back
-    with pytest.raises(IndexError):
-        data[20]
-
-
 def test_a_tree_that_does_not_fit_is_named(tokenizer):
     task = TreeTask("small", splits={"train": 3, "valid": 0, "test": 0})
     with pytest.raises(DataError, match=r"textualized-tree, train tree 0: found 1?\d positions"):
@@ -151,20 +140,6 @@ def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, name):
     assert_one_error(result, 1, said)
     assert len(result.err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        ("nowhere", "nowhere is no folder here and not in the cache"),
-        ("file", "file is a file: give the folder"),
-    ],
-)
-def test_data_that_are_not_there_are_one_line(tmp_path, monkeypatch, data, said):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("x")
-    assert_one_error(train(tmp_path / "run", "--data", data, *OPTIONS), 1, said)
-    assert not (tmp_path / "run").exists()
 
 
 def test_no_data_at_all_is_one_line_that_names_the_flags(tmp_path):

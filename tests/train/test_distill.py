@@ -104,16 +104,6 @@ def test_the_divergence_of_top_tokens_is_that_of_numpy_and_never_above_the_whole
     assert (found >= 0).all()
 
 
-def test_a_teacher_that_is_sure_leaves_no_infinity_behind():
-    sure = mx.zeros((2, V)).at[:, 5].add(200.0)
-    other = mx.zeros((2, V)).at[:, 6].add(200.0)
-    for top_k in (0, 3, V):
-        found = divergence(sure, taught(sure, top_k))
-        assert mx.isfinite(found).all().item()
-        assert mx.abs(found).max().item() < 1e-4
-        assert mx.isfinite(divergence(other, taught(sure, top_k))).all().item()
-
-
 @pytest.mark.parametrize("top_k", [0, 7])
 def test_the_teacher_is_mlx_lms_plain_base_on_the_whole_row(tmp_path, top_k):
     rows = [
@@ -222,7 +212,7 @@ def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored, content)
     (tmp_path / "file").write_bytes(content)
     file = ("--teacher-top-k", 5, "--teacher-file", tmp_path / "file")
     result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
-    assert_one_error(result, 1, "file is torn or not a safetensors file")
+    assert_one_error(result, 1, "not a safetensors file (")
     assert (tmp_path / "file").read_bytes() == content
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from yaml import safe_load
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
@@ -122,19 +121,6 @@ def test_whole_layers_of_a_quantized_base_are_refused(tmp_path, bases):
     result = train(tmp_path / "run", *RUN, *FULL, model=bases / "quantized")
     assert_one_error(result, 1, "full fine-tuning changes model.layers.0.", "which is quantized")
     assert not (tmp_path / "run").exists()
-
-
-def test_lora_parameters_say_rank_scale_and_modules(run_of):
-    yaml = "lora_parameters: {rank: 2, scale: 3.0, dropout: 0.1, keys: [self_attn.q_proj]}\n"
-    path = run_of(yaml=yaml)
-    adapter = load_adapter(path)
-    assert {name.split(".", 3)[3] for name in adapter.tuning_weights} == {
-        *("self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b")
-    }
-    assert all(2 in array.shape for array in adapter.tuning_weights.values())
-    assert not adapter.head_weights
-    parameters = json.loads((path / "adapter_config.json").read_text())["lora_parameters"]
-    assert parameters == safe_load(yaml)["lora_parameters"]
 
 
 @pytest.mark.parametrize(

@@ -96,15 +96,6 @@ def test_a_model_answers_as_before_once_a_loss_was_computed():
     assert mx.array_equal(model(mx.array([prompt.ids])), plain(mx.array([same.ids])))
 
 
-def test_padding_of_shapes_changes_no_loss():
-    """The same examples in one batch and in two: sums add up."""
-    model, rows = model_of(True), examples(6, seed=2)
-    whole, tokens = answer_loss(model, make_batch(rows, 3, PAD, V))
-    parts = [answer_loss(model, make_batch(part, 3, PAD, V)) for part in (rows[:1], rows[1:])]
-    assert abs(sum(p[0].item() for p in parts) - whole.item()) < 1e-3
-    assert sum(p[1].item() for p in parts) == tokens.item()
-
-
 def test_a_tied_model_trains_without_merging_too():
     """K = 1: the embedding is wrapped for the head's sake, and there is no encoder."""
     model, rows = model_of(True, k=1), examples()

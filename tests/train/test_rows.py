@@ -65,12 +65,6 @@ def test_from_any_place_on_the_batches_are_those_from_the_beginning(count):
         assert rest == whole[read : read + 2]
 
 
-def test_a_place_counts_batches_and_begins_anew_in_each_epoch():
-    places = [rows.place for epoch in epochs(10, 2) for rows in epoch]
-    wanted = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
-    assert [(place.epoch, place.batch) for place in places] == wanted
-
-
 def test_the_examples_of_a_batch_are_of_similar_length():
     def spread(batches: list[list[TokenizedExample]]) -> float:
         lengths = [[len(example.prompt_ids) for example in batch] for batch in batches]
@@ -79,11 +73,6 @@ def test_the_examples_of_a_batch_are_of_similar_length():
     data = examples(B * WINDOW)
     unsorted = [data[i : i + B] for i in range(0, len(data), B)]
     assert spread([rows.examples for rows in epochs(len(data), 1)[0]]) < spread(unsorted) / 5
-
-
-def test_batches_are_not_read_from_short_to_long():
-    lengths = [len(rows.examples[0].prompt_ids) for rows in epochs(B * WINDOW, 1)[0]]
-    assert lengths != sorted(lengths)
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])
