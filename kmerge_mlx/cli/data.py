@@ -87,8 +87,6 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data amazon-reviews --out ./reviews --train 20000 --test 2000
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
     """
-    from kmerge_mlx.cli.output import bars
-
     settings.refuse_foreign(settings.task, OWN)
     sizes = {s: n for s, n in settings.given().items() if s in SPLITS}
     if hub_task := HUB_TASKS.get(settings.task):
@@ -97,6 +95,8 @@ def data(settings: DataSettings) -> None:
     else:
         own = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
         task = TreeTask(seed=settings.seed, splits=sizes, **own)
+    from kmerge_mlx.cli.output import bars
+
     bar = bars(quiet=False)("Reading" if hub_task else "Drawing")
     summary = task.write(settings.out, settings.force, bar)
     if settings.as_json:

@@ -57,12 +57,6 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     ends the answer: what a template writes after it (ChatML's line break) is never generated, and
     is left out. Without one, prompt and answer are tokenized apart.
 
-    Args:
-        tokenizer: mlx-lm's tokenizer wrapper.
-        example: What to turn into ids.
-        layout: What merges by default, and whether a chat template applies, where the tokenizer has
-            one and the example is not ``bare``.
-
     Raises:
         DataError: A conversation and no template, a template that refuses, or one that changes the
             prompt when an answer follows it; a tokenizer without an eos token.

@@ -44,10 +44,7 @@ class Task:
     ) -> dict[str, Any]:
         """Draws the splits and writes them as a data folder, whole or not at all.
 
-        Args:
-            path: The folder.
-            force: Replace a data folder that is there, and nothing else.
-            progress: Shows how far it is.
+        ``force`` replaces a data folder that is there, and nothing else.
 
         Returns:
             The summary, which is also left in the folder, where mlx-lm does not look.
@@ -120,11 +117,7 @@ class HubTask(Task):
         raise NotImplementedError
 
     def fetch(self) -> Path:
-        """The local file, or the hub's.
-
-        Raises:
-            DataError: No such category or language, or the hub did not give it.
-        """
+        """The local file, or the hub's; raises DataError if there is none by the part's name."""
         if self.file is not None:
             return Path(self.file)
         part = self.part or self.default_part
