@@ -73,22 +73,15 @@ def _draw(report: Report, path: str) -> None:
 
     if not report.measured:
         raise PlotError(f"`plot` {path}: there is nothing to draw, every method is left out")
-    draw = (
-        draw_recall if any("length" in about for about in report.about.values()) else draw_quality
-    )
-    draw(report, path)
+    (draw_recall if report.depths else draw_quality)(report, path)
 
 
 def _tables(report: Report) -> list[str]:
     """A table for each group, or for each length of a recall prompt."""
     if not report.measured:
         return ["no method can read these prompts"]
-    by_length: dict[int, list[str]] = {}
-    for name, about in report.about.items():
-        if "length" in about:
-            by_length.setdefault(about["length"], []).append(name)
-    if by_length:
-        return [_recall_table(report, length, names) for length, names in by_length.items()]
+    if report.depths:
+        return [_recall_table(report, length) for length in report.depths]
     return [_group_table(report, name) for name in report.groups]
 
 
@@ -106,11 +99,12 @@ def _group_table(report: Report, name: str) -> str:
     return _table(report.measured, title, heads, [(name, column) for column in shown])
 
 
-def _recall_table(report: Report, length: int, names: Sequence[str]) -> str:
-    heads = [f"depth {100 * report.about[name]['depth']:.12g}%" for name in names]
-    size = _questions(report.groups[names[0]])
+def _recall_table(report: Report, length: int) -> str:
+    groups = report.depths[length]
+    heads = [f"depth {100 * depth:.12g}%" for depth in groups.values()]
+    size = _questions(min(report.groups[name] for name in groups))
     title = f"recall at {length:,} tokens: {size} at each depth"
-    return _table(report.measured, title, heads, [(name, "recall") for name in names])
+    return _table(report.measured, title, heads, [(name, "recall") for name in groups])
 
 
 def _table(

@@ -119,6 +119,15 @@ class Report:
         return {name: group["questions"] for name, group in self.about.items()}
 
     @property
+    def depths(self) -> dict[int, dict[str, float]]:
+        """Of recall, the depth of each group, by the length of its prompts; else empty."""
+        found: dict[int, dict[str, float]] = {}
+        for name, group in self.about.items():
+            if "length" in group:
+                found.setdefault(group["length"], {})[name] = group["depth"]
+        return found
+
+    @property
     def measured(self) -> list[Row]:
         """The rows of methods that could read the prompts."""
         return [row for row in self.rows if row.refused is None]

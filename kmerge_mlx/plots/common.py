@@ -6,13 +6,15 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kmerge_mlx.errors import PlotError, first_line
-from kmerge_mlx.evaluation.report import Score
 from kmerge_mlx.files import replacing_file
+
+if TYPE_CHECKING:
+    from kmerge_mlx.evaluation.report import Score
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Colour-blind people can tell them apart (Okabe, Ito).

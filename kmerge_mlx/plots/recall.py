@@ -20,9 +20,7 @@ def draw_recall(report: Report, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels: dict[int, dict[str, float]] = {}
-    for name, about in report.about.items():
-        panels.setdefault(about["length"], {})[name] = about["depth"]
+    panels = report.depths
     rows, columns = -(-len(panels) // ABREAST), min(len(panels), ABREAST)
     figure = Figure(figsize=(1.4 + 4.4 * columns, 0.8 + 3.4 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
