@@ -23,7 +23,7 @@ from kmerge_mlx.adapters.folder import (
     check_adapter_destination,
     save_adapter,
 )
-from kmerge_mlx.adapters.lora import dtype_problems
+from kmerge_mlx.adapters.lora import tensor_problems
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.encoder import encoder_from_torch
@@ -353,7 +353,7 @@ def named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
     """Which tensors are not numbers to compute with, one line each."""
-    return dtype_problems(tensors) + [
+    return tensor_problems(tensors, tensors) + [
         f"{name} holds NaN or infinite values: the training run diverged"
         for name, array in tensors.items()
         if not mx.isfinite(array).all().item()

@@ -19,7 +19,8 @@ FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
 # A folder (or a module beside the folders) imports from the rows above its own, and from itself.
 LAYERS = [
     {"errors", "config", "bundled"},
-    {"settings", "files", "prompts", "hub"},
+    {"files", "prompts", "hub"},
+    {"settings"},
     {"adapters", "data"},
     {"base", "encoder"},
     {"virtual_tokens", "source"},
@@ -109,6 +110,19 @@ def test_every_module_begins_with_one_plain_line():
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         assert text, path
         assert not text.startswith("Owns"), path
+
+
+def test_a_public_method_has_a_docstring_unless_it_overrides_one_that_has():
+    described, bare = set(), []
+    for path in FILES:
+        for parent in ast.walk(ast.parse(path.read_text())):
+            for node in parent.body if isinstance(parent, ast.ClassDef) else ():
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    if ast.get_docstring(node):
+                        described.add(node.name)
+                    else:
+                        bare.append((node.name, f"{path}: {parent.name}.{node.name}"))
+    assert [where for name, where in bare if name not in described] == []
 
 
 def test_every_public_name_is_there_and_importing_the_package_is_cheap():

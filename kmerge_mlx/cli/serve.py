@@ -35,14 +35,13 @@ def serve(settings: ServeSettings) -> None:
 
 
 def _report_start(server: Server) -> None:
-    from kmerge_mlx.prompts.policy import differences
+    from kmerge_mlx.cli.output import note_layout
 
     service = server.service
     provider, settings = service.provider, service.settings
     k, layout = provider.source.k, provider.layout
     has_template = service.tokenizer.has_chat_template
-    if differs := differences(provider.stored_layout, layout, has_template):
-        print(f"note: this adapter was trained {' and '.join(differs)}", file=sys.stderr)
+    note_layout(provider.stored_layout, layout, has_template)
     if not settings.is_loopback and service.key is None:
         print(
             f"warning: {settings.host} can be reached from other machines, and no --api-key is "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.tuner import callbacks
 
-from kmerge_mlx.cli.progress import TrainingBar
+from kmerge_mlx.cli.train import TrainingBar
 from tests.cli_runner import assert_one_error, run
 from tests.train_runs import (
     BASE,
