@@ -1,6 +1,6 @@
-"""One declaration a setting: its default, range, flag, YAML key and help.
+"""Declares a command's settings: default, range, flag, YAML key and help of each, in one place.
 
-A command's settings are a frozen dataclass below :class:`Settings`, and each field is an
+The settings of a command are a frozen dataclass below :class:`Settings`, and each field is an
 :func:`option`. The checks, the YAML file and (in ``cli/inputs.py``) the flags are made from it.
 """
 
@@ -21,7 +21,7 @@ SIZE = "size"
 """Kind of a number of bytes: a whole number, or text such as 4GB."""
 
 MAX_INT = 2**63 - 1
-"""Largest whole number that arrays, seeds and files have a place for."""
+"""Largest whole number that arrays, seeds and files can hold."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", re.IGNORECASE)
 _WORDS = {
@@ -53,7 +53,7 @@ class Option:
         required: Whether the command line must name it.
         yaml_only: Whether it has no flag.
         fixed: Whether a resumed training run must have the same.
-        shown: What the help calls the default, where the value itself says nothing.
+        shown: What the help calls the default, where the value itself would not help.
     """
 
     kind: type | str
@@ -106,15 +106,15 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of every command's settings: a value that cannot be is refused when it is made.
+    """Base of every command's settings, which are checked when they are made.
 
     Raises:
-        SettingsError: All that is wrong, listed. A setting stands in backticks.
+        SettingsError: Everything wrong, listed. A setting stands in backticks.
     """
 
     NAME: ClassVar[str] = "settings"
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
-    """Keys of mlx-lm's files that are not settings here, and what to do instead."""
+    """Keys of mlx-lm's files that are not settings here, with what to do instead."""
 
     def __post_init__(self) -> None:
         problems = [p for f in fields(self) for p in problems_of(f, getattr(self, f.name))]
@@ -122,7 +122,7 @@ class Settings:
             raise SettingsError(findings(self.NAME, problems))
 
     def clashes(self) -> list[str]:
-        """What is wrong with settings that are good alone, one line each."""
+        """Rules between settings that are broken, one line each."""
         return []
 
     @classmethod
@@ -154,11 +154,11 @@ class Settings:
         return type(self).of(saved, self.given())
 
     def refuse_foreign(self, chosen: str, own: Mapping[str, tuple[str, ...]]) -> None:
-        """Refuses settings of another choice (a task, say): ignored, they would mislead.
+        """Refuses settings of another choice (a task, say), which would be ignored.
 
         Args:
             chosen: The choice.
-            own: By choice, the settings that not all choices have.
+            own: By choice, the settings that only some choices have.
 
         Raises:
             SettingsError: Names them.
@@ -192,12 +192,7 @@ class Settings:
 
 
 def problems_of(field_: Field, value: Any) -> list[str]:
-    """What is wrong with a setting's value, one line each.
-
-    Args:
-        field_: The setting's field.
-        value: What it was given; None where that is its default.
-    """
+    """What is wrong with the value of a setting, one line each; a default of None is right."""
     own = option_of(field_)
     if value is None and field_.default is None:
         return []

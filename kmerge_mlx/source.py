@@ -91,19 +91,14 @@ class Source:
     ) -> list[Source]:
         """Finds the base model and several adapters of one folder, which is read once.
 
+        The other arguments and the errors are those of :meth:`find`.
+
         Args:
-            model: As for :meth:`find`.
-            adapter_path: As for :meth:`find`.
             ks: Merge factors wanted; empty: all there are. 1 is the base model alone where there
                 is no adapter for it.
-            trust_remote_code: Let the base's own Python files run.
 
         Returns:
             One source for each K, ascending.
-
-        Raises:
-            ModelError: As for :meth:`find`.
-            AdapterError: As for :meth:`find`.
         """
         name, path, folders = _look_up(model, adapter_path)
         found = {} if folders is None else folders.found
@@ -124,11 +119,7 @@ class Source:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The base's config, spelled as mlx-lm reads it; its file is read once.
-
-        Raises:
-            ModelError: As for :func:`base.read_config`.
-        """
+        """The base's config as :func:`base.read_config` gives it, read once."""
         return base.read_config(self.path)
 
 

@@ -62,7 +62,7 @@ class CompressedPrompt:
 
 
 class BlockTable:
-    """Gives each distinct block a slot, of which there is a bounded number.
+    """Gives each distinct block a slot; the number of slots is bounded.
 
     A block keeps its slot as long as a live :class:`CompressedPrompt` or the key of a KV cache
     names it: a slot re-used earlier would make a prefix match between different texts. When the
@@ -90,11 +90,7 @@ class BlockTable:
         self._prompts.add(prompt)
 
     def protect(self, provider: Callable[[], Iterable[Sequence[int]]]) -> None:
-        """Keeps the slots that the keys of KV caches name.
-
-        Args:
-            provider: Called at every sweep; returns the id sequences that index KV caches.
-        """
+        """Keeps the slots that the keys of KV caches name; ``provider`` returns the keys."""
         self._providers.append(provider)
 
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
@@ -243,11 +239,7 @@ class MergedEmbedding(nn.Module):
 
     @contextmanager
     def reading(self, rows: mx.array) -> Iterator[None]:
-        """Makes virtual ids read rows computed on the spot, through which gradients flow.
-
-        Args:
-            rows: ``(M, D)``; id V + i reads row i.
-        """
+        """Makes id V + i read row i of ``rows`` ``(M, D)``, through which gradients flow."""
         kept, self._rows = self._rows, rows
         try:
             yield
@@ -342,10 +334,7 @@ def split(
         ids: The segment's ids.
         merge_factor: K.
         pad_token_id: The padding token.
-        context: c.
-
-    Returns:
-        c + K ids a block.
+        context: c. Each block returned has c + K ids.
 
     Source: arXiv 2604.15153 section 3.1; the padding token is that of the paper's code (a space).
     """

@@ -13,12 +13,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx import Segment, compress, load
+from kmerge_mlx import Segment, compress
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
 from tests.conftest import UPSTREAM
-from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps, write_base
+from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
 
 K, C = 4, 3
 
@@ -96,20 +96,6 @@ def test_a_token_changed_within_reach_of_the_next_block_changes_that_too(near):
     assert same == [True, False, False]  # the last has equal tokens, read after another one
     changed_early = merged.compress([Segment([*ids[:4], 99, *ids[5:]])])
     assert changed_early.ids[2] == prompt.ids[2]  # out of reach
-
-
-def test_an_adapter_with_context_is_loaded_bit_for_bit(tmp_path):
-    base = write_base(tmp_path / "base", qwen2_config())
-    adapter = random_adapter(build(qwen2_config()), K, context=C)
-    save_adapter(adapter, tmp_path / "a")
-    found = load_adapter(tmp_path / "a")
-    assert found.merge == adapter.merge
-    model, tokenizer = load(str(base), tmp_path / "a", K)
-    assert merged_embedding(model).context == C
-    fresh = build(qwen2_config())
-    attach(fresh, adapter, PAD)
-    logits = [m(mx.array([compress(m, tokenizer, [1, 2, 3, 4, 5]).ids])) for m in (model, fresh)]
-    assert mx.array_equal(*logits)
 
 
 def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):

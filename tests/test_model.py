@@ -123,12 +123,6 @@ def test_every_bad_lora_tensor_is_listed_with_both_shapes(adapter):
     assert "lm_head.lora_b has shape (4, 900), expected (4, 700)" in text
 
 
-def test_lora_on_modules_the_base_lacks_is_refused(adapter):
-    config = LoRAConfig(2, 0.0, LoRASpec(4, 2.0), ("self_attn.q_proj", "mlp.router"))
-    with pytest.raises(AdapterError, match=r"mlp\.router"):
-        attach(build(qwen2_config()), replace(adapter, tuning=config), PAD)
-
-
 def test_a_base_that_differs_is_refused_by_name(adapter):
     recorded = BaseModelConfig("some/base", fingerprint(qwen2_config()))
     known = replace(adapter, merge=replace(adapter.merge, base=recorded))
@@ -146,7 +140,10 @@ def test_a_base_that_differs_is_refused_by_name(adapter):
         assert message in str(e.value)
 
 
-def test_a_padding_token_outside_the_vocabulary_is_refused(adapter):
+def test_what_a_base_does_not_have_is_refused(adapter):
+    config = LoRAConfig(2, 0.0, LoRASpec(4, 2.0), ("self_attn.q_proj", "mlp.router"))
+    with pytest.raises(AdapterError, match=r"mlp\.router"):
+        attach(build(qwen2_config()), replace(adapter, tuning=config), PAD)
     with pytest.raises(AdapterError, match="pad_token_id 700 is outside"):
         attach(build(qwen2_config()), adapter, 700)
 

@@ -13,7 +13,7 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.generate import generate_step
 
-from kmerge_mlx import Segment, batch_generate, compress, load, stream_generate
+from kmerge_mlx import Segment, compress, load, stream_generate
 from kmerge_mlx.adapters.folder import FILES, load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
@@ -75,17 +75,6 @@ def test_a_tied_head_carries_its_lora(world):
     assert mx.abs(update).max().item() > 0.1
     wanted = hidden @ merged.embedding.weight.T + update
     assert mx.abs(model(ids) - wanted).max().item() < 1e-4
-
-
-def test_a_batch_equals_one_by_one(world):
-    model, tokenizer = load(str(world / "base"), world / "both", 1)
-    prompts = prompts_of(6, 1, 60)
-    found = batch_generate(model, tokenizer, prompts, max_tokens=6, return_token_ids=True)
-    assert found.compressed_tokens == found.prompt_tokens == [len(p) for p in prompts]
-    for prompt, tokens in zip(prompts, found.token_ids, strict=True):
-        alone = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=6)]
-        assert tokens == [t for t in alone if t not in tokenizer.eos_token_ids]
-    assert len(merged_embedding(model).table) == 0
 
 
 def test_the_command_line_takes_it(world):

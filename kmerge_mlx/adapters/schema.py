@@ -117,12 +117,11 @@ class EncoderConfig:
             for name, value in self._sizes().items()
             if not is_int(value, lowest[name])
         ]
-        if not problems and self.quantization is not None:
-            group = self.quantization.group_size
+        if not problems and (packing := self.quantization) is not None:
             problems = [
-                f"{layer} reads {inner} numbers, expected whole groups of {group}"
+                f"{layer} reads {inner} numbers, expected whole groups of {packing.group_size}"
                 for layer, (_, inner) in self.layers().items()
-                if inner % group
+                if inner % packing.group_size
             ]
         if problems:
             raise AdapterError(findings("merge encoder", problems))
@@ -172,14 +171,14 @@ class EncoderConfig:
         Raises:
             AdapterError: A size that an encoder cannot have, or one where K is 1.
         """
-        factor, hidden, inner, context = (data.get(name) for name in ENCODER_ENTRIES)
-        packing = data.get(QUANTIZATION)
+        names = (*ENCODER_ENTRIES, QUANTIZATION)
+        factor, hidden, inner, context, packing = (data.get(name) for name in names)
         if is_int(factor) and factor == 1:
-            others = [n for n in (*ENCODER_ENTRIES[1:], QUANTIZATION) if data.get(n) is not None]
+            others = [f"{n} is {short(data[n])}" for n in names[1:] if data.get(n) is not None]
             if others:
-                found = ", ".join(f"{name} is {short(data[name])}" for name in others)
                 raise AdapterError(
-                    f"merge_config.json: {found}, expected null: merge_factor 1 has no encoder"
+                    f"merge_config.json: {', '.join(others)}, expected null: merge_factor 1 has no "
+                    "encoder"
                 )
             return None
         if packing is not None:

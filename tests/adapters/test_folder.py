@@ -52,17 +52,11 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_saved_the_same(tmp_path, head, 
             assert ours[name].dtype == dtype
             assert mx.array_equal(ours[name].view(mx.uint16), array.view(mx.uint16))
     save_adapter(found, tmp_path / "b")
-    for name in FILES:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_an_adapter_can_be_saved_over_the_one_it_was_loaded_from(tmp_path):
-    """Tensors are read lazily: they must be read before their file goes."""
-    path = saved(tmp_path / "a")
-    before = {name: (path / name).read_bytes() for name in FILES}
-    save_adapter(load_adapter(path), path)
-    assert {name: (path / name).read_bytes() for name in FILES} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    before = {name: (tmp_path / "a" / name).read_bytes() for name in FILES}
+    assert {name: (tmp_path / "b" / name).read_bytes() for name in FILES} == before
+    # Tensors are read lazily: over their own file, they must be read before it goes.
+    save_adapter(load_adapter(tmp_path / "a"), tmp_path / "a")
+    assert {name: (tmp_path / "a" / name).read_bytes() for name in FILES} == before
 
 
 def test_the_folder_holds_the_four_files_and_standard_safetensors(tmp_path):
@@ -92,12 +86,15 @@ def test_every_tensor_that_is_missing_extra_or_misshapen_is_listed_with_its_shap
     del adapter.tuning_weights[f"model.layers.0.{Q}.lora_b"]
     adapter.tuning_weights[f"model.layers.1.{Q}.lora_a"] = mx.zeros((D, R + 1))
     adapter.tuning_weights["model.norm.weight"] = mx.zeros((D,))
+    for name in [name for name in adapter.tuning_weights if UP in name]:
+        del adapter.tuning_weights[name]
     save_adapter(adapter, tmp_path / "a")
     lines = refused(tmp_path / "a").splitlines()
-    assert lines[0].endswith("8 problems")
+    assert lines[0].endswith("9 problems")
     for line, (file, text) in zip(
         sorted(lines[1:]),
         [
+            ("adapters", f"key {UP} has no tensors"),
             ("adapters", f"model.layers.0.{Q}.lora_b is missing"),
             ("adapters", f"model.layers.1.{Q} has lora_a (8, 3) and lora_b (2, 6), expected (in,"),
             ("adapters", "model.norm.weight (8,) belongs to nothing here"),
@@ -122,16 +119,6 @@ def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path):
         adapter.head_weights["lora_b"] = mx.zeros(shape)
         save_adapter(adapter, tmp_path / "a")
         assert f"lm_head.lora_b has shape {shape}, expected (2, " in refused(tmp_path / "a")
-
-
-def test_modules_and_keys_without_tensors_are_refused(tmp_path):
-    for by_module in (False, True):
-        adapter = make(by_module=by_module)
-        for name in [n for n in adapter.tuning_weights if UP in n]:
-            del adapter.tuning_weights[name]
-        save_adapter(adapter, tmp_path / "a")
-        text = refused(tmp_path / "a")
-        assert (f"model.layers.0.{UP}.lora_a is missing" if by_module else f"key {UP} has") in text
 
 
 def test_the_experts_layout_of_mlx_lm_is_accepted_at_its_rank(tmp_path):
@@ -265,19 +252,10 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, kind):
     if kind == "folder":
         (path / "precious.txt").write_text("1")
     why = "a symbolic link" if kind in ("link", "dangling") else "not a folder of adapter files"
-    with pytest.raises(AdapterError, match=f"is {why}, and `force` replaces "):
+    with pytest.raises(AdapterError, match=rf"is {why}(,|:).* replaces "):
         check_adapter_destination(path, force=True)
     with pytest.raises(AdapterError, match="exists"):
         check_adapter_destination(path, force=False)
-
-
-def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("1")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for place in ("file", "loop"):
-        with pytest.raises(AdapterError, match=rf"cannot write .*/{place}/a: "):
-            save_adapter(make(), tmp_path / place / "a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_a_folder_that_a_killed_run_was_replacing_is_given_back_before_it_is_asked_about(tmp_path):
@@ -297,5 +275,8 @@ def test_a_save_that_fails_leaves_the_adapter_that_was_there(tmp_path):
     broken = Adapter(huge, adapter.tuning, adapter.tuning_weights, adapter.encoder_weights)
     with pytest.raises(AdapterError, match=r"cannot write .*merge_config\.json would be over 1 Mi"):
         save_adapter(broken, path)
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(AdapterError, match=r"cannot write .*/file/a: "):
+        save_adapter(make(), tmp_path / "file" / "a")
     assert {name: (path / name).read_bytes() for name in FILES} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]

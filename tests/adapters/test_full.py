@@ -14,7 +14,7 @@ from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.model import adapter_of, attach, merged_embedding, wire
+from kmerge_mlx.model import attach, merged_embedding, wire
 from tests.saved_adapters import refused
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
@@ -88,13 +88,9 @@ def test_a_quantized_base_is_refused_in_one_line():
         attach(model, full_adapter(1), PAD, "this")
     assert "\n" not in str(error.value)
     assert "model.layers.1." in str(error.value)
-
-
-def test_a_base_that_is_quantized_elsewhere_is_not():
     model = build(qwen2_config())
-    nn.quantize(
-        model, group_size=32, bits=4, class_predicate=lambda path, _: path == "model.embed_tokens"
-    )
+    only_the_table = {"class_predicate": lambda path, _: path == "model.embed_tokens"}
+    nn.quantize(model, group_size=32, bits=4, **only_the_table)
     attach(model, full_adapter(1), PAD)
 
 
@@ -110,13 +106,3 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     adapter.tuning_weights.clear()
     save_adapter(adapter, tmp_path / "a")
     assert "adapters.safetensors: found no tensors, expected the weights" in refused(tmp_path / "a")
-
-
-def test_layers_keep_the_bases_dtype(tmp_path):
-    model = build(qwen2_config())
-    model.set_dtype(mx.bfloat16)
-    adapter = full_adapter(1)
-    wire(model, adapter.merge, adapter.tuning, PAD)
-    found = adapter_of(model, adapter.merge, adapter.tuning)
-    assert {array.dtype for array in found.tuning_weights.values()} == {mx.bfloat16}
-    assert found.tuning_weights.keys() == adapter.tuning_weights.keys()
