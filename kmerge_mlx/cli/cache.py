@@ -81,18 +81,7 @@ def cache(settings: CacheFileSettings) -> None:
     from kmerge_mlx.generation.stream import check_context, compress
 
     opened = inputs.open_model(settings, bool(spans))
-    source = opened.source
-    about = {
-        "context": context,
-        "prompt": begun,
-        "layout": asdict(opened.layout),
-        "system_prompt": settings.system_prompt if opened.chat else None,
-        "options": settings.chat_template_config or {},
-        "templated": opened.chat is not None,
-        "model": source.model,
-        "adapter_path": _lasting(source.adapter_path),
-        "k": None if source.merge is None else source.k,
-    }
+    about = _about(opened, context, begun)
     held = prompt_cache.common_start(
         [_lay_out(opened.tokenizer, about, spans, question) for question in QUESTIONS]
     )
@@ -108,7 +97,7 @@ def cache(settings: CacheFileSettings) -> None:
             prompt_progress_callback=prefill_bar(settings.prefill_step_size),
             **settings.cache_options(),
         )
-    prompt_cache.CacheFile(path, prompt_cache.identity(source), held, about).save(read)
+    prompt_cache.CacheFile(path, prompt_cache.identity(opened.source), held, about).save(read)
     if settings.kv_bits is not None and not any(hasattr(each, "bits") for each in read):
         print(
             f"note: not quantized: the {len(compressed.ids):,} positions are no more than "
@@ -178,8 +167,19 @@ def _lay_out(
     return lay_out(tokenizer, context, prompt, chat, layout)
 
 
-def _lasting(adapter_path: str | None) -> str | None:
-    """An adapter's path that holds in other folders, too; the name of a hub repo does."""
-    if adapter_path in (None, BUNDLED) or not Path(adapter_path).is_dir():
-        return adapter_path
-    return str(Path(adapter_path).resolve())
+def _about(opened: Opened, context: str | None, prompt: str | None) -> dict[str, Any]:
+    """What a file records of its prompt."""
+    source, chat, adapter = opened.source, opened.chat, opened.source.adapter_path
+    if adapter not in (None, BUNDLED) and Path(adapter).is_dir():
+        adapter = str(Path(adapter).resolve())  # it is read from other folders, too
+    return {
+        "context": context,
+        "prompt": prompt,
+        "layout": asdict(opened.layout),
+        "system_prompt": None if chat is None else chat.system_prompt,
+        "options": {} if chat is None else dict(chat.options),
+        "templated": chat is not None,
+        "model": source.model,
+        "adapter_path": adapter,
+        "k": None if source.merge is None else source.k,
+    }

@@ -36,10 +36,7 @@ _K = "--k"
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What a prompt cache belongs to, by name: digests of base and adapter, and K.
-
-    The base's is that of :func:`base.weights_digest`.
-    """
+    """What a prompt cache belongs to, by name: digests of base and adapter, and K."""
     adapter = None
     if source.adapter is not None:
         digest = hashlib.sha256()
@@ -53,16 +50,13 @@ def identity(source: Source) -> dict[str, Any]:
 def prefill(
     model: nn.Module, prompt: CompressedPrompt, max_kv_size: int | None = None, **options: Any
 ) -> list[Any]:
-    """Reads a prompt into a new KV cache.
+    """Reads a prompt into new KV caches of mlx-lm, evaluated.
 
     Args:
         model: A model from :func:`kmerge_mlx.load`.
         prompt: What to read.
         max_kv_size: Most positions that the cache keeps, or None: all.
         **options: Of ``mlx_lm.generate.generate_step``: ``kv_bits``, ``prefill_step_size``, ...
-
-    Returns:
-        mlx-lm's KV caches, evaluated.
     """
     cache = host.make_prompt_cache(model, max_kv_size)
     with wired_limit(model):

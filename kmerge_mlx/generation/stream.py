@@ -167,7 +167,7 @@ def batch_generate(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> BatchResponse:
-    """Generates for many prompts at once by mlx-lm's continuous batching.
+    """Generates for many prompts at once by mlx-lm's continuous batching, and keeps their order.
 
     Args:
         model: A model from :func:`kmerge_mlx.load`.
@@ -182,9 +182,6 @@ def batch_generate(
         progress: Called with (finished, total) whenever a prompt is finished.
         **options: Everything else of ``mlx_lm.generate.BatchGenerator``: ``sampler``,
             ``completion_batch_size``, ``prefill_batch_size``, ``max_kv_size`` and so on.
-
-    Returns:
-        Texts and statistics in the order of the prompts.
 
     Raises:
         PromptError: A prompt is empty, or longer than the model's context.

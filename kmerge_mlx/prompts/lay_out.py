@@ -127,16 +127,7 @@ def lay_out(
 def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> list[Segment]:
     """Splits a text that does not specify what is context and what is question.
 
-    Tags decide. Where there are none and the layout merges contexts, the last paragraph stays raw,
-    and what is before it merges if it has at least ``layout.threshold`` tokens.
-
-    Args:
-        tokenizer: mlx-lm's tokenizer wrapper.
-        text: The whole prompt; a chat template is not applied.
-        layout: What merges where nothing is specified.
-
-    Returns:
-        Segments whose ids, laid end to end, are the ids of the whole text.
+    It is read as a conversation of one user message without a chat template would be.
 
     Raises:
         PromptError: Tags that do not pair.

@@ -159,7 +159,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
     shown = evaluated(folders, *given, terminal=True).err
     assert "Evaluating:" in shown
     assert "\r" in shown
-    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     lines = evaluated(folders, *given).err.splitlines()
     counts = [line for line in lines if line.startswith("Evaluating")]
     assert counts[:4] == [f"Evaluating: {done} of 16" for done in (4, 8, 12, 16)]
