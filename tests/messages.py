@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
 OTHERS = {"BadParameter", "ApiError", "PatternError"}
 """Errors that are no ``KMergeError``: typer's, a server's answer, and one that becomes another."""
-MAKERS = {"refused", "busy", "findings", "cls", "error", "_condemn", "_diverged", "_fail", "_bad"}
+MAKERS = {"refused", "busy", "findings", "cls", "error", "_condemn", "_diverged", "_fail"}
 """Functions and names of classes (``error``, ``cls``) that messages are given to."""
 _COLLECT = {"append", "extend", "add", "insert"}
 _PROBLEMS = "problems"
