@@ -171,6 +171,7 @@ ZIPS = {
         ]
     ),
     "a_name_with_a_nul": rows(Record("archive/data/0\0", b"")),
+    "a_name_twice": rows(Record("archive/data/0", DATA)),
     "a_wrong_byte_order": pack([*ROWS, Record("archive/byteorder", b"middle")]),
     "no_pickle": pack([ROWS[1]]),
     "no_storage": pack([ROWS[0]]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.settings import ModelSettings, Settings, argument, option
@@ -61,7 +62,7 @@ def convert(settings: ConvertSettings) -> None:
         )
 
 
-def summary(adapter, destination: str) -> str:
+def summary(adapter: Any, destination: str) -> str:
     """One line on an adapter that was written."""
     merge = adapter.merge
     tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights

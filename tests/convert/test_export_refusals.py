@@ -185,19 +185,15 @@ def unread(path: Path) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is not valid JSON"),
-        (b"{}", "found {}, expected merge_config.json and scales"),
-        (b'{"merge_config.json": null, "scales": []}', "holds None, expected an object"),
-        (b'{"merge_config.json": {}, "scales": []}', "format_version is None"),
-        (b'{"merge_config.json": {}, "scales": [], "x": 1}', "expected merge_config.json and"),
-        (b'{"merge_config.json": {}, "scales": {}}', "scales is {}, expected a list of numbers"),
-        (b'{"merge_config.json": {}, "scales": [NaN]}', "scales is ['NaN'], expected a list"),
+        ("", "is not valid JSON"),
+        ("{}", "found {}, expected merge_config.json and scales"),
+        ('{"merge_config.json": {}, "scales": []}', "format_version is None"),
+        ('{"merge_config.json": {}, "scales": [NaN]}', "scales is ['NaN'], expected a list"),
     ],
-    ids=range(7),
 )
 def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said):
     path = exported(make(), tmp_path)
-    (path / "kmerge.json").write_bytes(content)
+    (path / "kmerge.json").write_text(content)
     text = unread(path)
     assert f"{path}/kmerge.json" in text
     assert said in text
@@ -208,15 +204,12 @@ def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said)
     ("entries", "said"),
     [
         ({"format_version": 2}, "format_version 2 is newer than this release"),
-        ({"pad_token_id": "x"}, "pad_token_id is 'x', expected a token id"),
-        ({"layout": {"merges": "some"}}, "merges is 'some', expected all or contexts"),
         ({"merge_factor": 3}, "the encoder has merge_factor 4, not 3 (says kmerge.json"),
         ({"encoder_context": 2}, "the encoder has encoder_context 0, not 2 (says kmerge.json"),
         (
             dict.fromkeys(("hidden_size", "inner_size", "encoder_context")) | {"merge_factor": 1},
             "found an encoder for K = 4, the adapter was made for none (says kmerge.json",
         ),
-        ({"base_model": {"id": "x", "config": {"a": 1}}}, "config_hash does not belong to"),
         ({"base_model": {"id": "a\x1b[2J"}}, "base_model.id is 'a\\x1b[2J', expected a printable"),
     ],
 )
@@ -287,8 +280,6 @@ def test_export_of_several_k_asks_which(tmp_path):
         saved(tmp_path / "all" / f"k{k}", k=k)
     args = ("export", tmp_path / "all", tmp_path / "y")
     assert_one_error(run(*args), 1, "holds adapters for K = 2, 3: choose one with --k")
-    assert_one_error(run(*args, "--k", 5), 1, "holds no adapter for --k 5")
-    assert not (tmp_path / "y").exists()
     assert run(*args, "--k", 3).err.startswith(f"{tmp_path}/y: K = 3, ")
 
 
