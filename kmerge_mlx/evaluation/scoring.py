@@ -58,6 +58,9 @@ class Prediction:
     positions: int
 
 
+_KINDS = [field.type for field in fields(Prediction)]
+
+
 class Scorer:
     """Asks one model, whose embedding is wrapped, up to ``batch_size`` questions at once."""
 
@@ -245,10 +248,10 @@ class PredictionsFile:
                 if OF in line:
                     known |= line[OF]
                 else:
-                    found = self._found[line["method"], line["k"]]
-                    found[line["question"]] = Prediction(
-                        *(line[f.name] for f in fields(Prediction))
-                    )
+                    named = {f.name: line[f.name] for f in fields(Prediction)}
+                    if [type(value).__name__ for value in named.values()] != _KINDS:
+                        raise ValueError("a value of another type")
+                    self._found[line["method"], line["k"]][line["question"]] = Prediction(**named)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluateError(
                     f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "

@@ -117,8 +117,9 @@ def test_what_is_not_a_predictions_file_is_left_alone(tmp_path, content):
     assert "is not a predictions file: name another" in refused(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', None])
 def test_a_damaged_line_is_named(tmp_path, line):
+    line = json.dumps(LINE | {"text": None}) if line is None else line
     path = filled(tmp_path / "answers.jsonl")
     path.write_bytes(path.read_bytes() + f"{line}\n{json.dumps(LINE)}\n".encode())
     assert "line 6 is damaged" in refused(path)

@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_pat
     (tmp_path / "a.png").mkdir()
     (tmp_path / "a.png" / "x").write_text("x")
     for place in ("a.png", "no/such.png"):
-        with pytest.raises(PlotError, match=f"cannot write --plot .*{place}: ") as caught:
+        with pytest.raises(PlotError, match=f"cannot write `plot` .*{place}: ") as caught:
             draw_training([run], tmp_path / place)
         assert len(str(caught.value).splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"run", "a.png"}
