@@ -1,1 +1,1 @@
-"""Training: the rows of a batch, the loss on its answers, the optimizer step."""
+"""Training: settings, data, loss, the loop, and the folder that a run leaves."""

@@ -75,6 +75,7 @@ class State:
                 and (score is None or is_number(score))
                 and (state.finished is None or state.finished.isprintable())
                 and len(state.rng) in (0, 2)
+                and max(state.place.epoch, *state.rng, 0) < 2**32
             )
         except (TypeError, KeyError, AttributeError):
             good = False

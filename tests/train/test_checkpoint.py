@@ -234,10 +234,9 @@ def limited(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("size", [60_000, 700])
-def test_a_full_disk_is_one_line_and_the_last_save_is_whole(path, monkeypatch, size):
-    """In the middle of a save, and in the middle of a line of the log."""
-    at_iteration(monkeypatch, 5, lambda: limited(size))
+def test_a_full_disk_is_one_line_and_the_last_save_is_whole(path, monkeypatch):
+    """In the middle of a save."""
+    at_iteration(monkeypatch, 5, lambda: limited(60_000))
     try:
         result = resume(path, "--iters", 9)
     finally:
