@@ -28,13 +28,7 @@ PATIENCE = 60
 
 @dataclass
 class Answer:
-    """An HTTP answer.
-
-    Args:
-        status: Its status.
-        headers: Its headers, names in lower case.
-        body: Its bytes.
-    """
+    """An HTTP answer; the names of its headers are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -138,20 +132,14 @@ def serving(
 
 @dataclass
 class Process:
-    """A server in a process of its own.
-
-    Args:
-        process: The process.
-        address: Where it listens.
-        said: Its lines on stderr so far.
-    """
+    """A server in a process of its own, and its lines on stderr so far."""
 
     process: subprocess.Popen
     address: Address
     said: list[str] = field(default_factory=list)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal and waits for the end; returns the exit code."""
+        """Sends a signal; returns the exit code."""
         self.process.send_signal(number)
         return self.wait()
 

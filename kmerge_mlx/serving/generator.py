@@ -73,25 +73,18 @@ class Job:
         segments: The prompt, laid out.
         chat: Whether it is a conversation.
         loop: The event loop that waits for the replies.
-        context: mlx-lm's, once it is being answered.
-        cancelled: Whether the replies are not wanted any more.
-        alone: Whether mlx-lm serves it outside a batch.
-        over: Whether mlx-lm needs its blocks no longer than until it takes up another prompt.
-        lengths: How many original tokens each position of the merged prompt stands for.
-        generated: Tokens of its answer so far.
-        first_token_at: ``time.monotonic()`` of the first, or None.
     """
 
     segments: list[Segment]
     chat: bool
     loop: AbstractEventLoop
     context: GenerationContext | None = None
-    cancelled: bool = False
-    alone: bool = False
-    over: bool = False
-    lengths: list[int] = field(default_factory=list)
+    cancelled: bool = False  # by the client
+    alone: bool = False  # not in a batch
+    over: bool = False  # mlx-lm needs its blocks only until it takes up another prompt
+    lengths: list[int] = field(default_factory=list)  # original tokens of each position
     generated: int = 0
-    first_token_at: float | None = None
+    first_token_at: float | None = None  # as time.monotonic()
     messages: tuple[()] = ()  # mlx-lm looks for images in them
     _replies: Queue = field(default_factory=Queue)
 
@@ -256,7 +249,6 @@ class CompressingGenerator(ResponseGenerator):
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
                 embedding.table.protect(self.prompt_cache.cached_ids)
-            del embedding
             self._generate()
         except Exception:
             self._generation_failed = True

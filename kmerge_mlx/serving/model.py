@@ -48,10 +48,10 @@ class PinnedModel(ModelProvider):
         """Loads the model in mlx-lm's generation thread; :attr:`loaded` says how that went."""
         try:
             self._load_pinned()
+            self.loaded.set_result(None)
         except BaseException as error:
             self.loaded.set_exception(error)
             raise
-        self.loaded.set_result(None)
 
     def load(self, *named: Any) -> tuple[nn.Module, Any]:
         """The model and its tokenizer, whatever name mlx-lm asks for."""
@@ -60,9 +60,8 @@ class PinnedModel(ModelProvider):
     def _load_pinned(self) -> None:
         settings = self.settings
         model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
-        if settings.chat_template_args and not (
-            self.layout.chat_template and tokenizer.has_chat_template
-        ):
+        has_template = self.layout.chat_template and tokenizer.has_chat_template
+        if settings.chat_template_args and not has_template:
             raise ServeError("`chat_template_args` needs a chat template, and none is applied")
         embedding = merged_embedding(model) or find_embedding(model, self.name)[1]
         self.vocab_size = embedding.weight.shape[0]
@@ -91,12 +90,7 @@ def _check_kv_bits(settings: ServeSettings, model: nn.Module, caches: list[Any])
 def _host_arguments(settings: ServeSettings) -> Namespace:
     """What mlx-lm's server reads of its command line."""
     size = settings.prompt_cache_bytes
-    own = {
-        "prompt_cache_bytes": parse_size(size) if isinstance(size, str) else size,
-        "adapter_path": None,
-        "draft_model": None,
-        "pipeline": False,
-        "chat_template": "",
-        "use_default_chat_template": False,
-    }
+    own = {"prompt_cache_bytes": parse_size(size) if isinstance(size, str) else size}
+    own |= {"adapter_path": None, "draft_model": None, "pipeline": False}
+    own |= {"chat_template": "", "use_default_chat_template": False}
     return Namespace(**vars(settings) | own)

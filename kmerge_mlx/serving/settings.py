@@ -18,7 +18,6 @@ from kmerge_mlx.settings import (
     LayoutSettings,
     ModelSettings,
     SamplingSettings,
-    Settings,
     option,
 )
 
@@ -26,17 +25,18 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 API_KEY_VARIABLE = "KMERGE_MLX_API_KEY"
 
-_SECONDS = {"low": 1e-3, "group": "Limits"}
 _LIMIT = {"low": 1, "group": "Limits"}
-_BATCH = {"low": 1, "group": "Batching and caches"}
+_TIME, _FROM_0 = _LIMIT | {"low": 1e-3}, _LIMIT | {"low": 0}
+_GROUP = "Batching and caches"
+_BATCH = {"low": 1, "group": _GROUP}
 
 
 def _cache(name: str) -> Any:
-    return CacheSettings.setting(name, group="Batching and caches")
+    return CacheSettings.setting(name, group=_GROUP)
 
 
 @dataclass(frozen=True)
-class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings, Settings):
+class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     """The settings of a server; each field's option says what it means.
 
     Raises:
@@ -48,14 +48,10 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings, Settings):
     host: str = option("127.0.0.1", str, "Address to listen on.")
     port: int = option(8080, int, "Port to listen on; 0 takes a free one.", low=0, high=65_535)
     api_key: str | None = option(
-        None,
-        str,
-        f"File with the key that clients must send. Default: the value of {API_KEY_VARIABLE}.",
+        None, str, f"File with the key that clients must send. Default: {API_KEY_VARIABLE}'s value."
     )
     allowed_origins: Any = option(
-        (),
-        list,
-        "Web origins whose pages may call the server, with commas; * is any. Default: none.",
+        (), list, "Web origins whose pages may call, with commas; * is any. Default: none."
     )
     max_tokens: int = option(
         512, int, "Most tokens of an answer.", low=1, flags=("--max-tokens", "-m")
@@ -65,12 +61,7 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings, Settings):
     prompt_concurrency: int = option(8, int, "Prompts prefilled at once.", **_BATCH)
     prefill_step_size: int = _cache("prefill_step_size")
     prompt_cache_size: int = option(10, int, "KV caches kept for prefixes.", **_BATCH)
-    prompt_cache_bytes: Any = option(
-        None,
-        SIZE,
-        "Most memory of the kept KV caches: 500M, 4GB.",
-        group="Batching and caches",
-    )
+    prompt_cache_bytes: Any = option(None, SIZE, "Most memory of those: 500M, 4GB.", group=_GROUP)
     kv_bits: int | None = _cache("kv_bits")
     kv_group_size: int = _cache("kv_group_size")
     quantized_kv_start: int = _cache("quantized_kv_start")
@@ -78,15 +69,11 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings, Settings):
     max_prompt_tokens: int | None = option(
         None, int, "Longest prompt. Default: what the context holds.", **_LIMIT
     )
-    max_queue: int = option(64, int, "Requests that may wait; more get 429.", **_LIMIT | {"low": 0})
-    request_timeout: float = option(
-        600.0, float, "Seconds for an answer, waiting included.", **_SECONDS
-    )
-    read_timeout: float = option(30.0, float, "Seconds for a request to arrive.", **_SECONDS)
+    max_queue: int = option(64, int, "Requests that may wait; more get 429.", **_FROM_0)
+    request_timeout: float = option(600.0, float, "Seconds for an answer, with waiting.", **_TIME)
+    read_timeout: float = option(30.0, float, "Seconds for a request to arrive.", **_TIME)
     max_connections: int = option(256, int, "Connections open at once.", **_LIMIT)
-    drain_timeout: float = option(
-        30.0, float, "Seconds for the last answers, after SIGTERM.", **_SECONDS | {"low": 0}
-    )
+    drain_timeout: float = option(30.0, float, "Seconds to end in, after SIGTERM.", **_FROM_0)
     max_blocks: int = option(MAX_BLOCKS, int, "Distinct blocks in use at once.", **_LIMIT)
     log_level: str = option("INFO", str, "What is logged.", choices=LOG_LEVELS)
 

@@ -129,24 +129,19 @@ def test_an_unforeseen_error_is_a_500_without_details(alive, monkeypatch, caplog
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "more", "said"),
     [
-        ("<merge>x", "messages[0]: <merge> at line 1"),
-        ([{"type": "image_url", "image_url": "file:///x"}], "messages[0]: expected text parts"),
-        ("", "the prompt is empty"),
+        ("<merge>x", {}, "messages[0]: <merge> at line 1"),
+        ([{"type": "image_url", "image_url": "file:///x"}], {}, "messages[0]: expected text parts"),
+        ("", {}, "the prompt is empty"),
+        ("x", {"tools": [{"type": "function"}]}, "tools: needs a chat template"),
     ],
 )
-def test_what_is_wrong_with_a_message_names_its_field(alive, content, said):
-    error = alive.chat(content).error
+def test_what_is_wrong_with_messages_is_a_400_in_the_words_of_a_client(alive, content, more, said):
+    error = alive.chat(content, **more).error
     assert error["param"] == "messages"
     assert error["message"].startswith(said)
-
-
-def test_a_refusal_of_the_library_names_fields_without_backticks(alive):
-    answer = alive.chat("hi", tools=[{"type": "function"}])
-    assert answer.status == 400
-    assert "tools" in answer.error["message"]
-    assert "`" not in answer.error["message"]
+    assert "`" not in error["message"]
 
 
 def test_a_prompt_past_the_context_or_the_limit_is_a_400(alive, base_path, adapter_path):
@@ -279,25 +274,20 @@ def test_a_web_page_may_not_call_unless_its_origin_is_allowed(alive, base_path, 
         assert server.request("POST", "/v1/completions", SHORT, evil).status == 403
 
 
-def test_a_client_that_sends_half_a_body_and_leaves_is_forgotten(alive):
-    with alive.connect() as connection:
-        connection.sendall(head(Content_Length=100) + b"{")
-    eventually(lambda: alive.metric("connections") == 1)
-
-
-@pytest.mark.parametrize("seed", [None, 3], ids=["batched", "alone"])
-def test_a_client_that_leaves_in_mid_stream_ends_its_generation(alive, seed):
-    before = alive.metric("generated_tokens_total")
-    alive.open_stream(**long_answer(seed=seed)).close()
-    eventually(lambda: alive.metric("requests_in_flight") == 0)
-    assert alive.metric("generated_tokens_total") - before < 2000
-
-
-@pytest.mark.parametrize("more", [b"", b"\r\n"], ids=["", "after sending more"])
-def test_a_client_that_leaves_without_streaming_ends_its_generation(alive, more):
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (long_answer(stream=True), b""),
+        (long_answer(stream=True, seed=3), b""),
+        (long_answer(), b""),
+        (long_answer(), b"\r\n"),
+    ],
+    ids=["stream", "stream, alone", "whole", "after sending more"],
+)
+def test_a_client_that_leaves_ends_its_generation(alive, begin, more):
     before = alive.metric("generated_tokens_total")
     with alive.connect() as connection:
-        connection.sendall(post(long_answer()) + more)
+        connection.sendall(post(begin) + more)
         eventually(lambda: alive.metric("requests_in_flight") == 1)
         connection.sendall(more)
     eventually(lambda: alive.metric("requests_in_flight") == 0)
