@@ -152,13 +152,6 @@ def test_positions_and_bytes_are_those_of_the_projects_own_generation(name, tmp_
     assert found["base"]["weight_bytes"] == sum(array.nbytes for array in parameters)
 
 
-def test_layers_with_a_sliding_window_hold_no_more_than_it(tmp_path):
-    path = str(write_base(tmp_path, qwen2_config(**GEMMA3)))
-    (row,) = calculate(path, SizingConfig((2100,), (1,)))["rows"]
-    one = 2 * 2 * 64 * 4  # keys and values of 2 heads, float32
-    assert row["kv_bytes"] == (5 * 128 + 2 * 2100) * one
-
-
 def test_linear_attention_keeps_a_state_of_a_fixed_size(tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**HYBRIDS["qwen3_5"])))
     rows = calculate(path, SizingConfig((100, 1000), (1,)))["rows"]
@@ -242,23 +235,6 @@ def test_the_longest_prompt_is_the_last_that_fits(tmp_path):
         assert fits == {longest: True, longest + 1: False}
     nothing = calculate(path, SizingConfig((1,), (1, 4), usable_bytes=1 << 20))
     assert [(f["longest_prompt"], f["limited_by"]) for f in nothing["factors"]] == [(0, MEMORY)] * 2
-
-
-def test_the_longest_prompt_ends_at_the_context_or_at_the_block_table(tmp_path):
-    ends = []
-    for context in (32_768, 1 << 20, None):
-        config = qwen2_config(max_position_embeddings=context, dtype="float16")
-        found = calculate(
-            folder_of(tmp_path, config), SizingConfig((1,), (4,), usable_bytes=1 << 50)
-        )
-        ends.append(
-            [(factor["longest_prompt"], factor["limited_by"]) for factor in found["factors"]]
-        )
-    assert ends == [
-        [(32_768, "context"), (131_072, "context")],
-        [(1 << 20, "context"), (4 * 131_072, "block table")],
-        [(None, None), (4 * 131_072, "block table")],
-    ]
 
 
 def test_memory_is_weights_encoder_merged_blocks_and_all_the_room_of_the_cache(tmp_path):
@@ -362,10 +338,6 @@ def test_the_floor_is_the_worst_balance_up_to_the_assumed_one():
     worst = min(speedup(limit * i / 10_000) for i in range(10_001))
     assert sizing.floor(whole, merged) == pytest.approx(worst, rel=1e-3)
     assert sizing.floor((10**9, 10), (10**8, 12)) == 10**9 / (10**8 + limit * 12)
-
-
-MAMBA = {"model_type": "mamba", "state_size": 4, "conv_kernel": 4, "use_bias": False}
-MAMBA |= {"use_conv_bias": True, "time_step_rank": 4}
 
 
 @pytest.mark.parametrize(
