@@ -142,7 +142,7 @@ BASES = {
 def test_positions_and_bytes_are_those_of_the_projects_own_generation(name, tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**BASES[name])))
     model, tokenizer = load(path)
-    lengths = (3, 60) if name in HYBRIDS else (3, 100, 2100)
+    lengths = (3, 60) if name in HYBRIDS else (3, 100, 300)
     found = calculate(path, SizingConfig(lengths, (1,)))
     for row in found["rows"]:
         assert (row["positions"], row["kv_bytes"]) == measured(model, tokenizer, row["length"])
@@ -159,6 +159,15 @@ def test_linear_attention_keeps_a_state_of_a_fixed_size(tmp_path):
     state = 6 * 4 * (convolution + 4 * 16 * 8)
     one = 2 * 2 * 2 * 32 * 4  # keys and values of 2 heads in every fourth layer
     assert [row["kv_bytes"] for row in rows] == [state + 100 * one, state + 1000 * one]
+
+
+def test_a_published_hybrid_of_80_billion_parameters_is_calculated(tmp_path):
+    path = folder_of(tmp_path, config_of("qwen3-next-80b-a3b-4bit"))
+    found = calculate(path, SizingConfig((1000,), (1,)))
+    assert found["base"]["parameters"] == pytest.approx(79.7e9, rel=1e-3)
+    linear = 36 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)
+    (row,) = found["rows"]
+    assert row["kv_bytes"] == linear + 12 * 2 * 2 * 256 * 2 * 1000
 
 
 OPTIONS = (
