@@ -54,19 +54,12 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One way to read a prompt.
-
-    Args:
-        k: The merge factor K.
-        llm: mlx-lm's model.
-        embedding: Its wrapped embedding, or None: the first ceil(T/K) tokens are read unmerged.
-        unread_bytes: Bytes of weights in memory that it does not read: the others' encoders, LoRA.
-    """
+    """One way to read a prompt."""
 
     k: int
     llm: nn.Module
-    embedding: MergedEmbedding | None = None
-    unread_bytes: int = 0
+    embedding: MergedEmbedding | None = None  # None: the first ceil(T/K) tokens, unmerged
+    unread_bytes: int = 0  # of weights in memory that it does not read: the others' encoders, LoRA
 
     def positions(self, length: int) -> int:
         """Positions that a prompt of so many tokens takes."""
@@ -195,18 +188,18 @@ def load_sides(
 
 
 def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
-    problems = [
-        f"`length` {length} is more than the model's context of {limit:,} positions, and the "
-        "reference reads every token"
-        for length in lengths
-        if limit is not None and length > limit
-    ]
-    problems += [
-        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
-        for k in ks
-        for length in lengths
-        if k > length
-    ]
+    problems = []
+    for length in lengths:
+        if limit is not None and length > limit:
+            problems.append(
+                f"`length` {length} is more than the model's context of {limit:,} positions, and "
+                "the reference reads every token"
+            )
+        problems += [
+            f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
+            for k in ks
+            if k > length
+        ]
     if problems:
         raise PromptError(findings("nothing was measured", problems))
 

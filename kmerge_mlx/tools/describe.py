@@ -13,8 +13,9 @@ from kmerge_mlx.adapters.folder import (
     MERGE_CONFIG,
     Adapter,
     carried_by,
-    find_adapters,
     load_adapter,
+    look_up,
+    read_adapter,
 )
 from kmerge_mlx.adapters.schema import QUANTIZATION
 from kmerge_mlx.adapters.tuning import LoRAConfig
@@ -75,7 +76,8 @@ def _describe(path: Path, name: str) -> dict[str, Any]:
             return {"kind": "checkpoint", "adapters": [describe_adapter(adapter, folder)]}
         if has_config:
             return {"kind": "base model"} | _base(path)
-    adapters = [describe_adapter(load_adapter(at), at) for at in find_adapters(path).values()]
+    found = look_up(path).found.values()
+    adapters = [describe_adapter(read_adapter(at, merge), at) for at, merge in found]
     return {"kind": "adapter", "adapters": adapters}
 
 

@@ -106,13 +106,13 @@ def _introduction(upload: Upload) -> str:
         f"Reads {factors} prompt tokens in one position of {base}: an adapter for "
         f"[K-Token Merging]({PAPER}), run by kmerge-mlx on Apple's MLX.",
         "",
-        *_heads(["K", "merge encoder", "changes to the base", "trained on prompts"]),
     ]
+    rows = [["K", "merge encoder", "changes to the base", "trained on prompts"]]
     for facts in upload.adapters:
         tuning = "; ".join(f"{kind}: {line}" for kind, line in tuning_lines(facts).items())
-        cells = [str(facts["merge_factor"]), encoder_line(facts), tuning, _layout(facts["layout"])]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        k, layout = str(facts["merge_factor"]), _layout(facts["layout"])
+        rows.append([k, encoder_line(facts), tuning, layout])
+    return "\n".join([*lines, _table(rows)])
 
 
 def _layout(layout: Mapping[str, Any] | None) -> str:
@@ -172,11 +172,11 @@ def _metrics(upload: Upload, reports: Sequence[Report]) -> Iterator[str]:
             )
             shown = [name for name in COLUMNS if all(name in row.scores[group] for row in rows)]
             heads = [name.replace("_", " ").replace("f1", "F1") for name in shown]
-            lines = [title, "", *_heads(["", "ratio", *heads])]
+            lines = [["", "ratio", *heads]]
             for row in rows:
                 cells = [cell(name, row.scores[group][name]) for name in shown]
-                lines.append(_line([row.label, f"{row.compression_ratio:.2f}x", *cells]))
-            yield "\n".join(lines)
+                lines.append([row.label, f"{row.compression_ratio:.2f}x", *cells])
+            yield f"{title}\n\n{_table(lines)}"
 
 
 def _measured_on(report: Report) -> tuple[str, str]:
@@ -197,10 +197,9 @@ def _provenance(upload: Upload) -> str:
     return "\n\n".join(parts)
 
 
-def _heads(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), "|" + "---|" * len(cells)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    escaped = (text.replace("|", "\\|").replace("\n", " ") for text in cells)
-    return f"| {' | '.join(escaped)} |"
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for cells in rows:
+        escaped = (text.replace("|", "\\|").replace("\n", " ") for text in cells)
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

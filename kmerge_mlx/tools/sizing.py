@@ -304,20 +304,20 @@ def _caches(model: nn.Module, name: str, max_kv_size: int | None) -> list[_Layer
             f"{name} keeps {listed}, which the calculator does not know; `kmerge-mlx bench` "
             "measures it"
         )
-    parameters = dict(tree_flatten(model.parameters()))
+    names, arrays = zip(*tree_flatten(model.parameters()), strict=True)
 
-    def forward(ids: mx.array, **placeholders: mx.array) -> mx.array:
-        model.update(tree_unflatten(list(placeholders.items())))
+    def forward(ids: mx.array, *placeholders: mx.array) -> mx.array:
+        model.update(tree_unflatten(list(zip(names, placeholders, strict=True))))
         return model(ids, cache=cache)
 
     try:
         with mx.stream(mx.cpu):
             ids = mx.zeros((1, 2), mx.int32)
-            mx.export_function(lambda _: None, forward, ids, **parameters)
+            mx.export_function(lambda _: None, forward, ids, *arrays)
     except base.LOAD_ERRORS as error:
         raise ModelError(f"{name} cannot be read: {first_line(error)}") from error
     finally:
-        model.update(tree_unflatten(list(parameters.items())))
+        model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
     return [_layer_cache(entry) for entry in cache]
 
 

@@ -37,21 +37,13 @@ _PATH = re.compile(r"(?<![\w:/.~])~?/[^\s'\",;:()\[\]{}<>|`]+")
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to go up.
+    """What is to go up."""
 
-    Args:
-        repo: Where to; its revision is the branch, None the default one.
-        base: What the adapters are made on: a hub repo (``user/name@revision``), or ``bundled``.
-        files: By their names in the repo: the content, or the file that holds it.
-        adapters: The facts of each (see ``describe.py``), as the uploaded configs say them.
-        changes: What the uploaded configs say otherwise than those on the disk, one line each.
-    """
-
-    repo: RepoName
-    base: BaseModelConfig
-    files: Mapping[str, bytes | Path]
-    adapters: Sequence[Mapping[str, Any]]
-    changes: Sequence[str]
+    repo: RepoName  # its revision is the branch, None the default one
+    base: BaseModelConfig  # a hub repo, or ``bundled``
+    files: Mapping[str, bytes | Path]  # by their names in the repo: content, or what holds it
+    adapters: Sequence[Mapping[str, Any]]  # facts of each, as the uploaded configs say them
+    changes: Sequence[str]  # what these say otherwise than those on the disk, one line each
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file."""
@@ -122,11 +114,6 @@ def check_base(upload: Upload) -> None:
 
 def send(upload: Upload, message: str, private: bool) -> tuple[str, list[str]]:
     """Uploads in one commit, into a repo that is made if it is not there.
-
-    Args:
-        upload: What.
-        message: Of the commit.
-        private: Only into a private repo.
 
     Returns:
         The address of the commit, and what the hub finds odd in the card.
@@ -216,9 +203,7 @@ def _configs(folder: Path, on_hub: str) -> tuple[dict[str, bytes], list[str]]:
 def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
     """The same with each path of this machine cut down to its last part."""
     if isinstance(value, dict):
-        return {
-            name: _without_paths(inner, f"{where}.{name}", changes) for name, inner in value.items()
-        }
+        return {name: _without_paths(v, f"{where}.{name}", changes) for name, v in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner, where, changes) for inner in value]
     if not isinstance(value, str):

@@ -122,15 +122,6 @@ def test_the_table_says_where_it_ran_and_has_a_row_for_each_k_and_length(base):
         assert re.fullmatch("-" if plain else rf"{number} \({number}-{number}\)", row[5])
 
 
-def test_without_an_adapter_a_note_says_that_the_encoder_is_untrained(base):
-    result = bench("--model", base, "--length", 8, *QUICK, "--json")
-    assert result.err == (
-        "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-        "(K=4: 0.2M float32), and there is no LoRA\n"
-    )
-    assert measured(result) == [(8, 1), (8, 4)]
-
-
 def test_every_k_that_the_folder_holds_is_measured_and_nothing_is_said_of_untrained_ones(
     base, adapters
 ):
@@ -149,12 +140,6 @@ def test_plain_mlx_lm_is_measured_once_asked_for_or_not(base, adapters):
     alone = bench(*given, "--k", 1)
     assert measured(alone) == [(8, 1)]
     assert (alone.err, json.loads(alone.out)["encoders"]) == ("", [])
-
-
-def test_progress_is_a_bar_on_a_terminal_alone(base):
-    given = ("--model", base, "--length", 8, *QUICK)
-    assert "Positions read:" in bench(*given, terminal=True).err
-    assert "Positions read:" not in bench(*given).err
 
 
 def test_the_picture_names_its_axes_and_merge_factors_and_json_can_be_had_at_once(base, tmp_path):
@@ -186,12 +171,6 @@ def test_a_mistake_is_one_line_before_anything_is_measured(tmp_path, monkeypatch
     result = run("bench", "--model", UPSTREAM / "base", *args)
     assert_one_error(result, code, said)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_adapter_that_would_not_be_read_is_refused(base, adapters):
-    for given in (("--adapter-path", adapters, "--k", 1), ("--adapter-path", adapters / "k1")):
-        result = run("bench", "--model", base, *given, "--length", 8)
-        assert_one_error(result, 1, "K = 1 is plain mlx-lm, which reads no adapter")
 
 
 def test_a_picture_that_cannot_be_written_does_not_lose_the_figures(base, tmp_path, monkeypatch):

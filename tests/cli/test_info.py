@@ -214,8 +214,3 @@ def test_the_scores_of_a_converted_checkpoint_have_their_own_rows(adapter_path, 
     assert lines.index("provenance") < lines.index("source x") < start
     assert "eval_accuracy left out: 70000 bytes" in lines
     assert "\x1b" not in result.out
-
-
-def test_a_layout_of_the_authors_is_said_in_words(adapter_path):
-    lines = lines_of(run("info", adapter_path).out)
-    assert "layout everything merges, without a chat template" in lines

@@ -165,29 +165,6 @@ def test_every_round_draws_new_tokens_which_all_its_sides_read(sides, runs, comp
     assert 0 <= min(drawn) < 50 < VOCAB_SIZE - 50 < max(drawn) < VOCAB_SIZE
 
 
-def test_no_block_was_ever_merged_before(base, compressed):
-    # Two tokens of vocabulary would repeat blocks at once; what is known is forgotten anyway.
-    sides = load_sides(base, {2: None}, (40,))
-    benchmark.measure(sides, replace(CONFIG, lengths=(40,), num_trials=4))
-    assert [(before, new) for before, _, new in compressed] == [(0, 20)] * 5
-    assert len(sides[2].embedding.table) == 0
-
-
-def test_spreads_hold_every_counted_round_and_contain_the_median(sides):
-    config = replace(CONFIG, num_trials=4)
-    for row in benchmark.measure(sides, config):
-        spreads = [row.speedup, row.overhead]
-        for figures in (row.figures, row.floor):
-            spreads += (
-                [s for s in vars(figures).values() if s != figures.kv_bytes] if figures else []
-            )
-        assert len([s for s in spreads if s]) == (4 if row.k == 1 else 10)
-        for spread in filter(None, spreads):
-            assert len(spread.trials) == 4
-            assert min(spread.trials) == spread.min <= spread.median <= spread.max
-            assert spread.max == max(spread.trials) > 0
-
-
 def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
     """Rounds of very different speed: the ratio of the medians would be another number."""
     scale = iter([9.0] * 3 + [1.0] * 3 + [10.0] * 3 + [100.0] * 3)
@@ -235,24 +212,6 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     assert floor.llm is plain.llm
 
 
-def test_the_bundled_model_is_measured_as_it_is_loaded():
-    sides = load_sides("bundled", {4: "bundled"}, (8,))
-    wanted, _ = load("bundled", "bundled", 4)
-    for llm in (sides[2].llm, wanted):
-        assert {array.dtype for _, array in tree_flatten(llm.parameters())} == {mx.float32}
-
-
-def test_a_peak_holds_no_weights_that_are_not_read(base):
-    _, _, merged = sides = load_sides(base, {8: None}, (16,))
-    encoder = 4 * merged.embedding.encoder.config.num_parameters
-    assert [side.unread_bytes for side in sides] == [encoder, encoder, 0]
-    config = replace(CONFIG, lengths=(16,))
-    charged = [replace(sides[0], unread_bytes=0)]
-    all_of_it, own = (benchmark.measure(s, config)[0].figures for s in (charged, sides))
-    gap = all_of_it.peak_bytes.median - own.peak_bytes.median
-    assert gap == pytest.approx(encoder, rel=0.1)
-
-
 def test_layers_that_an_adapter_replaces_are_not_read(base, tmp_path):
     adapter = random_adapter(build(qwen2_config()), 2, keys=())
     tuning = FullConfig(1)
@@ -264,16 +223,6 @@ def test_layers_that_an_adapter_replaces_are_not_read(base, tmp_path):
     assert merged.unread_bytes == replaced
     own = [*adapter.encoder_weights.values(), *adapter.head_weights.values(), *weights.values()]
     assert plain.unread_bytes == sum(array.nbytes for array in own)
-
-
-def test_progress_is_in_positions_and_ends_full(sides):
-    told = []
-    benchmark.measure(sides, CONFIG, lambda *now: told.append(now))
-    total = (1 + 2) * (21 + 2 * 11 + 2 * 6)
-    assert told[0] == (0, total)
-    assert told[-1] == (total, total)
-    assert told == sorted(told)
-    assert len(told) == 1 + 3 * 5
 
 
 def test_what_cannot_be_read_is_refused_before_anything_is_loaded(base_path, monkeypatch):

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from kmerge_mlx import load
-from kmerge_mlx.adapters.folder import base_of, load_adapter
+from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.evaluation.baselines import Mean
-from kmerge_mlx.generation.stream import compress
-from kmerge_mlx.model import merged_embedding, unfreeze
+from kmerge_mlx.model import unfreeze
 from tests.cli_runner import assert_one_error, run, run_process
 from tests.hub_runs import settings
 from tests.hub_server import running_hub
-from tests.servers import serving_process
 from tests.train_runs import SMALL_TREES, train
 
 TEXT = "Tree: JN\n+WO\n++UP\n++JG\n" * 6
@@ -65,17 +61,6 @@ def test_generate_finds_it_by_the_model_alone(home, base_path, adapter_path):
     assert answer("--model", home / "q", text) == wanted
 
 
-def test_it_is_found_wherever_the_folder_is_moved_to(home, tmp_path, monkeypatch):
-    shutil.copytree(home / "fused", tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path)
-    wanted = answer("--model", home / "fused", home / "text.txt")
-    assert answer("--model", "elsewhere", home / "text.txt") == wanted
-    assert answer("--adapter-path", "elsewhere", home / "text.txt") == wanted
-    monkeypatch.chdir(tmp_path / "elsewhere" / "kmerge")
-    assert answer("--adapter-path", ".", home / "text.txt") == wanted
-    assert base_of(".") == str(tmp_path / "elsewhere")
-
-
 def test_an_adapter_that_is_named_comes_first(home, base_path, adapter_path, tmp_path):
     done = run("generate", "--model", home / "q", "--adapter-path", adapter_path, home / "text.txt")
     assert done.code == 0
@@ -107,12 +92,6 @@ def test_cache_chat_evaluate_and_bench_find_it(home, tmp_path):
     assert found["settings"]["adapter_path"] == str(home / "q" / "kmerge")
     assert found["encoders"][0]["encoder_quantization"] == {"bits": 8, "group_size": 64}
     assert found["encoders"][0]["dtype"] == "float32"
-
-
-@pytest.mark.slow
-def test_serve_finds_it(home):
-    with serving_process("--model", home / "fused") as server:
-        assert server.said[-1].startswith("Serving fused (K=4, merges all) at http://")
 
 
 def test_info_says_what_the_model_and_the_adapter_are(home):
@@ -170,17 +149,6 @@ def test_a_packed_encoder_is_not_trained_on(home, base_path, tmp_path):
     model, _ = load(str(home / "q"), home / "q")
     with pytest.raises(AdapterError, match="quantized to 8 bits, and cannot be trained: take the"):
         unfreeze(model, load_adapter(home / "q").tuning)
-
-
-def test_a_packed_encoder_taken_away_leaves_the_mean(home):
-    import mlx.core as mx
-
-    model, tokenizer = load(str(home / "q"), home / "q")
-    Mean(4).prepare(model)
-    embedding, prompt = merged_embedding(model), compress(model, tokenizer, TEXT)
-    ids = mx.array(prompt.original_ids[:84]).reshape(-1, 4)
-    wanted = embedding.embedding(ids).mean(axis=1)
-    assert mx.abs(embedding(mx.array(prompt.ids[: ids.shape[0]])) - wanted).max().item() < 1e-6
 
 
 # What cannot be fused or quantized is one message

@@ -20,6 +20,8 @@ from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import load_reference
 from tests.tools.models import fuse_folders
 
+pytestmark = pytest.mark.slow
+
 NAMES = (
     *("tied_k2_as_the_reference_trains", "untied_k3_with_lm_head"),
     *("tied_k4_rslora_with_rank_and_alpha_patterns", "untied_k5_llama_lm_head_pattern"),

@@ -16,7 +16,7 @@ from mlx_lm.convert import convert as mlx_convert
 
 from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, EncoderQuantization
+from kmerge_mlx.adapters.schema import EncoderQuantization
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.tools import fuse as fusing
@@ -25,8 +25,6 @@ from kmerge_mlx.tools.quantize import Packing
 from tests.adapters.test_full import full_adapter
 from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_base
 from tests.tools.models import fuse_folders, made, quantize_folders
-
-LAYERS = ("w1", "w2", "w3")
 
 
 def stored(folder: Path) -> dict[str, mx.array]:
@@ -128,25 +126,6 @@ def packed(tmp_path):
     return tmp_path / "new", load_adapter(adapter)
 
 
-def test_packed_weights_are_the_nearest_of_256_in_their_group(packed):
-    folder, before = packed
-    after = load_adapter(folder)
-    sizes = after.merge.encoder
-    assert sizes.quantization == EncoderQuantization(8, 64)
-    assert {n: tuple(a.shape) for n, a in after.encoder_weights.items()} == sizes.shapes()
-    for layer, (out, inner) in sizes.layers().items():
-        parts = [
-            after.encoder_weights[f"{layer}.{part}"] for part in ("weight", "scales", "biases")
-        ]
-        bytes_, scales, biases = (np.array(part) for part in parts)
-        numbers = bytes_.view(np.uint8).reshape(out, inner // 64, 64)  # little-endian words
-        wide = numbers * scales[..., None].astype(np.float64) + biases[..., None]
-        wanted = np.array(before.encoder_weights[f"{layer}.weight"]).reshape(wide.shape)
-        assert (abs(wide - wanted) <= 1.01 * abs(scales[..., None])).all()
-        bias = f"{layer}.bias"
-        assert mx.array_equal(after.encoder_weights[bias], before.encoder_weights[bias])
-
-
 def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
     folder, _ = packed
     weights = load_adapter(folder).encoder_weights
@@ -162,15 +141,6 @@ def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
     wanted = e.mean(0) + layer("w3", np.maximum(layer("w2", hidden), 0))
     found = embedding(mx.array(embedding.compress([Segment(ids)]).ids))[0]
     np.testing.assert_allclose(np.array(found), wanted, atol=1e-4)
-
-
-def test_a_packed_encoder_reloads_bit_for_bit(packed, tmp_path):
-    adapter = load_adapter(packed[0])
-    save_adapter(adapter, tmp_path / "again")
-    for name in ("merge_config.json", "merge_encoder.safetensors", "adapters.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (
-            packed[0] / "kmerge" / name
-        ).read_bytes()
 
 
 def test_everything_wrong_with_a_packed_encoder_is_listed(packed):
@@ -200,14 +170,6 @@ def test_an_entry_that_does_not_fit_the_tensors_is_refused(packed, entry):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_quantization": entry}))
     with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
         load_adapter(packed[0])
-
-
-def test_groups_that_do_not_divide_the_encoder_are_refused():
-    with pytest.raises(AdapterError, match="w2 reads 12 numbers, expected whole groups of 32"):
-        EncoderConfig(4, 8, 12, 0, EncoderQuantization(8, 32))
-    with pytest.raises(AdapterError, match="reads 12, 32 numbers, and none of MLX's groups"):
-        EncoderQuantization.of_width(8, [32, 12, 32])
-    assert EncoderQuantization.of_width(8, [96, 32]).group_size == 32
 
 
 # What is refused

@@ -263,33 +263,6 @@ def test_without_a_token_that_may_nothing_is_made(hub, work, tmp_path, token, sa
     assert "me/one" not in hub.repos
 
 
-@pytest.mark.parametrize(("route", "status"), [("create", 429), ("put", 403), ("commit", 500)])
-def test_a_refused_upload_leaves_the_repo_as_it_was(hub, work, online, route, status):
-    hub.refuse[route] = status
-    assert_one_error(run(*ONE), 1, "me/one: ", f"({status}")
-    if "me/one" in hub.repos:
-        assert set(hub.repos["me/one"].files()) == {".gitattributes"}
-    hub.refuse.clear()
-    assert run(*ONE).code == 0
-    assert "merge_config.json" in hub.repos["me/one"].files()
-
-
-def test_what_the_hub_finds_odd_in_the_card_is_a_note(hub, work, online):
-    result = run("upload", "adapter", "me/one", "--license", "Other")
-    assert result.code == 0
-    assert "note: Warnings while validating metadata in README.md: - no license_name in the" in (
-        result.err
-    )
-    assert hub.repos["me/one"].files()["README.md"].count(b"\nlicense: other\n") == 1
-
-
-def test_offline_nothing_is_asked(hub, work, tmp_path):
-    name_base(work / "adapter", "bundled")
-    with using(hub, tmp_path / "home", token="hf_write", HF_HUB_OFFLINE=True):
-        assert_said(run(*ONE), "me/one: HF_HUB_OFFLINE is set, so the hub is not asked: unset it")
-    assert hub.requests == []
-
-
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
