@@ -1,7 +1,7 @@
 """Writes docs/cli.md, docs/api.md and the README's map of files from the code.
 
-    python docs/reference.py           # writes them
-    python docs/reference.py --check   # exits with 1 where one of them is not what this writes
+python docs/reference.py           # writes them
+python docs/reference.py --check   # exits with 1 where one of them is not what this writes
 """
 
 from __future__ import annotations

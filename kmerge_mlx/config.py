@@ -6,7 +6,6 @@ Importing it must stay cheap: ``kmerge-mlx --help`` does.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 MAX_BLOCKS = 131_072
 """Most distinct blocks in use at once: 512k tokens at K=4."""
@@ -38,24 +37,6 @@ for its GPU: owners report from two thirds (8 GB) to five sixths (128 GB) of the
 MULTIPLICATIONS_PER_BYTE = 64
 """How often a machine is taken to multiply, at most, while it reads a byte of memory: by
 published figures roughly 20 for the GPUs of M1 to M4, 60 for M5's; docs/performance.md's CPU: 5."""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Defaults of ``generate``, the same as ``mlx_lm.generate``'s (a test compares them)."""
-
-    max_tokens: int = 100
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    penalty_context_size: int = 20
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
 
 
 def is_int(value: object, low: int = 0) -> bool:

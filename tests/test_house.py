@@ -8,10 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from mlx_lm.generate import setup_arg_parser
-
 from kmerge_mlx import _HOMES, __all__
-from kmerge_mlx.config import GenerationConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
@@ -138,13 +135,6 @@ def test_every_public_name_is_there_and_importing_the_package_is_cheap():
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert set(__all__) == {*_HOMES, "__version__"}
-
-
-def test_generation_defaults_are_mlx_lms():
-    arguments = vars(setup_arg_parser().parse_args([]))
-    ours = {field: value for field, value in vars(GenerationConfig()).items() if field in arguments}
-    assert ours == {name: arguments[name] for name in ours}
-    assert len(ours) == len(vars(GenerationConfig())) - 1  # mlx-lm has no penalty options
 
 
 def test_ci_runs_exactly_the_readmes_test_command():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.tables import aligned, size
+from kmerge_mlx.cli.output import aligned, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 

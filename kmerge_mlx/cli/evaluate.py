@@ -111,7 +111,7 @@ def _table(
     rows: Sequence[Row], title: str, heads: Sequence[str], columns: Sequence[tuple[str, str]]
 ) -> str:
     """A line for each method; a column is a group's score, by group and name."""
-    from kmerge_mlx.cli.tables import aligned
+    from kmerge_mlx.cli.output import aligned
     from kmerge_mlx.evaluation.report import cell
 
     lines = [["", "ratio", *heads]]

@@ -83,7 +83,7 @@ def fuse(settings: FuseSettings) -> None:
 
 def read_text(settings: NewModelSettings) -> str | None:
     """The text to measure the drift on, or None."""
-    from kmerge_mlx.cli.reading import read_prompt
+    from kmerge_mlx.cli.inputs import read_prompt
 
     return read_prompt(list(settings.files), None)[0] if settings.files else None
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.tables import aligned, size
+from kmerge_mlx.cli.output import aligned, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.prompts.policy import CONTEXTS

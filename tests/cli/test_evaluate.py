@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.plots import common
 from tests.cli_runner import Result, assert_one_error, no_room, run
