@@ -65,6 +65,7 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
 
 
+@pytest.mark.slow
 def test_no_tree_is_in_two_splits(tokenizer):
     """Of trees of two nodes, so many that without care some would be in two."""
     stage, size = Stage(1, 2, 1, 1), 1200

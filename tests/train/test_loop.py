@@ -135,6 +135,7 @@ def test_mlx_lm_itself_loads_the_lora(whole):
     assert {name for name in theirs if "lora_" in name} == set(ours)
 
 
+@pytest.mark.slow
 def test_early_stop_ends_at_the_validation_that_makes_it_enough(tmp_path):
     """Nothing is learnt, so no validation is better than that before the first step."""
     options = ("--learning-rate", 0, "--iters", 50, "--steps-per-eval", 2, "--early-stop", 3)
@@ -165,6 +166,7 @@ def test_a_stage_is_learnt_by_both_accuracies_and_best_is_of_the_stage(tmp_path,
 DIVERGING = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--iters", 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -234,6 +236,7 @@ def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_s
         assert mx.abs(found[name] - array).max().item() < 1e-5, name
 
 
+@pytest.mark.slow
 def test_reports_weigh_tokens_over_several_updates(tmp_path):
     rows = [
         row | {"completion": " ".join(["AB", "CD", "EF", "GH"][: 1 + i % 4])}

@@ -101,6 +101,7 @@ def test_a_schedule_is_mlx_lms_with_its_warmup():
     assert found == pytest.approx(wanted, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_schedule_beats_the_learning_rate_and_counts_updates(tmp_path):
     yaml = "lr_schedule: {name: linear_schedule, arguments: [1.0e-3, 0, 4]}\n"
     options = ("--iters", 6, "--grad-accumulation-steps", 2, "--steps-per-report", 2)
