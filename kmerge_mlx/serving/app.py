@@ -119,7 +119,7 @@ class _Counting:
             self.metrics.count("requests", 1, route, str(status))
 
 
-def _check_client(service: Service, request: Request) -> None:
+async def _check_client(service: Service, request: Request) -> None:
     """A page in a browser names its origin; other clients send a key."""
     origin, allowed = request.headers.get("Origin"), service.settings.allowed_origins
     if origin is not None and origin not in allowed and "*" not in allowed:
@@ -187,16 +187,17 @@ class _Completing(Response):
 
         try:
             work = self.service.answer(self.asked, self.chat, connection.arrived, write)
-            whole = await _unless_left(receive, work)
-            await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
+            try:
+                whole = await _unless_left(receive, work)
+                await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
+            except (ApiError, KMergeError) as error:
+                if not begun:
+                    raise
+                await write(f"data: {json.dumps(as_api_error(error).as_json())}\n\n", last=True)
         except ClientGone:
             scope["state"]["left"] = True
             connection.transport.abort()
             await asyncio.sleep(0)  # uvicorn sees the end of the connection
-        except Exception as error:
-            if not begun:
-                raise
-            await write(f"data: {json.dumps(as_api_error(error).as_json())}\n\n", last=True)
 
 
 async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
@@ -260,6 +261,11 @@ class _Connection(H11Protocol):
         super().on_response_complete()
         if unread and not self.transport.is_closing():
             self._begin_timer()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes an idle connection, also one whose client never read its last answer."""
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP."""

@@ -11,6 +11,7 @@ import logging
 import time
 from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from inspect import signature
@@ -157,6 +158,9 @@ class _Kept(list):
     def __init__(self, caches: Iterable[Any], ids: Sequence[int]):
         super().__init__(caches)
         self.ids = ids
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        return [deepcopy(cache, memo) for cache in self]
 
 
 class PromptCache(LRUPromptCache):
