@@ -98,6 +98,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.size
 
 

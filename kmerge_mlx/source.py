@@ -91,9 +91,10 @@ class Source:
     ) -> list[Source]:
         """Finds the base model and several adapters of one folder, which is read once.
 
-        The other arguments and the errors are those of :meth:`find`.
-
         Args:
+            model: As for :meth:`find`; so the others, and the errors.
+            adapter_path: Adapter folder or repo id.
+            trust_remote_code: Let the base's own Python files run.
             ks: Merge factors wanted; empty: all there are. 1 is the base model alone where there
                 is no adapter for it.
 

@@ -111,6 +111,7 @@ def test_every_module_begins_with_one_plain_line():
 
 def test_a_public_method_has_a_docstring_unless_it_overrides_one_that_has():
     described, bare = set(), []
+    of_libraries = ("on_", "connection_")  # callbacks of mlx-lm and asyncio
     for path in FILES:
         for parent in ast.walk(ast.parse(path.read_text())):
             for node in parent.body if isinstance(parent, ast.ClassDef) else ():
@@ -119,7 +120,9 @@ def test_a_public_method_has_a_docstring_unless_it_overrides_one_that_has():
                         described.add(node.name)
                     else:
                         bare.append((node.name, f"{path}: {parent.name}.{node.name}"))
-    assert [where for name, where in bare if name not in described] == []
+    assert [
+        where for name, where in bare if name not in described and not name.startswith(of_libraries)
+    ] == []
 
 
 def test_every_public_name_is_there_and_importing_the_package_is_cheap():

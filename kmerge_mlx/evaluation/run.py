@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import FILES, find_adapters
+from kmerge_mlx.adapters.folder import FILES
 from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.bundled import BUNDLED
@@ -57,10 +57,10 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
         KMergeError: A model, an adapter, data or a file that is not as it should be.
     """
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
-    sources = {source.k: source for source in find_all(*names, settings.k, trust)}
+    sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
     methods = wanted(settings, [*sources])
     if any(method.adapter_k == 1 for method in methods):
-        sources |= {1: sources.get(1) or find_all(*names, (1,), trust)[0]}
+        sources |= {1: sources.get(1) or Source.find_all(*names, (1,), trust)[0]}
     sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
     own = next(iter(sources.values()))
     settings = replace(
@@ -88,28 +88,6 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
         found |= _measured(source, mine, asked, file, settings.batch_size, progress)
     show(total, total)
     return make_report(settings, asked.questions, layout, [found[method] for method in methods])
-
-
-def find_all(
-    model: str | None, adapter_path: str | None, ks: Sequence[int], trust_remote_code: bool
-) -> list[Source]:
-    """Finds the base with the adapter for each K, or for each there is; 1 may be the base alone.
-
-    Raises:
-        ModelError: The base cannot be found.
-        AdapterError: An adapter that is not there (lists those that are).
-    """
-    if adapter_path is None:
-        # The bundled one, or what the model's folder carries.
-        adapter_path = Source.find(model).adapter_path
-    have = {} if adapter_path is None else find_adapters(adapter_path)
-    found = []
-    for k in sorted({*(ks or have or (1,))}):
-        alone = k == 1 and k not in have
-        any_k = min(have, default=None) if alone else k
-        source = Source.find(model, adapter_path, any_k, trust_remote_code)
-        found.append(replace(source, adapter=None, merge=None) if alone else source)
-    return found
 
 
 def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:

@@ -241,9 +241,7 @@ def measure(
 
 
 def _in_turn(sides: Sequence[Side], number: int) -> list[Side]:
-    """The order of one round: each time another is first, and every other round goes backwards,
-    so that none always runs right after the same one.
-    """
+    """The order of one round: another side begins each time, and every other round is reversed."""
     step = -1 if number % 2 else 1
     return [sides[(number + step * i) % len(sides)] for i in range(len(sides))]
 

@@ -219,6 +219,7 @@ def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
 
 
 def has_quantized_layers(model: nn.Module) -> bool:
+    """Whether any layer of a model is quantized."""
     return any(path.endswith(".scales") for path, _ in tree_flatten(model.parameters()))
 
 

@@ -210,11 +210,8 @@ class TrainSettings(Settings):
         return {f.name: getattr(self, f.name) for f in ours}
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run, and every machine, must have the same of."""
-        names = {f.name: f"--{f.name.replace('_', '-')}" for f in fields(self)}
-        # A saved run names a setting by its flag, or by its YAML key where it has none.
-        names |= {f.name: f.name for f in fields(self) if option_of(f).yaml_only}
-        return {names[f.name]: getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
+        """The settings that a resumed run, and every machine, must have the same."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if option_of(f).fixed}
 
     @property
     def cache_limit(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.plots import common
 from tests.cli_runner import Result, assert_one_error, no_room, run
@@ -158,7 +159,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
     shown = evaluated(folders, *given, terminal=True).err
     assert "Evaluating:" in shown
     assert "\r" in shown
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0)
     lines = evaluated(folders, *given).err.splitlines()
     counts = [line for line in lines if line.startswith("Evaluating")]
     assert counts[:4] == [f"Evaluating: {done} of 16" for done in (4, 8, 12, 16)]
@@ -210,7 +211,7 @@ def test_a_picture_that_cannot_be_written_does_not_lose_the_report(
             ("--task", "amazon-reviews", "--file", REVIEWS, "--category", "Books"),
             *(2, "--category and --language name data of the hub, and there is a --file"),
         ),
-        ((*TREES, "--model", "no/base"), 1, "no/base is no folder here"),
+        ((*TREES, "--model", "no/base"), 1, "no/base is not a folder here"),
         ((*TREES, "--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png"),
         (
             (*TREES, "--plot", "x.png", "--predictions", "./x.png"),

@@ -89,7 +89,7 @@ def test_an_adapter_is_replaced_only_by_force(tmp_path):
     path = convert(tmp_path, make())
     source = make(k=2).write(tmp_path / "other")
     before = {name: (path / name).read_bytes() for name in FILES}
-    with pytest.raises(AdapterError, match="exists: choose another folder, or give --force"):
+    with pytest.raises(AdapterError, match="exists: choose another folder, or give `force`"):
         convert_checkpoint(str(source), path)
     assert {name: (path / name).read_bytes() for name in FILES} == before
     convert_checkpoint(str(source), path, force=True)
@@ -119,7 +119,7 @@ def test_what_is_not_an_adapter_is_never_replaced(tmp_path, kind):
         path.symlink_to(source)
     else:
         path = source
-    assert "and --force" in refused_at(path, source, force=True)
+    assert "`force` replaces" in refused_at(path, source, force=True)
     assert "exists: choose another folder" in refused_at(path, source)
 
 

@@ -113,7 +113,7 @@ def test_a_gemma_adapter_without_merging_is_exported_and_converts_back(tmp_path)
 def test_only_an_export_is_replaced_and_only_by_force(tmp_path):
     path = exported(make(), tmp_path)
     saved(tmp_path / "other", k=2)
-    assert "exists: choose another folder, or give --force" in refused(tmp_path / "other", path)
+    assert "exists: choose another folder, or give `force`" in refused(tmp_path / "other", path)
     export_adapter(tmp_path / "other", path, force=True)
     assert back(tmp_path).merge.merge_factor == 2
     (path / "notes.txt").write_text("precious")

@@ -72,7 +72,7 @@ def test_an_uploaded_adapter_reads_from_another_machine_as_it_does_here(
     assert (there.code, there.out) == (0, here)
     assert here == "false\n"
     with using(hub, tmp_path / "third"):
-        assert_one_error(run(*args), 1, "or it is private")
+        assert_one_error(run(*args), 1, "or a private one")
 
 
 def test_a_folder_of_several_goes_up_as_k_and_one_may_be_chosen(hub, work, online):
