@@ -133,7 +133,7 @@ def test_what_export_did_not_write_is_never_replaced(tmp_path, kind):
         path.write_text("precious")
     else:
         path.symlink_to(tmp_path / "x")
-    expected = "a symbolic link" if kind == "link" else "no exported adapter folder"
+    expected = "a symbolic link" if kind == "link" else "not a folder of exported adapter files"
     assert f"is {expected}" in refused(tmp_path / "x", path, force=True)
 
 
