@@ -22,7 +22,7 @@ from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.convert.peft import lora_from_peft
-from kmerge_mlx.convert.peft_write import lora_to_peft
+from kmerge_mlx.convert.export import lora_to_peft
 from tests.checkpoints import make as make_checkpoint
 from tests.exports import assert_same_tensors, back, bits, exported, specs
 from tests.saved_adapters import UP, D, Q, R, V, make
@@ -264,11 +264,11 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
     made = json.loads(json.dumps(made))
     found = lora_from_peft(made, tensors, problems, True, None, exact_scales)
     assert problems == []
-    read = found.config.modules or {
-        n.rsplit(".", 1)[0]: found.config.uniform for n in found.weights
+    read = found.tuning.modules or {
+        n.rsplit(".", 1)[0]: found.tuning.uniform for n in found.tuning_weights
     }
     assert read == modules
-    assert bits(found.weights) == bits(weights)
+    assert bits(found.tuning_weights) == bits(weights)
 
 
 def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path):

@@ -76,13 +76,13 @@ def deltas_by_peft(model) -> dict[str, np.ndarray]:
 def deltas(lora) -> dict[str, np.ndarray]:
     """What the conversion adds to each base weight, (out, in)."""
     found = {}
-    specs = dict(lora.config.modules)
-    weights = dict(lora.weights)
-    if lora.head is not None:
-        specs["lm_head"] = lora.head
+    specs = dict(lora.tuning.modules)
+    weights = dict(lora.tuning_weights)
+    if lora.merge.head_lora is not None:
+        specs["lm_head"] = lora.merge.head_lora
         weights |= {f"lm_head.{name}": array for name, array in lora.head_weights.items()}
     for name in {n.rsplit(".", 1)[0] for n in weights}:
-        spec = specs.get(name) or lora.config.uniform
+        spec = specs.get(name) or lora.tuning.uniform
         a, b = (np.array(weights[f"{name}.{part}"]) for part in ("lora_a", "lora_b"))
         assert a.shape[1] == b.shape[0] == spec.rank
         found[name] = spec.scale * (a @ b).T
@@ -221,7 +221,7 @@ def test_an_option_at_its_off_value_is_not_in_the_way():
 
 def test_old_configs_without_the_newer_options_convert():
     old = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    assert converted(old, layered(Q)).config.uniform.scale == 4
+    assert converted(old, layered(Q)).tuning.uniform.scale == 4
 
 
 @pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", "ADALORA", "LOHA", "VERA"])

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from kmerge_mlx.convert.patterns import NameRules
+from kmerge_mlx.convert.peft import NameRules
 from tests.peft_adapters import DOWN, Q, V, config, converted, layered, refused, tensors
 
 # ---- names, with PEFT's two matching functions as the oracle ----
@@ -37,7 +37,7 @@ def test_rank_and_alpha_patterns_pick_what_peft_picks():
     for _ in range(40):
         keys = draw.sample(KEYS, draw.randint(1, 6))
         pattern = {key: rank for rank, key in enumerate(keys, 1)}
-        rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern), NAMES)
+        rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern))
         for name, option in itertools.product(NAMES, ("rank_pattern", "alpha_pattern")):
             expected = pattern.get(other.get_pattern_key(pattern.keys(), name), 99)
             assert rules.value(option, name, 99) == expected, (name, keys)
@@ -65,7 +65,7 @@ def test_a_module_is_a_target_exactly_where_peft_says_so():
     peft = pytest.importorskip("peft")
     for options in TARGET_OPTIONS:
         theirs = peft.LoraConfig(**options)
-        rules = NameRules(config(**options), NAMES)
+        rules = NameRules(config(**options))
         for name in NAMES:
             found = tuners.check_target_module_exists(theirs, name)
             excluded = isinstance(found, tuners._ExcludedModule)
@@ -89,7 +89,7 @@ def test_tensors_that_peft_would_not_apply_are_refused(options, complaint):
 
 def test_all_linear_leaves_the_head_out_as_in_peft():
     options = config(target_modules="all-linear")
-    assert converted(options, layered(Q, DOWN)).config.num_layers == 2
+    assert converted(options, layered(Q, DOWN)).tuning.num_layers == 2
     (problem,) = refused(options, layered(Q) | tensors("lm_head"))
     assert "all-linear leaves the head out" in problem
 
@@ -119,5 +119,5 @@ def test_a_pattern_that_is_invalid_or_takes_all_memory_is_refused(pattern):
 def test_the_many_patterns_of_a_large_model_are_matched():
     names = [f"model.layers.{i}.{p}" for i in range(80) for p in (Q, V, DOWN, "mlp.up_proj")]
     pattern = {name: 1 + i % 5 for i, name in enumerate(names)}
-    rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern), names)
+    rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern))
     assert [rules.value("rank_pattern", name, 0) for name in names] == [*pattern.values()]

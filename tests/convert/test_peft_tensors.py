@@ -23,8 +23,11 @@ def test_a_raw_state_dict_with_the_adapters_name_converts_the_same():
     weights = layered(Q)
     raw = {name.replace(".weight", ".default.weight"): array for name, array in weights.items()}
     plain, named = converted(config(), weights), converted(config(), raw)
-    assert plain.config == named.config
-    assert all(mx.array_equal(plain.weights[n], named.weights[n]) for n in plain.weights)
+    assert plain.tuning == named.tuning
+    assert all(
+        mx.array_equal(plain.tuning_weights[n], named.tuning_weights[n])
+        for n in plain.tuning_weights
+    )
 
 
 def test_two_names_for_one_tensor_are_refused():
@@ -41,7 +44,7 @@ def test_tensors_are_transposed_and_keep_their_bits():
     lora = converted(made.config, arrays)
     for name, array in made.adapter.items():
         module, part = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
-        found = np.array(lora.weights[f"{module}.{part.lower()}"])
+        found = np.array(lora.tuning_weights[f"{module}.{part.lower()}"])
         assert found.tobytes() == array.T.tobytes()
 
 
@@ -51,7 +54,7 @@ def test_the_copy_of_the_heads_weight_is_dropped():
     weights[f"{PREFIX}lm_head.base_layer.bias"] = mx.zeros((30,))
     lora = converted(config(target_modules=["q_proj", "lm_head"]), weights)
     assert set(lora.head_weights) == {"lora_a", "lora_b"}
-    assert not [name for name in lora.weights if "head" in name]
+    assert not [name for name in lora.tuning_weights if "head" in name]
 
 
 def test_half_a_pair_is_refused():
@@ -105,11 +108,11 @@ def test_everything_wrong_with_one_adapter_is_listed_at_once():
 
 def test_the_same_lora_in_every_layer_takes_mlx_lms_form():
     lora = converted(config(target_modules=["q_proj", "v_proj"]), layered(Q, V))
-    assert lora.config.num_layers == 2
-    assert set(lora.config.keys) == {Q, V}
-    assert lora.config.uniform.rank == 4
-    assert lora.config.uniform.scale == 4.0
-    assert not lora.config.modules
+    assert lora.tuning.num_layers == 2
+    assert set(lora.tuning.keys) == {Q, V}
+    assert lora.tuning.uniform.rank == 4
+    assert lora.tuning.uniform.scale == 4.0
+    assert not lora.tuning.modules
 
 
 @pytest.mark.parametrize(
@@ -124,56 +127,58 @@ def test_the_same_lora_in_every_layer_takes_mlx_lms_form():
 )
 def test_first_layers_alone_are_never_written_as_last_layers(options):
     """mlx-lm counts layers from the last: with a third layer it would adapt the wrong two."""
-    by_module = converted(config(**options), layered(Q)).config
+    by_module = converted(config(**options), layered(Q)).tuning
     assert by_module.uniform is None
     assert set(by_module.modules) == {f"model.layers.{i}.{Q}" for i in (0, 1)}
-    assert converted(config(**options), layered(Q), num_layers=3).config.uniform is None
-    assert converted(config(**options), layered(Q), num_layers=2).config.num_layers == 2
-    assert converted(config(**options), layered(Q), num_layers=2).config.uniform is not None
+    assert converted(config(**options), layered(Q), num_layers=3).tuning.uniform is None
+    assert converted(config(**options), layered(Q), num_layers=2).tuning.num_layers == 2
+    assert converted(config(**options), layered(Q), num_layers=2).tuning.uniform is not None
 
 
 def test_different_ranks_or_gaps_are_written_module_by_module():
     weights = layered(Q, layers=(0,)) | layered(Q, layers=(1,), rank=2)
     lora = converted(config(rank_pattern={"layers.1.self_attn.q_proj": 2}), weights)
-    assert {name: spec.rank for name, spec in lora.config.modules.items()} == {
+    assert {name: spec.rank for name, spec in lora.tuning.modules.items()} == {
         f"model.layers.0.{Q}": 4,
         f"model.layers.1.{Q}": 2,
     }
-    assert math.isclose(lora.config.modules[f"model.layers.1.{Q}"].scale, 8.0)
+    assert math.isclose(lora.tuning.modules[f"model.layers.1.{Q}"].scale, 8.0)
     gap = converted(config(), layered(Q, layers=(0, 2)))
-    assert gap.config.num_layers == 3
-    assert len(gap.config.modules) == 2
+    assert gap.tuning.num_layers == 3
+    assert len(gap.tuning.modules) == 2
 
 
 def test_two_stacks_of_layers_are_not_mistaken_for_one():
     weights = layered(Q, layers=(0, 1)) | tensors(f"vision.layers.0.{Q}", f"vision.layers.1.{Q}")
-    assert len(converted(config(), weights).config.modules) == 4
+    assert len(converted(config(), weights).tuning.modules) == 4
 
 
 @pytest.mark.parametrize("number", ["007", "٣", "1234567", "²"])
 def test_a_segment_that_is_no_layer_number_is_part_of_the_path(number):
     lora = converted(config(), tensors(f"model.layers.{number}.q_proj"))
-    assert set(lora.weights) == {f"model.layers.{number}.q_proj.lora_{part}" for part in ("a", "b")}
+    assert set(lora.tuning_weights) == {
+        f"model.layers.{number}.q_proj.lora_{part}" for part in ("a", "b")
+    }
 
 
 def test_a_huge_layer_number_is_a_layer_number():
     weights = tensors("model.layers.999999.q_proj")
-    assert converted(config(), weights).config.num_layers == 1_000_000
+    assert converted(config(), weights).tuning.num_layers == 1_000_000
 
 
 def test_the_head_is_kept_apart_unless_the_base_is_known_to_have_one():
     weights = layered(Q) | tensors("lm_head")
     options = config(target_modules=["q_proj", "lm_head"])
     apart = converted(options, weights)
-    assert apart.head.scale == 4.0
-    assert apart.config.keys == (Q,)
+    assert apart.merge.head_lora.scale == 4.0
+    assert apart.tuning.keys == (Q,)
     within = converted(options, weights, head_is_a_layer=True, num_layers=2)
-    assert within.head is None
-    assert set(within.config.keys) == {Q, "lm_head"}
-    assert "lm_head.lora_a" in within.weights
+    assert within.merge.head_lora is None
+    assert set(within.tuning.keys) == {Q, "lm_head"}
+    assert "lm_head.lora_a" in within.tuning_weights
 
 
 def test_a_head_alone_does_not_read_as_all_layers():
     options = config(target_modules=["lm_head"])
     lora = converted(options, tensors("lm_head"), head_is_a_layer=True, num_layers=2)
-    assert (lora.config.num_layers, lora.config.keys) == (1, ("lm_head",))
+    assert (lora.tuning.num_layers, lora.tuning.keys) == (1, ("lm_head",))
