@@ -140,7 +140,7 @@ def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, sour
         folder: Holds ``encoder.pth`` and the PEFT adapter.
         known: Base model and padding token, where the user named the base.
         k: Merge factor the user expects, or None.
-        source: What the user called the checkpoint, for provenance and errors.
+        source: What the user called the checkpoint.
 
     Raises:
         CheckpointError: Everything wrong with it, listed.

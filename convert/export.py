@@ -58,14 +58,7 @@ def export_adapter(
     Tensors keep their dtypes and bits, and the same adapter gives the same bytes. An adapter with
     K = 1 has no encoder, and gets no ``encoder.pth``.
 
-    Args:
-        source: An adapter folder, a folder of them, or ``bundled``.
-        destination: The folder to write, whole or not at all.
-        k: Merge factor wanted; None takes the only one there is.
-        force: Replace an exported adapter at ``destination``.
-
-    Returns:
-        What was written.
+    The arguments are those of ``convert_checkpoint``; ``source`` may be a folder of several K.
 
     Raises:
         AdapterError: The adapter cannot be read, or has no equal in PyTorch (all reasons listed).

@@ -10,6 +10,7 @@ Source: torch/serialization.py and torch/_utils.py of PyTorch 2.13; CPython's pi
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickletools
@@ -179,29 +180,14 @@ def _check_format(head: bytes) -> None:
 
 
 def _open_zip(file: BinaryIO, length: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """The zip and its entries, by their names without the root folder.
-
-    ``zipfile`` reads a directory of any size, so the records at the end are checked first:
-    ``torch.save`` writes them as the last bytes, without a comment, and often with zip64.
-    """
-    file.seek(max(0, length - 98))
-    tail = file.read().rjust(98, b"\0")
-    magic, size, offset, comment = struct.unpack("<4s8x2LH", tail[76:])
-    start = length - 22
-    if tail[56:60] == b"PK\6\7":
-        start = length - 98
-        size, offset = struct.unpack("<2Q", tail[40:56])
-        if tail[:4] != b"PK\6\6" or struct.unpack("<Q", tail[64:72]) != (start,):
-            magic = b""
-    if magic != b"PK\5\6" or comment or offset + size != start or size > _MAX_DIRECTORY:
-        raise _bad(
-            f"found no zip directory of up to {_MAX_DIRECTORY} bytes at the end: "
-            "cut short, or appended to"
-        )
+    """The zip and its entries, by their names without the root folder."""
+    file.seek(max(0, length - _MAX_DIRECTORY))
     try:
+        # zipfile reads a directory of any size, so it must find it in the file's tail first.
+        zipfile.ZipFile(io.BytesIO(file.read()))
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-        raise _bad(f"found a damaged zip directory ({_reason(error)})") from None
+        raise _bad(f"found a damaged or too large zip directory ({_reason(error)})") from None
     entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if len(entries) < len(archive.infolist()):
         raise _bad("found two zip entries of one name")

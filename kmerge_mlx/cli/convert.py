@@ -17,16 +17,11 @@ class ConvertSettings(Settings):
     source: str = argument("SRC", "Checkpoint folder, or hub repo id (user/name@revision).")
     destination: str = argument("DST", "Adapter folder to write.")
     model: str | None = option(
-        None,
-        str,
-        "Base model, a folder or repo id: checks the fit and records what it says.",
+        None, str, "Base model, a folder or repo id: checks the fit and records what it says."
     )
     k: int | None = ModelSettings.setting("k")
     dtype: str | None = option(
-        None,
-        str,
-        "Cast the weights. Default: keep.",
-        choices=("float32", "float16", "bfloat16"),
+        None, str, "Cast the weights. Default: keep.", choices=("float32", "float16", "bfloat16")
     )
     force: bool = option(False, bool, "Replace an adapter at DST.")
 

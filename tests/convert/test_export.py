@@ -20,9 +20,8 @@ from kmerge_mlx.adapters.folder import Adapter, save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
-from kmerge_mlx.convert.export import export_adapter
+from kmerge_mlx.convert.export import export_adapter, lora_to_peft
 from kmerge_mlx.convert.peft import lora_from_peft
-from kmerge_mlx.convert.export import lora_to_peft
 from tests.checkpoints import make as make_checkpoint
 from tests.exports import assert_same_tensors, back, bits, exported, specs
 from tests.saved_adapters import UP, D, Q, R, V, make
