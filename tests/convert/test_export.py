@@ -23,7 +23,7 @@ from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter, lora_to_peft
 from kmerge_mlx.convert.peft import lora_from_peft
 from tests.checkpoints import make as make_checkpoint
-from tests.exports import assert_same_tensors, back, bits, exported, specs
+from tests.conversions import assert_same_tensors, back, bits, exported, specs
 from tests.saved_adapters import UP, D, Q, R, V, make
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "encoder.pth", "kmerge.json"}

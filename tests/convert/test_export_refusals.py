@@ -21,7 +21,7 @@ from kmerge_mlx.prompts.policy import Layout
 from tests import conversions
 from tests.checkpoints import make as make_checkpoint
 from tests.cli_runner import assert_one_error, change_json, run
-from tests.exports import back, exported, refused
+from tests.conversions import back, export_refused, exported
 from tests.saved_adapters import UP, D, Q, R, make, saved
 from tests.tiny import qwen2_config, write_base
 
@@ -77,7 +77,7 @@ def changed_adapter(kind: str) -> Adapter:
 )
 def test_an_adapter_without_an_equal_is_refused_in_one_line(tmp_path, kind, why):
     save_adapter(changed_adapter(kind), tmp_path / "x")
-    text = refused(tmp_path / "x", tmp_path / "y")
+    text = export_refused(tmp_path / "x", tmp_path / "y")
     assert text.startswith(f"{tmp_path}/x cannot be exported: {why}")
     assert "\n" not in text
 
@@ -87,7 +87,7 @@ def test_everything_in_the_way_is_listed_at_once(tmp_path):
     save_adapter(
         replace(made, tuning=table.tuning, tuning_weights=table.tuning_weights), tmp_path / "x"
     )
-    lines = refused(tmp_path / "x", tmp_path / "y").splitlines()
+    lines = export_refused(tmp_path / "x", tmp_path / "y").splitlines()
     assert lines[0].endswith("cannot be exported: 2 problems")
     assert len(lines) == 3
 
@@ -105,14 +105,16 @@ def test_a_gemma_adapter_without_merging_is_exported_and_converts_back(tmp_path)
 def test_only_an_export_is_replaced_and_only_by_force(tmp_path):
     path = exported(make(), tmp_path)
     saved(tmp_path / "other", k=2)
-    assert "exists: choose another folder, or give `force`" in refused(tmp_path / "other", path)
+    assert "exists: choose another folder, or give `force`" in export_refused(
+        tmp_path / "other", path
+    )
     export_adapter(tmp_path / "other", path, force=True)
     assert back(tmp_path).merge.merge_factor == 2
     (path / "notes.txt").write_text("precious")
-    text = refused(tmp_path / "x", path, force=True)
+    text = export_refused(tmp_path / "x", path, force=True)
     assert "holds more than exported adapter files (notes.txt)" in text
     for other in (make_checkpoint().write(tmp_path / "checkpoint"), tmp_path / "other"):
-        text = refused(tmp_path / "x", other, force=True)
+        text = export_refused(tmp_path / "x", other, force=True)
         assert "is not a folder of exported adapter files" in text
 
 
