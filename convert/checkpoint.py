@@ -134,13 +134,9 @@ def _read_base(model: str) -> MergeConfig:
 
 
 def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, source: str) -> Adapter:
-    """Reads a checkpoint folder into memory.
+    """Reads a checkpoint folder, which the user called ``source``, into memory.
 
-    Args:
-        folder: Holds ``encoder.pth`` and the PEFT adapter.
-        known: Base model and padding token, where the user named the base.
-        k: Merge factor the user expects, or None.
-        source: What the user called the checkpoint.
+    ``known`` holds base model and padding token, where the user named the base.
 
     Raises:
         CheckpointError: Everything wrong with it, listed.
@@ -188,13 +184,10 @@ def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, sour
 
 
 def _read_companion(folder: Path) -> tuple[MergeConfig, list[float]] | None:
-    """The content of ``kmerge.json``: what encoder.pth and PEFT's files cannot say of an adapter.
+    """``kmerge.json``, if it is there: what encoder.pth and PEFT's files cannot say of an adapter.
 
-    The LoRA may differ from it: it may have been trained on, in PyTorch.
-
-    Returns:
-        What the adapter's ``merge_config.json`` said, and the LoRA scales that PEFT's files give
-        only to within the last bit of a float64; None without the file.
+    That is its ``merge_config.json``, and the LoRA scales that PEFT's files give only to within the
+    last bit of a float64. The LoRA may have other ones: it may have been trained on, in PyTorch.
     """
     path = folder / COMPANION
     if not path.exists():

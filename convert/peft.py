@@ -21,7 +21,6 @@ from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import CheckpointError, short
 
 PREFIX = "base_model.model."
-PATTERNS = ("rank_pattern", "alpha_pattern")
 MAX_REPEATS = 10_000  # the product of all {n}: repeats of repeats can take all memory
 
 # What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
@@ -64,16 +63,13 @@ def _is_rank(value: Any) -> bool:
     return is_int(value, 1)
 
 
-def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(good, value))
+def _holds(kind: type, value: Any, good: Callable[[Any], bool]) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, kind) and all(map(good, items))
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or _is_list(value, lambda name: isinstance(name, str))
-
-
-def _is_pattern(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(good, value.values()))
+    return isinstance(value, str) or _holds(list, value, lambda name: isinstance(name, str))
 
 
 # Option -> (what it must be, in code and in words); all but the first three may be null.
@@ -83,11 +79,11 @@ OPTIONS = {
     "target_modules": (_is_names, "a string or a list of strings"),
     "exclude_modules": (_is_names, "a string or a list of strings"),
     "layers_pattern": (_is_names, "a string or a list of strings"),
-    "layers_to_transform": (lambda v: is_int(v) or _is_list(v, is_int), "layer numbers"),
+    "layers_to_transform": (lambda v: is_int(v) or _holds(list, v, is_int), "layer numbers"),
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "names and ranks"),
-    "alpha_pattern": (lambda v: _is_pattern(v, is_number), "names and numbers"),
+    "rank_pattern": (lambda v: _holds(dict, v, _is_rank), "names and ranks"),
+    "alpha_pattern": (lambda v: _holds(dict, v, is_number), "names and numbers"),
 }
 NEEDED = ("r", "lora_alpha", "target_modules")
 HONOURED = {*OPTIONS, "init_lora_weights", "bias"}
@@ -105,7 +101,7 @@ def lora_from_peft(
     num_layers: int | None = None,
     scales: Sequence[float] = (),
 ) -> Adapter | None:
-    """Converts a PEFT adapter.
+    """A PEFT adapter's LoRA as an adapter without an encoder, or None if anything is wrong.
 
     Args:
         config: The content of ``adapter_config.json``.
@@ -115,9 +111,6 @@ def lora_from_peft(
             LoRA goes with the others and mlx-lm loads it too.
         num_layers: L, how many layers the base has, or None where it is not known.
         scales: Exact scales; one that the config gives to within the last bit is meant.
-
-    Returns:
-        The LoRA as an adapter without an encoder, or None if anything is wrong.
     """
     before = len(problems)
     problems += _config_problems(config)
@@ -306,7 +299,7 @@ class NameRules:
                 (_compiled(option, rf"(.*\.)?({key})$"), value)
                 for key, value in (config.get(option) or {}).items()
             ]
-            for option in PATTERNS
+            for option in ("rank_pattern", "alpha_pattern")
         }
         for option in ("target_modules", "exclude_modules"):
             if isinstance(config.get(option), str):

@@ -106,24 +106,19 @@ class Tensor:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, mx.array]:
     """Reads the flat state dict that ``torch.save`` wrote to a file.
 
-    Args:
-        path: The file. One storage of it at a time is held beside the arrays.
-
     Returns:
-        Name -> array, in the file's order and bit for bit: float32, float16, bfloat16, bool, and
-        integers of 8 to 64 bits. Tied weights come back as separate arrays. Values may be infinite
-        or NaN.
+        Name -> array, in the file's order and bit for bit, infinite values and NaN too: float32,
+        float16, bfloat16, bool, integers of 8 to 64 bits. Tied weights become separate arrays.
 
     Raises:
-        CheckpointError: There is no such file, or it is damaged, hostile, of another format, or
-            holds anything but a flat dictionary of tensors. The message is one line.
+        CheckpointError: In one line: no such file, or damaged, hostile, or of another content.
     """
     path = Path(path)
     name = str(path) if str(path).isprintable() else ascii(str(path))
     try:
         if path.exists() and not path.is_file():
-            kind = "a directory" if path.is_dir() else "a device or a pipe"
-            raise _bad(f"found {kind}, expected a .pth file", "give the file itself")
+            found = "found a directory, a device or a pipe, expected a .pth file"
+            raise _bad(found, "give the file itself")
         with path.open("rb") as file:
             return _read(file, path.stat().st_size)
     except CheckpointError as error:
@@ -169,14 +164,11 @@ def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
 
 
 def _check_format(head: bytes) -> None:
-    if head.startswith(b"PK\3\4"):
-        return
-    if not head:
-        raise _bad("found an empty file, expected a zip by torch.save")
     for offset, magic, kind, remedy in _FOREIGN:
         if head.startswith(magic, offset):
             raise _bad(f"found {kind}, expected a zip by torch.save", remedy)
-    raise _bad(f"found {head[:16]} at the start, expected a zip by torch.save")
+    if not head.startswith(b"PK\3\4"):
+        raise _bad(f"found {head[:16]} at the start, expected a zip by torch.save")
 
 
 def _open_zip(file: BinaryIO, length: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
