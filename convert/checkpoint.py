@@ -3,17 +3,19 @@
 A checkpoint is a folder with ``encoder.pth``, PEFT's ``adapter_config.json`` and
 ``adapter_model.safetensors`` (or ``.bin``), and ``metrics.json``; an exported one has
 ``kmerge.json`` too, for what those cannot say.
+
+Source: the authors' state dict, ``net.{0,2,4}`` of an ``nn.Sequential`` (arXiv 2604.15153, released
+code).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import load_tokenizer
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
@@ -26,18 +28,9 @@ from kmerge_mlx.adapters.folder import (
 from kmerge_mlx.adapters.lora import tensor_problems
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.convert.encoder import encoder_from_torch
-from kmerge_mlx.convert.peft import PeftLoRA, lora_from_peft
+from kmerge_mlx.convert.peft import lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
-from kmerge_mlx.errors import (
-    AdapterError,
-    CheckpointError,
-    KMergeError,
-    ModelError,
-    findings,
-    first_line,
-    short,
-)
+from kmerge_mlx.errors import AdapterError, CheckpointError, KMergeError, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch
 from kmerge_mlx.prompts.policy import ALL, Layout
@@ -55,62 +48,10 @@ MAX_PROVENANCE_BYTES = 64 << 10
 # Sub-folders that a run leaves, the one to take first.
 SUBFOLDERS = ("best", "step_best", "last", "step_last")
 
-
-@dataclass(frozen=True)
-class Base:
-    """What converting needs to know of the base model, and who says it (for errors)."""
-
-    id: str | None
-    config: dict[str, Any]
-    pad_token_id: int | None
-    by: str
-
-
-@dataclass(frozen=True)
-class Companion:
-    """The content of ``kmerge.json``: what encoder.pth and PEFT's files cannot say of an adapter.
-
-    The LoRA may differ from it: it may have been trained on, in PyTorch.
-
-    Args:
-        merge: What the adapter's ``merge_config.json`` said.
-        scales: LoRA scales that PEFT's files give only to within the last bit of a float64.
-    """
-
-    merge: MergeConfig
-    scales: Sequence[float] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of the file."""
-        return {MERGE_CONFIG: self.merge.to_json(), "scales": [*self.scales]}
-
-    @classmethod
-    def read(cls, folder: Path) -> Companion | None:
-        """The companion in a checkpoint folder, or None where there is none.
-
-        Raises:
-            CheckpointError: The file is torn, or one of its entries is wrong.
-        """
-        path = folder / COMPANION
-        if not path.exists():
-            return None
-        try:
-            return cls._from_json(read_json(path, CheckpointError))
-        except AdapterError as error:
-            advice = "remove the file to convert without it"
-            raise CheckpointError(f"{path}: {error}; {advice}") from None
-
-    @classmethod
-    def _from_json(cls, data: Any) -> Companion:
-        if not isinstance(data, dict) or data.keys() != {MERGE_CONFIG, "scales"}:
-            raise AdapterError(f"found {short(data)}, expected {MERGE_CONFIG} and scales")
-        scales = data["scales"]
-        if not isinstance(scales, list) or not all(is_number(scale) for scale in scales):
-            raise AdapterError(f"scales is {short(scales)}, expected a list of numbers")
-        merge = MergeConfig.from_json(data[MERGE_CONFIG])
-        if not (name := merge.base.id or "").isprintable():
-            raise AdapterError(f"base_model.id is {short(name)}, expected a printable name")
-        return cls(merge, scales)
+# PyTorch name -> our name; both libraries keep a linear layer's weight as (out, in).
+ENCODER_NAMES = {
+    f"net.{2 * i}.{part}": f"w{i + 1}.{part}" for i in range(3) for part in ("weight", "bias")
+}
 
 
 def convert_checkpoint(
@@ -152,10 +93,7 @@ def convert_checkpoint(
 
 
 def find_checkpoint(source: str) -> Path:
-    """The folder that holds ``encoder.pth`` and the PEFT adapter.
-
-    Args:
-        source: A folder, or a hub repo id; its best/last sub-folders are looked into.
+    """The folder of a checkpoint in a folder or hub repo, whose best/last sub-folders count too.
 
     Raises:
         CheckpointError: Not there, or holding no checkpoint, or several.
@@ -185,119 +123,158 @@ def find_checkpoint(source: str) -> Path:
     )
 
 
-def _read_base(model: str) -> Base:
+def _read_base(model: str) -> MergeConfig:
+    """What a base model says of the adapters for it: name, fingerprint and padding token."""
     path = base.resolve(model, weights=False)
     config = base.read_config(path)
-    try:
-        tokenizer = load_tokenizer(path)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from error
+    pad = base.default_pad_token_id(base.read_tokenizer(path, config, model))
     # A folder is recorded so that it can be found from anywhere.
     name = str(path.resolve()) if Path(model).is_dir() else model
-    return Base(name, config, base.default_pad_token_id(tokenizer), f"`model` {name}")
+    return MergeConfig(None, BaseModelConfig(name, base.fingerprint(config)), pad)
 
 
-def read_checkpoint(folder: Path, known: Base | None, k: int | None, source: str) -> Adapter:
-    """Reads a checkpoint folder into memory.
+def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, source: str) -> Adapter:
+    """Reads a checkpoint folder, which the user called ``source``, into memory.
 
-    Args:
-        folder: Holds ``encoder.pth`` and the PEFT adapter.
-        known: The base model, or None.
-        k: Merge factor the user expects, or None.
-        source: What the user called the checkpoint, for provenance and errors.
+    ``known`` holds base model and padding token, where the user named the base.
 
     Raises:
         CheckpointError: Everything wrong with it, listed.
     """
     problems: list[str] = []
-    companion = _collect(problems, Companion.read, folder)
-    facts = known or _base_of(companion)
-    encoder, encoder_weights = _read_encoder(folder, k, companion, problems)
+    stated, scales = _collect(problems, _read_companion, folder) or (None, [])
+    facts = known or stated or MergeConfig(None)
+    fields = facts.base.fields
+    encoder, encoder_weights = _read_encoder(folder, k, stated, problems)
     tensors = _collect(problems, _read_peft_tensors, folder)
     config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
     if tensors is not None and (config is not None or not problems):
-        untied = facts is not None and base.is_tied(facts.config) is False
-        if known is None and companion is not None and companion.merge.head_lora is not None:
-            untied = False  # it may lie beside the encoder for all that
-        layers = facts and base.fingerprint(facts.config).get("num_hidden_layers")
-        scales = companion.scales if companion else ()
+        # The head's LoRA of an untied base may lie beside the encoder for all that.
+        apart = known is None and stated is not None and stated.head_lora is not None
+        untied = not apart and base.is_tied(fields) is False
+        layers = fields.get("num_hidden_layers")
         layers = layers if is_int(layers) else None
         lora = lora_from_peft(config, tensors, problems, untied, layers, scales)
     problems += not_finite(encoder_weights)
     if lora is not None:
-        problems += not_finite(lora.weights | named_head(lora.head_weights))
-        problems += _cross_check(encoder, lora, facts)
-    if companion is not None:
-        problems += _companion_problems(companion.merge, encoder, known)
+        problems += not_finite(lora.tuning_weights | named_head(lora))
+        by = f"`model` {known.base.id}" if known else f"the base in {COMPANION}"
+        problems += _cross_check(encoder, lora, fields, by)
+    if stated is not None:
+        problems += _companion_problems(stated, encoder, known)
     if problems or lora is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
-    merge = _merge_config(encoder, lora, facts, companion, config)
-    provenance = _provenance(folder, source, config) | merge.provenance
-    merge = replace(merge, provenance=provenance)
-    return Adapter(merge, lora.config, lora.weights, encoder_weights, lora.head_weights)
-
-
-def _base_of(companion: Companion | None) -> Base | None:
-    if companion is None:
-        return None
-    stated, pad = companion.merge.base, companion.merge.pad_token_id
-    return Base(stated.id, dict(stated.fields), pad, f"the base in {COMPANION}")
-
-
-def _merge_config(
-    encoder: EncoderConfig | None,
-    lora: PeftLoRA,
-    facts: Base | None,
-    companion: Companion | None,
-    config: Mapping[str, Any],
-) -> MergeConfig:
     recorded = config.get("base_model_name_or_path")
     if not isinstance(recorded, str) or not recorded.isprintable():
         recorded = None
-    name, fields = (facts.id, base.fingerprint(facts.config)) if facts else (None, {})
     # The authors' code merges the whole prompt, and applies no chat template.
-    layout, provenance, pad = Layout(ALL, chat_template=False), {}, facts and facts.pad_token_id
-    if companion is not None:
-        layout, provenance = companion.merge.layout, companion.merge.provenance
-        # What the encoder was trained with, even where that is not the tokenizer's default.
-        pad = pad if companion.merge.pad_token_id is None else companion.merge.pad_token_id
-    stated = BaseModelConfig(name or recorded, fields)
-    return MergeConfig(encoder, stated, pad, lora.head, layout, provenance)
+    stated = stated or MergeConfig(None, layout=Layout(ALL, chat_template=False))
+    # What the encoder was trained with, even where that is not the tokenizer's default.
+    pad = facts.pad_token_id if stated.pad_token_id is None else stated.pad_token_id
+    merge = replace(
+        stated,
+        encoder=encoder,
+        base=BaseModelConfig(facts.base.id or recorded, fields),
+        pad_token_id=pad,
+        head_lora=lora.merge.head_lora,
+        provenance=_provenance(folder, source, config) | stated.provenance,
+    )
+    return replace(lora, merge=merge, encoder_weights=encoder_weights)
+
+
+def _read_companion(folder: Path) -> tuple[MergeConfig, list[float]] | None:
+    """``kmerge.json``, if it is there: what encoder.pth and PEFT's files cannot say of an adapter.
+
+    That is its ``merge_config.json``, and the LoRA scales that PEFT's files give only to within the
+    last bit of a float64. The LoRA may have other ones: it may have been trained on, in PyTorch.
+    """
+    path = folder / COMPANION
+    if not path.exists():
+        return None
+    try:
+        data = read_json(path, CheckpointError)
+        if not isinstance(data, dict) or data.keys() != {MERGE_CONFIG, "scales"}:
+            raise AdapterError(f"found {short(data)}, expected {MERGE_CONFIG} and scales")
+        scales = data["scales"]
+        if not isinstance(scales, list) or not all(map(is_number, scales)):
+            raise AdapterError(f"scales is {short(scales)}, expected a list of numbers")
+        merge = MergeConfig.from_json(data[MERGE_CONFIG])
+        if not (name := merge.base.id or "").isprintable():
+            raise AdapterError(f"base_model.id is {short(name)}, expected a printable name")
+        return merge, scales
+    except AdapterError as error:
+        advice = "remove the file to convert without it"
+        raise CheckpointError(f"{path}: {error}; {advice}") from None
 
 
 def _companion_problems(
-    stated: MergeConfig, encoder: EncoderConfig | None, known: Base | None
+    stated: MergeConfig, encoder: EncoderConfig | None, known: MergeConfig | None
 ) -> list[str]:
-    """Where it contradicts the encoder or the base that are there."""
+    """Where ``kmerge.json`` contradicts the encoder or the base that are there."""
     differences = []
     if encoder is not None and stated.encoder is None:
         k = encoder.merge_factor
         differences.append(f"found an encoder for K = {k}, the adapter was made for none")
     elif encoder is not None:
-        found, said = encoder.to_json(), stated.encoder.to_json()
+        found = encoder.to_json()
         differences += [
-            f"the encoder has {name} {found[name]}, not {said[name]}"
-            for name in said
-            if found[name] != said[name]
+            f"the encoder has {name} {found.get(name)}, not {said}"
+            for name, said in stated.encoder.to_json().items()
+            if found.get(name) != said
         ]
     if known is not None:
-        fields = base.fingerprint(known.config)
-        differences += [f"{known.by}: {d}" for d in stated.base.differences(fields)]
+        by = f"`model` {known.base.id}"
+        differences += [f"{by}: {d}" for d in stated.base.differences(known.base.fields)]
     return [f"{d} (says {COMPANION}; remove it to convert without it)" for d in differences]
 
 
 def _read_encoder(
-    folder: Path, k: int | None, companion: Companion | None, problems: list[str]
+    folder: Path, k: int | None, stated: MergeConfig | None, problems: list[str]
 ) -> tuple[EncoderConfig | None, dict[str, mx.array]]:
-    merges = companion is None or companion.merge.encoder is not None
-    if not merges and not (folder / ENCODER).exists():
+    """The sizes and the renamed tensors of the encoder, as far as they can be told."""
+    if stated is not None and stated.encoder is None and not (folder / ENCODER).exists():
         if k not in (None, 1):
             problems.append(f"{COMPANION} says K = 1, but `k` is {k}: give 1 or leave it out")
         return None, {}
     state = _collect(problems, read_state_dict, folder / ENCODER)
-    found = None if state is None else encoder_from_torch(state, k, problems)
-    return found or (None, {})
+    if state is None:
+        return None, {}
+    # DistributedDataParallel puts a prefix before every name.
+    plain = {name.removeprefix("module."): array for name, array in state.items()}
+    if len(plain) < len(state):
+        problems.append(
+            f"{ENCODER}: some tensors are there with and without the prefix module. (keep one)"
+        )
+    sizes = _collect(problems, _encoder_sizes, plain)
+    if sizes is None:
+        return None, {}
+    if k not in (None, sizes.merge_factor):
+        problems.append(
+            f"{ENCODER} merges K = {sizes.merge_factor} tokens, but `k` is {k}: "
+            f"give {sizes.merge_factor} or leave it out"
+        )
+    expected = {theirs: sizes.shapes()[ours] for theirs, ours in ENCODER_NAMES.items()}
+    found = {name: array.shape for name, array in plain.items()}
+    problems += [f"{ENCODER}: {p}" for p in tensor_problems(expected, found)]
+    return sizes, {ours: plain[name] for name, ours in ENCODER_NAMES.items() if name in plain}
+
+
+def _encoder_sizes(state: Mapping[str, mx.array]) -> EncoderConfig:
+    first, last = state.get("net.0.weight"), state.get("net.4.weight")
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        names = ", ".join(sorted(state)[:8]) or "nothing"
+        raise CheckpointError(
+            f"{ENCODER}: not a merge encoder: found {names}, expected 2-dimensional net.0.weight "
+            "and net.4.weight"
+        )
+    (inner, wide), hidden = first.shape, last.shape[0]
+    if hidden == 0 or wide % hidden or wide // hidden < 2:
+        raise CheckpointError(
+            f"{ENCODER}: net.0.weight {first.shape} and net.4.weight {last.shape} give no "
+            "whole merge factor of at least 2"
+        )
+    return EncoderConfig(wide // hidden, hidden, inner)
 
 
 def _read_peft_tensors(folder: Path) -> dict[str, mx.array]:
@@ -318,37 +295,36 @@ def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:
         return None
 
 
-def _cross_check(encoder: EncoderConfig | None, lora: PeftLoRA, facts: Base | None) -> list[str]:
-    """What encoder, LoRA and base must agree on."""
-    head = named_head(lora.head_weights) or lora.weights
+def _cross_check(
+    encoder: EncoderConfig | None, lora: Adapter, fields: Mapping[str, Any], by: str
+) -> list[str]:
+    """What encoder, LoRA and base must agree on; ``by`` says who describes the base."""
+    head = named_head(lora) or lora.tuning_weights
     a, b = (head.get(f"{HEAD}.{name}") for name in ("lora_a", "lora_b"))
     hidden = encoder and encoder.hidden_size
     problems = []
     if hidden is not None and a is not None and a.shape[0] != hidden:
         problems.append(f"lm_head's LoRA reads {a.shape[0]} features, the encoder writes {hidden}")
-    if facts is None:
-        return problems
-    if encoder is not None and base.scales_embeddings(facts.config):
+    if encoder is not None and base.scales_embeddings(fields):
         problems.append(
-            f"{facts.by} scales embeddings inside the model, and the paper's code fed it "
-            "unscaled ones: such a checkpoint has no equal here (docs/method.md, Gemma)"
+            f"{by} scales embeddings inside the model, and the paper's code fed it unscaled ones: "
+            "such a checkpoint has no equal here (docs/method.md, Gemma)"
         )
-    fields = base.fingerprint(facts.config)
     for name, ours, whose in (
         ("hidden_size", hidden, "the encoder has"),
         ("vocab_size", None if b is None else b.shape[1], "lm_head's LoRA has"),
     ):
         if ours is not None and fields.get(name, ours) != ours:
-            problems.append(f"{facts.by} has {name} {fields[name]}, {whose} {ours}")
-    layers, covered = fields.get("num_hidden_layers"), lora.config.num_layers
+            problems.append(f"{by} has {name} {fields[name]}, {whose} {ours}")
+    layers, covered = fields.get("num_hidden_layers"), lora.tuning.num_layers
     if is_int(layers) and covered > layers:
-        problems.append(f"{facts.by} has {layers} layers, the LoRA covers {covered}")
+        problems.append(f"{by} has {layers} layers, the LoRA covers {covered}")
     return problems
 
 
-def named_head(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def named_head(adapter: Adapter) -> dict[str, mx.array]:
     """The head's LoRA tensors by their names in files."""
-    return {f"{HEAD}.{name}": array for name, array in weights.items()}
+    return {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
 
 
 def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
@@ -360,20 +336,18 @@ def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
     ]
 
 
-def _provenance(folder: Path, source: str, config: dict[str, Any]) -> dict[str, Any]:
+def _provenance(folder: Path, source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     provenance: dict[str, Any] = {"converter": f"kmerge-mlx {__version__}", "source": source}
     if isinstance(config.get("peft_version"), str):
         provenance["peft_version"] = config["peft_version"]
-    for name in filter(lambda name: (folder / name).is_file(), PROVENANCE):
+    for path in filter(Path.is_file, (folder / name for name in PROVENANCE)):
         try:
-            size = (folder / name).stat().st_size
-            large = size > MAX_PROVENANCE_BYTES
-            content = (
-                f"left out: {size} bytes" if large else read_json(folder / name, CheckpointError)
-            )
+            content = read_json(path, CheckpointError)
         except CheckpointError as error:  # for people alone: a torn file is not in the way
             content = f"left out: {error}"
-        provenance[name.removesuffix(".json")] = content
+        if (size := path.stat().st_size) > MAX_PROVENANCE_BYTES:
+            content = f"left out: {size} bytes"
+        provenance[path.stem] = content
     return provenance
 
 
@@ -382,7 +356,8 @@ def _cast(adapter: Adapter, dtype: str) -> Adapter:
         {name: array.astype(base.DTYPES[dtype]) for name, array in tensors.items()}
         for tensors in (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
     )
-    if large := not_finite(lora | encoder | named_head(head)):
+    cast = Adapter(adapter.merge, adapter.tuning, lora, encoder, head)
+    if large := not_finite(lora | encoder | named_head(cast)):
         names = ", ".join(problem.split()[0] for problem in large)
         raise CheckpointError(f"`dtype` {dtype} cannot hold {names}: give float32 or bfloat16")
-    return Adapter(adapter.merge, adapter.tuning, lora, encoder, head)
+    return cast

@@ -1,37 +1,53 @@
 """Writes an adapter as a checkpoint folder for PyTorch: the reverse of ``checkpoint.py``.
 
 The copies of base weights (``base_layer``) that PEFT saves for an adapted output head are not
-written: they are the base's, and PEFT loads an adapter without them.
+written: they are the base's, and PEFT loads an adapter without them. To PEFT, ``lora_alpha / r`` is
+the scale, and an entry of ``target_modules`` or of a pattern means every module whose path ends
+with it: a short entry is written only where that is what is meant.
+
+Source: as for ``peft.py``.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from kmerge_mlx import base, bundled
-from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.folder import (
+    HEAD,
+    MERGE_CONFIG,
+    Adapter,
+    check_not_quantized,
+    load_adapter,
+    name_ends,
+)
+from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
     COMPANION,
     ENCODER,
+    ENCODER_NAMES,
     MAX_PROVENANCE_BYTES,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PROVENANCE,
-    Companion,
     named_head,
     not_finite,
 )
-from kmerge_mlx.convert.encoder import encoder_to_torch
-from kmerge_mlx.convert.peft import place
-from kmerge_mlx.convert.peft_write import lora_to_peft
+from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
 
 FILES = (ENCODER, PEFT_CONFIG, PEFT_WEIGHTS[0], COMPANION, *PROVENANCE)
+_MOST_EXACT = 2**53  # integers up to this are float64s as well
 
 
 def export_adapter(
@@ -42,14 +58,7 @@ def export_adapter(
     Tensors keep their dtypes and bits, and the same adapter gives the same bytes. An adapter with
     K = 1 has no encoder, and gets no ``encoder.pth``.
 
-    Args:
-        source: An adapter folder, a folder of them, or ``bundled``.
-        destination: The folder to write, whole or not at all.
-        k: Merge factor wanted; None takes the only one there is.
-        force: Replace an exported adapter at ``destination``.
-
-    Returns:
-        What was written.
+    The arguments are those of ``convert_checkpoint``; ``source`` may be a folder of several K.
 
     Raises:
         AdapterError: The adapter cannot be read, or has no equal in PyTorch (all reasons listed).
@@ -74,7 +83,7 @@ def _objections(adapter: Adapter) -> list[str]:
     """Why an adapter means nothing to PEFT or to the paper's code, one line each."""
     merge, weights = adapter.merge, adapter.tuning_weights
     check_not_quantized(merge, "exported")
-    problems = not_finite(adapter.encoder_weights | weights | named_head(adapter.head_weights))
+    problems = not_finite(adapter.encoder_weights | weights | named_head(adapter))
     if not isinstance(adapter.tuning, LoRAConfig):
         return [*problems, "full fine-tuning is not LoRA: `kmerge-mlx fuse` writes a whole model"]
     if merge.encoder is not None and (context := merge.encoder.context):
@@ -92,7 +101,7 @@ def _objections(adapter: Adapter) -> list[str]:
             "it has no LoRA: `kmerge-mlx fuse` put it into the model's weights; export the adapter "
             "that it was made from"
         )
-    if named_head(adapter.head_weights).keys() & weights.keys():
+    if named_head(adapter).keys() & weights.keys():
         problems.append("lm_head has two LoRAs, one beside the encoder")
     homeless = {}
     for name, array in weights.items():
@@ -125,14 +134,103 @@ def _write(adapter: Adapter, folder: Path) -> None:
     write_json(folder / PEFT_CONFIG, config)
     write_safetensors(folder / PEFT_WEIGHTS[0], tensors, "pt")
     if adapter.encoder_weights:
-        write_state_dict(folder / ENCODER, encoder_to_torch(adapter.encoder_weights))
+        state = {theirs: adapter.encoder_weights[ours] for theirs, ours in ENCODER_NAMES.items()}
+        write_state_dict(folder / ENCODER, state)
     provenance = dict(adapter.merge.provenance)
-    for name in PROVENANCE:
-        content: Any = provenance.get(name.removesuffix(".json"))
-        if isinstance(content, dict):
-            write_json(folder / name, content)
+    for path in (folder / name for name in PROVENANCE):
+        if isinstance(content := provenance.get(path.stem), dict):
+            write_json(path, content)
             # Past this, `convert` would not take it from there.
-            if (folder / name).stat().st_size <= MAX_PROVENANCE_BYTES:
-                del provenance[name.removesuffix(".json")]
+            if path.stat().st_size <= MAX_PROVENANCE_BYTES:
+                del provenance[path.stem]
     merge = replace(adapter.merge, provenance=provenance)
-    write_json(folder / COMPANION, Companion(merge, scales).to_json())
+    write_json(folder / COMPANION, {MERGE_CONFIG: merge.to_json(), "scales": scales})
+
+
+def lora_to_peft(
+    adapter: Adapter, base_model: str | None
+) -> tuple[dict[str, Any], dict[str, mx.array], list[float]]:
+    """Says an adapter's LoRA in PEFT's terms, with ``base_model`` as the name of its base.
+
+    Returns:
+        The content of ``adapter_config.json``, that of ``adapter_model.safetensors``, and the
+        scales that no ``lora_alpha`` gives to the last bit, ascending.
+    """
+    tuning, weights = adapter.tuning, adapter.tuning_weights
+    modules = {name.rpartition(".")[0] for name in weights}
+    specs = {name: tuning.uniform or tuning.modules[name] for name in sorted(modules)}
+    if adapter.merge.head_lora is not None:
+        specs[HEAD] = adapter.merge.head_lora
+    suffixes = {part: suffix for suffix, part in SUFFIXES.items()}
+    tensors = {}
+    for name, array in (weights | named_head(adapter)).items():
+        module, _, part = name.rpartition(".")
+        tensors[f"{PREFIX}{module}{suffixes[part]}"] = array.T
+    ranks = {name: spec.rank for name, spec in specs.items()}
+    alphas = {name: _alpha(spec) for name, spec in specs.items()}
+    # An adapter without LoRA has neither.
+    rank, alpha = (Counter(v.values()).most_common(1)[0][0] if v else 1 for v in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": tuning.dropout,
+        "use_rslora": False,
+        "bias": "none",
+        "target_modules": _targets(specs, tuning, adapter.merge.base.fields),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "modules_to_save": None,
+    }
+    inexact = {s.scale for name, s in specs.items() if alphas[name] / s.rank != s.scale}
+    return config, tensors, sorted(inexact)
+
+
+def _alpha(spec: LoRASpec) -> float:
+    """The ``lora_alpha`` that, divided by the rank, is the scale; an integer where it is one.
+
+    About one scale in six has none, at ranks that are not a power of two: the nearest then.
+    """
+    alpha = float(spec.scale) * spec.rank
+    alpha = next((a for a in neighbours(alpha) if a / spec.rank == spec.scale), alpha)
+    return int(alpha) if alpha.is_integer() and abs(alpha) < _MOST_EXACT else alpha
+
+
+def _pattern(values: Mapping[str, Hashable], default: Hashable) -> dict[str, Any]:
+    """The modules that have another value, each by a regular expression that means no other one."""
+    ending = defaultdict(set)  # the end of a path -> the values of all modules that have it
+    for name, value in values.items():
+        for end in name_ends(name):
+            ending[end].add(value)
+    keys = {}
+    for name, value in values.items():
+        inside = place(name)[2]
+        short = next((end for end in (inside, name) if len(ending[end]) == 1), None)
+        if value != default:
+            keys[f"^{re.escape(name)}" if short is None else re.escape(short)] = value
+    return dict(sorted(keys.items()))
+
+
+def _targets(
+    specs: Mapping[str, LoRASpec], tuning: LoRAConfig, fields: Mapping[str, Any]
+) -> list[str]:
+    """The modules by their paths inside a layer where all layers are meant, else by full paths."""
+    layers: dict[str, set[int | None]] = defaultdict(set)
+    for name in specs:
+        _, layer, inside = place(name)
+        layers[inside].add(layer)
+    named = set(tuning.keys) & layers.keys()  # keys may be full paths too
+    covered = set().union(*(layers[inside] for inside in named))
+    count = fields.get("num_hidden_layers")
+    # The last of the layers, as mlx-lm counts them: with the first among them, they are all.
+    all_covered = tuning.num_layers in (0, count) or 0 in covered
+    short = {
+        inside
+        for inside, found in layers.items()
+        if (all_covered and inside in named)
+        or (len(found) == count and found == set(range(len(found))))
+    }
+    return sorted({inside if (inside := place(name)[2]) in short else name for name in specs})

@@ -1,28 +1,27 @@
 """Converts a PEFT LoRA adapter to mlx-lm LoRA weights, without looking at the base model.
 
-Source: LoraConfig of PEFT 0.21 and its saved tensor names
-(``base_model.model.<module>.lora_A.weight``); mlx-lm's ``lora_a`` (in, r), ``lora_b`` (r, out),
-scale.
+Source: LoraConfig of PEFT 0.21, its saved tensor names
+(``base_model.model.<module>.lora_A.weight``) and its ``check_target_module_exists`` and
+``get_pattern_key``; mlx-lm's ``lora_a`` (in, r), ``lora_b`` (r, out), scale.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from kmerge_mlx.adapters.folder import HEAD
-from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
+from kmerge_mlx.adapters.schema import LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.convert.patterns import NameRules, PatternError
-from kmerge_mlx.errors import short
+from kmerge_mlx.errors import CheckpointError, short
 
 PREFIX = "base_model.model."
+MAX_REPEATS = 10_000  # the product of all {n}: repeats of repeats can take all memory
 
 # What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
 SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
@@ -64,16 +63,13 @@ def _is_rank(value: Any) -> bool:
     return is_int(value, 1)
 
 
-def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(good, value))
+def _holds(kind: type, value: Any, good: Callable[[Any], bool]) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, kind) and all(map(good, items))
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or _is_list(value, lambda name: isinstance(name, str))
-
-
-def _is_pattern(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(good, value.values()))
+    return isinstance(value, str) or _holds(list, value, lambda name: isinstance(name, str))
 
 
 # Option -> (what it must be, in code and in words); all but the first three may be null.
@@ -83,11 +79,11 @@ OPTIONS = {
     "target_modules": (_is_names, "a string or a list of strings"),
     "exclude_modules": (_is_names, "a string or a list of strings"),
     "layers_pattern": (_is_names, "a string or a list of strings"),
-    "layers_to_transform": (lambda v: is_int(v) or _is_list(v, is_int), "layer numbers"),
+    "layers_to_transform": (lambda v: is_int(v) or _holds(list, v, is_int), "layer numbers"),
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "names and ranks"),
-    "alpha_pattern": (lambda v: _is_pattern(v, is_number), "names and numbers"),
+    "rank_pattern": (lambda v: _holds(dict, v, _is_rank), "names and ranks"),
+    "alpha_pattern": (lambda v: _holds(dict, v, is_number), "names and numbers"),
 }
 NEEDED = ("r", "lora_alpha", "target_modules")
 HONOURED = {*OPTIONS, "init_lora_weights", "bias"}
@@ -97,23 +93,6 @@ HONOURED = {*OPTIONS, "init_lora_weights", "bias"}
 INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
-@dataclass
-class PeftLoRA:
-    """A converted LoRA.
-
-    Args:
-        config: Which modules carry it.
-        weights: mlx-lm names to tensors.
-        head: Rank and scale of the output head, or None.
-        head_weights: ``lora_a`` (D, r), ``lora_b`` (r, V) of the head, or empty.
-    """
-
-    config: LoRAConfig
-    weights: dict[str, mx.array] = field(default_factory=dict)
-    head: LoRASpec | None = None
-    head_weights: dict[str, mx.array] = field(default_factory=dict)
-
-
 def lora_from_peft(
     config: Any,
     tensors: Mapping[str, mx.array],
@@ -121,20 +100,17 @@ def lora_from_peft(
     head_is_a_layer: bool = False,
     num_layers: int | None = None,
     scales: Sequence[float] = (),
-) -> PeftLoRA | None:
-    """Converts a PEFT adapter.
+) -> Adapter | None:
+    """A PEFT adapter's LoRA as an adapter without an encoder, or None if anything is wrong.
 
     Args:
-        config: The content of PEFT's ``adapter_config.json``.
+        config: The content of ``adapter_config.json``.
         tensors: The content of ``adapter_model.safetensors`` or ``.bin``.
         problems: Receives everything wrong, one line each.
         head_is_a_layer: The base is known to have an ``lm_head`` of its own, so that the head's
             LoRA goes with the others and mlx-lm loads it too.
         num_layers: L, how many layers the base has, or None where it is not known.
         scales: Exact scales; one that the config gives to within the last bit is meant.
-
-    Returns:
-        The LoRA, or None if anything is wrong.
     """
     before = len(problems)
     problems += _config_problems(config)
@@ -142,9 +118,9 @@ def lora_from_peft(
         return None
     pairs = _pairs(tensors, problems)
     try:
-        rules = NameRules(config, list(pairs))
-    except PatternError as error:
-        problems.append(f"adapter_config.json: {error}")
+        rules = NameRules(config)
+    except CheckpointError as error:
+        problems.append(str(error))
         return None
     specs = {
         name: _spec(name, pair, config, rules, scales, problems) for name, pair in pairs.items()
@@ -157,7 +133,7 @@ def lora_from_peft(
     problems += [
         f"target_modules names {short(target)}, but no tensor belongs to it (if the base has no "
         "such module, remove it from adapter_config.json)"
-        for target in rules.unused_targets()
+        for target in rules.unused_targets(pairs)
     ]
     if len(problems) > before:
         return None
@@ -167,7 +143,11 @@ def lora_from_peft(
     weights = {
         f"{name}.{part}": array for name, pair in pairs.items() for part, array in pair.items()
     }
-    return PeftLoRA(_lora_config(specs, config, rules, num_layers), weights, head, head_weights)
+    merge, tuning = (
+        MergeConfig(None, head_lora=head),
+        _lora_config(specs, config, rules, num_layers),
+    )
+    return Adapter(merge, tuning, weights, {}, head_weights)
 
 
 def _config_problems(config: Any) -> list[str]:
@@ -299,3 +279,87 @@ def _lora_config(
         # mlx-lm reads 0 layers as all of them; a module outside the layers needs none.
         return LoRAConfig(max(count, min(len(keys), 1)), dropout, spec, tuple(keys))
     return LoRAConfig(covered, dropout, modules=dict(specs))
+
+
+class NameRules:
+    """What the name options of a PEFT config, of the right types, say of a module.
+
+    Raises:
+        CheckpointError: An option holds an invalid regular expression.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._targets, self._excluded = config["target_modules"], config.get("exclude_modules")
+        self._all_linear = isinstance(self._targets, str) and self._targets.lower() == "all-linear"
+        layers = config.get("layers_to_transform")
+        self._layers = [layers] if isinstance(layers, int) else layers or []
+        self._patterns = {
+            option: [
+                (_compiled(option, rf"(.*\.)?({key})$"), value)
+                for key, value in (config.get(option) or {}).items()
+            ]
+            for option in ("rank_pattern", "alpha_pattern")
+        }
+        for option in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(option), str):
+                _compiled(option, config[option])
+        where = config.get("layers_pattern") or []
+        named = [where] if isinstance(where, str) else where
+        numbered = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in named]
+        self._numbers = [
+            _compiled("layers_pattern", expression)
+            for expression in numbered or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        ]
+
+    def value(self, option: str, name: str, default: Any) -> Any:
+        """What ``rank_pattern`` or ``alpha_pattern`` gives a module: the first key that fits."""
+        fitting = (value for key, value in self._patterns[option] if key.match(name))
+        return next(fitting, (self._config.get(option) or {}).get(name, default))
+
+    def objection(self, name: str) -> str | None:
+        """Why PEFT would not apply LoRA to a module, or None."""
+        if self._excluded and _names(self._excluded, name):
+            return "exclude_modules names it"
+        if self._all_linear:
+            return "all-linear leaves the head out" if name == HEAD else None
+        if not _names(self._targets, name):
+            return "target_modules does not name it"
+        if not self._layers or name in self._targets:
+            return None
+        found = next((m["idx"] for n in self._numbers if (m := n.match(name))), None) or ""
+        chosen = 0 < len(found) < 10 and int(found) in self._layers
+        return None if chosen else "layers_to_transform leaves it out"
+
+    def unused_targets(self, names: Collection[str]) -> list[str]:
+        """Entries of ``target_modules`` that no name ends with, and nothing may exclude."""
+        if isinstance(self._targets, str) or self._excluded:
+            return []
+        return sorted(set(self._targets).difference(*map(name_ends, names)))
+
+    @property
+    def picks_layers(self) -> bool:
+        """Whether the options may leave layers of the base out."""
+        if self._excluded or self._layers:
+            return True
+        if isinstance(self._targets, str):
+            return not self._all_linear
+        return any(part.isdigit() for target in self._targets for part in target.split("."))
+
+
+def _names(option: str | list[str], name: str) -> bool:
+    """Whether an expression, or an entry of a list, means a module."""
+    if isinstance(option, str):
+        return re.fullmatch(option, name) is not None
+    return not name_ends(name).isdisjoint(option)
+
+
+def _compiled(option: str, expression: str) -> re.Pattern[str]:
+    counts = map(int, re.findall(r"\d{1,9}(?=\}|,\d*\})", expression))
+    try:
+        if math.prod(max(1, count) for count in counts) > MAX_REPEATS:
+            raise re.error("its repeats are too large")
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        found = f"adapter_config.json: {option}: {expression!a:.80} is not valid ({error})"
+        raise CheckpointError(found) from None

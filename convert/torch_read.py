@@ -10,6 +10,7 @@ Source: torch/serialization.py and torch/_utils.py of PyTorch 2.13; CPython's pi
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickletools
@@ -105,24 +106,19 @@ class Tensor:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, mx.array]:
     """Reads the flat state dict that ``torch.save`` wrote to a file.
 
-    Args:
-        path: The file. One storage of it at a time is held beside the arrays.
-
     Returns:
-        Name -> array, in the file's order and bit for bit: float32, float16, bfloat16, bool, and
-        integers of 8 to 64 bits. Tied weights come back as separate arrays. Values may be infinite
-        or NaN.
+        Name -> array, in the file's order and bit for bit, infinite values and NaN too: float32,
+        float16, bfloat16, bool, integers of 8 to 64 bits. Tied weights become separate arrays.
 
     Raises:
-        CheckpointError: There is no such file, or it is damaged, hostile, of another format, or
-            holds anything but a flat dictionary of tensors. The message is one line.
+        CheckpointError: In one line: no such file, or damaged, hostile, or of another content.
     """
     path = Path(path)
     name = str(path) if str(path).isprintable() else ascii(str(path))
     try:
         if path.exists() and not path.is_file():
-            kind = "a directory" if path.is_dir() else "a device or a pipe"
-            raise _bad(f"found {kind}, expected a .pth file", "give the file itself")
+            found = "found a directory, a device or a pipe, expected a .pth file"
+            raise _bad(found, "give the file itself")
         with path.open("rb") as file:
             return _read(file, path.stat().st_size)
     except CheckpointError as error:
@@ -168,40 +164,22 @@ def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
 
 
 def _check_format(head: bytes) -> None:
-    if head.startswith(b"PK\3\4"):
-        return
-    if not head:
-        raise _bad("found an empty file, expected a zip by torch.save")
     for offset, magic, kind, remedy in _FOREIGN:
         if head.startswith(magic, offset):
             raise _bad(f"found {kind}, expected a zip by torch.save", remedy)
-    raise _bad(f"found {head[:16]} at the start, expected a zip by torch.save")
+    if not head.startswith(b"PK\3\4"):
+        raise _bad(f"found {head[:16]} at the start, expected a zip by torch.save")
 
 
 def _open_zip(file: BinaryIO, length: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """The zip and its entries, by their names without the root folder.
-
-    ``zipfile`` reads a directory of any size, so the records at the end are checked first:
-    ``torch.save`` writes them as the last bytes, without a comment, and often with zip64.
-    """
-    file.seek(max(0, length - 98))
-    tail = file.read().rjust(98, b"\0")
-    magic, size, offset, comment = struct.unpack("<4s8x2LH", tail[76:])
-    start = length - 22
-    if tail[56:60] == b"PK\6\7":
-        start = length - 98
-        size, offset = struct.unpack("<2Q", tail[40:56])
-        if tail[:4] != b"PK\6\6" or struct.unpack("<Q", tail[64:72]) != (start,):
-            magic = b""
-    if magic != b"PK\5\6" or comment or offset + size != start or size > _MAX_DIRECTORY:
-        raise _bad(
-            f"found no zip directory of up to {_MAX_DIRECTORY} bytes at the end: "
-            "cut short, or appended to"
-        )
+    """The zip and its entries, by their names without the root folder."""
+    file.seek(max(0, length - _MAX_DIRECTORY))
     try:
+        # zipfile reads a directory of any size, so it must find it in the file's tail first.
+        zipfile.ZipFile(io.BytesIO(file.read()))
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-        raise _bad(f"found a damaged zip directory ({_reason(error)})") from None
+        raise _bad(f"found a damaged or too large zip directory ({_reason(error)})") from None
     entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if len(entries) < len(archive.infolist()):
         raise _bad("found two zip entries of one name")

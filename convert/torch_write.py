@@ -6,10 +6,9 @@ Source: torch/serialization.py of PyTorch 2.13; pickle protocol 2, as in CPython
 from __future__ import annotations
 
 import math
-import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,19 +23,18 @@ _ZIP64_FIELD = 20  # bytes that zipfile adds to the header of a large entry
 _LARGE = 1 << 30  # bytes
 
 _KINDS = {dtype: path for path, dtype in STORAGES.items() if mx.issubdtype(dtype, mx.floating)}
-_OPCODES = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes}
+
+# Opcodes: \x80 protocol, c global, ( mark, t tuple, ) empty tuple, R call, Q storage, u items of a
+# dictionary, \x89 False, X text, J and \x8a integers of 4 and more bytes, . stop.
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Writes tensors into a file that ``torch.load`` reads, with ``weights_only`` and ``mmap`` too.
+    """Writes a file that ``torch.load`` reads, with ``weights_only`` and ``mmap`` too.
 
     Args:
-        path: The file. Beside the tensors themselves, none of their bytes are held in memory.
-        tensors: Name -> float32, float16 or bfloat16 array of any shape, some thousands at most.
-            Their bits are kept.
-
-    Raises:
-        OSError: It cannot be written.
+        path: The file; no copy of the tensors is held in memory while it is written.
+        tensors: Some thousand float32, float16 or bfloat16 arrays at most. Their bits are kept.
     """
     with zipfile.ZipFile(path, "w") as archive:
         _add(archive, "data.pkl", _pickled(tensors))
@@ -66,41 +64,31 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
 
 def _pickled(tensors: Mapping[str, mx.array]) -> bytes:
     """The pickle of an OrderedDict; nothing in it is remembered, so every name is written out."""
-    body = [_OPCODES["PROTO"] + b"\2", _ordered_dict(), _OPCODES["MARK"]]
-    for i, (name, array) in enumerate(tensors.items()):
-        body += [_text(name), _tensor(str(i), array)]
-    return b"".join([*body, _OPCODES["SETITEMS"], _OPCODES["STOP"]])
+    items = [_text(n) + _tensor(str(i), a) for i, (n, a) in enumerate(tensors.items())]
+    return b"\x80\2" + _ORDERED_DICT + _sequence(b"(", items, b"u.")
 
 
 def _tensor(key: str, array: mx.array) -> bytes:
     """``_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, backward hooks)``."""
-    kind = (_text("storage"), _global(_KINDS[array.dtype]), _text(key), _text("cpu"))
-    storage = _tuple(*kind, _integer(array.size)) + _OPCODES["BINPERSID"]
+    module, _, kind = _KINDS[array.dtype].rpartition(".")
+    kind = f"c{module}\n{kind}\n".encode()
+    storage = (_text("storage"), kind, _text(key), _text("cpu"), _integer(array.size))
     strides = [math.prod(n or 1 for n in array.shape[i + 1 :]) for i in range(array.ndim)]
-    shape, strides = (_tuple(*map(_integer, sizes)) for sizes in (array.shape, strides))
-    view = (storage, _integer(0), shape, strides, _OPCODES["NEWFALSE"], _ordered_dict())
-    return _global("torch._utils._rebuild_tensor_v2") + _tuple(*view) + _OPCODES["REDUCE"]
+    sizes = (_sequence(b"(", map(_integer, each), b"t") for each in (array.shape, strides))
+    view = (_sequence(b"(", storage, b"tQ"), _integer(0), *sizes, b"\x89", _ORDERED_DICT)
+    return _sequence(b"ctorch._utils\n_rebuild_tensor_v2\n(", view, b"tR")
 
 
-def _ordered_dict() -> bytes:
-    return _global("collections.OrderedDict") + _OPCODES["EMPTY_TUPLE"] + _OPCODES["REDUCE"]
-
-
-def _global(path: str) -> bytes:
-    module, _, name = path.rpartition(".")
-    return _OPCODES["GLOBAL"] + f"{module}\n{name}\n".encode()
-
-
-def _tuple(*items: bytes) -> bytes:
-    return _OPCODES["MARK"] + b"".join(items) + _OPCODES["TUPLE"]
+def _sequence(start: bytes, items: Iterable[bytes], end: bytes) -> bytes:
+    return start + b"".join(items) + end
 
 
 def _text(value: str) -> bytes:
     raw = value.encode()
-    return _OPCODES["BINUNICODE"] + struct.pack("<I", len(raw)) + raw
+    return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def _integer(value: int) -> bytes:
     if value < 2**31:
-        return _OPCODES["BININT"] + struct.pack("<i", value)
-    return _OPCODES["LONG1"] + b"\x08" + struct.pack("<q", value)
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)

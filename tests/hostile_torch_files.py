@@ -42,7 +42,6 @@ MAPPED = name("builtins.tuple") + MAP
 EXECUTING = {
     "os_system_by_reduce": proto(SYSTEM),
     "eval_by_reduce": proto(call("builtins.eval", EVAL)),
-    "eval_under_its_python_2_name": proto(call("__builtin__.eval", EVAL)),
     "os_system_by_stack_global": proto(
         text("os") + text("system") + pickle.STACK_GLOBAL + tuple_of(text(TOUCH)) + b"R"
     ),
@@ -51,7 +50,6 @@ EXECUTING = {
     "os_system_as_a_value": state(text("w"), SYSTEM),
     "os_system_in_the_metadata": proto(HOOKS + b"}" + text("_metadata") + SYSTEM + b"sb"),
     "os_system_in_a_shape": state(text("w"), tuple_of(SYSTEM)),
-    "os_system_before_the_state_dict": proto(SYSTEM + pickle.POP + HOOKS),
 }
 
 # ---- pickles that are wrong in another way ----
@@ -66,11 +64,8 @@ BAD = {
     "a_storage_key_that_is_a_number": view(0, (4,), (1,), storage(key=number(0))),
     "a_storage_key_that_climbs": view(0, (4,), (1,), storage(key=text("../data.pkl"))),
     "a_storage_count_below_zero": view(0, (4,), (1,), storage(count=-4)),
-    "a_storage_count_that_is_a_float": view(0, (4,), (1,), storage(count=4.0)),
     "a_storage_count_that_is_a_boolean": view(0, (1,), (1,), storage(count=True)),
     "a_storage_count_above_its_bytes": view(0, (4,), (1,), storage(count=5)),
-    "a_storage_of_a_narrower_type": view(0, (4,), (1,), storage("torch.HalfStorage")),
-    "a_tensor_of_a_number": view(0, (4,), (1,), number(4)),
     "a_tensor_called_with_a_list": state(text("w"), name(V2) + b"]R"),
     "a_call_of_a_string": proto(text("os.system") + tuple_of(text(TOUCH)) + b"R"),
     "a_global_below_an_allowed_module": proto(name("torch._utils.os.system")),
@@ -80,10 +75,8 @@ BAD = {
     "an_unknown_opcode": proto(b"\xff"),
     "a_negative_offset": view(-1),
     "an_offset_past_the_end": view(1),
-    "a_negative_size": view(0, (-4,)),
     "sizes_that_wrap_to_zero": view(0, (1 << 32, 1 << 32), (0, 0)),
     "an_empty_tensor_with_huge_sizes": view(0, (0, *[2**31 - 1] * 4), (1,) * 5),
-    "a_float_size": view(0, (4.0,)),
     "a_boolean_size": view(0, (True,)),
     "a_zero_stride": view(0, (1 << 30,), (0,)),
     "a_negative_stride": view(3, (4,), (-1,)),
@@ -100,9 +93,7 @@ BAD = {
     "items_for_a_tuple": proto(b")" + number(1) + number(2) + b"s"),
     "an_append_to_a_dict": proto(b"}" + number(1) + b"a"),
     "a_memo_that_was_never_written": proto(b"h\x05"),
-    "a_pop_below_a_mark": proto(number(1) + b"(\x85"),
     "a_group_without_a_mark": proto(b"t"),
-    "a_pickle_without_an_end": state()[:-1],
     "a_pickle_of_no_bytes": b"",
     "an_integer_of_2_gigabytes": proto(pickle.LONG4 + b"\xff\xff\xff\x7f"),
     "a_string_of_8_exabytes": proto(pickle.BINUNICODE8 + b"\xff" * 7 + b"\x7f"),
@@ -151,7 +142,6 @@ ZIPS = {
     "a_deflated_bomb": with_entry(data=DEFLATED, method=8, size=50 << 20, packed=len(DEFLATED)),
     "a_deflated_bomb_called_stored": with_entry(data=DEFLATED, size=50 << 20, packed=len(DEFLATED)),
     "a_size_above_the_data": with_entry(size=1 << 20),
-    "a_size_of_4_gigabytes": with_entry(size=WIDE - 1),
     "a_size_below_the_data": with_entry(size=8),
     "a_zip64_size_of_exabytes": with_entry(
         size=WIDE, extra=struct.pack("<2H2Q", 1, 16, 1 << 62, 1 << 62)
@@ -176,15 +166,11 @@ ZIPS = {
     "no_pickle": pack([ROWS[1]]),
     "no_storage": pack([ROWS[0]]),
     "a_directory_moved_back": rows(shift=-1),
-    "a_zip_comment": rows(comment=b"a comment"),
-    "bytes_after_the_zip": rows() + b"\0",
     "bytes_before_the_zip": b"#!/bin/sh\n" + rows(),
-    "a_zip_before_the_zip": rows() + rows(),
     "a_zip64_record_without_its_magic": rows(zip64=(2, 122, 0)).replace(b"PK\6\6", b"PK\6\0"),
     "a_zip64_locator_of_another_disk": rows(zip64=(2, 122, 0)).replace(
         b"PK\6\7\0\0\0\0", b"PK\6\7\1\0\0\0"
     ),
-    "a_truncated_zip": rows()[:-1],
     "torchscript": rows(Record("archive/constants.pkl", b"\x80\x02).")),
     "sixty_thousand_entries": pack(
         [*ROWS, *(Record(f"archive/data/{i}", b"") for i in range(1, 60_000))]

@@ -40,10 +40,9 @@ def pack(
     records: Iterable[Record],
     *,
     shift: int = 0,
-    comment: bytes = b"",
     zip64: tuple[int, int, int] | None = None,
 ) -> bytes:
-    """Writes a zip file; ``shift`` (of the directory), ``comment`` and ``zip64`` lie."""
+    """Writes a zip file; ``shift`` (of the directory) and ``zip64`` lie."""
     body, directory, total = bytearray(), bytearray(), 0
     for total, record in enumerate(records, 1):  # noqa: B007 (used after the loop)
         name = record.name.encode() if isinstance(record.name, str) else record.name
@@ -69,8 +68,8 @@ def pack(
         end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
         return bytes(body + directory + end)
     counts = (0, 0, total & 0xFFFF, total & 0xFFFF)
-    end += struct.pack("<4s4H2LH", b"PK\5\6", *counts, len(directory), at, len(comment))
-    return bytes(body + directory + end) + comment
+    end += struct.pack("<4s4H2LH", b"PK\5\6", *counts, len(directory), at, 0)
+    return bytes(body + directory + end)
 
 
 def checkpoint(

@@ -17,10 +17,9 @@ from kmerge_mlx import __version__
 from kmerge_mlx.cli.bench import bench
 from kmerge_mlx.cli.cache import cache
 from kmerge_mlx.cli.chat import chat
-from kmerge_mlx.cli.convert import convert
+from kmerge_mlx.cli.convert import convert, export
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
-from kmerge_mlx.cli.export import export
 from kmerge_mlx.cli.fuse import fuse
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info

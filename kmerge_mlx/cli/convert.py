@@ -1,9 +1,9 @@
-"""``kmerge-mlx convert``."""
+"""``kmerge-mlx convert`` and ``kmerge-mlx export``."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
@@ -17,16 +17,11 @@ class ConvertSettings(Settings):
     source: str = argument("SRC", "Checkpoint folder, or hub repo id (user/name@revision).")
     destination: str = argument("DST", "Adapter folder to write.")
     model: str | None = option(
-        None,
-        str,
-        "Base model, a folder or repo id: checks the fit and records what it says.",
+        None, str, "Base model, a folder or repo id: checks the fit and records what it says."
     )
     k: int | None = ModelSettings.setting("k")
     dtype: str | None = option(
-        None,
-        str,
-        "Cast the weights. Default: keep.",
-        choices=("float32", "float16", "bfloat16"),
+        None, str, "Cast the weights. Default: keep.", choices=("float32", "float16", "bfloat16")
     )
     force: bool = option(False, bool, "Replace an adapter at DST.")
 
@@ -46,15 +41,8 @@ def convert(settings: ConvertSettings) -> None:
     """
     from kmerge_mlx.convert.checkpoint import convert_checkpoint
 
-    adapter = convert_checkpoint(
-        settings.source,
-        settings.destination,
-        settings.model,
-        settings.k,
-        settings.dtype,
-        settings.force,
-    )
-    print(summary(adapter, settings.destination), file=sys.stderr)
+    adapter = convert_checkpoint(**asdict(settings))
+    _show(adapter, settings.destination)
     if settings.model is None and not adapter.merge.base.fields:
         print(
             "note: without --model, only sizes tell a wrong base when the adapter is loaded",
@@ -62,13 +50,53 @@ def convert(settings: ConvertSettings) -> None:
         )
 
 
-def summary(adapter: Any, destination: str) -> str:
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """What to export, and where to."""
+
+    source: str = argument("ADAPTER", "Adapter folder, or a folder of several K.")
+    destination: str = argument("DST", "Folder to write.")
+    k: int | None = ModelSettings.setting("k")
+    force: bool = option(False, bool, "Replace an exported adapter at DST.")
+
+
+@command(ExportSettings)
+def export(settings: ExportSettings) -> None:
+    """Turn an adapter folder back into a PyTorch checkpoint.
+
+    DST gets encoder.pth, a PEFT LoRA, and kmerge.json for what those cannot say: the paper's code
+    and PEFT load it, and `kmerge-mlx convert` gives the same adapter again, bit for bit. Needs no
+    PyTorch. DST is written whole or not at all.
+
+    \b
+    Examples:
+      kmerge-mlx export ./adapter ./checkpoint
+      kmerge-mlx export ./adapters ./checkpoint --k 4 --force
+    """
+    from kmerge_mlx.convert.export import export_adapter
+    from kmerge_mlx.prompts.policy import ALL
+
+    adapter = export_adapter(**asdict(settings))
+    _show(adapter, settings.destination)
+    merge = adapter.merge
+    if merge.encoder is None:
+        print("note: K = 1 merges nothing: there is no encoder.pth", file=sys.stderr)
+    elif merge.layout is not None and (merge.layout.merges != ALL or merge.layout.chat_template):
+        print(
+            "note: the paper's code merges the whole prompt and applies no chat template; "
+            "kmerge.json says how this adapter was trained",
+            file=sys.stderr,
+        )
+
+
+def _show(adapter: Any, destination: str) -> None:
     """One line on an adapter that was written."""
     merge = adapter.merge
     tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
     size = sum(array.nbytes for array in tensors.values())
     encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
-    return (
+    print(
         f"{destination}: K = {merge.merge_factor}, {encoder}{len(tensors)} tensors, "
-        f"{size / 1e6:.1f} MB, base {merge.base.id or 'not named'}"
+        f"{size / 1e6:.1f} MB, base {merge.base.id or 'not named'}",
+        file=sys.stderr,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,90 +53,67 @@ def test_several_other_sub_folders_are_listed(tmp_path):
     assert text.endswith("holds several checkpoints (stage_a, stage_b): name one of them")
 
 
-@pytest.mark.parametrize(
-    "missing", ["encoder.pth", "adapter_config.json", "adapter_model.safetensors"]
-)
-def test_a_missing_part_is_named(tmp_path, missing):
-    source = make().write(tmp_path / "src")
-    (source / missing).unlink()
-    text = refused(tmp_path, source)
-    assert missing in text
-    assert "\n" not in text
-
-
 def test_what_is_no_checkpoint_is_one_line(tmp_path, tied):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     (tmp_path / "empty").mkdir()
+    for name in ("encoder.pth", "adapter_config.json", "adapter_model.safetensors"):
+        (make().write(tmp_path / name) / name).unlink()
+    adapter = convert(tmp_path, make())
     for source, why in (
+        *((tmp_path / name, name) for name in ("encoder.pth", "adapter_config.json")),
+        (tmp_path / "adapter_model.safetensors", "neither adapter_model.safetensors nor"),
         (tmp_path / "empty", "holds no encoder.pth and no adapter_config.json"),
         (tied, "holds no encoder.pth and no adapter_config.json"),
         (tied / "config.json", "is a file: give the folder that holds encoder.pth"),
+        (adapter, "is an adapter folder already"),
         (tmp_path / ("x" * 300), "File name too long"),
+        ("nobody/nothing", "nobody/nothing"),
+        ("", ""),
     ):
-        text = refused(tmp_path, source)
+        text = refused(tmp_path, source, force=True)
         assert why in text
         assert "\n" not in text
-
-
-@pytest.mark.parametrize("source", ["nobody/nothing", ""])
-def test_a_hub_repo_that_cannot_be_had_is_one_line(tmp_path, source):
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert "\n" not in refused(tmp_path, source)
 
 
 # ---- the destination ----
 
 
-def test_an_adapter_is_replaced_only_by_force(tmp_path):
+def test_an_adapter_is_replaced_only_by_force_and_by_a_whole_one(tmp_path):
     path = convert(tmp_path, make())
-    source = make(k=2).write(tmp_path / "other")
     before = {name: (path / name).read_bytes() for name in FILES}
-    with pytest.raises(AdapterError, match="exists: choose another folder, or give `force`"):
-        convert_checkpoint(str(source), path)
+    made = make(k=2)
+    source = made.write(tmp_path / "other")
+    assert "exists: choose another folder, or give `force`" in refused_at(path, source)
+    made.encoder["net.0.bias"][0] = np.nan
+    broken = made.write(tmp_path / "broken")
+    assert "diverged" in refused_at(path, broken, CheckpointError, force=True)
     assert {name: (path / name).read_bytes() for name in FILES} == before
     convert_checkpoint(str(source), path, force=True)
     assert load_adapter(path).merge.encoder.merge_factor == 2
 
 
-def test_a_failed_conversion_leaves_the_adapter_it_was_to_replace(tmp_path):
-    path = convert(tmp_path, make())
-    before = {name: (path / name).read_bytes() for name in FILES}
-    made = make(k=2)
-    made.encoder["net.0.bias"][0] = np.nan
-    source = made.write(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="diverged"):
-        convert_checkpoint(str(source), path, force=True)
-    assert {name: (path / name).read_bytes() for name in FILES} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "other", "src"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "link", "checkpoint"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "checkpoint", "below a file"])
 def test_what_is_not_an_adapter_is_never_replaced(tmp_path, kind):
     path, source = tmp_path / "dst", make().write(tmp_path / "src")
-    if kind == "file":
-        path.write_text("precious")
-    elif kind == "folder":
+    if kind == "folder":
         (path / "precious").mkdir(parents=True)
     elif kind == "link":
         path.symlink_to(source)
-    else:
+    elif kind == "checkpoint":
         path = source
-    assert "`force` replaces" in refused_at(path, source, force=True)
-    assert "exists: choose another folder" in refused_at(path, source)
+    else:
+        path.write_text("precious")
+    if kind == "below a file":
+        assert "cannot write" in refused_at(path / "dst", source)
+    else:
+        assert "`force` replaces" in refused_at(path, source, force=True)
+        assert "exists: choose another folder" in refused_at(path, source)
 
 
-def refused_at(path, source, **options) -> str:
-    before = sorted(path.parent.rglob("*"))
-    with pytest.raises(AdapterError) as caught:
+def refused_at(path: Path, source: Path, kind: type = AdapterError, **options) -> str:
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(kind) as caught:
         convert_checkpoint(str(source), path, **options)
-    assert sorted(path.parent.rglob("*")) == before
-    return str(caught.value)
-
-
-def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
-    source = make().write(tmp_path / "src")
-    (tmp_path / "file").write_text("")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(AdapterError, match=r"cannot write .*/file/dst: ") as caught:
-        convert_checkpoint(str(source), tmp_path / "file" / "dst")
+    assert sorted(source.parent.rglob("*")) == before
     assert "\n" not in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    return str(caught.value)

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from kmerge_mlx.adapters.folder import Adapter, save_adapter
+from kmerge_mlx.adapters.folder import Adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
-from kmerge_mlx.convert.export import export_adapter
+from kmerge_mlx.convert.export import export_adapter, lora_to_peft
 from kmerge_mlx.convert.peft import lora_from_peft
-from kmerge_mlx.convert.peft_write import lora_to_peft
 from tests.checkpoints import make as make_checkpoint
-from tests.exports import assert_same_tensors, back, bits, exported, specs
+from tests.conversions import assert_same_tensors, back, bits, exported, specs
 from tests.saved_adapters import UP, D, Q, R, V, make
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "encoder.pth", "kmerge.json"}
@@ -56,24 +55,20 @@ def test_an_exported_adapter_converts_back_to_itself(tmp_path, k, dtype, head, b
     }
 
 
-def test_the_uniform_form_stays_uniform(tmp_path):
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_uniform_form_stays_uniform(tmp_path, layers):
+    """Of the last layers alone too, where the base says how many there are."""
     made = make()
-    exported(made, tmp_path)
-    assert back(tmp_path).tuning == replace(made.tuning, keys=tuple(sorted(made.tuning.keys)))
-
-
-def test_lora_on_the_last_layers_stays_uniform_where_the_base_says_how_many_there_are(tmp_path):
-    made = make()
-    fields = {"num_hidden_layers": 2, "hidden_size": D}
-    made = replace(
-        made,
-        merge=replace(made.merge, base=BaseModelConfig("some/base", fields)),
-        tuning=replace(made.tuning, num_layers=1),
-        tuning_weights={n: a for n, a in made.tuning_weights.items() if ".layers.1." in n},
-    )
-    targets = config_of(exported(made, tmp_path))["target_modules"]
-    assert targets == ["lm_head", f"model.layers.1.{UP}", f"model.layers.1.{Q}"]
-    assert back(tmp_path).tuning == replace(made.tuning, keys=(UP, Q))
+    base = BaseModelConfig("some/base", {"num_hidden_layers": 2, "hidden_size": D})
+    weights = {n: a for n, a in made.tuning_weights.items() if layers == 2 or ".layers.1." in n}
+    tuning = replace(made.tuning, num_layers=layers)
+    merge = replace(made.merge, base=base)
+    targets = config_of(
+        exported(replace(made, merge=merge, tuning=tuning, tuning_weights=weights), tmp_path)
+    )["target_modules"]
+    prefix = "model.layers.1." if layers == 1 else ""
+    assert targets == ["lm_head", f"{prefix}{UP}", f"{prefix}{Q}"]
+    assert back(tmp_path).tuning == replace(tuning, keys=(UP, Q))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -126,9 +121,10 @@ def test_without_merging_there_is_no_encoder_and_it_comes_back(tmp_path):
     assert found.merge.encoder is None
 
 
-def test_metrics_of_a_converted_checkpoint_are_a_file_again(tmp_path):
+@pytest.mark.parametrize("losses", [1, 9000])
+def test_metrics_are_a_file_again_and_kept_even_where_that_is_too_large(tmp_path, losses):
     made = make()
-    metrics = {"accuracy": [0.5, None], "note": "é"}
+    metrics = {"losses": [0.125] * losses, "note": "é"}
     provenance = {"source": "first", "metrics": metrics, "eval_accuracy": "left out: 70000 bytes"}
     made = replace(made, merge=replace(made.merge, provenance=provenance))
     path = exported(made, tmp_path)
@@ -136,14 +132,6 @@ def test_metrics_of_a_converted_checkpoint_are_a_file_again(tmp_path):
     assert json.loads((path / "metrics.json").read_text()) == metrics
     found = back(tmp_path).merge.provenance
     assert found == provenance | {"converter": found["converter"]}
-
-
-def test_metrics_too_large_to_be_read_from_their_file_are_kept(tmp_path):
-    made = make()
-    provenance = {"metrics": {"losses": [0.125] * 9000}}
-    made = replace(made, merge=replace(made.merge, provenance=provenance))
-    exported(made, tmp_path)
-    assert back(tmp_path).merge.provenance["metrics"] == provenance["metrics"]
 
 
 # ---- checkpoint -> adapter -> checkpoint ----
@@ -172,14 +160,6 @@ def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, b
     assert json.loads((tmp_path / "z" / "metrics.json").read_text()) == made.metrics
     with safe_open(tmp_path / "z" / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def test_two_exports_are_the_same_bytes(tmp_path):
-    save_adapter(make(by_module=True), tmp_path / "x")
-    for name in ("one", "two"):
-        export_adapter(tmp_path / "x", tmp_path / name)
-    one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
-    assert one == two
 
 
 # ---- the PEFT config ----
@@ -211,6 +191,9 @@ def test_a_base_in_a_folder_is_named_so_that_it_can_be_found(tmp_path, monkeypat
     path = exported(made, tmp_path)
     assert config_of(path)["base_model_name_or_path"] == str(tmp_path / "base")
     assert back(tmp_path).merge.base.id == "base"
+    export_adapter(tmp_path / "x", tmp_path / "again")
+    for file in path.iterdir():  # the same adapter gives the same bytes
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
 PATHS = [
@@ -264,24 +247,19 @@ def test_peft_gives_every_module_its_rank_and_scale_and_no_other_module_any(modu
     made = json.loads(json.dumps(made))
     found = lora_from_peft(made, tensors, problems, True, None, exact_scales)
     assert problems == []
-    read = found.config.modules or {
-        n.rsplit(".", 1)[0]: found.config.uniform for n in found.weights
+    read = found.tuning.modules or {
+        n.rsplit(".", 1)[0]: found.tuning.uniform for n in found.tuning_weights
     }
     assert read == modules
-    assert bits(found.weights) == bits(weights)
+    assert bits(found.tuning_weights) == bits(weights)
 
 
 def test_a_scale_that_no_alpha_gives_comes_back_to_the_last_bit(tmp_path):
-    scale = 0.7
-    rank, nearest = 6, scale * 6
-    alphas = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, 0))
-    assert all(alpha / rank != scale for alpha in alphas)
-    weights = {f"model.layers.0.{Q}.lora_a": mx.zeros((D, rank))}
-    weights[f"model.layers.0.{Q}.lora_b"] = mx.zeros((rank, V))
-    made = replace(
-        make(),
-        tuning=LoRAConfig(1, 0.0, LoRASpec(rank, scale), (Q,)),
-        tuning_weights=weights,
-    )
-    exported(made, tmp_path)
-    assert back(tmp_path).tuning.uniform == LoRASpec(rank, scale)
+    spec, alpha = LoRASpec(6, 0.7), 0.7 * 6
+    alphas = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    assert all(near / spec.rank != spec.scale for near in alphas)
+    name = f"model.layers.0.{Q}"
+    weights = {f"{name}.lora_a": mx.zeros((D, 6)), f"{name}.lora_b": mx.zeros((6, V))}
+    tuning = LoRAConfig(1, 0.0, spec, (Q,))
+    exported(replace(make(), tuning=tuning, tuning_weights=weights), tmp_path)
+    assert back(tmp_path).tuning.uniform == spec

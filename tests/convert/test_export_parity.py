@@ -25,7 +25,7 @@ from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.files import read_safetensors
-from tests.exports import assert_same_tensors, bits
+from tests.conversions import assert_same_tensors, bits
 from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import Reference, decode, load_reference
 from tests.train_runs import BASE, SMALL_TREES, trained

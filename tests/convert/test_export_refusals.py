@@ -7,23 +7,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
-from kmerge_mlx.errors import CheckpointError
 from kmerge_mlx.prompts.policy import Layout
 from tests import conversions
 from tests.checkpoints import make as make_checkpoint
 from tests.cli_runner import assert_one_error, change_json, run
-from tests.exports import back, exported, refused
+from tests.conversions import back, export_refused, exported
 from tests.saved_adapters import UP, D, Q, R, make, saved
 from tests.tiny import qwen2_config, write_base
 
@@ -35,39 +33,33 @@ tied = conversions.tied
 
 def changed_adapter(kind: str) -> Adapter:
     """An adapter that PyTorch has no equal of."""
-    made, name = make(head=kind not in ("full", "without_lora")), "model.embed_tokens"
-    sizes = EncoderConfig(4, D, 12, 3)
-    experts = LoRASwitchLinear(D, 6, 5, r=R)
-    more = {
-        "experts": {
-            f"model.layers.{layer}.{UP}.{part}": experts[part]
-            for layer in (0, 1)
-            for part in ("lora_a", "lora_b")
-        },
-        "table": {f"{name}.lora_a": mx.zeros((30, R)), f"{name}.lora_b": mx.zeros((R, D))},
-        "two_heads": {f"lm_head.{part}": array for part, array in made.head_weights.items()},
-    }.get(kind, {})
-    keys = {"table": (name,), "two_heads": ("lm_head",)}.get(kind, ())
-    made = replace(
-        made,
-        tuning=replace(made.tuning, keys=made.tuning.keys + keys),
-        tuning_weights=made.tuning_weights | more,
-    )
+    made, table = make(head=kind not in ("full", "without_lora")), "model.embed_tokens"
+    merge, encoder, tuning, lora = made.merge, made.encoder_weights, made.tuning, {}
     if kind == "full":
-        weights = {f"model.layers.1.{Q}.weight": mx.zeros((D, D))}
-        return replace(made, tuning=FullConfig(1), tuning_weights=weights)
-    if kind == "context":
-        weights = {name: mx.zeros(shape) for name, shape in sizes.shapes().items()}
-        return replace(made, merge=replace(made.merge, encoder=sizes), encoder_weights=weights)
-    if kind == "gemma":
+        tuning, lora = FullConfig(1), {f"model.layers.1.{Q}.weight": mx.zeros((D, D))}
+    elif kind == "context":
+        merge = replace(merge, encoder=EncoderConfig(4, D, 12, 3))
+        encoder = {name: mx.zeros(shape) for name, shape in merge.encoder.shapes().items()}
+    elif kind == "experts":
+        experts = LoRASwitchLinear(D, 6, 5, r=R)
+        names = [f"model.layers.{layer}.{UP}" for layer in (0, 1)]
+        lora = {f"{n}.{part}": experts[part] for n in names for part in ("lora_a", "lora_b")}
+    elif kind == "table":
+        tuning = replace(tuning, keys=(*tuning.keys, table))
+        lora = {f"{table}.lora_a": mx.zeros((30, R)), f"{table}.lora_b": mx.zeros((R, D))}
+    elif kind == "two_heads":
+        tuning = replace(tuning, keys=(*tuning.keys, "lm_head"))
+        lora = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
+    elif kind == "gemma":
         base = BaseModelConfig("google/gemma", {"model_type": "gemma3_text"})
-        return replace(made, merge=replace(made.merge, base=base))
-    if kind == "diverged":
-        broken = {"w3.bias": mx.full((D,), mx.nan)}
-        return replace(made, encoder_weights=made.encoder_weights | broken)
-    if kind == "without_lora":
-        return replace(made, tuning=replace(made.tuning, keys=()), tuning_weights={})
-    return made
+        merge = replace(merge, base=base)
+    elif kind == "diverged":
+        encoder = encoder | {"w3.bias": mx.full((D,), mx.nan)}
+    elif kind == "without_lora":
+        tuning = replace(tuning, keys=())
+    if kind not in ("full", "without_lora"):
+        lora = made.tuning_weights | lora
+    return Adapter(merge, tuning, lora, encoder, made.head_weights)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +77,7 @@ def changed_adapter(kind: str) -> Adapter:
 )
 def test_an_adapter_without_an_equal_is_refused_in_one_line(tmp_path, kind, why):
     save_adapter(changed_adapter(kind), tmp_path / "x")
-    text = refused(tmp_path / "x", tmp_path / "y")
+    text = export_refused(tmp_path / "x", tmp_path / "y")
     assert text.startswith(f"{tmp_path}/x cannot be exported: {why}")
     assert "\n" not in text
 
@@ -95,7 +87,7 @@ def test_everything_in_the_way_is_listed_at_once(tmp_path):
     save_adapter(
         replace(made, tuning=table.tuning, tuning_weights=table.tuning_weights), tmp_path / "x"
     )
-    lines = refused(tmp_path / "x", tmp_path / "y").splitlines()
+    lines = export_refused(tmp_path / "x", tmp_path / "y").splitlines()
     assert lines[0].endswith("cannot be exported: 2 problems")
     assert len(lines) == 3
 
@@ -113,28 +105,17 @@ def test_a_gemma_adapter_without_merging_is_exported_and_converts_back(tmp_path)
 def test_only_an_export_is_replaced_and_only_by_force(tmp_path):
     path = exported(make(), tmp_path)
     saved(tmp_path / "other", k=2)
-    assert "exists: choose another folder, or give `force`" in refused(tmp_path / "other", path)
+    assert "exists: choose another folder, or give `force`" in export_refused(
+        tmp_path / "other", path
+    )
     export_adapter(tmp_path / "other", path, force=True)
     assert back(tmp_path).merge.merge_factor == 2
     (path / "notes.txt").write_text("precious")
-    text = refused(tmp_path / "x", path, force=True)
+    text = export_refused(tmp_path / "x", path, force=True)
     assert "holds more than exported adapter files (notes.txt)" in text
-
-
-@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "file", "link"])
-def test_what_export_did_not_write_is_never_replaced(tmp_path, kind):
-    saved(tmp_path / "x")
-    path = tmp_path / "y"
-    if kind == "checkpoint":
-        make_checkpoint().write(path)
-    elif kind == "adapter":
-        saved(path)
-    elif kind == "file":
-        path.write_text("precious")
-    else:
-        path.symlink_to(tmp_path / "x")
-    expected = "a symbolic link" if kind == "link" else "not a folder of exported adapter files"
-    assert f"is {expected}" in refused(tmp_path / "x", path, force=True)
+    for other in (make_checkpoint().write(tmp_path / "checkpoint"), tmp_path / "other"):
+        text = export_refused(tmp_path / "x", other, force=True)
+        assert "is not a folder of exported adapter files" in text
 
 
 FULL_DISK = """
@@ -166,22 +147,6 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, size):
 # ---- kmerge.json, read back ----
 
 
-def changed(path: Path, **entries: object) -> None:
-    """Changes entries of the merge_config.json in a kmerge.json."""
-    file = path / "kmerge.json"
-    data = json.loads(file.read_text())
-    file.write_text(json.dumps(data | {"merge_config.json": data["merge_config.json"] | entries}))
-
-
-def unread(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        convert_checkpoint(str(path), path.parent / "back")
-    assert not (path.parent / "back").exists()
-    text = str(caught.value)
-    assert all(line.isprintable() for line in text.splitlines())
-    return text
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -189,23 +154,14 @@ def unread(path: Path) -> str:
         ("{}", "found {}, expected merge_config.json and scales"),
         ('{"merge_config.json": {}, "scales": []}', "format_version is None"),
         ('{"merge_config.json": {}, "scales": [NaN]}', "scales is ['NaN'], expected a list"),
-    ],
-)
-def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said):
-    path = exported(make(), tmp_path)
-    (path / "kmerge.json").write_text(content)
-    text = unread(path)
-    assert f"{path}/kmerge.json" in text
-    assert said in text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize(
-    ("entries", "said"),
-    [
         ({"format_version": 2}, "format_version 2 is newer than this release"),
         ({"merge_factor": 3}, "the encoder has merge_factor 4, not 3 (says kmerge.json"),
         ({"encoder_context": 2}, "the encoder has encoder_context 0, not 2 (says kmerge.json"),
+        (
+            {"hidden_size": 64, "inner_size": 64}
+            | {"encoder_quantization": {"bits": 4, "group_size": 32}},
+            "the encoder has encoder_quantization None, not",
+        ),
         (
             dict.fromkeys(("hidden_size", "inner_size", "encoder_context")) | {"merge_factor": 1},
             "found an encoder for K = 4, the adapter was made for none (says kmerge.json",
@@ -213,29 +169,29 @@ def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said)
         ({"base_model": {"id": "a\x1b[2J"}}, "base_model.id is 'a\\x1b[2J', expected a printable"),
     ],
 )
-def test_a_companion_with_a_wrong_entry_is_refused_by_name(tmp_path, entries, said):
+def test_a_torn_or_wrong_companion_is_refused_by_name_and_may_be_removed(tmp_path, content, said):
     path = exported(make(), tmp_path)
-    changed(path, **entries)
-    text = unread(path)
+    file = path / "kmerge.json"
+    if isinstance(content, dict):
+        data = json.loads(file.read_text())
+        merge = data["merge_config.json"] | content
+        content = json.dumps(data | {"merge_config.json": merge})
+    file.write_text(content)
+    text = conversions.refused(tmp_path, path)
     assert said in text
     assert "kmerge.json" in text
-    assert "remove" in text
-    (path / "kmerge.json").unlink()
-    convert_checkpoint(str(path), tmp_path / "back")
+    file.unlink()
+    back(tmp_path)
 
 
 def test_another_base_than_the_companions_is_refused_by_name(tmp_path, tied):
-    made = make_checkpoint()
-    convert_checkpoint(str(made.write(tmp_path / "src")), tmp_path / "x", str(tied))
+    convert_checkpoint(str(make_checkpoint().write(tmp_path / "src")), tmp_path / "x", str(tied))
     export_adapter(tmp_path / "x", tmp_path / "y")
-    other = write_base(tmp_path / "other", qwen2_config(rope_theta=77.0))
-    with pytest.raises(CheckpointError) as caught:
-        convert_checkpoint(str(tmp_path / "y"), tmp_path / "back", str(other))
-    assert "rope_theta is 77.0, the adapter was made for 10000.0 (says kmerge.json" in str(
-        caught.value
-    )
+    other = str(write_base(tmp_path / "other", qwen2_config(rope_theta=77.0)))
+    text = conversions.refused(tmp_path, tmp_path / "y", model=other)
+    assert "rope_theta is 77.0, the adapter was made for 10000.0 (says kmerge.json" in text
     (tmp_path / "y" / "kmerge.json").unlink()
-    convert_checkpoint(str(tmp_path / "y"), tmp_path / "back", str(other))
+    back(tmp_path, model=other)
 
 
 def test_lora_that_was_trained_on_elsewhere_converts_and_keeps_what_the_companion_says(tmp_path):
@@ -243,15 +199,12 @@ def test_lora_that_was_trained_on_elsewhere_converts_and_keeps_what_the_companio
     made = make(head=False)
     layout = Layout(threshold=9)
     exported(replace(made, merge=replace(made.merge, layout=layout)), tmp_path)
-    (tmp_path / "y" / "adapter_model.safetensors").unlink()
-    trained = make_checkpoint(d=D, rank=3, lora_alpha=5, vocab_size=30)
-    other = trained.write(tmp_path / "z")
+    trained = make_checkpoint(d=D, rank=3, lora_alpha=5, vocab_size=30).write(tmp_path / "z")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (other / name).replace(tmp_path / "y" / name)
+        (trained / name).replace(tmp_path / "y" / name)
     found = back(tmp_path)
     assert (found.merge.layout, found.merge.pad_token_id) == (layout, 7)
-    assert found.tuning.uniform.rank == 3
-    assert found.tuning.uniform.scale == 5 / 3
+    assert found.tuning.uniform == LoRASpec(3, 5 / 3)
 
 
 def test_the_companions_padding_outlives_the_bases_default(tmp_path, tied):
@@ -275,12 +228,16 @@ def test_export_prints_one_line_and_convert_takes_it_back(adapter_path, base_pat
     assert found["adapters"][0]["pad_token_id"] == 223
 
 
-def test_export_of_several_k_asks_which(tmp_path):
+def test_export_of_several_k_asks_which_and_says_what_the_paper_does_not_have(tmp_path):
     for k in (2, 3):
-        saved(tmp_path / "all" / f"k{k}", k=k)
+        made = make(k)
+        merge = replace(made.merge, layout=Layout())
+        save_adapter(replace(made, merge=merge), tmp_path / "all" / f"k{k}")
     args = ("export", tmp_path / "all", tmp_path / "y")
     assert_one_error(run(*args), 1, "holds adapters for K = 2, 3: choose one with --k")
-    assert run(*args, "--k", 3).err.startswith(f"{tmp_path}/y: K = 3, ")
+    shown = run(*args, "--k", 3).err
+    assert shown.startswith(f"{tmp_path}/y: K = 3, ")
+    assert "note: the paper's code merges the whole prompt" in shown
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -305,10 +262,3 @@ def test_an_export_without_merging_is_no_adapter_for_another_k(tmp_path):
     assert_one_error(result, 1, "kmerge.json says K = 1, but --k is 4")
     result = run("generate", "-p", "A", "--adapter-path", path)
     assert_one_error(result, 1, "run `kmerge-mlx convert")
-
-
-def test_a_layout_that_the_papers_code_does_not_have_is_said(tmp_path):
-    made = make()
-    save_adapter(replace(made, merge=replace(made.merge, layout=Layout())), tmp_path / "x")
-    result = run("export", tmp_path / "x", tmp_path / "y")
-    assert "note: the paper's code merges the whole prompt" in result.err

@@ -6,14 +6,14 @@ same LoRA in every layer takes mlx-lm's form, any other is written module by mod
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.convert.peft import PREFIX
-from tests.checkpoints import make
 from tests.peft_adapters import Q, V, config, converted, layered, refused, tensors
 
 # ---- tensors ----
@@ -23,61 +23,35 @@ def test_a_raw_state_dict_with_the_adapters_name_converts_the_same():
     weights = layered(Q)
     raw = {name.replace(".weight", ".default.weight"): array for name, array in weights.items()}
     plain, named = converted(config(), weights), converted(config(), raw)
-    assert plain.config == named.config
-    assert all(mx.array_equal(plain.weights[n], named.weights[n]) for n in plain.weights)
+    assert plain.tuning == named.tuning
+    assert all(
+        mx.array_equal(plain.tuning_weights[n], named.tuning_weights[n])
+        for n in plain.tuning_weights
+    )
 
 
-def test_two_names_for_one_tensor_are_refused():
+A, B = (f"{PREFIX}model.layers.0.{Q}.lora_{part}.weight" for part in "AB")
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({A.replace(".weight", ".default.weight"): (4, 8)}, "is there under two names"),
+        ({B: None}, f"model.layers.0.{Q}.lora_B.weight is missing"),
+        ({A: (5, 8), B: (6, 5)}, "the tensors have rank 5, the config says 4"),
+        ({B: (6, 5)}, "lora_A (4, 8) and lora_B (6, 5) do not fit together"),
+        ({A: ()}, "has shape (), expected (r, in) or (out, r)"),
+        ({A: (4, 8, 1)}, "has shape (4, 8, 1), expected (r, in) or (out, r)"),
+        ({A: (0, 8)}, "has shape (0, 8), expected (r, in) or (out, r)"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused_by_name(changed, complaint):
     weights = layered(Q)
-    again = {n.replace(".weight", ".default.weight"): a for n, a in weights.items() if "_A" in n}
-    problems = refused(config(), weights | again)
-    assert len(problems) == 2
-    assert all("is there under two names" in p for p in problems)
-
-
-def test_tensors_are_transposed_and_keep_their_bits():
-    made = make(layers=1, head=False)
-    arrays = {name: mx.array(array) for name, array in made.adapter.items()}
-    lora = converted(made.config, arrays)
-    for name, array in made.adapter.items():
-        module, part = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
-        found = np.array(lora.weights[f"{module}.{part.lower()}"])
-        assert found.tobytes() == array.T.tobytes()
-
-
-def test_the_copy_of_the_heads_weight_is_dropped():
-    weights = layered(Q) | tensors("lm_head", inner=8, out=30)
-    weights[f"{PREFIX}lm_head.base_layer.weight"] = mx.zeros((30, 8))
-    weights[f"{PREFIX}lm_head.base_layer.bias"] = mx.zeros((30,))
-    lora = converted(config(target_modules=["q_proj", "lm_head"]), weights)
-    assert set(lora.head_weights) == {"lora_a", "lora_b"}
-    assert not [name for name in lora.weights if "head" in name]
-
-
-def test_half_a_pair_is_refused():
-    weights = layered(Q)
-    del weights[f"{PREFIX}model.layers.1.{Q}.lora_B.weight"]
-    assert refused(config(), weights) == [f"model.layers.1.{Q}.lora_B.weight is missing"]
-
-
-def test_a_rank_that_is_not_the_configs_is_refused_with_both():
-    assert refused(config(r=8)) == [
-        f"model.layers.{i}.{Q}: the tensors have rank 4, the config says 8" for i in (0, 1)
-    ]
-
-
-def test_two_ranks_in_one_pair_are_refused_with_both_shapes():
-    weights = layered(Q, layers=(0,))
-    weights[f"{PREFIX}model.layers.0.{Q}.lora_B.weight"] = mx.zeros((6, 5))
-    (problem,) = refused(config(), weights)
-    assert "lora_A (4, 8) and lora_B (6, 5) do not fit together" in problem
-
-
-@pytest.mark.parametrize("shape", [(), (4, 8, 1), (0, 8)])
-def test_a_tensor_that_is_no_matrix_is_refused_with_its_shape(shape):
-    weights = layered(Q, layers=(0,))
-    weights[f"{PREFIX}model.layers.0.{Q}.lora_A.weight"] = mx.zeros(shape)
-    assert f"has shape {shape}, expected (r, in) or (out, r)" in refused(config(), weights)[0]
+    for name, shape in changed.items():
+        weights.pop(name, None)
+        if shape is not None:
+            weights[name] = mx.zeros(shape)
+    assert complaint in refused(config(), weights)[0]
 
 
 def test_an_adapter_without_tensors_is_refused():
@@ -105,75 +79,61 @@ def test_everything_wrong_with_one_adapter_is_listed_at_once():
 
 def test_the_same_lora_in_every_layer_takes_mlx_lms_form():
     lora = converted(config(target_modules=["q_proj", "v_proj"]), layered(Q, V))
-    assert lora.config.num_layers == 2
-    assert set(lora.config.keys) == {Q, V}
-    assert lora.config.uniform.rank == 4
-    assert lora.config.uniform.scale == 4.0
-    assert not lora.config.modules
+    assert set(lora.tuning.keys) == {Q, V}
+    assert replace(lora.tuning, keys=()) == LoRAConfig(2, 0.05, LoRASpec(4, 4.0))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_first_layers_alone_are_never_written_as_last_layers():
+    """mlx-lm counts layers from the last: with a third layer it would adapt the wrong two."""
+    for options in (
         {"target_modules": r"model\.layers\.[01]\.self_attn\.q_proj"},
         {"target_modules": ["0.self_attn.q_proj", "1.self_attn.q_proj"]},
         {"layers_to_transform": [0, 1]},
         {"exclude_modules": r".*\.2\..*"},
-    ],
-    ids=str,
-)
-def test_first_layers_alone_are_never_written_as_last_layers(options):
-    """mlx-lm counts layers from the last: with a third layer it would adapt the wrong two."""
-    by_module = converted(config(**options), layered(Q)).config
-    assert by_module.uniform is None
-    assert set(by_module.modules) == {f"model.layers.{i}.{Q}" for i in (0, 1)}
-    assert converted(config(**options), layered(Q), num_layers=3).config.uniform is None
-    assert converted(config(**options), layered(Q), num_layers=2).config.num_layers == 2
-    assert converted(config(**options), layered(Q), num_layers=2).config.uniform is not None
+    ):
+        for layers in (None, 3, 2):
+            found = converted(config(**options), layered(Q), num_layers=layers).tuning
+            assert found.num_layers == 2
+            assert (found.uniform is None) == (layers != 2)
+            assert found.uniform or set(found.modules) == {f"model.layers.{i}.{Q}" for i in (0, 1)}
 
 
-def test_different_ranks_or_gaps_are_written_module_by_module():
+def test_different_ranks_gaps_or_stacks_are_written_module_by_module():
     weights = layered(Q, layers=(0,)) | layered(Q, layers=(1,), rank=2)
     lora = converted(config(rank_pattern={"layers.1.self_attn.q_proj": 2}), weights)
-    assert {name: spec.rank for name, spec in lora.config.modules.items()} == {
-        f"model.layers.0.{Q}": 4,
-        f"model.layers.1.{Q}": 2,
+    assert lora.tuning.modules == {
+        f"model.layers.0.{Q}": LoRASpec(4, 4.0),
+        f"model.layers.1.{Q}": LoRASpec(2, 8.0),
     }
-    assert math.isclose(lora.config.modules[f"model.layers.1.{Q}"].scale, 8.0)
-    gap = converted(config(), layered(Q, layers=(0, 2)))
-    assert gap.config.num_layers == 3
-    assert len(gap.config.modules) == 2
+    gap = converted(config(), layered(Q, layers=(0, 2))).tuning
+    assert (gap.num_layers, len(gap.modules)) == (3, 2)
+    stacks = layered(Q) | tensors(f"vision.layers.0.{Q}", f"vision.layers.1.{Q}")
+    assert len(converted(config(), stacks).tuning.modules) == 4
 
 
-def test_two_stacks_of_layers_are_not_mistaken_for_one():
-    weights = layered(Q, layers=(0, 1)) | tensors(f"vision.layers.0.{Q}", f"vision.layers.1.{Q}")
-    assert len(converted(config(), weights).config.modules) == 4
-
-
-@pytest.mark.parametrize("number", ["007", "٣", "1234567", "²"])
-def test_a_segment_that_is_no_layer_number_is_part_of_the_path(number):
-    lora = converted(config(), tensors(f"model.layers.{number}.q_proj"))
-    assert set(lora.weights) == {f"model.layers.{number}.q_proj.lora_{part}" for part in ("a", "b")}
-
-
-def test_a_huge_layer_number_is_a_layer_number():
-    weights = tensors("model.layers.999999.q_proj")
-    assert converted(config(), weights).config.num_layers == 1_000_000
+def test_a_segment_that_is_no_layer_number_is_part_of_the_path():
+    for number in ("007", "٣", "1234567", "²"):
+        lora = converted(config(), tensors(f"model.layers.{number}.q_proj"))
+        assert lora.tuning.num_layers <= 1
+        assert {name.rpartition(".")[0] for name in lora.tuning_weights} == {
+            f"model.layers.{number}.q_proj"
+        }
+    lora = converted(config(), tensors("model.layers.999999.q_proj"))
+    assert lora.tuning.num_layers == 1_000_000
 
 
 def test_the_head_is_kept_apart_unless_the_base_is_known_to_have_one():
     weights = layered(Q) | tensors("lm_head")
     options = config(target_modules=["q_proj", "lm_head"])
     apart = converted(options, weights)
-    assert apart.head.scale == 4.0
-    assert apart.config.keys == (Q,)
+    assert (apart.merge.head_lora, apart.tuning.keys) == (LoRASpec(4, 4.0), (Q,))
+    assert set(apart.head_weights) == {"lora_a", "lora_b"}
     within = converted(options, weights, head_is_a_layer=True, num_layers=2)
-    assert within.head is None
-    assert set(within.config.keys) == {Q, "lm_head"}
-    assert "lm_head.lora_a" in within.weights
+    assert (within.merge.head_lora, set(within.tuning.keys)) == (None, {Q, "lm_head"})
+    assert "lm_head.lora_a" in within.tuning_weights
 
 
 def test_a_head_alone_does_not_read_as_all_layers():
     options = config(target_modules=["lm_head"])
     lora = converted(options, tensors("lm_head"), head_is_a_layer=True, num_layers=2)
-    assert (lora.config.num_layers, lora.config.keys) == (1, ("lm_head",))
+    assert (lora.tuning.num_layers, lora.tuning.keys) == (1, ("lm_head",))

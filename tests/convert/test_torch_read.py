@@ -16,7 +16,6 @@ import pytest
 
 from kmerge_mlx.convert.torch_read import read_state_dict
 from tests.convert.test_hostile_torch_files import FIXTURE, refusal
-from tests.hostile_torch_parts import Record, checkpoint, state
 
 torch = pytest.importorskip("torch")
 
@@ -73,32 +72,21 @@ def test_any_bits_of_every_dtype_survive_in_every_pickle_protocol(tmp_path, prot
     assert_same(read_state_dict(path), tensors)
 
 
-def test_views_are_read_through_their_strides(tmp_path):
+def test_views_empty_and_tied_tensors_are_read_through_their_strides(tmp_path):
     base = random_tensor("float32", 4, 6, 5)
     tensors = {
         "transposed": base.transpose(0, 2),
         "permuted": base.permute(1, 2, 0),
         "every_other": base[::2, 1::3],
-        "row": base[3, 5],
         "column": base[:, 2, 4],
         "scalar": base[1, 2, 3],
         "none": base[4:],
         "one_wide": base[:1, :, 4:],
         "half": random_tensor("bfloat16", 6, 4).T,
     }
-    path = save(tmp_path / "x.pth", tensors)
-    assert_same(read_state_dict(path), torch.load(path, weights_only=True))
-
-
-def test_empty_and_zero_dimensional_tensors_keep_their_shapes(tmp_path):
     shapes = [(), (0,), (0, 3), (3, 0), (2, 0, 4), (1, 1), (1,) * 8]
-    path = save(tmp_path / "x.pth", {str(shape): torch.ones(shape) for shape in shapes})
-    assert_same(read_state_dict(path), torch.load(path, weights_only=True))
-
-
-def test_tied_weights_are_read_under_each_name(tmp_path):
-    weight = random_tensor("float16", 8, 4)
-    path = save(tmp_path / "x.pth", {"head": weight, "embed": weight, "rows": weight[2:5]})
+    tensors |= {str(shape): torch.ones(shape) for shape in shapes}
+    path = save(tmp_path / "x.pth", tensors)
     assert_same(read_state_dict(path), torch.load(path, weights_only=True))
 
 
@@ -111,62 +99,40 @@ def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
         assert_same(read_state_dict(str(path)), tensors)
 
 
-def test_a_big_endian_file_is_refused(tmp_path):
-    path = tmp_path / "x.pth"
-    path.write_bytes(checkpoint(state(), Record("archive/byteorder", b"big")))
-    assert "found the byte order b'big'" in refusal(path)
-
-
 # ---- what torch.save also writes is refused by name ----
 
 
-@pytest.mark.parametrize(
-    ("value", "found", "remedy"),
-    [
-        (lambda: {"w": torch.ones(2, dtype=torch.float64)}, "float64", "save it as float32"),
-        (lambda: {"w": torch.ones(2, dtype=torch.complex64)}, "complex", "two real tensors"),
-        (lambda: {"w": torch.ones(2).to(torch.float8_e4m3fn)}, "float8", "save it as float16"),
-        (lambda: {"w": torch.ones(2, 2).to_sparse()}, "sparse", "to_dense()"),
-        (lambda: {"w": torch.ones(2)._neg_view()}, "_rebuild_tensor_v2", "state_dict()"),
-        (lambda: {"w": torch.ones(1).expand(9)}, "at most 4 times", "contiguous()"),
-        (lambda: torch.nn.Linear(2, 2), "'torch.nn.modules.linear.Linear'", "state_dict()"),
-        (lambda: torch.ones(2), "type Tensor", "state_dict()"),
-        (
-            lambda: {"model": {"w": torch.ones(2)}, "epoch": 3},
-            "'model' (dict), 'epoch'",
-            "['model']",
-        ),
-    ],
-)
-def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path, value, found, remedy):
-    message = refusal(save(tmp_path / "x.pth", value()))
-    assert found in message
-    assert remedy in message
-
-
-def test_a_training_checkpoint_names_its_top_level(tmp_path):
-    module = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.ones(2)).sum().backward()
-    optimizer.step()
-    whole = {"optimizer": optimizer.state_dict(), "epoch": 3, "loss": 0.5, "note": None}
-    message = refusal(save(tmp_path / "x.pth", whole))
-    assert all(f"'{name}'" in message for name in whole)
-
-
-def test_the_formats_before_the_zip_say_how_to_save_again(tmp_path):
-    path = tmp_path / "x.pth"
-    save(path, {"w": torch.ones(2)}, _use_new_zipfile_serialization=False)
-    message = refusal(path)
-    assert "before 1.6" in message
-    assert "torch.save(torch.load(path, weights_only=True), new_path)" in message
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_program_is_refused_by_name(tmp_path):
-    path = tmp_path / "x.pth"
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    assert "TorchScript" in refusal(path)
+def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
+    ones, module = torch.ones(2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(ones).sum().backward()
+    optimizer.step()
+    again = "torch.save(torch.load(path, weights_only=True), new_path)"
+    for value, found, remedy in (
+        ({"w": ones.double()}, "float64", "save it as float32"),
+        ({"w": ones.to(torch.complex64)}, "complex", "two real tensors"),
+        ({"w": ones.to(torch.float8_e4m3fn)}, "float8", "save it as float16"),
+        ({"w": torch.ones(2, 2).to_sparse()}, "sparse", "to_dense()"),
+        ({"w": ones._neg_view()}, "_rebuild_tensor_v2", "state_dict()"),
+        ({"w": torch.ones(1).expand(9)}, "at most 4 times", "contiguous()"),
+        (module, "'torch.nn.modules.linear.Linear'", "state_dict()"),
+        (ones, "type Tensor", "state_dict()"),
+        ({"model": {"w": ones}, "epoch": 3}, "'model' (dict), 'epoch'", "['model']"),
+        ({"o": optimizer.state_dict(), "loss": 0.5, "n": None}, "'o' (dict), 'loss'", "['o']"),
+        (torch.jit.script(module), "TorchScript", "state_dict()"),
+        (None, "before 1.6", again),
+    ):
+        path = tmp_path / "x.pth"
+        if value is None:
+            save(path, {"w": ones}, _use_new_zipfile_serialization=False)
+        elif isinstance(value, torch.jit.ScriptModule):
+            torch.jit.save(value, path)
+        else:
+            save(path, value)
+        message = refusal(path)
+        assert found in message
+        assert remedy in message
 
 
 # ---- in bulk ----
@@ -192,19 +158,13 @@ def test_1500_mutated_files_are_read_or_refused_in_little_memory(tmp_path):
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["taken"] == []
-    assert report["events"] == []
-    assert report["refused"] > 0
-    assert report["read"] > 0
+    assert (report["taken"], report["events"]) == ([], [])
+    assert min(report["refused"], report["read"]) > 0
     assert report["peak_bytes"] < 300e6
     assert list(cwd.iterdir()) == []
-    agree_with_torch(scratch.glob("read-*.pth"))
-
-
-def agree_with_torch(paths) -> None:
-    """Where both readers take a mutated file, they take the same from it."""
+    # Where both readers take a mutated file, they take the same from it.
     compared = 0
-    for path in paths:
+    for path in scratch.glob("read-*.pth"):
         try:
             with warnings.catch_warnings(action="ignore"):  # of protocols other than 2
                 tensors = torch.load(path, weights_only=True)
