@@ -1,4 +1,4 @@
-"""mlx-lm's batching and caching of prompts that are merged: everything we override of it.
+"""mlx-lm's engine with one fixed model, whose prompts are merged: everything we override of it.
 
 MLX works in mlx-lm's generation thread alone. Blocks are freed there too, and only while a prompt
 is merged.
@@ -9,17 +9,22 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from argparse import Namespace
 from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import mlx.core as mx
 from mlx_lm import server as host
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import (
     GenerationArguments,
     GenerationContext,
@@ -28,12 +33,15 @@ from mlx_lm.server import (
     ResponseGenerator,
 )
 
-from kmerge_mlx.errors import BlockTableFullError, ServeError
+from kmerge_mlx.base import find_embedding
+from kmerge_mlx.errors import BlockTableFullError, ServeError, of_mlx_lm
 from kmerge_mlx.generation.stream import compress, over_original_ids
-from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.model import load_source, merged_embedding
+from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.serving.answers import ClientGone, busy, refused
-from kmerge_mlx.serving.model import PinnedModel
+from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
+from kmerge_mlx.serving.settings import ServeSettings
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
@@ -47,7 +55,7 @@ _SEAM = {
     (ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
     (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
     (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
-    (ModelProvider, "load_default"): "self",
+    (ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
 }
 
 
@@ -66,19 +74,65 @@ def check_seam() -> None:
             )
 
 
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """A request on its way through mlx-lm, and the queue of replies to it.
+class PinnedModel(ModelProvider):
+    """mlx-lm's model provider with one model, which no client can change.
 
     Args:
-        segments: The prompt, laid out.
-        chat: Whether it is a conversation.
-        loop: The event loop that waits for the replies.
+        settings: The server's settings.
+        source: The base model and the adapter; without one nothing is merged.
     """
+
+    def __init__(self, settings: ServeSettings, source: Source):
+        own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
+        super().__init__(Namespace(**vars(settings) | own))
+        self.settings, self.source = settings, source
+        self.name = source.path.resolve().name if Path(source.model).is_dir() else source.model
+        self.stored_layout = None if source.merge is None else source.merge.layout
+        self.layout = chosen(
+            self.stored_layout, settings.merges, settings.merge_threshold, settings.chat_template
+        )
+
+    def load(self, *named: Any) -> tuple[Any, Any]:
+        """The model and its tokenizer, whatever name mlx-lm asks for."""
+        return self.model, self.tokenizer
+
+    def load_once(self) -> None:
+        """Loads the model, in mlx-lm's generation thread.
+
+        Raises:
+            KMergeError: It cannot be loaded, or the settings do not fit it.
+        """
+        settings = self.settings
+        model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
+        has_template = self.layout.chat_template and tokenizer.has_chat_template
+        if settings.chat_template_args and not has_template:
+            raise ServeError("`chat_template_args` needs a chat template, and none is applied")
+        embedding = merged_embedding(model) or find_embedding(model, self.name)[1]
+        self.vocab_size = embedding.weight.shape[0]
+        if settings.top_k >= self.vocab_size:
+            raise ServeError(
+                f"`top_k` is {settings.top_k}, and the vocabulary has {self.vocab_size:,} tokens: "
+                "give fewer"
+            )
+        caches = make_prompt_cache(model)
+        self.is_batchable = all(hasattr(cache, "merge") for cache in caches)
+        if settings.kv_bits is not None:  # now, so that a request is not the first to fail
+            model(mx.array([[0]]), cache=caches)
+            try:
+                maybe_quantize_kv_cache(caches, 0, settings.kv_group_size, settings.kv_bits)
+            except (ValueError, NotImplementedError) as error:
+                raise ServeError(of_mlx_lm(error)) from error
+        self.model, self.tokenizer = model, tokenizer
+        self.model_key = (self.name, None, None)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through mlx-lm, and the queue of replies to it."""
 
     segments: list[Segment]
     chat: bool
-    loop: AbstractEventLoop
+    loop: AbstractEventLoop  # of who waits for the replies
     context: GenerationContext | None = None
     cancelled: bool = False  # by the client
     alone: bool = False  # not in a batch
@@ -206,11 +260,11 @@ class CompressingGenerator(ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged.
 
     Args:
-        provider: The model; loading begins now, in the generation thread.
+        provider: The model, which its generation thread loads before this returns.
         looked_up: See :class:`PromptCache`.
 
     Raises:
-        ServeError: Another mlx-lm than this release was made for.
+        KMergeError: Another mlx-lm than this release was made for; a model that cannot be loaded.
     """
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
@@ -218,9 +272,10 @@ class CompressingGenerator(ResponseGenerator):
         host._make_logits_processors = _processors
         self.jobs: set[Job] = set()
         self._held: dict[Job, CompressedPrompt] = {}
-        arguments = provider.cli_args
-        size, limit = arguments.prompt_cache_size, arguments.prompt_cache_bytes
+        self._loaded: Future[None] = Future()
+        size, limit = provider.settings.prompt_cache_size, provider.settings.cache_limit
         super().__init__(provider, PromptCache(size, limit, looked_up))
+        self._loaded.result()
 
     def submit(self, job: Job, args: Arguments) -> None:
         """Queues a job; it is to be forgotten afterwards.
@@ -229,18 +284,14 @@ class CompressingGenerator(ResponseGenerator):
             ApiError: 503: the generation thread has died.
         """
         self.jobs.add(job)  # before the check: whoever is in when the thread dies is told
-        self.check_alive()
+        if not self.generation_available():
+            raise _unavailable()
         self.requests.put((job, job, args))
 
     def forget(self, job: Job) -> None:
         """Stops a job, wherever it is."""
         job.cancelled = True
         self.jobs.discard(job)
-
-    def check_alive(self) -> None:
-        """Raises an :class:`ApiError`, 503, if the generation thread has died."""
-        if not self.generation_available():
-            raise _unavailable()
 
     def give_up(self, error: Exception) -> None:
         """Ends every job with an error."""
@@ -253,11 +304,14 @@ class CompressingGenerator(ResponseGenerator):
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
                 embedding.table.protect(self.prompt_cache.cached_ids)
+            self._loaded.set_result(None)
             self._generate()
-        except Exception:
+        except BaseException as error:
             self._generation_failed = True
-            if provider.loaded.exception() is None:  # else the starter reports it
+            if self._loaded.done():
                 _log.exception("the generation thread died")
+            else:
+                self._loaded.set_exception(error)
             self.give_up(_unavailable())
             # As at its proper end: what MLX made here must go here.
             provider.reset()
@@ -295,7 +349,8 @@ class CompressingGenerator(ResponseGenerator):
             cut = (embedding.merge_factor, embedding.pad_token_id, embedding.context)
             blocks = {block for s in segments if s.merge for block in split(s.ids, *cut)}
             if len(blocks) > embedding.table.capacity:
-                raise refused(
+                raise ApiError(
+                    400,
                     f"the prompt has {len(blocks):,} distinct blocks, more than the server's "
                     f"{embedding.table.capacity:,} slots: shorten it",
                     code="context_length_exceeded",

@@ -108,7 +108,7 @@ def calling(arguments: str) -> dict[str, Any]:
 
 
 def test_arguments_of_a_tool_call_are_an_object_for_the_template():
-    (message,) = read(calling('{"a": 1}'), chat=True).plain_messages()
+    (message,) = read(calling('{"a": 1}'), chat=True).model_dump()["messages"]
     assert message["content"] == ""
     assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"a": 1}}
     for arguments in ('{"a": "\\ud800"}', '{"a": NaN}', "{", "[" * 100_000):
