@@ -27,15 +27,7 @@ _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of b
 
 
 class ApiError(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: HTTP status.
-        message: For a person.
-        param: The field of the request that is to blame, or None.
-        code: A short name for a program, or None.
-        headers: Further HTTP headers.
-    """
+    """An answer that is an error; ``param`` is the field to blame, ``code`` is for programs."""
 
     def __init__(
         self,
@@ -79,14 +71,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 class Answer:
-    """The answer to one request, made from mlx-lm's tokens as they come.
-
-    Args:
-        completion: The request.
-        context: mlx-lm's.
-        tokenizer: Its tokenizer.
-        known: Further fields that each piece has.
-    """
+    """The answer to one request, made from mlx-lm's tokens as they come; pieces have ``known``."""
 
     def __init__(
         self, completion: Completion, context: GenerationContext, tokenizer: Any, known: dict

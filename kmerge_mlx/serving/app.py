@@ -68,13 +68,11 @@ def make_app(service: Service) -> ASGIApp:
         return JSONResponse(known if wanted else {"object": "list", "data": [known]})
 
     @post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return _Completing(service, await _read_body(request, service.settings), chat=False)
-
     @post("/v1/chat/completions")
     @post("/chat/completions")
-    async def chat(request: Request) -> Response:
-        return _Completing(service, await _read_body(request, service.settings), chat=True)
+    async def complete(request: Request) -> Response:
+        chat = request.url.path.endswith("/chat/completions")
+        return _Completing(service, await _read_body(request, service.settings), chat)
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
         status = _LEFT
@@ -172,9 +170,8 @@ class _Completing(Response):
 
         connection.answering = asyncio.current_task()
         try:
-            work = self.service.answer(self.asked, self.chat, connection.arrived, write)
             try:
-                whole = await work
+                whole = await self.service.answer(self.asked, self.chat, connection.arrived, write)
                 await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
             except (ApiError, KMergeError) as error:
                 if not begun:
@@ -331,6 +328,5 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise ServeError(
-            f"cannot listen on {host}:{port}: {reason}; choose another `host` or `port`"
-        ) from None
+        text = f"cannot listen on {host}:{port}: {reason}; choose another `host` or `port`"
+        raise ServeError(text) from None

@@ -47,11 +47,11 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
 
-# What is overridden of mlx-lm, with its parameters.
+# What is overridden or called of mlx-lm's own, with its parameters.
 _SEAM = {
     (host, "_make_logits_processors"): "args",
     (ResponseGenerator, "_run_generate"): "self",
-    (ResponseGenerator, "_serve_single"): "self, request, stream",
+    (ResponseGenerator, "_is_batchable"): "self, args",
     (ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
     (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
     (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
@@ -60,11 +60,7 @@ _SEAM = {
 
 
 def check_seam() -> None:
-    """Checks that mlx-lm still has what this module overrides.
-
-    Raises:
-        ServeError: Names what is missing or has other parameters.
-    """
+    """Checks that mlx-lm still has what this module overrides."""
     for (owner, name), expected in _SEAM.items():
         found = ", ".join(signature(getattr(owner, name, lambda: None)).parameters)
         if found != expected:
@@ -75,12 +71,7 @@ def check_seam() -> None:
 
 
 class PinnedModel(ModelProvider):
-    """mlx-lm's model provider with one model, which no client can change.
-
-    Args:
-        settings: The server's settings.
-        source: The base model and the adapter; without one nothing is merged.
-    """
+    """mlx-lm's model provider with one model, which no client can change."""
 
     def __init__(self, settings: ServeSettings, source: Source):
         own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
@@ -97,11 +88,7 @@ class PinnedModel(ModelProvider):
         return self.model, self.tokenizer
 
     def load_once(self) -> None:
-        """Loads the model, in mlx-lm's generation thread.
-
-        Raises:
-            KMergeError: It cannot be loaded, or the settings do not fit it.
-        """
+        """Loads the model, in mlx-lm's generation thread."""
         settings = self.settings
         model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
         has_template = self.layout.chat_template and tokenizer.has_chat_template
@@ -218,13 +205,7 @@ class _Kept(list):
 
 
 class PromptCache(LRUPromptCache):
-    """mlx-lm's cache of prefixes, which leaves something of every prompt to read.
-
-    Args:
-        max_size: Most caches.
-        max_bytes: Most memory, or None for no limit.
-        looked_up: Called with ``hit`` or ``miss``.
-    """
+    """mlx-lm's cache of prefixes; it reports each ``hit`` and ``miss``, and knows its ids."""
 
     def __init__(self, max_size: int, max_bytes: int | None, looked_up: Callable[[str], None]):
         super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
@@ -232,10 +213,7 @@ class PromptCache(LRUPromptCache):
         self._kept: WeakSet[_Kept] = WeakSet()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The longest cached prefix of a prompt, and the rest, which is never empty.
-
-        mlx-lm's generation thread dies of an empty rest.
-        """
+        """The longest cached prefix of a prompt, and the rest; mlx-lm dies of an empty rest."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
             cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
@@ -257,15 +235,7 @@ class PromptCache(LRUPromptCache):
 
 
 class CompressingGenerator(ResponseGenerator):
-    """mlx-lm's response generator, whose prompts are merged.
-
-    Args:
-        provider: The model, which its generation thread loads before this returns.
-        looked_up: See :class:`PromptCache`.
-
-    Raises:
-        KMergeError: Another mlx-lm than this release was made for; a model that cannot be loaded.
-    """
+    """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
         check_seam()
@@ -278,14 +248,11 @@ class CompressingGenerator(ResponseGenerator):
         self._loaded.result()
 
     def submit(self, job: Job, args: Arguments) -> None:
-        """Queues a job; it is to be forgotten afterwards.
-
-        Raises:
-            ApiError: 503: the generation thread has died.
-        """
+        """Queues a job; it is to be forgotten afterwards."""
         self.jobs.add(job)  # before the check: whoever is in when the thread dies is told
         if not self.generation_available():
             raise _unavailable()
+        job.alone = not self._is_batchable(args)
         self.requests.put((job, job, args))
 
     def forget(self, job: Job) -> None:
@@ -318,10 +285,6 @@ class CompressingGenerator(ResponseGenerator):
             self.prompt_cache = None
             gc.collect()
 
-    def _serve_single(self, request: tuple[Job, Job, Arguments], stream: Any) -> None:
-        request[0].alone = True
-        super()._serve_single(request, stream)
-
     def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
         """Merges a prompt that is laid out already; see mlx-lm's for the result."""
         if request.cancelled:
@@ -333,12 +296,10 @@ class CompressingGenerator(ResponseGenerator):
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
-        shared = _shared_end(request.segments, self.model_provider.source.k)
-        ids, parts, kinds = list(prompt.ids), [list(prompt.ids)], ["assistant"]
-        if 0 < shared < len(ids):
-            parts, kinds = [ids[:shared], ids[shared:]], ["user", "assistant"]
+        ids, end = list(prompt.ids), _shared_end(request.segments, self.model_provider.source.k)
+        parts = [part for part in (ids[:end], ids[end:]) if part]
         state = _initial_state(tokenizer, request, prompt.original_ids)
-        return ids, parts, kinds, state, None
+        return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
         model = self.model_provider.model

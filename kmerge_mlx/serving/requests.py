@@ -34,10 +34,6 @@ _TEMPLATE_OWN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_templ
 _TEMPLATE_OWN -= {"documents", "sanitize_control_tokens", "kwargs"}
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _prompt(value: Any) -> str | list[int]:
     if isinstance(value, list) and len(value) == 1 and not is_int(value[0]):
         value = value[0]  # a list of one prompt
@@ -108,6 +104,7 @@ class _ResponseFormat(_Part):
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Token = Annotated[int, Strict(False), Field(ge=0)]
+_ListOfOne = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
@@ -136,7 +133,7 @@ class Completion(_Part):
     logit_bias: dict[_Token, _Penalty] | None = None
     logprobs: Annotated[Any, BeforeValidator(_logprobs)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    stop: Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)] = []
+    stop: Annotated[list[_Stop], Field(max_length=16), _ListOfOne] = []
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     response_format: _ResponseFormat = _ResponseFormat()
@@ -176,22 +173,12 @@ class ChatCompletion(Completion):
 
 
 def read_json(raw: bytes) -> Any:
-    """JSON as its standard has it.
-
-    Raises:
-        ValueError: Not UTF-8 or not JSON; NaN; half of a surrogate pair; nested too deeply.
-    """
+    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
     return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
 
 
 def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Completion:
-    """Reads and checks the body of a request.
-
-    Args:
-        raw: The body.
-        chat: Whether it came to the chat endpoint.
-        served: Name of the only model there is.
-        vocab_size: V: token ids are below.
+    """Reads and checks the body of a request to the model ``served``.
 
     Raises:
         ApiError: 400 for the first field that is wrong; 404 for another model.

@@ -64,14 +64,7 @@ class Metrics:
 
 
 class Service:
-    """One model and its requests.
-
-    Args:
-        settings: The server's settings.
-
-    Raises:
-        KMergeError: The key, the model or the adapter cannot be read.
-    """
+    """One model and its requests."""
 
     def __init__(self, settings: ServeSettings):
         self.settings, self.metrics = settings, Metrics()
@@ -126,16 +119,7 @@ class Service:
     async def answer(
         self, body: bytes, chat: bool, arrived: float, write: Callable[[str], Awaitable[None]]
     ) -> dict[str, Any] | None:
-        """Answers one request.
-
-        Args:
-            body: Its body.
-            chat: Whether it came to the chat endpoint.
-            arrived: When it did, in the event loop's time.
-            write: Called with each piece of an answer that is streamed.
-
-        Returns:
-            The whole answer, or None if it was streamed.
+        """The whole answer to a request that arrived then, or None if ``write`` streamed it.
 
         Raises:
             ApiError: As an answer.
@@ -258,11 +242,7 @@ class Service:
         metrics.generated.inc(job.generated)
 
     def drain(self, enough: Callable[[], bool]) -> None:
-        """Takes no more requests, and waits for those that are in.
-
-        Args:
-            enough: Called while it waits; true ends the waiting.
-        """
+        """Takes no more requests, and waits for those that are in until it is enough."""
         self.draining = True
         deadline = time.monotonic() + self.settings.drain_timeout
         while self.in_flight and time.monotonic() < deadline and not enough():

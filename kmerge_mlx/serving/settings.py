@@ -81,14 +81,7 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
 
 
 def read_api_key(file: str | None) -> str | None:
-    """The key that clients must send, from a file or else from the environment.
-
-    Args:
-        file: Name of a file that holds nothing else, or None.
-
-    Raises:
-        ServeError: The file cannot be read, or the key cannot be sent in an HTTP header.
-    """
+    """The key that clients must send, from a file or else from the environment."""
     key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
     if file is not None:
         source = f"`api_key` {file}"
