@@ -121,20 +121,19 @@ async def _check_client(service: Service, request: Request) -> None:
 async def _read_body(request: Request, settings: ServeSettings) -> bytes:
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body must not be compressed")
-    size, most = int(request.headers.get("Content-Length", 0)), settings.max_body_bytes
-    body = bytearray()
+    most, body = settings.max_body_bytes, bytearray()
+    message = f"the body is larger than the {most:,} bytes that the server takes"
+    too_large = ApiError(413, message, code="body_too_large")
+    if int(request.headers.get("Content-Length", 0)) > most:
+        raise too_large
     try:
         async with asyncio.timeout_at(request.state.connection.arrived + settings.read_timeout):
-            if size <= most:
-                async for piece in request.stream():
-                    body += piece
-                    if (size := len(body)) > most:
-                        break
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise too_large
     except TimeoutError:
         raise _too_slow() from None
-    if size > most:
-        message = f"the body is larger than the {most:,} bytes that the server takes"
-        raise ApiError(413, message, code="body_too_large")
     return bytes(body)
 
 

@@ -25,13 +25,6 @@ import mlx.core as mx
 from mlx_lm import server as host
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.server import (
-    GenerationArguments,
-    GenerationContext,
-    ModelProvider,
-    Response,
-    ResponseGenerator,
-)
 
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, of_mlx_lm
@@ -50,12 +43,12 @@ _host_processors = host._make_logits_processors
 # What is overridden or called of mlx-lm's own, with its parameters.
 _SEAM = {
     (host, "_make_logits_processors"): "args",
-    (ResponseGenerator, "_run_generate"): "self",
-    (ResponseGenerator, "_is_batchable"): "self, args",
-    (ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
+    (host.ResponseGenerator, "_run_generate"): "self",
+    (host.ResponseGenerator, "_is_batchable"): "self, args",
+    (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
     (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
     (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
-    (ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
+    (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
 }
 
 
@@ -70,7 +63,7 @@ def check_seam() -> None:
             )
 
 
-class PinnedModel(ModelProvider):
+class PinnedModel(host.ModelProvider):
     """mlx-lm's model provider with one model, which no client can change."""
 
     def __init__(self, settings: ServeSettings, source: Source):
@@ -120,7 +113,7 @@ class Job:
     segments: list[Segment]
     chat: bool
     loop: AbstractEventLoop  # of who waits for the replies
-    context: GenerationContext | None = None
+    context: host.GenerationContext | None = None
     cancelled: bool = False  # by the client
     alone: bool = False  # not in a batch
     over: bool = False  # mlx-lm needs its blocks only until it takes up another prompt
@@ -132,7 +125,7 @@ class Job:
 
     def put(self, reply: Any) -> None:
         """Takes a reply from mlx-lm: a context, progress, a token, an error, or None at the end."""
-        if isinstance(reply, GenerationContext):
+        if isinstance(reply, host.GenerationContext):
             self.context = reply
         elif reply is None or isinstance(reply, Exception):
             self.over = True
@@ -154,7 +147,7 @@ class Job:
         reply = await self._replies.get()
         if isinstance(reply, Exception):
             raise reply
-        if isinstance(reply, Response):
+        if isinstance(reply, host.Response):
             self.generated += 1
             self.first_token_at = self.first_token_at or time.monotonic()
         return reply
@@ -179,13 +172,13 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class Arguments(GenerationArguments):
+class Arguments(host.GenerationArguments):
     """mlx-lm's arguments of a request; they carry the merged prompt to the logits processors."""
 
     prompt: CompressedPrompt | None = None
 
 
-def _processors(args: GenerationArguments) -> list[Any]:
+def _processors(args: host.GenerationArguments) -> list[Any]:
     """mlx-lm's logits processors; a merged prompt's see its original ids, never virtual ones."""
     made = _host_processors(args)
     return over_original_ids(made, args.prompt) if isinstance(args, Arguments) else made
@@ -234,7 +227,7 @@ class PromptCache(LRUPromptCache):
         return [kept.ids for kept in self._kept]
 
 
-class CompressingGenerator(ResponseGenerator):
+class CompressingGenerator(host.ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):

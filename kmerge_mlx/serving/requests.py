@@ -8,15 +8,7 @@ from __future__ import annotations
 from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
 from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
@@ -67,10 +59,8 @@ def _template_options(value: Any) -> Any:
     return value
 
 
-class _Part(BaseModel):
+class _Part(BaseModel, strict=True, allow_inf_nan=False):
     """A part of a request, in which a null is the same as a field that is left out."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +209,6 @@ def _as_api_error(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, with the field that it is about."""
     found = error.errors(include_url=False)[0]
     field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found["loc"])[1:]
-    message = found["msg"].removeprefix("Value error, ")
-    if found["type"] == "missing":
-        return ApiError(400, f"{field} is missing", field)
-    return ApiError(400, f"{field} is {short(found['input'])}: {message}", field)
+    reason = f"{short(found['input'])}: {found['msg'].removeprefix('Value error, ')}"
+    text = f"{field} is {'missing' if found['type'] == 'missing' else reason}"
+    return ApiError(400, text, field)

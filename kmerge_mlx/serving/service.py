@@ -12,12 +12,7 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from mlx_lm.server import (
-    LogitsProcessorArguments,
-    ModelDescription,
-    SamplingArguments,
-    get_system_fingerprint,
-)
+from mlx_lm import server as host
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kmerge_mlx.errors import PromptError
@@ -87,7 +82,7 @@ class Service:
         self._tokenizer_lock = nullcontext() if fast else Lock()
         running = settings.decode_concurrency if self.provider.is_batchable else 1
         self._limit = running + settings.max_queue
-        self._fingerprint = get_system_fingerprint()
+        self._fingerprint = host.get_system_fingerprint()
         self._read_gauges()
 
     def _read_gauges(self) -> None:
@@ -219,9 +214,9 @@ class Service:
             return kind(**{field.name: values[field.name] for field in fields(kind)})
 
         return Arguments(
-            model=ModelDescription(self.provider.name, "default_model", None),
-            sampling=some(SamplingArguments),
-            logits=some(LogitsProcessorArguments),
+            model=host.ModelDescription(self.provider.name, "default_model", None),
+            sampling=some(host.SamplingArguments),
+            logits=some(host.LogitsProcessorArguments),
             stop_words=completion.stop,
             max_tokens=completion.max_completion_tokens or values["max_tokens"],
             num_draft_tokens=0,
