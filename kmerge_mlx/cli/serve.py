@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from kmerge_mlx.serving.app import Server
+    from kmerge_mlx.serving.service import Service
 
 
 @command(ServeSettings, config_file=True)
@@ -27,32 +29,41 @@ def serve(settings: ServeSettings) -> None:
       kmerge-mlx serve --model M --adapter-path A --k 4 --port 8000
       kmerge-mlx serve --model M --adapter-path A --host 0.0.0.0 --api-key key.txt
     """
-    from kmerge_mlx.serving.app import serve as run
+    from kmerge_mlx.serving.app import Server
 
     level = settings.log_level
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
-    run(settings, started=_report_start, draining=_report_end)
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    kept = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in signals}
+    try:
+        with Server(settings) as server:
+            _report_start(server.service, server.url)
+            # A signal may reach another thread: this one must wake up by itself to see it.
+            while not received:
+                time.sleep(0.1)
+            text = "Ending: requests in flight end first (again: at once)"
+            print(text, file=sys.stderr, flush=True)
+            server.service.drain(enough=lambda: len(received) > 1)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
-def _report_start(server: Server) -> None:
+def _report_start(service: Service, url: str) -> None:
     from kmerge_mlx.cli.output import note_layout
 
-    service = server.service
-    provider, settings = service.provider, service.settings
+    provider, host = service.provider, service.settings.host
     k, layout = provider.source.k, provider.layout
-    has_template = service.tokenizer.has_chat_template
-    note_layout(provider.stored_layout, layout, has_template)
-    if not settings.is_loopback and service.key is None:
+    note_layout(provider.stored_layout, layout, service.tokenizer.has_chat_template)
+    is_local = host in ("::1", "localhost") or host.startswith("127.")
+    if not is_local and service.key is None:
         print(
-            f"warning: {settings.host} can be reached from other machines, and no --api-key is "
-            "set: whoever reaches it can use the model",
+            f"warning: {host} can be reached from other machines, and no --api-key is set: whoever "
+            "reaches it can use the model",
             file=sys.stderr,
         )
     merged = f"K={k}, merges {layout.merges}" if k > 1 else "nothing is merged"
     if k > 1 and layout.merges != "all":
         merged += f" of at least {layout.threshold} tokens"
-    print(f"Serving {provider.name} ({merged}) at {server.url}/v1", file=sys.stderr, flush=True)
-
-
-def _report_end() -> None:
-    print("Ending: requests in flight end first (again: at once)", file=sys.stderr, flush=True)
+    print(f"Serving {provider.name} ({merged}) at {url}/v1", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +21,13 @@ from kmerge_mlx.errors import BlockTableFullError, KMergeError
 if TYPE_CHECKING:
     from kmerge_mlx.serving.requests import Completion
 
-RETRY_SECONDS = 1
-LEFT = 499
-"""nginx's status for a client that left; only the metrics show it."""
-
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_LOWEST = -9999.0
-"""OpenAI's log-probability of an impossible token: JSON has no minus infinity."""
-_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
-"""The letters that byte-level tokenizers write bytes with."""
+_LOWEST = -9999.0  # OpenAI's log-probability of an impossible token: JSON has no minus infinity
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level tokenizers
 
 
 class ApiError(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: HTTP status.
-        message: For a person.
-        param: The field of the request that is to blame, or None.
-        code: A short name for a program, or None.
-        headers: Further HTTP headers.
-    """
+    """An answer that is an error; ``param`` is the field to blame, ``code`` is for programs."""
 
     def __init__(
         self,
@@ -51,10 +38,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers or {}
+        self.status, self.headers = status, headers or {}
+        self.param, self.code = param, code
 
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""
@@ -68,14 +53,9 @@ class ClientGone(Exception):
     """The client left, or does not read its answer."""
 
 
-def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The answer to a request that is wrong."""
-    return ApiError(400, message, param, code)
-
-
 def busy(status: int, message: str, code: str) -> ApiError:
     """The answer to a request that may succeed later."""
-    return ApiError(status, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
+    return ApiError(status, message, code=code, headers={"Retry-After": "1"})
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -86,26 +66,15 @@ def as_api_error(error: BaseException) -> ApiError:
         message = "the prompts have more blocks at once than the server has slots: try again"
         return busy(503, message, "blocks_exhausted")
     if isinstance(error, KMergeError):
-        return refused(str(error).replace("`", ""))
+        return ApiError(400, str(error).replace("`", ""))
     return ApiError(500, "the server failed to answer: its log says why", code="internal_error")
 
 
 class Answer:
-    """The answer to one request, made from mlx-lm's tokens as they come.
-
-    Args:
-        completion: The request.
-        context: mlx-lm's.
-        tokenizer: Its tokenizer.
-        known: Further fields that each piece has.
-    """
+    """The answer to one request, made from mlx-lm's tokens as they come; pieces have ``known``."""
 
     def __init__(
-        self,
-        completion: Completion,
-        context: GenerationContext,
-        tokenizer: Any,
-        known: dict[str, Any],
+        self, completion: Completion, context: GenerationContext, tokenizer: Any, known: dict
     ):
         self._chat, self._stream = completion.chat, completion.stream
         self._stops, self._top = completion.stop, completion.top
@@ -115,19 +84,19 @@ class Answer:
         self._head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
         self._head |= known
         self._tokenizer = tokenizer
-        self._state = context.text_sm.make_state(context.initial_state)
         self._previous = context.initial_state
-        parser, tools = context.tool_parser, completion.offered_tools
-        self._format_calls = ToolCallFormatter(parser, tools, self._stream)
-        self._text = self._reasoning = self._tool = ""
+        self._state = context.text_sm.make_state(self._previous)
+        tools = completion.offered_tools if self._chat else None
+        self._format_calls = ToolCallFormatter(context.tool_parser, tools, self._stream)
+        self._unsent = defaultdict(str)  # text by mlx-lm's state: normal, reasoning, tool
         self._calls: list[str] = []
         self._called = False
-        self._untold: list[Response] = []
+        self._tokens: list[Response] = []
         self.finish_reason: str | None = None
 
     def add(self, response: Response) -> None:
         """Takes a token in; the answer has ended when :attr:`finish_reason` is set."""
-        self._untold.append(response)
+        self._tokens.append(response)
         text, stopped = self._until_stop(response.text)
         finish = "stop" if stopped else response.finish_reason
         self._state, pieces = TextStateMachine.split(self._state, text)
@@ -135,16 +104,11 @@ class Answer:
             self._state, rest, state = TextStateMachine.flush(self._state)
             pieces.append((state, rest))
         for state, piece in pieces:
-            if state == "reasoning":
-                self._reasoning += piece
-            elif state == "tool":
-                self._tool += piece
-            elif state == "normal":
-                if self._previous == "tool":
-                    self._end_call()
-                self._text += piece
+            if state == "normal" and self._previous == "tool":
+                self._end_call()
+            self._unsent[state] += piece
             self._previous = state
-        if finish is not None and self._previous == "tool" and self._tool:
+        if finish is not None and self._previous == "tool" and self._unsent["tool"]:
             self._end_call()
         self.finish_reason = "tool_calls" if finish == "stop" and self._called else finish
 
@@ -160,56 +124,51 @@ class Answer:
         return text, False
 
     def _end_call(self) -> None:
-        self._calls.append(self._tool)
-        self._tool, self._called = "", True
+        self._calls.append(self._unsent["tool"])
+        self._unsent["tool"], self._called = "", True
 
     def chunk(self) -> dict[str, Any] | None:
         """What has come since the last chunk, or None where there is nothing to send yet."""
-        ready = self._previous != "tool" and (self._text or self._calls or self._reasoning)
-        return self._taken() if ready or self.finish_reason is not None else None
-
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one piece."""
-        return self._taken() | {"usage": usage}
+        new = self._unsent["normal"] or self._unsent["reasoning"] or self._calls
+        ready = self.finish_reason is not None or (new and self._previous != "tool")
+        return self.rest() if ready else None
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk of a stream whose client asked for it."""
         return self._head | {"choices": [], "usage": usage}
 
-    def _taken(self) -> dict[str, Any]:
+    def rest(self) -> dict[str, Any]:
+        """All that has come since the last chunk: without one, the whole answer."""
         calls = self._format_calls(self._calls)
+        text, reasoning = self._unsent["normal"], self._unsent["reasoning"]
         choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
         if not self._chat:
-            choice["text"] = self._text
+            choice["text"] = text
         else:
-            # OpenAI's content is null beside tool calls alone.
-            content = self._text or (None if calls or self._stream else "")
-            message = {"role": "assistant", "content": content, "reasoning": self._reasoning}
-            message["tool_calls"] = calls
-            always = () if self._stream else ("content",)
-            kept = {k: v for k, v in message.items() if v or k in always}
-            choice["delta" if self._stream else "message"] = kept
+            message = {"role": "assistant", "content": text, "reasoning": reasoning}
+            message |= {"tool_calls": calls}
+            message = {name: value for name, value in message.items() if value}
+            if not self._stream:  # OpenAI's content is null beside tool calls alone
+                message["content"] = text or (None if calls else "")
+            choice["delta" if self._stream else "message"] = message
         if self._top is not None:
             form = _chat_logprobs if self._chat else _text_logprobs
-            choice["logprobs"] = form(self._untold, self._tokenizer, self._top)
-        self._text = self._reasoning = ""
-        self._calls, self._untold = [], []
+            choice["logprobs"] = form(self._tokens, self._tokenizer, self._top)
+        self._unsent["normal"] = self._unsent["reasoning"] = ""
+        self._calls, self._tokens = [], []
         return self._head | {"choices": [choice]}
 
 
 def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, data = _token(tokenizer, token)
-        known = {"token": text, "logprob": max(logprob, _LOWEST)}
-        return known | {"bytes": list(data), "id": token}
+        logprob = max(logprob, _LOWEST)
+        return {"token": text, "logprob": logprob, "bytes": list(data), "id": token}
 
-    return {
-        "content": [
-            entry(response.token, response.logprob)
-            | {"top_logprobs": [entry(*likely) for likely in _likeliest(response, top)]}
-            for response in tokens
-        ]
-    }
+    def likeliest(response: Response) -> dict[str, Any]:
+        return {"top_logprobs": [entry(*likely) for likely in _likeliest(response, top)]}
+
+    return {"content": [entry(r.token, r.logprob) | likeliest(r) for r in tokens]}
 
 
 def _text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from http import HTTPStatus
 from threading import Thread
-from typing import Any, Self
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -25,22 +24,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
-from kmerge_mlx.serving.answers import LEFT, ApiError, ClientGone, as_api_error, busy, refused
+from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, busy
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
 
+_LEFT = 499  # nginx's status for a client that left; only the metrics show it
 _MOST_PIPELINED = 2**16
 _LINGER_SECONDS = 1.0
 _STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
-def make_app(service: Service) -> FastAPI:
-    """The routes.
-
-    Args:
-        service: What they serve.
-    """
+def make_app(service: Service) -> ASGIApp:
+    """The routes, whose requests are counted by route and status."""
     check, started = [Depends(partial(_check_client, service))], int(time.time())
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     for kind in (ApiError, KMergeError, HTTPException, ClientDisconnect, Exception):
@@ -48,7 +44,6 @@ def make_app(service: Service) -> FastAPI:
     if origins := list(service.settings.allowed_origins):
         own = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **own)
-    app.add_middleware(_Counting, service=service)
     get = partial(app.api_route, methods=["GET", "HEAD"], dependencies=check)
     post = partial(app.post, dependencies=check)
 
@@ -73,34 +68,14 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse(known if wanted else {"object": "list", "data": [known]})
 
     @post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return _Completing(service, await _read_body(request, service.settings), chat=False)
-
     @post("/v1/chat/completions")
     @post("/chat/completions")
-    async def chat(request: Request) -> Response:
-        return _Completing(service, await _read_body(request, service.settings), chat=True)
+    async def complete(request: Request) -> Response:
+        chat = request.url.path.endswith("/chat/completions")
+        return _Completing(service, await _read_body(request, service.settings), chat)
 
-    return app
-
-
-async def _as_response(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=LEFT)
-    if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, error.detail, headers=error.headers)
-    answer = as_api_error(error)
-    return JSONResponse(answer.as_json(), answer.status, answer.headers)
-
-
-class _Counting:
-    """Counts requests by route and status."""
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self.app, self.metrics = app, service.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = LEFT
+    async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+        status = _LEFT
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -108,15 +83,23 @@ class _Counting:
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
-        except Exception:
-            status = 500
-            raise
+            await app(scope, receive, noting)
         finally:
-            status = LEFT if scope["state"].get("left") else status
+            status = _LEFT if scope["state"].get("left") else status
             # FastAPI leaves the route here: what a client made up is not a label.
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.count("requests", 1, route, str(status))
+            service.metrics.requests.labels(route, str(status)).inc()
+
+    return counting
+
+
+async def _as_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=_LEFT)
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, error.detail, headers=error.headers)
+    answer = as_api_error(error)
+    return JSONResponse(answer.as_json(), answer.status, answer.headers)
 
 
 async def _check_client(service: Service, request: Request) -> None:
@@ -128,7 +111,7 @@ async def _check_client(service: Service, request: Request) -> None:
     if service.key is None or request.url.path == "/health":
         return
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), service.key.encode())
+    same = hmac.compare_digest(given.strip().encode(), service.key.encode())
     if kind.lower() != "bearer" or not same:
         headers = {"WWW-Authenticate": "Bearer"}
         message = "the API key is missing or wrong"
@@ -138,20 +121,19 @@ async def _check_client(service: Service, request: Request) -> None:
 async def _read_body(request: Request, settings: ServeSettings) -> bytes:
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body must not be compressed")
-    size, most = int(request.headers.get("Content-Length", 0)), settings.max_body_bytes
-    body = bytearray()
+    most, body = settings.max_body_bytes, bytearray()
+    message = f"the body is larger than the {most:,} bytes that the server takes"
+    too_large = ApiError(413, message, code="body_too_large")
+    if int(request.headers.get("Content-Length", 0)) > most:
+        raise too_large
     try:
         async with asyncio.timeout_at(request.state.connection.arrived + settings.read_timeout):
-            if size <= most:
-                async for piece in request.stream():
-                    body += piece
-                    if (size := len(body)) > most:
-                        break
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise too_large
     except TimeoutError:
         raise _too_slow() from None
-    if size > most:
-        message = f"the body is larger than the {most:,} bytes that the server takes"
-        raise ApiError(413, message, code="body_too_large")
     return bytes(body)
 
 
@@ -185,38 +167,21 @@ class _Completing(Response):
             body = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
             await put(body)
 
+        connection.answering = asyncio.current_task()
         try:
-            work = self.service.answer(self.asked, self.chat, connection.arrived, write)
             try:
-                whole = await _unless_left(receive, work)
+                whole = await self.service.answer(self.asked, self.chat, connection.arrived, write)
                 await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
             except (ApiError, KMergeError) as error:
                 if not begun:
                     raise
                 await write(f"data: {json.dumps(as_api_error(error).as_json())}\n\n", last=True)
-        except ClientGone:
-            scope["state"]["left"] = True
+        except (ClientGone, asyncio.CancelledError):
+            connection.answering, scope["state"]["left"] = None, True
             connection.transport.abort()
             await asyncio.sleep(0)  # uvicorn sees the end of the connection
-
-
-async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of work; a ClientGone when the client leaves first."""
-
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("the client closed the connection")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        finally:
+            connection.answering = None
 
 
 class _Connection(H11Protocol):
@@ -226,6 +191,7 @@ class _Connection(H11Protocol):
         super().__init__(**options)
         self.service = service
         self.arrived = 0.0
+        self.answering: asyncio.Task[None] | None = None  # cancelled when the client leaves
         self.app_state = {"connection": self}
         self._timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -240,15 +206,17 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_timer()
         super().connection_lost(exc)
+        if self.answering is not None:
+            self.answering.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Reads on while a request is answered: otherwise nobody would see the client leave."""
         if self._refused:
             return
-        if self._timer is None and not self._answering:
+        if self._timer is None and not self._in_request:
             self._begin_timer()
         super().data_received(data)
-        if self._answering:
+        if self._in_request:
             self._end_timer()
             if not self.cycle.more_body:
                 self.flow.resume_reading()
@@ -269,10 +237,10 @@ class _Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP."""
-        self._refuse(refused("the request is malformed"))
+        self._refuse(ApiError(400, "the request is malformed"))
 
     @property
-    def _answering(self) -> bool:
+    def _in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _begin_timer(self) -> None:
@@ -299,14 +267,14 @@ class _Connection(H11Protocol):
             lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in headers.items()]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-            self.service.metrics.count("requests", 1, "other", str(error.status))
+            self.service.metrics.requests.labels("other", str(error.status)).inc()
         # A client that still sends sees the answer only if what it sends is read.
         self.transport.write_eof()
         self.transport.resume_reading()
         self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
 
-class Server:
+class Server(AbstractContextManager):
     """A running server; leaving its ``with`` block ends it without waiting for its requests.
 
     Args:
@@ -339,7 +307,7 @@ class Server:
         )
         self._http = uvicorn.Server(config)
         connections = self._http.server_state.connections
-        self.service.metrics.read(connections=lambda: len(connections))
+        self.service.metrics.read("connections", "Open connections.", lambda: len(connections))
         self._thread = Thread(target=self._http.run, args=([listener],), name="http")
         self._thread.start()
 
@@ -348,9 +316,6 @@ class Server:
         self.service.close()
         self._http.should_exit = True
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -362,35 +327,5 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise ServeError(
-            f"cannot listen on {host}:{port}: {reason}; choose another `host` or `port`"
-        ) from None
-
-
-def serve(
-    settings: ServeSettings, started: Callable[[Server], None], draining: Callable[[], None]
-) -> None:
-    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
-
-    Args:
-        settings: The settings.
-        started: Called when requests are taken.
-        draining: Called when the signal has come.
-
-    Raises:
-        KMergeError: The server cannot start.
-    """
-    received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    kept = [signal.signal(s, lambda number, frame: received.append(number)) for s in signals]
-    try:
-        with Server(settings) as server:
-            started(server)
-            # A signal may reach another thread: this one must wake up by itself to see it.
-            while not received:
-                time.sleep(0.1)
-            draining()
-            server.service.drain(enough=lambda: len(received) > 1)
-    finally:
-        for number, handler in zip(signals, kept, strict=True):
-            signal.signal(number, handler)
+        text = f"cannot listen on {host}:{port}: {reason}; choose another `host` or `port`"
+        raise ServeError(text) from None

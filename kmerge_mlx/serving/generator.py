@@ -1,4 +1,4 @@
-"""mlx-lm's batching and caching of prompts that are merged: everything we override of it.
+"""mlx-lm's engine with one fixed model, whose prompts are merged: everything we override of it.
 
 MLX works in mlx-lm's generation thread alone. Blocks are freed there too, and only while a prompt
 is merged.
@@ -9,54 +9,51 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from argparse import Namespace
 from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import mlx.core as mx
 from mlx_lm import server as host
-from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.server import (
-    GenerationArguments,
-    GenerationContext,
-    ModelProvider,
-    Response,
-    ResponseGenerator,
-)
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
-from kmerge_mlx.errors import BlockTableFullError, ServeError
+from kmerge_mlx.base import find_embedding
+from kmerge_mlx.errors import BlockTableFullError, ServeError, of_mlx_lm
 from kmerge_mlx.generation.stream import compress, over_original_ids
-from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.model import load_source, merged_embedding
+from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.serving.answers import ClientGone, busy, refused
-from kmerge_mlx.serving.model import PinnedModel
+from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
+from kmerge_mlx.serving.settings import ServeSettings
+from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
 
-# What is overridden of mlx-lm, with its parameters.
+# What is overridden or called of mlx-lm's own, with its parameters.
 _SEAM = {
     (host, "_make_logits_processors"): "args",
-    (ResponseGenerator, "_run_generate"): "self",
-    (ResponseGenerator, "_serve_single"): "self, request, stream",
-    (ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
+    (host.ResponseGenerator, "_run_generate"): "self",
+    (host.ResponseGenerator, "_is_batchable"): "self, args",
+    (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
     (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
     (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
-    (ModelProvider, "load_default"): "self",
+    (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
 }
 
 
 def check_seam() -> None:
-    """Checks that mlx-lm still has what this module overrides.
-
-    Raises:
-        ServeError: Names what is missing or has other parameters.
-    """
+    """Checks that mlx-lm still has what this module overrides."""
     for (owner, name), expected in _SEAM.items():
         found = ", ".join(signature(getattr(owner, name, lambda: None)).parameters)
         if found != expected:
@@ -66,20 +63,57 @@ def check_seam() -> None:
             )
 
 
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """A request on its way through mlx-lm, and the queue of replies to it.
+class PinnedModel(host.ModelProvider):
+    """mlx-lm's model provider with one model, which no client can change."""
 
-    Args:
-        segments: The prompt, laid out.
-        chat: Whether it is a conversation.
-        loop: The event loop that waits for the replies.
-    """
+    def __init__(self, settings: ServeSettings, source: Source):
+        own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
+        super().__init__(Namespace(**vars(settings) | own))
+        self.settings, self.source = settings, source
+        self.name = source.path.resolve().name if Path(source.model).is_dir() else source.model
+        self.stored_layout = None if source.merge is None else source.merge.layout
+        self.layout = chosen(
+            self.stored_layout, settings.merges, settings.merge_threshold, settings.chat_template
+        )
+
+    def load(self, *named: Any) -> tuple[Any, Any]:
+        """The model and its tokenizer, whatever name mlx-lm asks for."""
+        return self.model, self.tokenizer
+
+    def load_once(self) -> None:
+        """Loads the model, in mlx-lm's generation thread."""
+        settings = self.settings
+        model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
+        has_template = self.layout.chat_template and tokenizer.has_chat_template
+        if settings.chat_template_args and not has_template:
+            raise ServeError("`chat_template_args` needs a chat template, and none is applied")
+        embedding = merged_embedding(model) or find_embedding(model, self.name)[1]
+        self.vocab_size = embedding.weight.shape[0]
+        if settings.top_k >= self.vocab_size:
+            raise ServeError(
+                f"`top_k` is {settings.top_k}, and the vocabulary has {self.vocab_size:,} tokens: "
+                "give fewer"
+            )
+        caches = make_prompt_cache(model)
+        self.is_batchable = all(hasattr(cache, "merge") for cache in caches)
+        if settings.kv_bits is not None:  # now, so that a request is not the first to fail
+            model(mx.array([[0]]), cache=caches)
+            try:
+                maybe_quantize_kv_cache(caches, 0, settings.kv_group_size, settings.kv_bits)
+            except (ValueError, NotImplementedError) as error:
+                raise ServeError(of_mlx_lm(error)) from error
+        self.model, self.tokenizer = model, tokenizer
+        self.model_key = (self.name, None, None)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through mlx-lm, and the queue of replies to it."""
 
     segments: list[Segment]
     chat: bool
-    loop: AbstractEventLoop
-    context: GenerationContext | None = None
+    loop: AbstractEventLoop  # of who waits for the replies
+    context: host.GenerationContext | None = None
     cancelled: bool = False  # by the client
     alone: bool = False  # not in a batch
     over: bool = False  # mlx-lm needs its blocks only until it takes up another prompt
@@ -91,7 +125,7 @@ class Job:
 
     def put(self, reply: Any) -> None:
         """Takes a reply from mlx-lm: a context, progress, a token, an error, or None at the end."""
-        if isinstance(reply, GenerationContext):
+        if isinstance(reply, host.GenerationContext):
             self.context = reply
         elif reply is None or isinstance(reply, Exception):
             self.over = True
@@ -113,7 +147,7 @@ class Job:
         reply = await self._replies.get()
         if isinstance(reply, Exception):
             raise reply
-        if isinstance(reply, Response):
+        if isinstance(reply, host.Response):
             self.generated += 1
             self.first_token_at = self.first_token_at or time.monotonic()
         return reply
@@ -138,13 +172,13 @@ class Job:
 
 
 @dataclass(kw_only=True)
-class Arguments(GenerationArguments):
+class Arguments(host.GenerationArguments):
     """mlx-lm's arguments of a request; they carry the merged prompt to the logits processors."""
 
     prompt: CompressedPrompt | None = None
 
 
-def _processors(args: GenerationArguments) -> list[Any]:
+def _processors(args: host.GenerationArguments) -> list[Any]:
     """mlx-lm's logits processors; a merged prompt's see its original ids, never virtual ones."""
     made = _host_processors(args)
     return over_original_ids(made, args.prompt) if isinstance(args, Arguments) else made
@@ -164,13 +198,7 @@ class _Kept(list):
 
 
 class PromptCache(LRUPromptCache):
-    """mlx-lm's cache of prefixes, which leaves something of every prompt to read.
-
-    Args:
-        max_size: Most caches.
-        max_bytes: Most memory, or None for no limit.
-        looked_up: Called with ``hit`` or ``miss``.
-    """
+    """mlx-lm's cache of prefixes; it reports each ``hit`` and ``miss``, and knows its ids."""
 
     def __init__(self, max_size: int, max_bytes: int | None, looked_up: Callable[[str], None]):
         super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
@@ -178,10 +206,7 @@ class PromptCache(LRUPromptCache):
         self._kept: WeakSet[_Kept] = WeakSet()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The longest cached prefix of a prompt, and the rest, which is never empty.
-
-        mlx-lm's generation thread dies of an empty rest.
-        """
+        """The longest cached prefix of a prompt, and the rest; mlx-lm dies of an empty rest."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
             cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
@@ -202,45 +227,31 @@ class PromptCache(LRUPromptCache):
         return [kept.ids for kept in self._kept]
 
 
-class CompressingGenerator(ResponseGenerator):
-    """mlx-lm's response generator, whose prompts are merged.
-
-    Args:
-        provider: The model; loading begins now, in the generation thread.
-        looked_up: See :class:`PromptCache`.
-
-    Raises:
-        ServeError: Another mlx-lm than this release was made for.
-    """
+class CompressingGenerator(host.ResponseGenerator):
+    """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
         check_seam()
         host._make_logits_processors = _processors
         self.jobs: set[Job] = set()
         self._held: dict[Job, CompressedPrompt] = {}
-        arguments = provider.cli_args
-        size, limit = arguments.prompt_cache_size, arguments.prompt_cache_bytes
+        self._loaded: Future[None] = Future()
+        size, limit = provider.settings.prompt_cache_size, provider.settings.cache_limit
         super().__init__(provider, PromptCache(size, limit, looked_up))
+        self._loaded.result()
 
     def submit(self, job: Job, args: Arguments) -> None:
-        """Queues a job; it is to be forgotten afterwards.
-
-        Raises:
-            ApiError: 503: the generation thread has died.
-        """
+        """Queues a job; it is to be forgotten afterwards."""
         self.jobs.add(job)  # before the check: whoever is in when the thread dies is told
-        self.check_alive()
+        if not self.generation_available():
+            raise _unavailable()
+        job.alone = not self._is_batchable(args)
         self.requests.put((job, job, args))
 
     def forget(self, job: Job) -> None:
         """Stops a job, wherever it is."""
         job.cancelled = True
         self.jobs.discard(job)
-
-    def check_alive(self) -> None:
-        """Raises an :class:`ApiError`, 503, if the generation thread has died."""
-        if not self.generation_available():
-            raise _unavailable()
 
     def give_up(self, error: Exception) -> None:
         """Ends every job with an error."""
@@ -253,20 +264,19 @@ class CompressingGenerator(ResponseGenerator):
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
                 embedding.table.protect(self.prompt_cache.cached_ids)
+            self._loaded.set_result(None)
             self._generate()
-        except Exception:
+        except BaseException as error:
             self._generation_failed = True
-            if provider.loaded.exception() is None:  # else the starter reports it
+            if self._loaded.done():
                 _log.exception("the generation thread died")
+            else:
+                self._loaded.set_exception(error)
             self.give_up(_unavailable())
             # As at its proper end: what MLX made here must go here.
             provider.reset()
             self.prompt_cache = None
             gc.collect()
-
-    def _serve_single(self, request: tuple[Job, Job, Arguments], stream: Any) -> None:
-        request[0].alone = True
-        super()._serve_single(request, stream)
 
     def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
         """Merges a prompt that is laid out already; see mlx-lm's for the result."""
@@ -279,12 +289,10 @@ class CompressingGenerator(ResponseGenerator):
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
-        shared = _shared_end(request.segments, self.model_provider.source.k)
-        ids, parts, kinds = list(prompt.ids), [list(prompt.ids)], ["assistant"]
-        if 0 < shared < len(ids):
-            parts, kinds = [ids[:shared], ids[shared:]], ["user", "assistant"]
+        ids, end = list(prompt.ids), _shared_end(request.segments, self.model_provider.source.k)
+        parts = [part for part in (ids[:end], ids[end:]) if part]
         state = _initial_state(tokenizer, request, prompt.original_ids)
-        return ids, parts, kinds, state, None
+        return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
         model = self.model_provider.model
@@ -295,7 +303,8 @@ class CompressingGenerator(ResponseGenerator):
             cut = (embedding.merge_factor, embedding.pad_token_id, embedding.context)
             blocks = {block for s in segments if s.merge for block in split(s.ids, *cut)}
             if len(blocks) > embedding.table.capacity:
-                raise refused(
+                raise ApiError(
+                    400,
                     f"the prompt has {len(blocks):,} distinct blocks, more than the server's "
                     f"{embedding.table.capacity:,} slots: shorten it",
                     code="context_length_exceeded",

@@ -5,34 +5,25 @@ Source: https://platform.openai.com/docs/api-reference, and the fields that ``ml
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
 from pydantic_core import from_json
+from transformers import PreTrainedTokenizerBase
 
 from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import first_line, short
-from kmerge_mlx.serving.answers import ApiError, refused
+from kmerge_mlx.serving.answers import ApiError
 
 DEFAULT_MODEL = "default_model"
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
 MAX_TOP_LOGPROBS = 11
-COLDEST = 1e-3
-"""A lower temperature is greedy: half precision could not hold the logits."""
 
 _BOM = b"\xef\xbb\xbf"
 # The model is chosen at start-up, and a field that would change an answer is not ignored.
 _REFUSED = ("adapters", "adapter", "draft_model", "num_draft_tokens", "role_mapping", "suffix")
-_TEMPLATE_OWN = (
-    *("conversation", "chat_template", "tools", "tokenize", "add_generation_prompt", "padding"),
-    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs", "messages", "self"),
-)
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+_TEMPLATE_OWN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+_TEMPLATE_OWN -= {"documents", "sanitize_control_tokens", "kwargs"}
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -52,10 +43,9 @@ def _logprobs(value: Any) -> bool | int:
 
 
 def _content(value: Any) -> str | list[Any]:
-    """A message's content; templates would write a missing text as "None"."""
-    if value is not None and not isinstance(value, str | list):
+    if not isinstance(value, str | list):
         raise ValueError("expected text or a list of parts")
-    return "" if value is None else value
+    return value
 
 
 def _arguments(value: Any) -> Any:
@@ -64,15 +54,13 @@ def _arguments(value: Any) -> Any:
 
 
 def _template_options(value: Any) -> Any:
-    if isinstance(value, dict) and (own := [name for name in _TEMPLATE_OWN if name in value]):
-        raise ValueError(f"{own[0]} cannot be chosen by a request")
+    if isinstance(value, dict) and (own := _TEMPLATE_OWN & value.keys()):
+        raise ValueError(f"{min(own)} cannot be chosen by a request")
     return value
 
 
-class _Part(BaseModel):
+class _Part(BaseModel, strict=True, allow_inf_nan=False):
     """A part of a request, in which a null is the same as a field that is left out."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +93,9 @@ class _ResponseFormat(_Part):
 
 
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_Token = Annotated[int, Strict(False), Field(ge=0)]
+_ListOfOne = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
 
@@ -130,10 +120,10 @@ class Completion(_Part):
     frequency_context_size: _Size = 20
     xtc_probability: _Share = 0.0
     xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    logit_bias: dict[str, _Penalty] | None = None
+    logit_bias: dict[_Token, _Penalty] | None = None
     logprobs: Annotated[Any, BeforeValidator(_logprobs)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = []
+    stop: Annotated[list[_Stop], Field(max_length=16), _ListOfOne] = []
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     response_format: _ResponseFormat = _ResponseFormat()
@@ -142,16 +132,11 @@ class Completion(_Part):
     echo: Literal[False] = False
 
     @property
-    def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call."""
-        return None
-
-    @property
     def top(self) -> int | None:
         """How many of the likeliest tokens to list; None leaves log-probabilities out."""
-        wanted = self.logprobs is not False or self.top_logprobs > 0
-        counted = 0 if isinstance(self.logprobs, bool) else self.logprobs
-        return max(counted, self.top_logprobs) if wanted else None
+        if self.logprobs is False and not self.top_logprobs:
+            return None
+        return max(0 if self.logprobs is True else self.logprobs, self.top_logprobs)
 
 
 class TextCompletion(Completion):
@@ -171,38 +156,19 @@ class ChatCompletion(Completion):
     tool_choice: Literal["auto", "none"] = "auto"
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_options)] = {}
 
-    def plain_messages(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them."""
-        return [message.model_dump(exclude_none=True) for message in self.messages]
-
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
         return self.tools if self.tools and self.tool_choice == "auto" else None
 
-    def template_options(self) -> dict[str, Any]:
-        """Further arguments of the chat template."""
-        tools = self.offered_tools
-        return self.chat_template_kwargs | ({"tools": tools} if tools else {})
-
 
 def read_json(raw: bytes) -> Any:
-    """JSON as its standard has it.
-
-    Raises:
-        ValueError: Not UTF-8 or not JSON; NaN; half of a surrogate pair; nested too deeply.
-    """
+    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
     return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
 
 
 def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Completion:
-    """Reads and checks the body of a request.
-
-    Args:
-        raw: The body.
-        chat: Whether it came to the chat endpoint.
-        served: Name of the only model there is.
-        vocab_size: V: token ids are below.
+    """Reads and checks the body of a request to the model ``served``.
 
     Raises:
         ApiError: 400 for the first field that is wrong; 404 for another model.
@@ -210,12 +176,13 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
     try:
         body = read_json(raw)
     except ValueError as error:
-        raise refused(f"the body is not JSON: {first_line(error)}", code="invalid_json") from None
+        message = f"the body is not JSON: {first_line(error)}"
+        raise ApiError(400, message, code="invalid_json") from None
     if not isinstance(body, dict):
-        raise refused(f"the body is a JSON {type(body).__name__}, expected an object")
+        raise ApiError(400, f"the body is a JSON {type(body).__name__}, expected an object")
     for name in _REFUSED:
         if body.get(name) is not None:
-            raise refused(f"{name} is not supported: the model was chosen at start-up", name)
+            raise ApiError(400, f"{name} is not supported: the model was chosen at start-up", name)
     try:
         completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
     except ValidationError as error:
@@ -223,11 +190,18 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
     if completion.model not in (served, DEFAULT_MODEL):
         message = f"the model {short(completion.model)} is not served here, only {served} is"
         raise ApiError(404, message, "model", "model_not_found")
-    _check_tokens(completion, vocab_size)
-    if "stream_options" in body and completion.stream_options.include_usage > completion.stream:
-        raise refused("stream_options needs stream: true", "stream_options")
+    prompt = getattr(completion, "prompt", "")
+    ids = {"top_k": [completion.top_k or 0], "logit_bias": completion.logit_bias, "prompt": prompt}
+    for name, found in ids.items():  # each indexes the logits
+        if found and not isinstance(found, str) and max(found) >= vocab_size:
+            message = f"{name} has {max(found)}, expected less than {vocab_size}"
+            raise ApiError(400, message, name)
+    if completion.stream_options.include_usage and not completion.stream:
+        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     if 0 < completion.repetition_penalty < 0.01:
-        raise refused("repetition_penalty is below 0.01: 0 and 1 are off", "repetition_penalty")
+        raise ApiError(
+            400, "repetition_penalty is below 0.01: 0 and 1 are off", "repetition_penalty"
+        )
     return completion
 
 
@@ -235,21 +209,6 @@ def _as_api_error(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, with the field that it is about."""
     found = error.errors(include_url=False)[0]
     field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found["loc"])[1:]
-    message = found["msg"].removeprefix("Value error, ")
-    if found["type"] == "missing":
-        return refused(f"{field} is missing", field)
-    return refused(f"{field} is {short(found['input'])}: {message}", field)
-
-
-def _check_tokens(completion: Completion, vocab_size: int) -> None:
-    """Token ids index the logits, so each must be below V."""
-    if (completion.top_k or 0) >= vocab_size:
-        raise refused(f"top_k is {completion.top_k}, expected less than {vocab_size}", "top_k")
-    for token in completion.logit_bias or ():
-        if not (
-            token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocab_size
-        ):
-            raise refused(f"{short(token)} is not a token id below {vocab_size}", "logit_bias")
-    prompt = getattr(completion, "prompt", "")
-    if isinstance(prompt, list) and max(prompt) >= vocab_size:
-        raise refused(f"prompt holds a token id that is not below {vocab_size}", "prompt")
+    reason = f"{short(found['input'])}: {found['msg'].removeprefix('Value error, ')}"
+    text = f"{field} is {'missing' if found['type'] == 'missing' else reason}"
+    return ApiError(400, text, field)

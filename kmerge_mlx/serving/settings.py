@@ -19,20 +19,16 @@ from kmerge_mlx.settings import (
     ModelSettings,
     SamplingSettings,
     option,
+    parse_size,
 )
 
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 API_KEY_VARIABLE = "KMERGE_MLX_API_KEY"
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _LIMIT = {"low": 1, "group": "Limits"}
 _TIME, _FROM_0 = _LIMIT | {"low": 1e-3}, _LIMIT | {"low": 0}
-_GROUP = "Batching and caches"
-_BATCH = {"low": 1, "group": _GROUP}
-
-
-def _cache(name: str) -> Any:
-    return CacheSettings.setting(name, group=_GROUP)
+_CACHE = {"group": "Batching and caches"}
+_BATCH = {"low": 1} | _CACHE
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,12 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     chat_template_args: Any = option({}, dict, "Further chat template arguments, a JSON object.")
     decode_concurrency: int = option(32, int, "Answers generated at once.", **_BATCH)
     prompt_concurrency: int = option(8, int, "Prompts prefilled at once.", **_BATCH)
-    prefill_step_size: int = _cache("prefill_step_size")
+    prefill_step_size: int = CacheSettings.setting("prefill_step_size", **_CACHE)
     prompt_cache_size: int = option(10, int, "KV caches kept for prefixes.", **_BATCH)
-    prompt_cache_bytes: Any = option(None, SIZE, "Most memory of those: 500M, 4GB.", group=_GROUP)
-    kv_bits: int | None = _cache("kv_bits")
-    kv_group_size: int = _cache("kv_group_size")
-    quantized_kv_start: int = _cache("quantized_kv_start")
+    prompt_cache_bytes: Any = option(None, SIZE, "Most memory of those: 500M, 4GB.", **_CACHE)
+    kv_bits: int | None = CacheSettings.setting("kv_bits", **_CACHE)
+    kv_group_size: int = CacheSettings.setting("kv_group_size", **_CACHE)
+    quantized_kv_start: int = CacheSettings.setting("quantized_kv_start", **_CACHE)
     max_body_bytes: int = option(8 * 2**20, int, "Largest request body.", **_LIMIT)
     max_prompt_tokens: int | None = option(
         None, int, "Longest prompt. Default: what the context holds.", **_LIMIT
@@ -75,23 +71,17 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     max_connections: int = option(256, int, "Connections open at once.", **_LIMIT)
     drain_timeout: float = option(30.0, float, "Seconds to end in, after SIGTERM.", **_FROM_0)
     max_blocks: int = option(MAX_BLOCKS, int, "Distinct blocks in use at once.", **_LIMIT)
-    log_level: str = option("INFO", str, "What is logged.", choices=LOG_LEVELS)
+    log_level: str = option("INFO", str, "What is logged.", choices=_LEVELS)
 
     @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can connect."""
-        return self.host in LOOPBACK or self.host.startswith("127.")
+    def cache_limit(self) -> int | None:
+        """Most bytes of KV caches that are kept for prefixes."""
+        size = self.prompt_cache_bytes
+        return parse_size(size) if isinstance(size, str) else size
 
 
 def read_api_key(file: str | None) -> str | None:
-    """The key that clients must send, from a file or else from the environment.
-
-    Args:
-        file: Name of a file that holds nothing else, or None.
-
-    Raises:
-        ServeError: The file cannot be read, or the key cannot be sent in an HTTP header.
-    """
+    """The key that clients must send, from a file or else from the environment."""
     key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
     if file is not None:
         source = f"`api_key` {file}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +16,6 @@ from mlx_lm.server import Response
 
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
 from tests.servers import Address, eventually, serving
@@ -45,9 +46,6 @@ def library(chat_base, adapter_path):
     return load(str(chat_base), adapter_path, 4)
 
 
-LAYOUT = Layout()
-
-
 def words(rng: random.Random, count: int) -> str:
     """Text of about so many tokens."""
     return " ".join(
@@ -56,16 +54,14 @@ def words(rng: random.Random, count: int) -> str:
     )
 
 
-def mixed_requests(count: int) -> list[tuple[str, dict[str, Any]]]:
+def mixed_requests(count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Requests of every kind, each with one right answer."""
     rng = random.Random(7)
-    made: list[tuple[str, dict[str, Any]]] = []
     for i in range(count):
-        length = round(10 ** rng.uniform(1.0, 3.6))
-        body: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "temperature": 0}
-        extra: dict[str, Any] = {}
+        length, extra = round(10 ** rng.uniform(1.0, 3.6)), {}
+        body = {"max_tokens": rng.randint(1, 12), "temperature": 0, "stream": i % 2 == 0}
         if i % 3 == 0:
-            extra = {"repetition_penalty": 1.3, "repetition_context_size": 40}
+            extra |= {"repetition_penalty": 1.3, "repetition_context_size": 40}
             body |= {"presence_penalty": 0.5, "frequency_penalty": 0.25}
         if i % 5 == 0:
             body["logit_bias"] = {"65": 5, "66": -5}
@@ -73,17 +69,16 @@ def mixed_requests(count: int) -> list[tuple[str, dict[str, Any]]]:
             body["stop"] = ["e", "the"]
         if i % 11 == 0:
             body |= {"temperature": 0.8, "seed": i, "top_p": 0.9}
-            extra |= {"top_k": 40}
-        body |= {"stream": i % 2 == 0, "extra_body": extra}
+            extra["top_k"] = 40
+        body["extra_body"] = extra
         if i % 4 < 2:
             shared = "Shared: " + words(random.Random(i % 8), length)
-            question = f"{shared}\n\nWhich of {words(rng, 6)}?"
-            body |= {"messages": [{"role": "user", "content": question}], "logprobs": True}
-            made.append(("chat", body | {"top_logprobs": 3}))
+            text = f"{shared}\n\nWhich of {words(rng, 6)}?"
+            messages = [{"role": "user", "content": text}]
+            yield "chat", body | {"messages": messages, "logprobs": True, "top_logprobs": 3}
         else:
-            tagged = f"<merge>{words(rng, length)}</merge> Answer {i}:"
-            made.append(("text", body | {"prompt": tagged, "logprobs": 2}))
-    return made
+            prompt = f"<merge>{words(rng, length)}</merge> Answer {i}:"
+            yield "text", body | {"prompt": prompt, "logprobs": 2}
 
 
 def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[float], str]:
@@ -106,18 +101,16 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
 
 
 @pytest.mark.slow
-def test_mixed_requests_at_once_equal_the_same_one_at_a_time(chat_base, adapter_path):
-    requests = mixed_requests(64)
-    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as server:
-        alone = [ask(server, *request) for request in requests]
-    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as server:
+def test_mixed_requests_at_once_equal_the_same_one_at_a_time(server, chat_base, adapter_path):
+    requests = list(mixed_requests(64))
+    alone = [ask(server, *request) for request in requests]
+    with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as other:
         with ThreadPoolExecutor(16) as pool:
-            together = list(pool.map(lambda request: ask(server, *request), requests))
-        assert server.metric("prompt_cache_lookups_total") == 64
-        assert server.metric("cached_tokens_total") > 0
+            together = list(pool.map(lambda request: ask(other, *request), requests))
+        assert other.metric("prompt_cache_lookups_total") == 64
+        assert other.metric("cached_tokens_total") > 0
     for expected, got in zip(alone, together, strict=True):
-        assert got[0] == expected[0]
-        assert got[2] == expected[2]
+        assert (got[0], got[2]) == (expected[0], expected[2])
         assert len(got[1]) == len(expected[1]) > 0
         assert max(abs(a - b) for a, b in zip(got[1], expected[1], strict=True)) < TOLERANCE
 
@@ -125,7 +118,7 @@ def test_mixed_requests_at_once_equal_the_same_one_at_a_time(chat_base, adapter_
 def test_a_chat_is_laid_out_and_answered_as_the_library_does(server, library):
     content = "Tree: " + "AB CD " * 40 + "\n\nWhat is it?"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    segments = lay_out_chat(library[1], messages, LAYOUT)
+    segments = lay_out_chat(library[1], messages)
     expected = list(stream_generate(*library, segments, 8))
     body = {"messages": messages, "max_tokens": 8, "logprobs": True}
     answer = server.request("POST", "/v1/chat/completions", body).json
@@ -139,18 +132,15 @@ def test_a_chat_is_laid_out_and_answered_as_the_library_does(server, library):
     assert got == pytest.approx(wanted, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "merge"),
-    [("<merge>AB CD EF GH</merge> IJ", None), ("AB CD EF GH", True), ("AB CD EF GH", False)],
-)
-def test_a_completion_is_laid_out_and_answered_as_the_library_does(server, library, prompt, merge):
-    segments = lay_out_text(library[1], prompt, LAYOUT)
-    if merge is not None:
-        segments = [Segment([i for s in segments for i in s.ids], merge)]
-    expected = list(stream_generate(*library, segments, 6))
-    answer = server.complete(prompt=prompt, merge=merge, max_tokens=6, logprobs=1).json
-    assert answer["choices"][0]["text"] == "".join(r.text for r in expected)
-    assert answer["usage"]["compressed_tokens"] == expected[-1].compressed_tokens
+def test_a_completion_is_laid_out_and_answered_as_the_library_does(server, library):
+    for prompt, merge in (("<merge>AB CD EF</merge> IJ", None), ("AB CD", True), ("AB CD", False)):
+        segments = lay_out_text(library[1], prompt)
+        if merge is not None:
+            segments = [Segment([i for s in segments for i in s.ids], merge)]
+        expected = list(stream_generate(*library, segments, 6))
+        answer = server.complete(prompt=prompt, merge=merge, max_tokens=6).json
+        assert answer["choices"][0]["text"] == "".join(r.text for r in expected)
+        assert answer["usage"]["compressed_tokens"] == expected[-1].compressed_tokens
 
 
 def test_what_is_raw_is_answered_as_plain_mlx_lm_does(server, library):
@@ -163,16 +153,12 @@ def test_what_is_raw_is_answered_as_plain_mlx_lm_does(server, library):
     assert got == pytest.approx(expected[: len(got)], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("seed", [None, 1], ids=["batched", "alone"])
-def test_penalties_see_original_ids(server, library, seed):
+def test_penalties_see_original_ids(server, library):
     ids = [(11 * i) % 650 + 1 for i in range(40)]
-    bodies = [
-        {"repetition_penalty": 3.0, "repetition_context_size": 60},
-        {"presence_penalty": 20, "presence_context_size": 60},
-        {"frequency_penalty": 20, "frequency_context_size": 60},
-    ]
-    for body in bodies:
-        known = {"prompt": ids, "merge": True, "max_tokens": 8, "logprobs": 0, "seed": seed}
+    kinds = (("repetition", 3.0), ("presence", 20), ("frequency", 20))
+    for seed, (kind, size) in product((None, 1), kinds):  # in a batch, and alone
+        body = {f"{kind}_penalty": size, f"{kind}_context_size": 60}
+        known = {"prompt": ids, "merge": True, "max_tokens": 8, "seed": seed}
         answer = server.complete(**known, **body, logit_bias={str(i): 15 for i in ids}).json
         processors = make_logits_processors(dict.fromkeys(ids, 15.0), **body)
         responses = stream_generate(*library, ids, 8, logits_processors=processors)
@@ -235,14 +221,13 @@ def test_a_quantized_kv_cache_serves_one_at_a_time(tmp_path):
 
 
 def test_a_stop_text_ends_an_answer_whatever_its_tokens(server):
-    body = {"model": "default_model", "prompt": [7, 8, 9], "max_tokens": 30}
-    body |= {"extra_body": {"merge": False}, "logit_bias": {"0": -100}, "stream": False}
+    body = {"prompt": [7, 8, 9], "max_tokens": 30, "logit_bias": {"0": -100}, "stream": False}
+    body |= {"extra_body": {"merge": False}}
     whole, _, _ = ask(server, "text", body)
-    for length in (1, 2, 3):
+    for length, stream in product((1, 2, 3), (False, True)):
         stop = whole[len(whole) // 2 :][:length]
-        for stream in (False, True):
-            text, _, end = ask(server, "text", body | {"stop": stop, "stream": stream})
-            assert (text, end) == (whole[: whole.index(stop)], "stop")
+        text, _, end = ask(server, "text", body | {"stop": stop, "stream": stream})
+        assert (text, end) == (whole[: whole.index(stop)], "stop")
 
 
 def test_a_stream_ends_with_usage_for_who_asks(server):
@@ -288,22 +273,19 @@ def test_tools_are_shown_to_the_template_and_calls_are_parsed(
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     said = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
     with serving(base, adapter_path, chat_template=True) as server:
-        pieces = [Response(c, 5, 0.0, None, ()) for c in said]
-        script = iter([*pieces, Response("", 0, 0.0, "stop", ())])
 
         async def scripted(job: Job) -> Any:
-            if job not in begun:
-                begun.add(job)
-                return await real(job)
-            return next(script)
+            reply = await real(job)
+            return next(script) if isinstance(reply, Response) else reply
 
         plain = server.chat("hi", max_tokens=1).json["usage"]["prompt_tokens"]
         shown = server.chat("hi", max_tokens=1, tools=[tool]).json["usage"]["prompt_tokens"]
         hidden = server.chat("hi", max_tokens=1, tools=[tool], tool_choice="none").json["usage"]
         assert shown > plain == hidden["prompt_tokens"]
-        real, begun = Job.next, set()
+        pieces = [Response(c, 5, 0.0, None, ()) for c in said]
+        real, script = Job.next, iter([*pieces, Response("", 0, 0.0, "stop", ())])
         monkeypatch.setattr(Job, "next", scripted)
-        choice = server.chat("hi", tools=[tool]).json["choices"][0]
+        choice = server.chat("hi", tools=[tool], logit_bias={"0": -100}).json["choices"][0]
         assert choice["finish_reason"] == "tool_calls"
         (call,) = choice["message"]["tool_calls"]
         assert call["function"] == {"name": "look", "arguments": '{"at": 1}'}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
@@ -57,10 +59,10 @@ def test_a_connection_is_kept_for_the_next_request(alive):
 
 
 def test_a_body_in_chunks_is_read(alive):
-    raw = json.dumps(SHORT).encode()
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (raw[:5], raw[5:]))
-    assert exchange(alive, head(Transfer_Encoding="chunked") + chunks + b"0\r\n\r\n").status == 200
-    assert exchange(alive, head(Transfer_Encoding="chunked") + b"no number\r\n").status == 400
+    raw, begin = json.dumps(SHORT).encode(), head(Transfer_Encoding="chunked")
+    chunks = b"5\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (raw[:5], len(raw) - 5, raw[5:])
+    assert exchange(alive, begin + chunks).status == 200
+    assert exchange(alive, begin + b"no number\r\n").status == 400
 
 
 def test_a_client_that_expects_to_be_asked_for_its_body_is_asked(alive):
@@ -156,13 +158,11 @@ def test_a_prompt_past_the_context_or_the_limit_is_a_400(alive, base_path, adapt
 
 
 def test_a_long_text_of_markup_characters_holds_nobody_up(alive):
-    slow = [threading.Thread(target=alive.chat, args=(c * 10**6,)) for c in "\\\n"]
-    for thread in slow:
-        thread.start()
-    for _ in range(20):
-        assert alive.request("GET", "/health").status == 200
-    for thread in slow:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(alive.chat, c * 500_000) for c in "\\\n"]
+        for _ in range(20):
+            assert alive.request("GET", "/health").status == 200
+        assert {answer.result().status for answer in slow} == {400}
 
 
 def test_a_body_of_50_mb_is_a_413_that_its_sender_sees(alive):
@@ -188,19 +188,17 @@ def test_more_connections_than_allowed_are_a_503(base_path, adapter_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/comp", head(Content_Length=5000) + b"{"])
 def test_a_client_that_drips_its_request_gets_a_408(impatient, begin):
-    with impatient.connect() as connection:
-        connection.sendall(begin)
-        dripping = threading.Event()
+    over = threading.Event()
+    with impatient.connect() as connection, ThreadPoolExecutor() as pool:
 
         def drip() -> None:  # a byte now and then does not prolong it
-            while begin and not dripping.wait(0.1):
+            while begin and not over.wait(0.1):
                 connection.sendall(b" ")
 
-        thread = threading.Thread(target=drip)
-        thread.start()
+        connection.sendall(begin)
+        pool.submit(drip)
         answer = read_answer(connection)
-        dripping.set()
-        thread.join()
+        over.set()
     assert (answer.status, answer.error["code"]) == (408, "timeout")
     impatient.assert_alive()
 
@@ -218,16 +216,14 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(impatient):
         eventually(lambda: 'status="499"' in impatient.request("GET", "/metrics").body.decode())
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_takes_too_long_is_a_504_or_the_end_of_its_stream(
-    base_path, adapter_path, stream
-):
+def test_an_answer_that_takes_too_long_is_a_504_or_the_end_of_its_stream(base_path, adapter_path):
     with serving(base_path, adapter_path, request_timeout=0.4) as server:
-        answer = server.complete(**long_answer(stream=stream))
-        assert answer.status == 504 or stream
-        error = json.loads(answer.body.split(b"data: ")[-1])["error"]
-        assert error["code"] == "timeout"
-        eventually(lambda: server.metric("requests_in_flight") == 0)
+        for stream in (False, True):
+            answer = server.complete(**long_answer(stream=stream))
+            assert answer.status == 504 or stream
+            error = json.loads(answer.body.split(b"data: ")[-1])["error"]
+            assert error["code"] == "timeout"
+            eventually(lambda: server.metric("requests_in_flight") == 0)
         assert server.complete(**SHORT).status == 200
 
 
@@ -245,14 +241,13 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(base_path, adapter_pa
 def test_a_key_is_asked_for(base_path, adapter_path, tmp_path):
     file = tmp_path / "key"
     file.write_text(KEY + "\n")
-    wrong = ["", "Bearer wrong", KEY, f"Basic {KEY}", "Bearer caf\u00e9"]
+    wrong = ("", "Bearer wrong", KEY, f"Basic {KEY}", "Bearer caf\u00e9")
+    routes = (("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/metrics"))
     with serving(base_path, adapter_path, api_key=str(file)) as server:
-        for path in ("/v1/completions", "/v1/models", "/metrics"):
-            for given in wrong:
-                method = "POST" if path.endswith("completions") else "GET"
-                answer = server.request(method, path, None, {"Authorization": given})
-                assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
-                assert KEY not in answer.body.decode()
+        for route, given in product(routes, wrong):
+            answer = server.request(*route, headers={"Authorization": given})
+            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+            assert KEY not in answer.body.decode()
         assert server.request("GET", "/health").status == 200
         good = {"Authorization": f"Bearer {KEY}"}
         assert server.request("GET", "/v1/models", headers=good).status == 200
@@ -274,24 +269,15 @@ def test_a_web_page_may_not_call_unless_its_origin_is_allowed(alive, base_path, 
         assert server.request("POST", "/v1/completions", SHORT, evil).status == 403
 
 
-@pytest.mark.parametrize(
-    ("begin", "more"),
-    [
-        (long_answer(stream=True), b""),
-        (long_answer(stream=True, seed=3), b""),
-        (long_answer(), b""),
-        (long_answer(), b"\r\n"),
-    ],
-    ids=["stream", "stream, alone", "whole", "after sending more"],
-)
-def test_a_client_that_leaves_ends_its_generation(alive, begin, more):
-    before = alive.metric("generated_tokens_total")
-    with alive.connect() as connection:
-        connection.sendall(post(begin) + more)
-        eventually(lambda: alive.metric("requests_in_flight") == 1)
-        connection.sendall(more)
-    eventually(lambda: alive.metric("requests_in_flight") == 0)
-    assert alive.metric("generated_tokens_total") - before < 1990
+def test_a_client_that_leaves_ends_its_generation(alive):
+    for stream, seed, more in ((1, None, b""), (1, 3, b""), (0, None, b""), (0, None, b"\r\n")):
+        before = alive.metric("generated_tokens_total")
+        with alive.connect() as connection:
+            connection.sendall(post(long_answer(stream=bool(stream), seed=seed)) + more)
+            eventually(lambda: alive.metric("requests_in_flight") == 1)
+            connection.sendall(more)
+        eventually(lambda: alive.metric("requests_in_flight") == 0)
+        assert alive.metric("generated_tokens_total") - before < 1990
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read_alone_ends_that(base_path, adapter_path):

@@ -16,6 +16,7 @@ from tests.cli_runner import CHATML, copy_base
 from tests.servers import serving
 
 VOCABULARY = 700
+PENALTIES = ("repetition", "presence", "frequency")
 
 
 def read(body: Any, chat: bool = False) -> Any:
@@ -108,7 +109,7 @@ def calling(arguments: str) -> dict[str, Any]:
 
 
 def test_arguments_of_a_tool_call_are_an_object_for_the_template():
-    (message,) = read(calling('{"a": 1}'), chat=True).plain_messages()
+    (message,) = read(calling('{"a": 1}'), chat=True).model_dump()["messages"]
     assert message["content"] == ""
     assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"a": 1}}
     for arguments in ('{"a": "\\ud800"}', '{"a": NaN}', "{", "[" * 100_000):
@@ -124,14 +125,14 @@ def test_a_model_that_is_not_served_is_a_404(model):
 NUMBERS = [0, 1, -1, 0.5, 1.0, 2, 1e-30, 1e30, 1e308, 10**30, -0.0, 700, 699, 2**63, True]
 TEXTS = ["", "x", "AB CD EF", "\x00", "\ud800", "<merge>a</merge>", "<raw>", "\\<raw>", "é\u200b"]
 ANYTHING = [None, [], {}, "x", 1, 1.5, True, [[]], {"a": {}}, [None], "1", [1, 2], ["x"]]
-PENALTIES = [
-    f"{kind}_{what}"
-    for kind in ("repetition", "presence", "frequency")
-    for what in ("penalty", "context_size")
-]
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "xtc_probability", "xtc_threshold")
+PARTS = [[{"type": kind, "text": "AB", "merge": True}] for kind in ("text", "image_url")]
+IDS = [[7 * i % VOCABULARY for i in range(length)] for length in (1, 20, 60)]
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": text}} for text in TEXTS]
 FIELDS: dict[str, list[Any]] = {
-    **dict.fromkeys((*SAMPLING, *PENALTIES), NUMBERS),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed"), NUMBERS),
+    **dict.fromkeys(("xtc_probability", "xtc_threshold"), NUMBERS),
+    **dict.fromkeys((f"{kind}_penalty" for kind in PENALTIES), NUMBERS),
+    **dict.fromkeys((f"{kind}_context_size" for kind in PENALTIES), NUMBERS),
     "model": ["default_model", "base", "/etc", "", 5],
     "logit_bias": [{}, {"1": 5}, {"699": -100}, {"700": 1}, {"x": 1}, {"1": "x"}, {"01": 2}],
     "logprobs": [True, False, 0, 3, 12, -1],
@@ -144,33 +145,25 @@ FIELDS: dict[str, list[Any]] = {
     "chat_template_kwargs": [{}, {"think": False}, {"tokenize": True}, {"chat_template": "x"}],
     "merge": [True, False, "x"],
 }
-
-
-def message(rng: random.Random) -> Any:
-    if rng.random() < 0.05:
-        return rng.choice(ANYTHING)
-    part = {"type": rng.choice(["text", "image_url"]), "text": rng.choice([*TEXTS, 5])}
-    good = ["AB CD " * 40, "x", [{"type": "text", "text": "AB CD", "merge": True}]]
-    made = {
-        "role": rng.choice([*("user", "system") * 4, "assistant", "tool", 5]),
-        "content": rng.choice([*good * 2, rng.choice(TEXTS), [part], rng.choice(ANYTHING)]),
-        "merge": rng.choice([None] * 8 + [True, False, "yes"]),
-    }
-    if rng.random() < 0.1:
-        call = {"type": "function", "function": {"name": "f", "arguments": rng.choice(TEXTS)}}
-        made["tool_calls"] = rng.choice([[call], [5], {}, [{"function": 5}]])
-    return made
+MESSAGE: dict[str, list[Any]] = {
+    "role": [*("user", "system") * 6, "assistant", "tool", 5],
+    "content": [*("AB CD " * 40, "x", PARTS[0]) * 8, *PARTS, *TEXTS, *ANYTHING],
+    "merge": [None] * 8 + [True, False, "yes"],
+    "tool_calls": [None] * 99 + [[call] for call in CALLS] + [[5], {}, [{"function": 5}]],
+}
 
 
 def request(rng: random.Random) -> tuple[str, bytes]:
     """A path, and a body that is right or wrong."""
     body: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 3] * 12 + [0, -1, "1", 1.5])}
     if chat := rng.random() < 0.5:
-        body["messages"] = [message(rng) for _ in range(rng.randint(0, 4))]
+        body["messages"] = [
+            {name: rng.choice(values) for name, values in MESSAGE.items()}
+            for _ in range(rng.randint(0, 4))
+        ]
     else:
-        ids = [rng.randint(0, VOCABULARY - 1) for _ in range(rng.randint(1, 60))]
-        good = ["AB CD", ids, [ids], "<merge>AB CD EF</merge> GH"]
-        body["prompt"] = rng.choice([*good * 2, rng.choice(TEXTS), rng.choice(ANYTHING)])
+        good = ["AB CD", "<merge>AB CD EF</merge> GH", [IDS[0]], *IDS]
+        body["prompt"] = rng.choice([*good * 8, *TEXTS, *ANYTHING])
     for name in rng.sample(list(FIELDS), rng.choice([0, 0, 1, 1, 1, 2, 3, 6])):
         body[name] = rng.choice(ANYTHING if rng.random() < 0.15 else FIELDS[name])
     raw = json.dumps(body).encode()
@@ -181,8 +174,7 @@ def request(rng: random.Random) -> tuple[str, bytes]:
 
 @pytest.mark.slow
 def test_a_thousand_requests_of_the_schema_get_no_5xx(base_path, adapter_path, tmp_path):
-    base = copy_base(base_path, tmp_path / "base", CHATML)
-    rng = random.Random(2604)
+    base, rng = copy_base(base_path, tmp_path / "base", CHATML), random.Random(2604)
     requests = [request(rng) for _ in range(1000)]
     with serving(base, adapter_path, chat_template=True, max_queue=1000) as server:
 
