@@ -200,16 +200,16 @@ def test_services_are_told_what_mlx_lm_tells_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (("--report-to", "nope"), 1, "--report-to is 'nope', expected wandb, swanlab or both"),
+        (("--report-to", "nope"), 2, "--report-to is 'nope', expected wandb, swanlab or both"),
         (("--plot", "x.txt"), 1, "--plot is x.txt, expected a name that ends with .png, .svg"),
         (("--plot", "no/x.png"), 1, "--plot is no/x.png, but there is no folder no"),
-        (("--task", "poetry"), 1, "--task is 'poetry', expected one of textualized-tree, amaz"),
+        (("--task", "poetry"), 2, "--task is 'poetry', expected one of textualized-tree, amaz"),
         (("--iters", "x"), 2, "Invalid value for '--iters'"),
         (("--iters", 0), 2, "--iters"),
         (("--k", 0), 2, "--k"),
         (("--learning-rate", "nan"), 2, "--learning-rate"),
-        (("--seed", 2**64), 1, "--seed is 18446744073709551616, expected at most"),
-        (("--clear-cache-threshold", "lots"), 1, "--clear-cache-threshold is 'lots', expected by"),
+        (("--seed", 2**64), 2, "--seed is 18446744073709551616, expected at most"),
+        (("--clear-cache-threshold", "lots"), 2, "--clear-cache-threshold is 'lots', expected by"),
         (("--iter", 3), 2, "No such option"),
         (("surplus",), 2, "unexpected extra argument"),
     ],
@@ -232,4 +232,4 @@ def test_a_service_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 def test_no_model_is_one_line(tmp_path):
     result = run("train", *RUN, "--adapter-path", tmp_path / "run")
-    assert_one_error(result, 1, "no model: give --model")
+    assert_one_error(result, 1, "found no base model: give --model")
