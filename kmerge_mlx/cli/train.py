@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from tqdm import tqdm
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.train.settings import TrainSettings
@@ -46,7 +47,6 @@ def train(settings: TrainSettings) -> None:
     """
     from kmerge_mlx.cli.output import bars
     from kmerge_mlx.plots.common import check_plot
-    from kmerge_mlx.plots.training import TrainingPlot
     from kmerge_mlx.train.checkpoint import saved_settings
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
@@ -60,10 +60,7 @@ def train(settings: TrainSettings) -> None:
     if settings.plot:
         check_plot(settings.plot)
     run = prepare(settings, bars(quiet=not first), ranks)
-    watchers: list[Any] = []
-    if first:
-        plots = [TrainingPlot(run.path, settings.plot)] if settings.plot else []
-        watchers = [TrainingBar(run), *plots, *reporters(settings)]
+    watchers = [TrainingBar(run), *reporters(settings)] if first else []
     trainer = Trainer(run, watchers)
     with _signals(trainer) as came, watchers[0] if first else contextlib.nullcontext():
         trainer.train()
@@ -103,11 +100,9 @@ class TrainingBar:
 
     def __enter__(self) -> None:
         self._say(_header(self._run))
-        shown = {"desc": "Training", "unit": "it", "dynamic_ncols": True, "disable": None}
         done, total = self._run.state.iteration, self._run.settings.iters
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=done, **shown)
+        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
+        self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
         for bar in filter(None, (self._valid, self._bar)):
@@ -128,8 +123,6 @@ class TrainingBar:
 
     def on_validation(self, done: int, total: int) -> None:
         if self._valid is None:
-            from tqdm import tqdm
-
             self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
         self._valid.update(done - self._valid.n)
         if done == total:
@@ -150,11 +143,13 @@ class TrainingBar:
     def on_save(self, iteration: int) -> None:
         if iteration:
             self._say(f"Iter {iteration}: Saved to {self._run.settings.adapter_path}")
+            if plot := self._run.settings.plot:
+                from kmerge_mlx.plots.training import draw_training
+
+                draw_training([self._run.path], plot)
 
     def _say(self, line: str) -> None:
         """Writes a line above the bar."""
-        from tqdm import tqdm
-
         tqdm.write(line, file=sys.stderr)
 
 

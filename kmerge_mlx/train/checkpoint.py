@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -24,6 +24,9 @@ from kmerge_mlx.data.jsonl import parse_row, raw_lines
 from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
 
+if TYPE_CHECKING:
+    from kmerge_mlx.train.prepare import Run
+
 BEST, TRAINING = "best", "training"
 STATE, TENSORS, ANSWERS = "state.json", "state.safetensors", "answers.json"
 LOG, TIMING = "log.jsonl", "timing.jsonl"
@@ -33,45 +36,31 @@ FORMAT_VERSION = 1
 
 @dataclass
 class State:
-    """Where a run is, without its tensors.
+    """Where a run is, without its tensors."""
 
-    Args:
-        iteration: Iterations done.
-        stage: Which stage of the curriculum, from 0.
-        place: How far its data have been read.
-        added: Batches added up since the last update.
-        trained_tokens: Answer tokens of all updates.
-        best_score: Lowest validation score of this stage, or None.
-        best_iteration: When that was.
-        stale: Validations since then.
-        finished: Why the run is over, or None.
-        rng: MLX's random state; empty before the first save.
-        log: Bytes of each log.
-    """
-
-    iteration: int = 0
-    stage: int = 0
-    place: Place = field(default_factory=Place)
-    added: int = 0
-    trained_tokens: int = 0
-    best_score: float | None = None
-    best_iteration: int | None = None
-    stale: int = 0
-    finished: str | None = None
-    rng: list[int] = field(default_factory=list)
-    log: dict[str, int] = field(default_factory=dict)
+    iteration: int = 0  # done
+    stage: int = 0  # of the curriculum
+    place: Place = field(default_factory=Place)  # in the stage's data
+    added: int = 0  # batches since the last update
+    trained_tokens: int = 0  # answer tokens of all updates
+    best_score: float | None = None  # lowest of this stage
+    best_iteration: int | None = None  # when that was
+    stale: int = 0  # validations since then
+    finished: str | None = None  # why the run is over
+    rng: list[int] = field(default_factory=list)  # MLX's random state; empty before the first save
+    log: dict[str, int] = field(default_factory=dict)  # bytes of each log
 
     @classmethod
     def from_json(cls, data: Any) -> State:
         """Reads what ``asdict`` made; raises TrainError for anything else."""
         try:
             state = cls(**{**data, "place": Place(**data["place"])})
-            numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
-            numbers += [state.place.epoch, state.place.batch, *state.rng, *state.log.values()]
             score, best = state.best_score, state.best_iteration
+            numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
+            numbers += [*vars(state.place).values(), *state.rng, *state.log.values(), best or 0]
             good = (
-                set(data) == {f.name for f in fields(cls)}
-                and all(is_int(n) for n in [*numbers, 0 if best is None else best])
+                set(data) == set(vars(state))
+                and all(map(is_int, numbers))
                 and (score is None or is_number(score))
                 and (state.finished is None or state.finished.isprintable())
                 and len(state.rng) in (0, 2)
@@ -86,21 +75,13 @@ class State:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run must have in common with the saved one.
+    """What a resumed run must have in common with the saved one."""
 
-    Args:
-        settings: See ``TrainSettings.saved``.
-        fixed: Those of the settings that must be the same.
-        base: Digest of the base model's files.
-        data: Digest of each stage's training and validation set.
-        ranks: How many machines.
-    """
-
-    settings: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-    base: str
-    data: list[str]
-    ranks: int = 1
+    settings: Mapping[str, Any]  # see TrainSettings.saved
+    fixed: Mapping[str, Any]  # those that must be the same
+    base: str  # digest of the base model's files
+    data: list[str]  # digest of each stage
+    ranks: int
 
     def check(self, saved: Mapping[str, Any], path: Path) -> None:
         """Raises TrainError with every difference from a saved run, by name."""
@@ -125,11 +106,7 @@ class Identity:
 
 
 def find_run(path: Path, resume: bool, force: bool) -> bool:
-    """Whether a folder holds a run to go on with; refuses to write over anything else.
-
-    Raises:
-        TrainError: Something is there that is neither to be resumed nor replaced.
-    """
+    """Whether a folder holds a run to go on with; refuses to write over anything else."""
     try:
         files.clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()
@@ -147,30 +124,16 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     return False
 
 
-def save(
-    path: Path,
-    adapter: Adapter,
-    state: State,
-    identity: Identity,
-    tensors: Mapping[str, mx.array],
-    best: Adapter | None = None,
-    answers: Mapping[str, Any] | None = None,
-) -> None:
+def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
     """Writes a run's folder; the previous one stays until this one is whole.
 
     Args:
-        path: The folder.
+        run: Its state gets the logs' sizes.
         adapter: The weights as they are.
-        state: Where the run is; its logs' sizes are set.
-        identity: What it is.
         tensors: Whatever else the next step depends on.
         best: The adapter of the best validation, or None: it is what it was.
-        answers: Answers that the teacher wrote.
-
-    Raises:
-        TrainError: The disk is full, or the place is not writable.
     """
-    old = path / TRAINING
+    path, state, old = run.path, run.state, run.path / TRAINING
     try:
         with files.replacing_folder(path) as folder:
             write_adapter(adapter, folder)
@@ -185,14 +148,14 @@ def save(
             for name in (LOG, TIMING) if state.iteration else ():
                 if (old / name).exists():
                     shutil.copyfile(old / name, training / name)
-            if answers is not None:
-                (training / ANSWERS).write_text(json.dumps(answers))
+            if run.answers is not None:
+                (training / ANSWERS).write_text(json.dumps(run.answers))
             for file in training.iterdir():
                 files.flush(file)
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {n: v for n, v in vars(identity).items() if n != "fixed"}
+            about |= {n: v for n, v in vars(run.identity).items() if n != "fixed"}
             files.write_json(training / STATE, about | {"state": asdict(state)})
     except OSError as error:
         reason = error.strerror or first_line(error)
@@ -201,11 +164,7 @@ def save(
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
-    """The identity, state and tensors that :func:`save` wrote.
-
-    Raises:
-        TrainError: Files that are torn, edited or of a newer release.
-    """
+    """The identity, state and tensors that :func:`save` wrote; TrainError for any others."""
     tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
     return _about(path), read_progress(path), tensors
 
@@ -239,11 +198,12 @@ def _about(path: Path) -> dict[str, Any]:
 
 def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
     """Appends a record, and its timing, to the logs of the run in a folder."""
-    timed = None if timing is None else {"iteration": record["iteration"], **timing}
-    for name, line in ((LOG, record), (TIMING, timed)):
-        if line is not None:
-            with (path / TRAINING / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    lines = {LOG: record}
+    if timing is not None:
+        lines[TIMING] = {"iteration": record["iteration"], **timing}
+    for name, line in lines.items():
+        with (path / TRAINING / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def cut_logs(path: Path, state: State) -> None:

@@ -31,12 +31,7 @@ for short rows, a third of which would be padding."""
 
 @dataclass(frozen=True)
 class Place:
-    """How far a run has read.
-
-    Args:
-        epoch: From 0.
-        batch: Batches of this epoch that have been read.
-    """
+    """How far a run has read: its epoch from 0, and the batches of it that have been read."""
 
     epoch: int = 0
     batch: int = 0
@@ -62,13 +57,6 @@ def shuffled(
 
     The order follows from the seed and the place alone, so a resumed run reads the next batch. The
     examples that an epoch leaves over, too few for a batch, are others in every epoch.
-
-    Args:
-        data: All examples, at least a batch of them.
-        batch_size: B.
-        merge_factor: K, for the lengths.
-        seed: The same one gives the same order.
-        place: Where to begin.
     """
     per_epoch = len(data) // batch_size
     epoch, batch = place.epoch, place.batch
@@ -169,8 +157,8 @@ def make_batch(
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
     answer_at = [
-        b * length + len(prompt) - 1 + i
-        for b, (prompt, example) in enumerate(zip(prompts, examples, strict=True))
+        b * length + len(prompts[b]) - 1 + i
+        for b, example in enumerate(examples)
         for i in range(len(example.answer_ids))
     ]
     targets = [i for example in examples for i in example.answer_ids]

@@ -19,7 +19,7 @@ from kmerge_mlx.files import replacing_file, safetensors_shapes
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.checkpoint import ANSWERS, TRAINING
-from kmerge_mlx.train.dataset import Limits, TokenizedSet
+from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
 from kmerge_mlx.train.rows import Batch, by_length, make_batch
 
@@ -31,15 +31,7 @@ ROWS_AT_ONCE = 32
 
 
 class Teacher:
-    """A base model that reads prompts uncompressed.
-
-    Args:
-        model: The base, its embedding wrapped with K = 1; its weights are the student's own arrays.
-        top_k: How many tokens to keep; 0 keeps all.
-
-    Raises:
-        TrainError: More tokens than there are.
-    """
+    """A base model that reads prompts uncompressed: wrapped with K = 1, on the student's arrays."""
 
     def __init__(self, model: nn.Module, top_k: int = 0):
         self.model, self.top_k = model.eval(), top_k
@@ -58,11 +50,9 @@ class Teacher:
         return replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
 
     def targets(self, examples: Sequence[TokenizedExample]) -> tuple[mx.array, mx.array]:
-        """The teacher's distributions at the answer positions of examples.
+        """Ids ``(A, k)`` and log-probabilities ``(A, k)`` at answer positions; or none and (A, V).
 
-        Returns:
-            Ids ``(A, k)`` and log-probabilities ``(A, k)``; or no ids and ``(A, V)``. A is padded
-            as in a batch of the same examples.
+        A is padded as in a batch of the same examples.
         """
         read = make_batch(examples, 1, 0, self.vocab_size)
         return self._compiled(read.ids, read.blocks, read.answer_at)
@@ -78,16 +68,9 @@ class Teacher:
 
 
 class StoredTeacher:
-    """Teaches from a file of the teacher's top tokens.
+    """Takes a teacher's place with the file of its top tokens that :func:`store` made.
 
-    Args:
-        path: Made by :func:`store`.
-        digest: Digest of the base, data and settings that it must be of.
-        teacher: The teacher whose place it takes.
-        sets: The examples of each split.
-
-    Raises:
-        TrainError: The file is torn, foreign, or of another base, other data or settings.
+    ``digest`` is of the base, data and settings that the file must be of.
     """
 
     def __init__(self, path: Path, digest: str, teacher: Teacher, sets: Mapping[str, TokenizedSet]):
@@ -137,9 +120,6 @@ def store(
     """Writes a file of the teacher's top tokens at every answer token, whole or not at all.
 
     It has their ids and log-probabilities for each split, in the order of the examples.
-
-    Raises:
-        TrainError: It cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -178,9 +158,7 @@ def write_answers(
 ) -> Answers:
     """Lets the base answer every row that has no answer, greedily and uncompressed.
 
-    Returns:
-        The answers. One that ended by itself has the tokenizer's eos token, one that was cut at
-        ``max_tokens`` does not.
+    An answer that ended by itself has the tokenizer's eos token, one cut at ``max_tokens`` not.
     """
     missing, answers = _missing(sets), {split: {} for split in sets}
     done, total = 0, sum(map(len, missing.values()))
@@ -194,8 +172,9 @@ def write_answers(
                 max_tokens=max_tokens,
                 return_token_ids=True,
             )
-            ends = response.finish_reasons
-            for i, ids, reason in zip(part, response.token_ids, ends, strict=True):
+            for i, ids, reason in zip(
+                part, response.token_ids, response.finish_reasons, strict=True
+            ):
                 end = [tokenizer.eos_token_id] if reason == "stop" else []
                 answers[split][str(i)] = [*ids, *end]
             done += len(part)
@@ -206,11 +185,7 @@ def write_answers(
 def read_answers(
     path: Path, teacher: Teacher, sets: Mapping[str, TokenizedSet], max_tokens: int
 ) -> Answers:
-    """The answers that the run in a folder keeps.
-
-    Raises:
-        TrainError: A file that is torn, or does not hold answers for exactly the rows without one.
-    """
+    """The answers that the run in a folder keeps, for exactly the rows without one."""
     file = path / TRAINING / ANSWERS
     wanted = {split: [str(i) for i in indices] for split, indices in _missing(sets).items()}
     limit = (1 << 20) + 32 * (max_tokens + 1) * sum(map(len, wanted.values()))
@@ -229,13 +204,6 @@ def read_answers(
     if not fits:
         raise TrainError(f"{file} does not hold the answers of this run's rows")
     return answers
-
-
-def give_answers(answers: Answers, sets: Mapping[str, TokenizedSet], limits: Limits) -> None:
-    """Puts answers into the rows that have none."""
-    for split, found in answers.items():
-        for index, ids in found.items():
-            sets[split].set_answer(int(index), ids, limits)
 
 
 def _missing(sets: Mapping[str, TokenizedSet]) -> dict[str, list[int]]:

@@ -12,8 +12,8 @@ from kmerge_mlx.data.amazon_reviews import AmazonReviews
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError
-from kmerge_mlx.prompts.policy import Layout
-from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
+from kmerge_mlx.train.dataset import TokenizedSet, num_positions, tree_sets
+from kmerge_mlx.train.settings import TrainSettings
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_reviews_and_commits import REVIEWS
 from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
@@ -28,9 +28,8 @@ def tokenizer():
     return load_tokenizer(BASE)
 
 
-def tokenized(folder: Path, tokenizer, k: int = 4, longest: int = 2048, **more) -> TokenizedSet:
-    rows = load_examples(folder, skip_bad=more.get("skip_bad", False))["train"]
-    return TokenizedSet(rows, tokenizer, Limits(k, longest), **more)
+def tokenized(folder: Path, tokenizer) -> TokenizedSet:
+    return TokenizedSet(load_examples(folder)["train"], tokenizer, TrainSettings())
 
 
 def test_a_row_is_prompt_and_answer_and_the_end(tmp_path, tokenizer):
@@ -58,11 +57,12 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     chat = load_tokenizer(copy_base(BASE, tmp_path / "chat", template=CHATML))
     rows = load_examples(folder)["train"]
     digests = {
-        TokenizedSet(rows, tokens, Limits(4, 2048, Layout(chat_template=template))).digest
-        for tokens, template in ((load_tokenizer(BASE), True), (chat, True))
+        TokenizedSet(rows, tokens, TrainSettings()).digest
+        for tokens in (load_tokenizer(BASE), chat)
     }
     assert len(digests) == 2
-    assert TokenizedSet(rows, chat, Limits(4, 2048, Layout(chat_template=False))).digest in digests
+    bare = TrainSettings(ignore_chat_template=True)
+    assert TokenizedSet(rows, chat, bare).digest in digests
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_no_tree_is_in_two_splits(tokenizer):
     task = TreeTask(stage, questions_per_tree=2, splits=splits)
     unchecked = [{task.draw(split, i)[0].text for i in range(size)} for split in splits]
     assert unchecked[0] & unchecked[1]
-    sets = tree_sets(task, tokenizer, Limits(4, 2048))
+    sets = tree_sets(task, tokenizer, TrainSettings())
     train, valid, test = (
         {tokenizer.decode(data[2 * i].prompt_ids).split(",")[0] for i in range(size)}
         for data in sets.values()
@@ -86,7 +86,7 @@ def test_no_tree_is_in_two_splits(tokenizer):
 
 def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
     task = TreeTask("xsmall", questions_per_tree=2, splits={"train": 50, "valid": 1, "test": 1})
-    data = tree_sets(task, tokenizer, Limits(4, 2048))["train"]
+    data = tree_sets(task, tokenizer, TrainSettings())["train"]
     assert len(data) == 100
     for tree in range(50):
         answers = {tokenizer.decode(data[2 * tree + i].answer_ids[:-1]) for i in range(2)}
@@ -96,7 +96,7 @@ def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
 def test_a_tree_that_does_not_fit_is_named(tokenizer):
     task = TreeTask("small", splits={"train": 3, "valid": 0, "test": 0})
     with pytest.raises(DataError, match=r"textualized-tree, train tree 0: found 1?\d positions"):
-        tree_sets(task, tokenizer, Limits(4, 9))
+        tree_sets(task, tokenizer, TrainSettings(max_seq_length=9))
 
 
 Bad = tuple[list, list, tuple, str]

@@ -18,12 +18,12 @@ from kmerge_mlx.adapters.folder import FILES
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import unfreeze
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.loop import Figures, Validator
 from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Place, make_batch, shuffled
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.validate import Figures, Validator
 from tests.train_runs import (
     BASE,
     NO_DROPOUT,

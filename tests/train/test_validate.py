@@ -8,9 +8,9 @@ import pytest
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.train.loop import Figures, Validator
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import make_batch
-from kmerge_mlx.train.validate import Figures, Validator
 from tests.tiny import steps
 from tests.train.test_loss import PAD, V, examples, model_of, naive_loss
 
