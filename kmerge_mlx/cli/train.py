@@ -18,17 +18,19 @@ from kmerge_mlx.train.settings import TrainSettings
 if TYPE_CHECKING:
     from kmerge_mlx.train.loop import Trainer
     from kmerge_mlx.train.prepare import Run
+    from kmerge_mlx.train.ranks import Ranks
 
 LITTLE = 1.05
 """Compression ratio of the prompts below which a note says what to do."""
 
 
-def _resumed(settings: TrainSettings) -> TrainSettings:
+def _resumed(settings: TrainSettings, ranks: Ranks | None = None) -> TrainSettings:
     """For ``--resume``, the saved settings in the place of those that nobody named."""
     from kmerge_mlx.train.checkpoint import saved_settings
 
-    saved = saved_settings(Path(settings.adapter_path)) if settings.resume else {}
-    return settings.over(saved)
+    first = ranks is None or ranks.rank == 0  # it alone has the folder
+    saved = saved_settings(Path(settings.adapter_path)) if settings.resume and first else {}
+    return settings.over(ranks.share_json(saved) if ranks else saved)
 
 
 @command(TrainSettings, config_file=True, to_print=_resumed)
@@ -47,16 +49,12 @@ def train(settings: TrainSettings) -> None:
     """
     from kmerge_mlx.cli.output import bars
     from kmerge_mlx.plots.common import check_plot
-    from kmerge_mlx.train.checkpoint import saved_settings
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
     from kmerge_mlx.train.ranks import connect
 
     ranks = connect()
-    first = ranks.rank == 0
-    if settings.resume:  # only the first rank has the folder
-        saved = saved_settings(Path(settings.adapter_path)) if first else None
-        settings = settings.over(ranks.share_json(saved))
+    first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)
     run = prepare(settings, bars(quiet=not first), ranks)
@@ -137,8 +135,8 @@ class TrainingBar:
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
 
-    def on_stage(self, iteration: int, name: str) -> None:
-        self._say(f"Iter {iteration}: stage {name} begins")
+    def on_stage(self, now: dict[str, Any]) -> None:
+        self._say(f"Iter {now['iteration']}: stage {now['begins']} begins")
 
     def on_save(self, iteration: int) -> None:
         if iteration:

@@ -73,36 +73,26 @@ class State:
         return state
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a resumed run must have in common with the saved one."""
-
-    settings: Mapping[str, Any]  # see TrainSettings.saved
-    fixed: Mapping[str, Any]  # those that must be the same
-    base: str  # digest of the base model's files
-    data: list[str]  # digest of each stage
-    ranks: int
-
-    def check(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Raises TrainError with every difference from a saved run, by name."""
-        then, now = saved["settings"], json.loads(json.dumps(dict(self.fixed)))
-        problems = [
-            f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
-            for name, value in now.items()
-            if value != then.get(name)
-        ]
-        if saved.get("base") != self.base:
-            model, old = self.settings["model"], short(then.get("model"))
-            problems.append(f"`model` {model} has other weights than the run's base, {old}")
-        if saved.get("data") != self.data and not problems:
-            problems.append(
-                "the data are not those that the run was started with: give those, or start anew "
-                "in another `adapter_path`"
-            )
-        if saved.get("ranks") != self.ranks:
-            problems.append(f"found {self.ranks} machines, the run has {short(saved.get('ranks'))}")
-        if problems:
-            raise TrainError(findings(f"{path} cannot be resumed", problems))
+def check_same(run: Run, saved: Mapping[str, Any]) -> None:
+    """Raises TrainError with every difference of a run from the saved one, by name."""
+    then, now = saved["settings"], json.loads(json.dumps(run.settings.fixed()))
+    problems = [
+        f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
+        for name, value in now.items()
+        if value != then.get(name)
+    ]
+    if saved.get("base") != run.base:
+        model, old = run.settings.model, short(then.get("model"))
+        problems.append(f"`model` {model} has other weights than the run's base, {old}")
+    if saved.get("data") != run.data and not problems:
+        problems.append(
+            "the data are not those that the run was started with: give those, or start anew "
+            "in another `adapter_path`"
+        )
+    if saved.get("ranks") != run.ranks.size:
+        problems.append(f"found {run.ranks.size} machines, the run has {short(saved.get('ranks'))}")
+    if problems:
+        raise TrainError(findings(f"{run.path} cannot be resumed", problems))
 
 
 def find_run(path: Path, resume: bool, force: bool) -> bool:
@@ -155,8 +145,9 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {n: v for n, v in vars(run.identity).items() if n != "fixed"}
-            files.write_json(training / STATE, about | {"state": asdict(state)})
+            about |= {"settings": run.settings.saved(), "base": run.base, "data": run.data}
+            about |= {"ranks": run.ranks.size, "state": asdict(state)}
+            files.write_json(training / STATE, about)
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -196,14 +187,12 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
-    """Appends a record, and its timing, to the logs of the run in a folder."""
-    lines = {LOG: record}
-    if timing is not None:
-        lines[TIMING] = {"iteration": record["iteration"], **timing}
-    for name, line in lines.items():
-        with (path / TRAINING / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any]) -> None:
+    """Appends a record, and its timing if it has one, to the logs of the run in a folder."""
+    for name, line in ((LOG, record), (TIMING, {"iteration": record["iteration"], **timing})):
+        if name == LOG or timing:
+            with (path / TRAINING / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def cut_logs(path: Path, state: State) -> None:

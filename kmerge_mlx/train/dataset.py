@@ -259,8 +259,7 @@ def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:
 
 def _tree_stage(entry: Any, threshold: float) -> tuple[str, str | TreeStage, float]:
     """A stage's name, its sizes and its threshold, from an entry of the curriculum."""
-    if isinstance(entry, str):
-        return entry, entry, threshold
+    entry = {"stage": entry} if isinstance(entry, str) else entry
     given = dict(entry) if isinstance(entry, Mapping) else {}
     threshold = given.pop("threshold", threshold)
     if not is_number(threshold) or not 0 <= threshold <= 1:

@@ -35,18 +35,15 @@ from kmerge_mlx.train.step import Engine
 class Figures:
     """What a validation measured.
 
-    Args:
-        loss: Mean cross-entropy of an answer token, in nats.
-        accuracy: Share of the answers that are right in every token.
-        balanced_accuracy: The mean over the distinct answers of each one's accuracy, so that
-            always giving the most frequent answer earns nothing.
-        kl: Mean divergence from the teacher per answer token, in nats, or None without one.
+    An answer counts as right if each of its tokens, the end included, is the likeliest after those
+    before it; that is exactly when greedy decoding would write it. Balanced, each distinct answer
+    weighs the same, so that always giving the most frequent one earns nothing.
     """
 
-    loss: float
+    loss: float  # nats, mean of an answer token
     accuracy: float
     balanced_accuracy: float
-    kl: float | None = None
+    kl: float | None = None  # from the teacher, nats, mean of an answer token
 
     def named(self) -> dict[str, float]:
         """The figures as mlx-lm names them: ``val_loss`` and so on."""
@@ -134,7 +131,7 @@ class Trainer:
         run: From ``prepare``.
         watchers: mlx-lm's callbacks, called on the first rank alone. Those of this project may
             also have ``on_iteration(iteration)``, ``on_validation(done, total)``,
-            ``on_stage(iteration, name)`` and ``on_save(iteration)``.
+            ``on_stage(record)`` and ``on_save(iteration)``.
 
     Attributes:
         stop_requested: Set it to end the run with a save after the present iteration.
@@ -147,7 +144,7 @@ class Trainer:
         self._best: Adapter | None = None
         self._saved = run.state.iteration
         self._stopping = self.stop_requested = False
-        self._reset_clock()
+        self._iterations, self._tokens, self._seconds = 0, 0, 0.0  # since the last report
 
     def train(self) -> None:
         """Runs to the end; the run's state says how far it came, and why it ended."""
@@ -219,7 +216,6 @@ class Trainer:
             self._diverged(f"the loss is {loss}, the gradient's norm {norm}")
         state.trained_tokens += int(tokens)
         record = {
-            "iteration": state.iteration,
             "train_loss": loss,
             "learning_rate": self._engine.learning_rate,
             "grad_norm": norm,
@@ -230,13 +226,8 @@ class Trainer:
             "tokens_per_second": self._tokens / self._seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
-        self._reset_clock()
-        self._log(record, timing)
-        self._tell("on_train_loss_report", record | timing)
-
-    def _reset_clock(self) -> None:
-        """Begins to count anew: iterations, original tokens and seconds, without validations."""
         self._iterations, self._tokens, self._seconds = 0, 0, 0.0
+        self._log("on_train_loss_report", record, timing)
 
     def _measure(self, validator: Validator) -> Figures:
         """Validates, logs it, and keeps the best adapter."""
@@ -244,10 +235,8 @@ class Trainer:
         figures = validator(partial(self._tell, "on_validation"))
         if not math.isfinite(figures.score):
             self._diverged(f"the validation loss is {figures.score}")
-        record = {"iteration": state.iteration, "stage": self._stage.name, **figures.named()}
-        timing = {"val_time": time.perf_counter() - begin}
-        self._log(record, timing)
-        self._tell("on_val_loss_report", record | timing)
+        record = {"stage": self._stage.name, **figures.named()}
+        self._log("on_val_loss_report", record, {"val_time": time.perf_counter() - begin})
         state.stale += 1
         if state.best_score is None or figures.score < state.best_score:
             state.best_score, state.best_iteration, state.stale = figures.score, state.iteration, 0
@@ -265,8 +254,7 @@ class Trainer:
             # The next stage is harder: its losses do not compare with those of this one.
             state.best_score = state.best_iteration = self._best = None
             self._enter_stage()
-            self._log({"iteration": state.iteration, "begins": self._stage.name})
-            self._tell("on_stage", state.iteration, self._stage.name)
+            self._log("on_stage", {"begins": self._stage.name})
             # Measured at once, so that there is a best; the stage can end at the next validation.
             self._measure(self._validator)
         elif early and state.stale >= early:
@@ -287,9 +275,12 @@ class Trainer:
     def _adapter(self) -> Adapter:
         return adapter_of(self._run.model, self._run.merge, self._run.tuning)
 
-    def _log(self, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
+    def _log(self, event: str, record: dict[str, Any], timing: dict[str, float] = {}) -> None:  # noqa: B006
+        """Appends a record to the log, its timing to another, and tells the watchers both."""
+        record = {"iteration": self._run.state.iteration} | record
         if self._ranks.rank == 0:
             append_log(self._run.path, record, timing)
+        self._tell(event, record | timing)
 
     def _tell(self, event: str, *about: Any) -> None:
         for watcher in self._watchers:

@@ -24,7 +24,7 @@ from kmerge_mlx.model import attach, check_fit, load_source, output_head, paddin
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
 from kmerge_mlx.train import teacher as teaching
-from kmerge_mlx.train.checkpoint import Identity, State
+from kmerge_mlx.train.checkpoint import State
 from kmerge_mlx.train.dataset import Bar, Stage, load_stages
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
@@ -42,7 +42,8 @@ class Run:
     merge: MergeConfig
     tuning: Tuning
     stages: list[Stage]  # at least one
-    identity: Identity
+    base: str  # digest of the base model's files
+    data: list[str]  # digest of each stage
     ranks: Ranks
     teacher: Teacher | StoredTeacher | None
     state: State = field(default_factory=State)
@@ -81,16 +82,16 @@ def prepare(
     model, tokenizer, config = load_source(bare)
     stages = load_stages(settings, tokenizer, bar)
     digests, weights = [stage.digest for stage in stages], base.weights_digest(source.path)
-    identity = Identity(settings.saved(), settings.fixed(), weights, digests, ranks.size)
     ranks.same(settings.fixed() | {"model": weights, "data": digests}, "the settings")
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
     merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
-    run = Run(settings, path, model, tokenizer, merge, tuning, stages, identity, ranks, teacher)
+    adapted = (model, tokenizer, merge, tuning)
+    run = Run(settings, path, *adapted, stages, weights, digests, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
-        identity.check(saved, path)
+        checkpoint.check_same(run, saved)
         if run.state.stage >= len(stages):
             raise TrainError(f"{path} cannot be resumed: it has {len(stages)} stages")
     if settings.teacher_answers:
@@ -233,7 +234,7 @@ def _use_file(run: Run, bar: Bar) -> None:
     """Puts the teacher's file in the place of the teacher; a run that begins makes it if needed."""
     settings, sets, path = run.settings, run.stages[0].sets, Path(run.settings.teacher_file)
     # The digests of the sets are taken anew: written answers are part of them by now.
-    parts = [run.identity.base, *(f"{split} {data.digest}" for split, data in sets.items())]
+    parts = [run.base, *(f"{split} {data.digest}" for split, data in sets.items())]
     parts += [str(settings.teacher_top_k), str(settings.k)]
     parts += [str(settings.teacher_answers), str(settings.teacher_max_tokens)]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()

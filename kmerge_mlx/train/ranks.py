@@ -89,7 +89,7 @@ class Ranks:
                 for name, part in zip(names, mx.split(total, ends), strict=True):
                     sums[name] = part.reshape(flat[name].shape)
             mx.eval(sums)
-        return tree_map_with_path(lambda name, _: sums[name], tree)
+        return tree_map_with_path(lambda name, _: sums[name or ""], tree)
 
     def share(self, array: mx.array) -> mx.array:
         """Gives every rank the first one's array; the others call it with one of that shape."""
