@@ -20,6 +20,7 @@ from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
 
 GOOD = rows_of(8)
 LONG = {"prompt": "Tree: " + "AB" * 500, "completion": "CD"}
+SHORT = {"prompt": "A", "completion": "B"}
 OPTIONS = ("--batch-size", 4, "--iters", 1, "--val-batches", 1, "--max-seq-length", 64)
 
 
@@ -99,58 +100,38 @@ def test_a_tree_that_does_not_fit_is_named(tokenizer):
         tree_sets(task, tokenizer, TrainSettings(max_seq_length=9))
 
 
-Bad = tuple[list, list, tuple, str]
-BAD_ROWS: dict[str, Bad] = {
-    "bad JSON": ([*GOOD, b'{"prompt": '], [], (), "train.jsonl line 9: not JSON: "),
-    "a wrong field": (
-        [*GOOD[:2], {"question": "x", "answer": "y"}, *GOOD],
-        *([], (), "train.jsonl line 3: found 'question, answer', expected prompt and completion"),
-    ),
-    "a row that is too long": (
-        [*GOOD[:5], LONG, *GOOD],
-        *([], (), "train.jsonl line 6: found "),
-    ),
-    "a row longer than was asked for": (
-        *(GOOD, [], ("--max-seq-length", 5)),
-        "train.jsonl line 1: found ",
-    ),
-    "a prompt shorter than K": (
-        [*GOOD, {"prompt": "A", "completion": "B"}],
-        *([], (), "train.jsonl line 9: found 1 tokens to merge, expected at least --k = 4"),
-    ),
-    "a conversation without a template": (
-        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}],
-        *([], (), "train.jsonl line 1: messages need a chat template"),
-    ),
-    "a validation row": (GOOD, [*GOOD, b"{"], (), "valid.jsonl line 9: not JSON"),
-    "a validation row that is too long": (GOOD, [LONG], (), "valid.jsonl line 1: found "),
-    "fewer rows than a batch": (
-        *(GOOD[:3], [], ()),
-        "found 3 examples to train on, expected at least --batch-size = 4",
-    ),
-    "no training file": ([], GOOD, (), "holds no training split (train.jsonl)"),
-}
+CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, name):
-    rows, valid, options, said = BAD_ROWS[name]
+@pytest.mark.parametrize(
+    ("rows", "valid", "said"),
+    [
+        ([*GOOD, b'{"prompt": '], [], "train.jsonl line 9: not JSON: "),
+        ([*GOOD[:2], {"x": "x"}], [], "line 3: found 'x', expected prompt and completion"),
+        ([*GOOD[:5], LONG, *GOOD], [], "train.jsonl line 6: found "),
+        ([SHORT], [], "line 1: found 1 tokens to merge, expected at least --k = 4"),
+        ([CHAT], [], "train.jsonl line 1: messages need a chat template"),
+        (GOOD, [*GOOD, b"{"], "valid.jsonl line 9: not JSON"),
+        (GOOD, [LONG], "valid.jsonl line 1: found "),
+        (GOOD[:3], [], "found 3 examples to train on, expected at least --batch-size = 4"),
+        ([], GOOD, "holds no training split (train.jsonl)"),
+    ],
+)
+def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, rows, valid, said):
     data = write_data(tmp_path / "data", rows, valid)
-    result = train(tmp_path / "run", "--data", data, *OPTIONS, *options)
+    result = train(tmp_path / "run", "--data", data, *OPTIONS)
     assert_one_error(result, 1, said)
     assert len(result.err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_no_data_at_all_is_one_line_that_names_the_flags(tmp_path):
-    result = train(tmp_path / "run", *OPTIONS)
-    assert_one_error(
-        result, 1, "found no data: give --data, or --task (textualized-tree, amazon-rev"
-    )
+    said = "found no data: give --data, or --task (textualized-tree, amazon-rev"
+    assert_one_error(train(tmp_path / "run", *OPTIONS), 1, said)
 
 
 def test_bad_rows_are_counted_and_left_out_if_that_is_asked_for(tmp_path):
-    rows = [b"{", *GOOD[:4], LONG, {"prompt": "A", "completion": "B"}, *GOOD[4:], {"x": 1}]
+    rows = [b"{", *GOOD[:4], LONG, SHORT, *GOOD[4:], {"x": 1}]
     data = write_data(tmp_path / "data", rows, [*GOOD, b"{"])
     result = trained(tmp_path / "run", "--data", data, *OPTIONS, "--skip-bad")
     assert "Data: data, 8 examples, 8 to validate, 4 bad rows left out" in result.err
@@ -198,7 +179,6 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
         ("curriculum: [5]", "curriculum holds 5, expected the name of a stage"),
         ("curriculum: [{max_depth: 2}]", "or a mapping of stage (or max_depth, max_nodes"),
         ("curriculum: [{stage: small, max_nodes: 7}]", "expected the name of a stage, or"),
-        ("curriculum: [{stage: small, threshold: x}]", "threshold is 'x', expected an accuracy"),
         ("curriculum: [{stage: small, threshold: 2}]", "threshold is 2, expected an accuracy"),
         ("stage: nope", "stage is 'nope', expected one of"),
     ],
