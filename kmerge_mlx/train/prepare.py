@@ -240,8 +240,7 @@ def _use_file(run: Run, bar: Bar) -> None:
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     # A saved run may come from a stranger, and its settings must not name a file to write.
     if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
-        teaching.store(
-            path, digest, run.teacher, sets, settings.batch_size, bar("Asking the teacher")
-        )
+        progress = bar("Asking the teacher")
+        teaching.store(path, digest, run.teacher, sets, settings.batch_size, progress)
     run.ranks.any(False)  # the others wait for the file
     run.teacher = StoredTeacher(path, digest, run.teacher, sets)

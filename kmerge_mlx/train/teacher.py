@@ -50,10 +50,7 @@ class Teacher:
         return replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
 
     def targets(self, examples: Sequence[TokenizedExample]) -> tuple[mx.array, mx.array]:
-        """Ids ``(A, k)`` and log-probabilities ``(A, k)`` at answer positions; or none and (A, V).
-
-        A is padded as in a batch of the same examples.
-        """
+        """Ids and log-probabilities ``(A, k)`` at answer positions; or no ids and ``(A, V)``."""
         read = make_batch(examples, 1, 0, self.vocab_size)
         return self._compiled(read.ids, read.blocks, read.answer_at)
 
@@ -94,16 +91,12 @@ class StoredTeacher:
     def teach(
         self, batch: Batch, indices: Sequence[int], examples: Sequence[TokenizedExample], split: str
     ) -> Batch:
-        """The batch of some examples (``indices`` of a split), with what the file has for it."""
+        """As :meth:`Teacher.teach`, by the file."""
         starts, padding = self._starts[split], batch.targets.size
         padding -= sum(len(example.answer_ids) for example in examples)
-        ids, logprobs = (
-            np.pad(
-                np.concatenate([part[starts[i] : starts[i + 1]] for i in indices]),
-                ((0, padding), (0, 0)),
-            )
-            for part in (self._file.get_slice(f"{split}.{n}") for n in ("ids", "logprobs"))
-        )
+        parts = [self._file.get_slice(f"{split}.{name}") for name in ("ids", "logprobs")]
+        found = (np.concatenate([p[starts[i] : starts[i + 1]] for i in indices]) for p in parts)
+        ids, logprobs = (np.pad(part, ((0, padding), (0, 0))) for part in found)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise TrainError("`teacher_file` holds ids that the model does not have: remove it")
         return replace(batch, teacher_ids=mx.array(ids), teacher_logprobs=mx.array(logprobs))
@@ -145,8 +138,7 @@ def store(
 
 def _starts(data: TokenizedSet) -> np.ndarray:
     """Where each example's answer begins among all answer tokens: ``(len + 1,)``."""
-    lengths = [data.num_answer_tokens(i) for i in range(len(data))]
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.cumsum([0, *(data.num_answer_tokens(i) for i in range(len(data)))])
 
 
 def write_answers(
@@ -162,19 +154,13 @@ def write_answers(
     """
     missing, answers = _missing(sets), {split: {} for split in sets}
     done, total = 0, sum(map(len, missing.values()))
+    more = {"max_tokens": max_tokens, "return_token_ids": True}
     for split, indices in missing.items():
         for start in range(0, len(indices), ROWS_AT_ONCE):
             part = indices[start : start + ROWS_AT_ONCE]
-            response = batch_generate(
-                teacher.model,
-                tokenizer,
-                [sets[split][i].segments for i in part],
-                max_tokens=max_tokens,
-                return_token_ids=True,
-            )
-            for i, ids, reason in zip(
-                part, response.token_ids, response.finish_reasons, strict=True
-            ):
+            prompts = [sets[split][i].segments for i in part]
+            found = batch_generate(teacher.model, tokenizer, prompts, **more)
+            for i, ids, reason in zip(part, found.token_ids, found.finish_reasons, strict=True):
                 end = [tokenizer.eos_token_id] if reason == "stop" else []
                 answers[split][str(i)] = [*ids, *end]
             done += len(part)
