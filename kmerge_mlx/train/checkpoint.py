@@ -20,8 +20,8 @@ import mlx.core as mx
 from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.data.jsonl import parse_row, raw_lines
-from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
+from kmerge_mlx.data.jsonl import BadLines, read_rows
+from kmerge_mlx.errors import TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
 
 if TYPE_CHECKING:
@@ -205,12 +205,8 @@ def cut_logs(path: Path, state: State) -> None:
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of the log in a run's ``training/`` folder; raises DataError."""
-    file = folder / LOG
-    for line in raw_lines(file):
-        try:
-            yield parse_row(line.data)
-        except DataError as error:
-            raise DataError(f"{file} line {line.number}: {error}") from None
+    for _, record in read_rows(folder / LOG, dict, BadLines(False)):
+        yield record
 
 
 def _size(path: Path) -> int:

@@ -72,9 +72,8 @@ class Validator:
         batches = by_length(self._examples, batch_size, merge_factor)
         self._batches = [part for batch in batches if (part := batch[ranks.rank :: ranks.size])]
         kinds: dict[tuple[int, ...], int] = {}
-        self._kind = np.array(
-            [kinds.setdefault(tuple(e.answer_ids), len(kinds)) for e in self._examples]
-        )
+        answers = (tuple(example.answer_ids) for example in self._examples)
+        self._kind = np.array([kinds.setdefault(answer, len(kinds)) for answer in answers])
 
         @partial(mx.compile, inputs=[model.state])
         def measure(arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
@@ -91,22 +90,20 @@ class Validator:
         training = self._model.training
         self._model.eval()
         right = np.zeros(len(self._examples), np.float32)
-        sums = np.zeros(3, np.float64)  # loss, divergence, tokens
-        taught = False
+        sums = np.zeros(4, np.float64)  # loss, divergence, tokens, whether there is a divergence
         for done, indices in enumerate(self._batches, 1):
             examples = [self._examples[i] for i in indices]
             losses, hits, kl = self._measure(self._make_batch(indices, examples).arrays())
             mx.eval(losses, hits, kl)
             lengths = [len(example.answer_ids) for example in examples]
-            tokens, taught = sum(lengths), taught or bool(kl.size)
-            ends = np.cumsum(lengths)[:-1]
+            *ends, tokens = np.cumsum(lengths)
             right[indices] = [part.all() for part in np.split(np.array(hits)[:tokens], ends)]
-            kl_sum = np.array(kl, np.float64)[:tokens].sum()
-            sums += (np.array(losses, np.float64)[:tokens].sum(), kl_sum, tokens)
+            loss, kl_sum = (np.array(part, np.float64)[:tokens].sum() for part in (losses, kl))
+            sums += (loss, kl_sum, tokens, kl.size)
             progress(done, len(self._batches))
         self._model.train(training)
         found = self._ranks.sum(mx.array(np.concatenate([right, sums]), mx.float32))
-        right, (loss, kl, tokens) = np.split(np.array(found, np.float64), [-3])
+        right, (loss, kl, tokens, taught) = np.split(np.array(found, np.float64), [-4])
         of_kind = np.bincount(self._kind, right) / np.bincount(self._kind)
         return Figures(loss / tokens, right.mean(), of_kind.mean(), kl / tokens if taught else None)
 
@@ -115,13 +112,11 @@ def reporters(settings: TrainSettings) -> list[TrainingCallback]:
     """mlx-lm's callbacks for the services that ``report_to`` names."""
     if not settings.report_to:
         return []
+    about = (settings.project_name, settings.adapter_path, settings.saved())
     try:
-        reporter = get_reporting_callbacks(
-            settings.report_to, settings.project_name, settings.adapter_path, settings.saved()
-        )
+        return [get_reporting_callbacks(settings.report_to, *about)]
     except ImportError as error:
         raise TrainError(f"`report_to` {settings.report_to}: {first_line(error)}") from error
-    return [reporter]
 
 
 class Trainer:
