@@ -82,13 +82,13 @@ def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
     return schedule
 
 
-def refill(tree: Any, saved: dict[str, mx.array], what: str) -> Any:
+def refill(tree: Any, saved: dict[str, mx.array]) -> Any:
     """A tree of the same form, its arrays replaced by saved ones, by flat name."""
     shapes = {name: array.shape for name, array in tree_flatten(tree)}
     found = {name: array.shape for name, array in saved.items()}
     if wrong := [n for n in {**shapes, **found} if shapes.get(n) != found.get(n)]:
         raise TrainError(
-            f"the saved {what} does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
+            f"the saved state does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
             "more): start anew in another `adapter_path`"
         )
     return tree_map_with_path(lambda name, _: saved[name], tree)
@@ -159,7 +159,6 @@ class Engine:
         if run.ranks.size > 1:
             _share(run)
         self._enter_phase(run.state.iteration < self._settings.encoder_warmup, run.tensors)
-        self._restore(run.tensors)
         run.tensors = {}
         if run.state.rng:
             mx.random.seed((run.state.rng[0] << 32) | run.state.rng[1])
@@ -209,12 +208,18 @@ class Engine:
 
     def tensors(self) -> dict[str, mx.array]:
         """Everything but the adapter that the next step depends on, by flat names."""
-        found = {OPTIMIZER: self._optimizer.state, WINDOW: self._window}
+        found = self._parts()
         if self._totals is not None:
             found[GRADIENTS] = self._ranks.sum(self._totals)
+        return dict(tree_flatten(found))
+
+    def _parts(self) -> dict[str, Any]:
+        found = {OPTIMIZER: self._optimizer.state, WINDOW: self._window}
+        if self._totals is not None:
+            found[GRADIENTS] = self._totals
         if self._reconstructs:
             found[losses.DECODER] = self._merged[losses.DECODER].parameters()
-        return dict(tree_flatten(found))
+        return found
 
     def _enter_phase(self, warming: bool, saved: dict[str, mx.array]) -> None:
         """Chooses what is trained and for what; each phase has an optimizer of its own."""
@@ -232,23 +237,22 @@ class Engine:
         run.model.train()
         self._optimizer = make_optimizer(settings)
         self._optimizer.init(run.model.trainable_parameters())
-        if optimizer := _part(saved, OPTIMIZER):
-            self._optimizer.state = refill(self._optimizer.state, optimizer, "optimizer")
+        if saved:
+            self._restore(saved)
         clip = settings.max_grad_norm
         self._stepper = Stepper(run.model, self._optimizer, loss, clip, self._ranks)
 
     def _restore(self, saved: dict[str, mx.array]) -> None:
         """Goes on from a saved run's tensors."""
-        if window := _part(saved, WINDOW):
-            self._window = refill(self._window, window, "sums")
-        if self._reconstructs and (decoder := _part(saved, losses.DECODER)):
-            old = self._merged[losses.DECODER]
-            old.update(refill(old.parameters(), decoder, "decoder"))
+        weights, zero = self._run.model.trainable_parameters(), mx.array(0.0)
+        if self._run.state.added:
+            self._totals = {"loss": zero, "tokens": zero, "gradients": weights}
+        found = refill(self._parts(), saved)
+        self._optimizer.state, self._window = found[OPTIMIZER], found[WINDOW]
+        if self._reconstructs:
+            self._merged[losses.DECODER].update(found[losses.DECODER])
         # What several ranks had added up was saved as one sum.
-        if (sums := _part(saved, GRADIENTS)) and self._ranks.rank == 0:
-            form = {"loss": mx.array(0.0), "tokens": mx.array(0.0)}
-            form["gradients"] = self._run.model.trainable_parameters()
-            self._totals = refill(form, sums, "gradients")
+        self._totals = found.get(GRADIENTS) if self._ranks.rank == 0 else None
 
 
 def _share(run: Run) -> None:
@@ -260,9 +264,3 @@ def _share(run: Run) -> None:
     for name, (shape, dtype) in ranks.share_json(kinds).items():
         mine = run.tensors.get(name, mx.zeros(shape, getattr(mx, dtype)))
         run.tensors[name] = ranks.share(mine)
-
-
-def _part(tensors: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    """The tensors under a name, without it."""
-    start = f"{name}."
-    return {n.removeprefix(start): a for n, a in tensors.items() if n.startswith(start)}

@@ -55,7 +55,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     other.load_weights(weights)
     again.init(other.trainable_parameters())
     saved = mx.load(str(tmp_path / "state.safetensors"))
-    again.state = refill(again.state, saved, "optimizer")
+    again.state = refill(again.state, saved)
     assert equal(after(other, again, range(3, 6)), wanted)
 
 
@@ -64,8 +64,8 @@ def test_a_state_of_something_else_is_refused():
     adam, sgd = (make_optimizer(TrainSettings(optimizer=name)) for name in ("adam", "sgd"))
     for optimizer in (adam, sgd):
         optimizer.init(layers.trainable_parameters())
-    with pytest.raises(TrainError, match="the saved optimizer does not fit this run"):
-        refill(sgd.state, dict(tree_flatten(adam.state)), "optimizer")
+    with pytest.raises(TrainError, match="the saved state does not fit this run"):
+        refill(sgd.state, dict(tree_flatten(adam.state)))
 
 
 def rates(schedule: dict, count: int) -> list[float]:
