@@ -117,11 +117,8 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
 def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
     """Writes a run's folder; the previous one stays until this one is whole.
 
-    Args:
-        run: Its state gets the logs' sizes.
-        adapter: The weights as they are.
-        tensors: Whatever else the next step depends on.
-        best: The adapter of the best validation, or None: it is what it was.
+    ``tensors`` are whatever else the next step depends on, and ``best`` is the adapter of the best
+    validation, or None where it is what it was.
     """
     path, state, old = run.path, run.state, run.path / TRAINING
     try:

@@ -34,12 +34,8 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
     of the logits' size. The likeliest token's probability is at least 1/V, so the normaliser is
     exact, whatever the target's probability is.
 
-    Args:
-        logits: ``(A, V)`` float32.
-        targets: ``(A,)`` int32.
-
-    Returns:
-        Losses ``(A,)`` in nats, and probabilities ``(A, V)``, which take no gradient.
+    Of logits ``(A, V)`` float32 and targets ``(A,)`` int32 it makes losses ``(A,)`` in nats, and
+    probabilities ``(A, V)``, which take no gradient.
     """
     probabilities = mx.softmax(logits, axis=-1)
     normaliser = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
@@ -96,17 +92,11 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
 
 
 def divergence(logits: mx.array, batch: Batch) -> mx.array:
-    """KL(teacher || student) at each answer position.
+    """KL(teacher || student) at each answer position: ``(A,)`` float32 in nats.
 
     Of a teacher's top tokens, the probability that is left is one further outcome, "any other
     token", so the sum is never above the whole divergence and is zero only where both agree.
-
-    Args:
-        logits: The student's, ``(A, V)``.
-        batch: Carries ``teacher_logprobs`` ``(A, V)``, or ``(A, k)`` with ``teacher_ids``.
-
-    Returns:
-        ``(A,)`` float32 in nats.
+    ``logits`` are the student's, ``(A, V)``.
     """
     student, teacher = nn.log_softmax(logits.astype(mx.float32)), batch.teacher_logprobs
     if not batch.teacher_ids.size:

@@ -58,10 +58,7 @@ def prepare(
 ) -> Run:
     """Loads and checks everything, so that only the disk and the arithmetic can fail later.
 
-    Args:
-        settings: The run's.
-        bar: Shows how far the work before training is.
-        ranks: The machines; the first alone reads and writes the run's folder.
+    The first of the ranks alone reads and writes the run's folder.
     """
     ranks, path = ranks or Ranks(), Path(settings.adapter_path)
     resumed = ranks.rank == 0 and checkpoint.find_run(path, settings.resume, settings.force)

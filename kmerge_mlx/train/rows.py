@@ -114,14 +114,10 @@ def make_batch(
     vocab_size: int,
     context: int = 0,
 ) -> Batch:
-    """Lays examples out as one batch.
+    """Lays examples, each with an answer, out as one batch.
 
-    Args:
-        examples: At least one, each with an answer.
-        merge_factor: K; at 1 every prompt token is a position.
-        pad_token_id: Fills the last block of a segment, and the context of its first.
-        vocab_size: V, the first virtual id.
-        context: c, how many tokens before its block the encoder reads.
+    With K = 1 every prompt token is a position. The pad token fills the last block of a segment,
+    and the context of its first: the c tokens before its block that the encoder reads.
     """
     known: dict[Block, int] = {}
 

@@ -135,11 +135,9 @@ class Stepper:
         return found
 
     def update(self, totals: Totals) -> tuple[mx.array, mx.array, mx.array]:
-        """Applies accumulated gradients.
+        """Applies what was added up; returns it over all ranks, each ``()`` float32.
 
-        Returns:
-            Over all ranks, each ``()`` float32: summed loss in nats, answer tokens, and the global
-            norm of the gradient per token before it was clipped.
+        Summed loss in nats, answer tokens, and the norm of a token's gradient before clipping.
         """
         loss, tokens, gradients = self._ranks.sum(totals).values()
         norm = self._apply(gradients, tokens)

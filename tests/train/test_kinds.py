@@ -29,8 +29,7 @@ from tests.train_runs import (
 pytestmark = pytest.mark.slow
 
 RUN = (*SMALL_TREES, "--iters", 5, "--steps-per-report", 1, "--val-batches", 1)
-K_1, FULL, LAST = ("--k", 1), ("--fine-tune-type", "full"), ("--num-layers", 1)
-CONTEXT = ("--encoder-context", 3)
+K_1, FULL = ("--k", 1), ("--fine-tune-type", "full")
 PROMPT = "Tree: AB\n+CD, Task: Parent/Child Relationship, Parent: AB, Child: CD, Answer: "
 
 
@@ -80,12 +79,12 @@ def check_generates(path: Path, base: Path, k: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(K_1, id="k 1"),
-        pytest.param(("--k", 3, "--encoder-factor", 0.5), id="k 3, a smaller encoder"),
-        pytest.param(CONTEXT, id="a context of 3"),
-        pytest.param(FULL, id="whole layers"),
-        pytest.param((*K_1, *FULL), id="whole layers, k 1"),
-        pytest.param(LAST, id="the last layer"),
+        K_1,
+        ("--k", 3, "--encoder-factor", 0.5),
+        ("--encoder-context", 3),
+        FULL,
+        (*K_1, *FULL),
+        ("--num-layers", 1),
     ],
 )
 def test_every_kind_of_run_learns_loads_and_generates(run_of, options):
