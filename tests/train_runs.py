@@ -34,15 +34,7 @@ def kmerge(*args: object, **more: Any) -> Result:
 
 
 def train(path: Path, *options: object, model: Path = BASE, yaml: str = "", **more: Any) -> Result:
-    """Runs ``kmerge-mlx train``.
-
-    Args:
-        path: The run's folder; a config file is written beside it.
-        options: Further options.
-        model: The base.
-        yaml: Settings that have no flag.
-        more: As for ``cli_runner.run``.
-    """
+    """Runs ``kmerge-mlx train``; ``yaml`` has the settings that have no flag."""
     file: tuple[object, ...] = ()
     if yaml:
         config = path.with_suffix(".yaml")
@@ -90,13 +82,11 @@ def log_of(path: Path, name: str) -> list[tuple[int, Any]]:
 
 def tensors_of(path: Path) -> dict[str, mx.array]:
     """Every tensor of an adapter folder, by the part and its name."""
-    adapter = load_adapter(path)
-    parts = {
-        "tuning": adapter.tuning_weights,
-        "encoder": adapter.encoder_weights,
-        "head": adapter.head_weights,
-    }
-    return {f"{part}.{n}": array for part, named in parts.items() for n, array in named.items()}
+    adapter, found = load_adapter(path), {}
+    for part in ("tuning", "encoder", "head"):
+        named = getattr(adapter, f"{part}_weights")
+        found |= {f"{part}.{n}": array for n, array in named.items()}
+    return found
 
 
 def same(one: dict[str, mx.array], two: dict[str, mx.array], atol: float = 0.0) -> bool:

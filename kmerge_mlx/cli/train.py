@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from tqdm import tqdm
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.train.settings import TrainSettings
@@ -17,17 +18,19 @@ from kmerge_mlx.train.settings import TrainSettings
 if TYPE_CHECKING:
     from kmerge_mlx.train.loop import Trainer
     from kmerge_mlx.train.prepare import Run
+    from kmerge_mlx.train.ranks import Ranks
 
 LITTLE = 1.05
 """Compression ratio of the prompts below which a note says what to do."""
 
 
-def _resumed(settings: TrainSettings) -> TrainSettings:
+def _resumed(settings: TrainSettings, ranks: Ranks | None = None) -> TrainSettings:
     """For ``--resume``, the saved settings in the place of those that nobody named."""
     from kmerge_mlx.train.checkpoint import saved_settings
 
-    saved = saved_settings(Path(settings.adapter_path)) if settings.resume else {}
-    return settings.over(saved)
+    first = ranks is None or ranks.rank == 0  # it alone has the folder
+    saved = saved_settings(Path(settings.adapter_path)) if settings.resume and first else {}
+    return settings.over(ranks.share_json(saved) if ranks else saved)
 
 
 @command(TrainSettings, config_file=True, to_print=_resumed)
@@ -46,24 +49,16 @@ def train(settings: TrainSettings) -> None:
     """
     from kmerge_mlx.cli.output import bars
     from kmerge_mlx.plots.common import check_plot
-    from kmerge_mlx.plots.training import TrainingPlot
-    from kmerge_mlx.train.checkpoint import saved_settings
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
     from kmerge_mlx.train.ranks import connect
 
     ranks = connect()
-    first = ranks.rank == 0
-    if settings.resume:  # only the first rank has the folder
-        saved = saved_settings(Path(settings.adapter_path)) if first else None
-        settings = settings.over(ranks.share_json(saved))
+    first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)
     run = prepare(settings, bars(quiet=not first), ranks)
-    watchers: list[Any] = []
-    if first:
-        plots = [TrainingPlot(run.path, settings.plot)] if settings.plot else []
-        watchers = [TrainingBar(run), *plots, *reporters(settings)]
+    watchers = [TrainingBar(run), *reporters(settings)] if first else []
     trainer = Trainer(run, watchers)
     with _signals(trainer) as came, watchers[0] if first else contextlib.nullcontext():
         trainer.train()
@@ -103,11 +98,9 @@ class TrainingBar:
 
     def __enter__(self) -> None:
         self._say(_header(self._run))
-        shown = {"desc": "Training", "unit": "it", "dynamic_ncols": True, "disable": None}
         done, total = self._run.state.iteration, self._run.settings.iters
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=done, **shown)
+        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
+        self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
         for bar in filter(None, (self._valid, self._bar)):
@@ -128,8 +121,6 @@ class TrainingBar:
 
     def on_validation(self, done: int, total: int) -> None:
         if self._valid is None:
-            from tqdm import tqdm
-
             self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
         self._valid.update(done - self._valid.n)
         if done == total:
@@ -144,17 +135,19 @@ class TrainingBar:
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
 
-    def on_stage(self, iteration: int, name: str) -> None:
-        self._say(f"Iter {iteration}: stage {name} begins")
+    def on_stage(self, now: dict[str, Any]) -> None:
+        self._say(f"Iter {now['iteration']}: stage {now['begins']} begins")
 
     def on_save(self, iteration: int) -> None:
         if iteration:
             self._say(f"Iter {iteration}: Saved to {self._run.settings.adapter_path}")
+            if plot := self._run.settings.plot:
+                from kmerge_mlx.plots.training import draw_training
+
+                draw_training([self._run.path], plot)
 
     def _say(self, line: str) -> None:
         """Writes a line above the bar."""
-        from tqdm import tqdm
-
         tqdm.write(line, file=sys.stderr)
 
 

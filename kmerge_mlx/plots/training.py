@@ -10,29 +10,8 @@ from kmerge_mlx.plots.common import COLOURS, write
 from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 
-class TrainingPlot:
-    """Draws a run anew at every save, from its folder into a picture."""
-
-    def __init__(self, run: Path, path: str | Path):
-        self._run, self._path = run, path
-
-    def on_save(self, iteration: int) -> None:
-        if iteration:
-            draw_training([self._run], self._path)
-
-
 def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] = ()) -> None:
-    """Draws loss and accuracy over the iterations, of one run or of several to compare.
-
-    Args:
-        runs: Folders of runs.
-        path: The picture; its name says which format.
-        labels: A name for each run, where there are several.
-
-    Raises:
-        PlotError: It cannot be written.
-        DataError: A log cannot be read.
-    """
+    """Draws loss and accuracy over the iterations, of one run or of several to compare."""
     from matplotlib.figure import Figure
 
     logs = [list(read_log(run / TRAINING)) for run in runs]

@@ -11,18 +11,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.data.jsonl import parse_row, raw_lines
-from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
+from kmerge_mlx.data.jsonl import BadLines, read_rows
+from kmerge_mlx.errors import TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
+
+if TYPE_CHECKING:
+    from kmerge_mlx.train.prepare import Run
 
 BEST, TRAINING = "best", "training"
 STATE, TENSORS, ANSWERS = "state.json", "state.safetensors", "answers.json"
@@ -33,45 +36,31 @@ FORMAT_VERSION = 1
 
 @dataclass
 class State:
-    """Where a run is, without its tensors.
+    """Where a run is, without its tensors."""
 
-    Args:
-        iteration: Iterations done.
-        stage: Which stage of the curriculum, from 0.
-        place: How far its data have been read.
-        added: Batches added up since the last update.
-        trained_tokens: Answer tokens of all updates.
-        best_score: Lowest validation score of this stage, or None.
-        best_iteration: When that was.
-        stale: Validations since then.
-        finished: Why the run is over, or None.
-        rng: MLX's random state; empty before the first save.
-        log: Bytes of each log.
-    """
-
-    iteration: int = 0
-    stage: int = 0
-    place: Place = field(default_factory=Place)
-    added: int = 0
-    trained_tokens: int = 0
-    best_score: float | None = None
-    best_iteration: int | None = None
-    stale: int = 0
-    finished: str | None = None
-    rng: list[int] = field(default_factory=list)
-    log: dict[str, int] = field(default_factory=dict)
+    iteration: int = 0  # done
+    stage: int = 0  # of the curriculum
+    place: Place = field(default_factory=Place)  # in the stage's data
+    added: int = 0  # batches since the last update
+    trained_tokens: int = 0  # answer tokens of all updates
+    best_score: float | None = None  # lowest of this stage
+    best_iteration: int | None = None  # when that was
+    stale: int = 0  # validations since then
+    finished: str | None = None  # why the run is over
+    rng: list[int] = field(default_factory=list)  # MLX's random state; empty before the first save
+    log: dict[str, int] = field(default_factory=dict)  # bytes of each log
 
     @classmethod
     def from_json(cls, data: Any) -> State:
         """Reads what ``asdict`` made; raises TrainError for anything else."""
         try:
             state = cls(**{**data, "place": Place(**data["place"])})
-            numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
-            numbers += [state.place.epoch, state.place.batch, *state.rng, *state.log.values()]
             score, best = state.best_score, state.best_iteration
+            numbers = [state.iteration, state.stage, state.added, state.trained_tokens, state.stale]
+            numbers += [*vars(state.place).values(), *state.rng, *state.log.values(), best or 0]
             good = (
-                set(data) == {f.name for f in fields(cls)}
-                and all(is_int(n) for n in [*numbers, 0 if best is None else best])
+                set(data) == set(vars(state))
+                and all(map(is_int, numbers))
                 and (score is None or is_number(score))
                 and (state.finished is None or state.finished.isprintable())
                 and len(state.rng) in (0, 2)
@@ -84,52 +73,30 @@ class State:
         return state
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a resumed run must have in common with the saved one.
-
-    Args:
-        settings: See ``TrainSettings.saved``.
-        fixed: Those of the settings that must be the same.
-        base: Digest of the base model's files.
-        data: Digest of each stage's training and validation set.
-        ranks: How many machines.
-    """
-
-    settings: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-    base: str
-    data: list[str]
-    ranks: int = 1
-
-    def check(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Raises TrainError with every difference from a saved run, by name."""
-        then, now = saved["settings"], json.loads(json.dumps(dict(self.fixed)))
-        problems = [
-            f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
-            for name, value in now.items()
-            if value != then.get(name)
-        ]
-        if saved.get("base") != self.base:
-            model, old = self.settings["model"], short(then.get("model"))
-            problems.append(f"`model` {model} has other weights than the run's base, {old}")
-        if saved.get("data") != self.data and not problems:
-            problems.append(
-                "the data are not those that the run was started with: give those, or start anew "
-                "in another `adapter_path`"
-            )
-        if saved.get("ranks") != self.ranks:
-            problems.append(f"found {self.ranks} machines, the run has {short(saved.get('ranks'))}")
-        if problems:
-            raise TrainError(findings(f"{path} cannot be resumed", problems))
+def check_same(run: Run, saved: Mapping[str, Any]) -> None:
+    """Raises TrainError with every difference of a run from the saved one, by name."""
+    then, now = saved["settings"], json.loads(json.dumps(run.settings.fixed()))
+    problems = [
+        f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
+        for name, value in now.items()
+        if value != then.get(name)
+    ]
+    if saved.get("base") != run.base:
+        model, old = run.settings.model, short(then.get("model"))
+        problems.append(f"`model` {model} has other weights than the run's base, {old}")
+    if saved.get("data") != run.data and not problems:
+        problems.append(
+            "the data are not those that the run was started with: give those, or start anew "
+            "in another `adapter_path`"
+        )
+    if saved.get("ranks") != run.ranks.size:
+        problems.append(f"found {run.ranks.size} machines, the run has {short(saved.get('ranks'))}")
+    if problems:
+        raise TrainError(findings(f"{run.path} cannot be resumed", problems))
 
 
 def find_run(path: Path, resume: bool, force: bool) -> bool:
-    """Whether a folder holds a run to go on with; refuses to write over anything else.
-
-    Raises:
-        TrainError: Something is there that is neither to be resumed nor replaced.
-    """
+    """Whether a folder holds a run to go on with; refuses to write over anything else."""
     try:
         files.clear_leftovers(path)
         there = (path / TRAINING / STATE).is_file()
@@ -147,30 +114,13 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     return False
 
 
-def save(
-    path: Path,
-    adapter: Adapter,
-    state: State,
-    identity: Identity,
-    tensors: Mapping[str, mx.array],
-    best: Adapter | None = None,
-    answers: Mapping[str, Any] | None = None,
-) -> None:
+def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
     """Writes a run's folder; the previous one stays until this one is whole.
 
-    Args:
-        path: The folder.
-        adapter: The weights as they are.
-        state: Where the run is; its logs' sizes are set.
-        identity: What it is.
-        tensors: Whatever else the next step depends on.
-        best: The adapter of the best validation, or None: it is what it was.
-        answers: Answers that the teacher wrote.
-
-    Raises:
-        TrainError: The disk is full, or the place is not writable.
+    ``tensors`` are whatever else the next step depends on, and ``best`` is the adapter of the best
+    validation, or None where it is what it was.
     """
-    old = path / TRAINING
+    path, state, old = run.path, run.state, run.path / TRAINING
     try:
         with files.replacing_folder(path) as folder:
             write_adapter(adapter, folder)
@@ -185,15 +135,16 @@ def save(
             for name in (LOG, TIMING) if state.iteration else ():
                 if (old / name).exists():
                     shutil.copyfile(old / name, training / name)
-            if answers is not None:
-                (training / ANSWERS).write_text(json.dumps(answers))
+            if run.answers is not None:
+                (training / ANSWERS).write_text(json.dumps(run.answers))
             for file in training.iterdir():
                 files.flush(file)
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {n: v for n, v in vars(identity).items() if n != "fixed"}
-            files.write_json(training / STATE, about | {"state": asdict(state)})
+            about |= {"settings": run.settings.saved(), "base": run.base, "data": run.data}
+            about |= {"ranks": run.ranks.size, "state": asdict(state)}
+            files.write_json(training / STATE, about)
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -201,11 +152,7 @@ def save(
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
-    """The identity, state and tensors that :func:`save` wrote.
-
-    Raises:
-        TrainError: Files that are torn, edited or of a newer release.
-    """
+    """The identity, state and tensors that :func:`save` wrote; TrainError for any others."""
     tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
     return _about(path), read_progress(path), tensors
 
@@ -237,11 +184,10 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
-    """Appends a record, and its timing, to the logs of the run in a folder."""
-    timed = None if timing is None else {"iteration": record["iteration"], **timing}
-    for name, line in ((LOG, record), (TIMING, timed)):
-        if line is not None:
+def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any]) -> None:
+    """Appends a record, and its timing if it has one, to the logs of the run in a folder."""
+    for name, line in ((LOG, record), (TIMING, {"iteration": record["iteration"], **timing})):
+        if name == LOG or timing:
             with (path / TRAINING / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -256,12 +202,8 @@ def cut_logs(path: Path, state: State) -> None:
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of the log in a run's ``training/`` folder; raises DataError."""
-    file = folder / LOG
-    for line in raw_lines(file):
-        try:
-            yield parse_row(line.data)
-        except DataError as error:
-            raise DataError(f"{file} line {line.number}: {error}") from None
+    for _, record in read_rows(folder / LOG, dict, BadLines(False)):
+        yield record
 
 
 def _size(path: Path) -> int:

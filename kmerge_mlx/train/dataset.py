@@ -21,7 +21,6 @@ from kmerge_mlx.data.splits import fingerprint
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -38,30 +37,22 @@ Bar = Callable[[str], Callable[[int, int], None]]
 """A label to a function of (work done, work in all)."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How a row is tokenized, and how many positions it may take."""
-
-    merge_factor: int
-    max_seq_length: int
-    layout: Layout = DEFAULT_LAYOUT
-
-    def tokenize(self, tokenizer: Any, example: Example) -> TokenizedExample:
-        """An example as ids; raises KMergeError if it is too long, or shorter than a block."""
-        row = tokenize(tokenizer, example, self.layout)
-        merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
-        if 0 < merged < self.merge_factor:
-            raise DataError(
-                f"found {merged} tokens to merge, expected at least `k` = {self.merge_factor}: "
-                "leave the row out (`skip_bad`), or use a smaller K"
-            )
-        length = num_positions(row, self.merge_factor)
-        if length > self.max_seq_length:
-            raise DataError(
-                f"found {length:,} positions ({row.num_tokens:,} tokens), expected at most "
-                f"`max_seq_length` = {self.max_seq_length:,}"
-            )
-        return row
+def _row(settings: TrainSettings, tokenizer: Any, example: Example) -> TokenizedExample:
+    """An example as ids; raises KMergeError if it is too long, or shorter than a block."""
+    row = tokenize(tokenizer, example, settings.layout())
+    merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
+    if 0 < merged < settings.k:
+        raise DataError(
+            f"found {merged} tokens to merge, expected at least `k` = {settings.k}: leave the row "
+            "out (`skip_bad`), or use a smaller K"
+        )
+    length = num_positions(row, settings.k)
+    if length > settings.max_seq_length:
+        raise DataError(
+            f"found {length:,} positions ({row.num_tokens:,} tokens), expected at most "
+            f"`max_seq_length` = {settings.max_seq_length:,}"
+        )
+    return row
 
 
 def num_positions(row: TokenizedExample, merge_factor: int) -> int:
@@ -80,16 +71,6 @@ def prompt_compression(rows: Sequence[TokenizedExample], merge_factor: int) -> f
 class TokenizedSet(Sequence[TokenizedExample]):
     """The examples of a split as ids, all tokenized and checked at once, 4 bytes a token.
 
-    Args:
-        examples: Where they come from.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        limits: What each of them must keep to.
-        skip_bad: Count rows that do not and go on, instead of stopping at the first.
-        progress: Called with (rows done, rows in all).
-
-    Attributes:
-        bad: How many rows were left out, unreadable lines included.
-
     Raises:
         DataError: A bad row, named with its file and line; or no row is left.
     """
@@ -98,19 +79,19 @@ class TokenizedSet(Sequence[TokenizedExample]):
         self,
         examples: ExampleList,
         tokenizer: Any,
-        limits: Limits,
-        skip_bad: bool = False,
+        settings: TrainSettings,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        self.bad = examples.bad
+        self._settings = settings
+        self.bad = examples.bad  # rows that were left out, unreadable lines included
         self._rows: list[tuple[list[tuple[np.ndarray, bool]], np.ndarray]] = []
         problem = "the split is empty"
         for i in range(len(examples)):
             try:
-                row = limits.tokenize(tokenizer, examples[i])
+                row = _row(settings, tokenizer, examples[i])
             except KMergeError as error:
                 problem = f"{examples.where(i)}: {error}"
-                if not skip_bad:
+                if not settings.skip_bad:
                     raise DataError(problem) from None
                 self.bad += 1
             else:
@@ -144,10 +125,10 @@ class TokenizedSet(Sequence[TokenizedExample]):
         """How many tokens an example's answer has."""
         return len(self._rows[index][1])
 
-    def set_answer(self, index: int, answer_ids: Sequence[int], limits: Limits) -> None:
+    def set_answer(self, index: int, answer_ids: Sequence[int]) -> None:
         """Gives an example the answer it lacks, cut to the longest row."""
-        prompt = replace(self[index], answer_ids=[])
-        room = max(limits.max_seq_length - num_positions(prompt, limits.merge_factor), 1)
+        positions = num_positions(self[index], self._settings.k)
+        room = max(self._settings.max_seq_length - positions, 1)
         self._rows[index] = (self._rows[index][0], np.array(answer_ids[:room], np.int32))
 
 
@@ -162,10 +143,10 @@ class TreeSet(Sequence[TokenizedExample]):
     bad = 0
 
     def __init__(
-        self, task: TreeTask, split: str, earlier: set[int], tokenizer: Any, limits: Limits
+        self, task: TreeTask, split: str, earlier: set[int], tokenizer: Any, settings: TrainSettings
     ):
         self._task, self._split, self._earlier = task, split, earlier
-        self._tokenizer, self._limits = tokenizer, limits
+        self._tokenizer, self._settings = tokenizer, settings
         pairs = REFERENCE_QUESTIONS if task.reference_sampling else 2
         self._questions = pairs + task.find_parent
         first = self[0] if len(self) else None  # stands for the tokenizer and its template
@@ -182,18 +163,18 @@ class TreeSet(Sequence[TokenizedExample]):
         question = self._task.question(self._split, tree, number, self._earlier)
         try:
             example = Example(question.prompt, None, question.answer)
-            return self._limits.tokenize(self._tokenizer, example)
+            return _row(self._settings, self._tokenizer, example)
         except KMergeError as error:
             where = f"textualized-tree, {self._split} tree {tree}"
             raise DataError(f"{where}: {error}") from None
 
 
-def tree_sets(task: TreeTask, tokenizer: Any, limits: Limits) -> dict[str, TreeSet]:
+def tree_sets(task: TreeTask, tokenizer: Any, settings: TrainSettings) -> dict[str, TreeSet]:
     """The splits of a tree task; a tree is in one of them alone."""
     sets: dict[str, TreeSet] = {}
     earlier: set[int] = set()
     for split in reversed(SPLITS):
-        sets[split] = TreeSet(task, split, earlier, tokenizer, limits)
+        sets[split] = TreeSet(task, split, earlier, tokenizer, settings)
         if split != "train":
             trees = (task.tree(split, i, earlier)[0] for i in range(task.trees()[split]))
             earlier = earlier | {fingerprint(tree.text) for tree in trees}
@@ -221,12 +202,7 @@ class Stage:
 
 
 def load_stages(settings: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage]:
-    """Reads, draws or fetches what a run trains on, and checks all of it.
-
-    Raises:
-        DataError: A bad row (named), too few rows, or data that cannot be read.
-        TrainError: A curriculum that cannot be.
-    """
+    """Reads, draws or fetches what a run trains on, and checks all of it."""
     trees = settings.task == TreeTask.name
     stages = _tree_stages(settings, tokenizer) if trees else [_data(settings, tokenizer, bar)]
     for stage in stages:
@@ -236,17 +212,11 @@ def load_stages(settings: TrainSettings, tokenizer: Any, bar: Bar) -> list[Stage
     return stages
 
 
-def limits_of(settings: TrainSettings) -> Limits:
-    """What the rows of a run must keep to."""
-    return Limits(settings.k, settings.max_seq_length, settings.layout())
-
-
 def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     """The data of a run without trees."""
     names = [f.name for f in fields(RowFormat) if f.name != "answers"]
     given = {name: getattr(settings, name) for name in names}
-    rows = RowFormat(**given, answers=not settings.teacher_answers)
-    skip = settings.skip_bad
+    rows, skip = RowFormat(**given, answers=not settings.teacher_answers), settings.skip_bad
     if settings.task is not None:
         kind = HUB_TASKS[settings.task]
         task = kind(getattr(settings, kind.part_name), settings.file, settings.data_seed, skip)
@@ -259,9 +229,8 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
         raise DataError(f"found no data: give `data`, or `task` ({', '.join(TASKS)})")
     if "train" not in splits:
         raise DataError(f"{settings.data or 'hf_dataset'} holds no training split (train.jsonl)")
-    limits = limits_of(settings)
     sets = {
-        name: TokenizedSet(examples, tokenizer, limits, skip, bar(f"Tokenizing {name}"))
+        name: TokenizedSet(examples, tokenizer, settings, bar(f"Tokenizing {name}"))
         for name, examples in splits.items()
     }
     return Stage(settings.task or "data", sets["train"], sets.get("valid"))
@@ -269,8 +238,7 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
 
 def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:
     """The stages of a curriculum of trees, or the only one."""
-    found = []
-    entries = [*(settings.curriculum or [settings.stage])]
+    found, entries = [], [*(settings.curriculum or [settings.stage])]
     for entry in entries:
         last = len(found) + 1 == len(entries)
         limit = settings.last_threshold if last else settings.stage_threshold
@@ -283,7 +251,7 @@ def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:
             reference_sampling=settings.reference_sampling,
             splits={"train": settings.num_trees, "valid": HELD_OUT_TREES, "test": HELD_OUT_TREES},
         )
-        sets = tree_sets(task, tokenizer, limits_of(settings))
+        sets = tree_sets(task, tokenizer, settings)
         threshold = limit if settings.curriculum else None
         found.append(Stage(name, sets["train"], sets["valid"], threshold))
     return found
@@ -291,8 +259,7 @@ def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:
 
 def _tree_stage(entry: Any, threshold: float) -> tuple[str, str | TreeStage, float]:
     """A stage's name, its sizes and its threshold, from an entry of the curriculum."""
-    if isinstance(entry, str):
-        return entry, entry, threshold
+    entry = {"stage": entry} if isinstance(entry, str) else entry
     given = dict(entry) if isinstance(entry, Mapping) else {}
     threshold = given.pop("threshold", threshold)
     if not is_number(threshold) or not 0 <= threshold <= 1:

@@ -8,39 +8,115 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from kmerge_mlx.adapters.folder import Adapter
+from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.checkpoint import append_log, cut_logs, save
+from kmerge_mlx.train.loss import answer_logits, divergence
 from kmerge_mlx.train.prepare import Run
-from kmerge_mlx.train.rows import Place, shuffled
+from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.rows import Batch, Place, by_length, shuffled
 from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.step import Engine
-from kmerge_mlx.train.validate import Figures, Validator
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a validation measured.
+
+    An answer counts as right if each of its tokens, the end included, is the likeliest after those
+    before it; that is exactly when greedy decoding would write it. Balanced, each distinct answer
+    weighs the same, so that always giving the most frequent one earns nothing.
+    """
+
+    loss: float  # nats, mean of an answer token
+    accuracy: float
+    balanced_accuracy: float
+    kl: float | None = None  # from the teacher, nats, mean of an answer token
+
+    def named(self) -> dict[str, float]:
+        """The figures as mlx-lm names them: ``val_loss`` and so on."""
+        return {f"val_{n}": float(v) for n, v in vars(self).items() if v is not None}
+
+    @property
+    def score(self) -> float:
+        """What has to fall: the divergence where there is a teacher, else the loss."""
+        return self.loss if self.kl is None else self.kl
+
+
+class Validator:
+    """Measures a model on fixed examples, at least one, in batches of B over all ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[TokenizedExample],
+        batch_size: int,
+        merge_factor: int,
+        make_batch: Callable[[Sequence[int], Sequence[TokenizedExample]], Batch],
+        ranks: Ranks,
+    ):
+        self._model, self._examples, self._make_batch = model, list(examples), make_batch
+        self._ranks = ranks
+        batches = by_length(self._examples, batch_size, merge_factor)
+        self._batches = [part for batch in batches if (part := batch[ranks.rank :: ranks.size])]
+        kinds: dict[tuple[int, ...], int] = {}
+        answers = (tuple(example.answer_ids) for example in self._examples)
+        self._kind = np.array([kinds.setdefault(answer, len(kinds)) for answer in answers])
+
+        @partial(mx.compile, inputs=[model.state])
+        def measure(arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+            batch = Batch(**arrays)
+            logits = answer_logits(model, batch).astype(mx.float32)
+            losses = nn.losses.cross_entropy(logits, batch.targets)
+            kl = mx.zeros((0,)) if batch.teacher_ids is None else divergence(logits, batch)
+            return losses, mx.argmax(logits, axis=-1) == batch.targets, kl
+
+        self._measure = measure
+
+    def __call__(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Figures:
+        """Measures the model as it is now, without dropout; reports (batches done, in all)."""
+        training = self._model.training
+        self._model.eval()
+        right = np.zeros(len(self._examples), np.float32)
+        sums = np.zeros(4, np.float64)  # loss, divergence, tokens, whether there is a divergence
+        for done, indices in enumerate(self._batches, 1):
+            examples = [self._examples[i] for i in indices]
+            losses, hits, kl = self._measure(self._make_batch(indices, examples).arrays())
+            mx.eval(losses, hits, kl)
+            lengths = [len(example.answer_ids) for example in examples]
+            *ends, tokens = np.cumsum(lengths)
+            right[indices] = [part.all() for part in np.split(np.array(hits)[:tokens], ends)]
+            loss, kl_sum = (np.array(part, np.float64)[:tokens].sum() for part in (losses, kl))
+            sums += (loss, kl_sum, tokens, kl.size)
+            progress(done, len(self._batches))
+        self._model.train(training)
+        found = self._ranks.sum(mx.array(np.concatenate([right, sums]), mx.float32))
+        right, (loss, kl, tokens, taught) = np.split(np.array(found, np.float64), [-4])
+        of_kind = np.bincount(self._kind, right) / np.bincount(self._kind)
+        return Figures(loss / tokens, right.mean(), of_kind.mean(), kl / tokens if taught else None)
 
 
 def reporters(settings: TrainSettings) -> list[TrainingCallback]:
-    """mlx-lm's callbacks for the services that ``report_to`` names.
-
-    Raises:
-        TrainError: A service whose package is not installed.
-    """
+    """mlx-lm's callbacks for the services that ``report_to`` names."""
     if not settings.report_to:
         return []
+    about = (settings.project_name, settings.adapter_path, settings.saved())
     try:
-        reporter = get_reporting_callbacks(
-            settings.report_to, settings.project_name, settings.adapter_path, settings.saved()
-        )
-    except (ValueError, ImportError) as error:
+        return [get_reporting_callbacks(settings.report_to, *about)]
+    except ImportError as error:
         raise TrainError(f"`report_to` {settings.report_to}: {first_line(error)}") from error
-    return [reporter]
 
 
 class Trainer:
@@ -50,7 +126,7 @@ class Trainer:
         run: From ``prepare``.
         watchers: mlx-lm's callbacks, called on the first rank alone. Those of this project may
             also have ``on_iteration(iteration)``, ``on_validation(done, total)``,
-            ``on_stage(iteration, name)`` and ``on_save(iteration)``.
+            ``on_stage(record)`` and ``on_save(iteration)``.
 
     Attributes:
         stop_requested: Set it to end the run with a save after the present iteration.
@@ -63,22 +139,15 @@ class Trainer:
         self._best: Adapter | None = None
         self._saved = run.state.iteration
         self._stopping = self.stop_requested = False
-        self._reset_clock()
+        self._iterations, self._tokens, self._seconds = 0, 0, 0.0  # since the last report
 
     def train(self) -> None:
-        """Runs to the end; the run's state says how far it came, and why it ended.
-
-        Raises:
-            TrainError: The loss or a weight is no longer finite (nothing of that is saved), or
-                something could not be written (the last save is whole).
-        """
+        """Runs to the end; the run's state says how far it came, and why it ended."""
         run, state = self._run, self._run.state
         try:
             self._begin()
-            while state.finished is None and state.iteration < self._settings.iters:
+            while not (state.finished or self._stopping or state.iteration >= self._settings.iters):
                 self._iterate()
-                if self._stopping:
-                    break
         except OSError as error:
             last = f"the save of iteration {self._saved} is whole"
             raise TrainError(f"cannot write {run.path}: {error.strerror}; {last}") from error
@@ -96,10 +165,9 @@ class Trainer:
 
     def _enter_stage(self) -> None:
         """Opens a stage's data at the place where the run is."""
-        run, settings = self._run, self._settings
-        number, k = run.state.stage, run.merge.merge_factor
-        stage = self._stage = run.stages[number]
-        seed = (settings.seed % 2**32, number)
+        run, settings, k = self._run, self._settings, self._run.merge.merge_factor
+        stage = self._stage = run.stages[run.state.stage]
+        seed = (settings.seed % 2**32, run.state.stage)
         self._rows = shuffled(stage.train, settings.batch_size, k, seed, run.state.place)
         self._validator = None
         size = 0 if stage.valid is None else len(stage.valid)
@@ -107,10 +175,8 @@ class Trainer:
             size = min(size, settings.val_batches * settings.batch_size)
         if size:
             make_batch = partial(self._engine.make_batch, split="valid")
-            examples = [stage.valid[i] for i in range(size)]
-            self._validator = Validator(
-                run.model, examples, settings.batch_size, k, make_batch, self._ranks
-            )
+            examples, b = [stage.valid[i] for i in range(size)], settings.batch_size
+            self._validator = Validator(run.model, examples, b, k, make_batch, self._ranks)
 
     def _iterate(self) -> None:
         settings, state, begin = self._settings, self._run.state, time.perf_counter()
@@ -145,7 +211,6 @@ class Trainer:
             self._diverged(f"the loss is {loss}, the gradient's norm {norm}")
         state.trained_tokens += int(tokens)
         record = {
-            "iteration": state.iteration,
             "train_loss": loss,
             "learning_rate": self._engine.learning_rate,
             "grad_norm": norm,
@@ -156,13 +221,8 @@ class Trainer:
             "tokens_per_second": self._tokens / self._seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
-        self._reset_clock()
-        self._log(record, timing)
-        self._tell("on_train_loss_report", record | timing)
-
-    def _reset_clock(self) -> None:
-        """Begins to count anew: iterations, original tokens and seconds, without validations."""
         self._iterations, self._tokens, self._seconds = 0, 0, 0.0
+        self._log("on_train_loss_report", record, timing)
 
     def _measure(self, validator: Validator) -> Figures:
         """Validates, logs it, and keeps the best adapter."""
@@ -170,10 +230,8 @@ class Trainer:
         figures = validator(partial(self._tell, "on_validation"))
         if not math.isfinite(figures.score):
             self._diverged(f"the validation loss is {figures.score}")
-        record = {"iteration": state.iteration, "stage": self._stage.name, **figures.named()}
-        timing = {"val_time": time.perf_counter() - begin}
-        self._log(record, timing)
-        self._tell("on_val_loss_report", record | timing)
+        record = {"stage": self._stage.name, **figures.named()}
+        self._log("on_val_loss_report", record, {"val_time": time.perf_counter() - begin})
         state.stale += 1
         if state.best_score is None or figures.score < state.best_score:
             state.best_score, state.best_iteration, state.stale = figures.score, state.iteration, 0
@@ -191,8 +249,7 @@ class Trainer:
             # The next stage is harder: its losses do not compare with those of this one.
             state.best_score = state.best_iteration = self._best = None
             self._enter_stage()
-            self._log({"iteration": state.iteration, "begins": self._stage.name})
-            self._tell("on_stage", state.iteration, self._stage.name)
+            self._log("on_stage", {"begins": self._stage.name})
             # Measured at once, so that there is a best; the stage can end at the next validation.
             self._measure(self._validator)
         elif early and state.stale >= early:
@@ -206,17 +263,19 @@ class Trainer:
         tensors = self._engine.tensors()
         state.rng = mx.random.state[0].tolist()
         if self._ranks.rank == 0:
-            adapter = self._adapter()
-            save(run.path, adapter, state, run.identity, tensors, self._best, run.answers)
+            save(run, self._adapter(), tensors, self._best)
         self._best, self._saved = None, state.iteration
         self._tell("on_save", state.iteration)
 
     def _adapter(self) -> Adapter:
         return adapter_of(self._run.model, self._run.merge, self._run.tuning)
 
-    def _log(self, record: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
+    def _log(self, event: str, record: dict[str, Any], timing: dict[str, float] = {}) -> None:  # noqa: B006
+        """Appends a record to the log, its timing to another, and tells the watchers both."""
+        record = {"iteration": self._run.state.iteration} | record
         if self._ranks.rank == 0:
             append_log(self._run.path, record, timing)
+        self._tell(event, record | timing)
 
     def _tell(self, event: str, *about: Any) -> None:
         for watcher in self._watchers:

@@ -24,8 +24,6 @@ Loss = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
 float32."""
 
 DECODER = "decoder"
-# Probabilities below this are rounding: their logarithms would drown the rest.
-_TINY = 1e-6
 
 
 @mx.custom_function
@@ -36,12 +34,8 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
     of the logits' size. The likeliest token's probability is at least 1/V, so the normaliser is
     exact, whatever the target's probability is.
 
-    Args:
-        logits: ``(A, V)`` float32.
-        targets: ``(A,)`` int32.
-
-    Returns:
-        Losses ``(A,)`` in nats, and probabilities ``(A, V)``, which take no gradient.
+    Of logits ``(A, V)`` float32 and targets ``(A,)`` int32 it makes losses ``(A,)`` in nats, and
+    probabilities ``(A, V)``, which take no gradient.
     """
     probabilities = mx.softmax(logits, axis=-1)
     normaliser = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
@@ -79,16 +73,9 @@ def _answers_alone(model: nn.Module, at: mx.array) -> Iterator[None]:
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
-    """The logits of a batch at its answer positions.
+    """The logits of a batch at its answer positions: ``(A, V)``, in the model's dtype.
 
     The blocks are merged inside, so gradients reach the encoder.
-
-    Args:
-        model: An mlx-lm model, with or without an adapter; a tied one with its embedding wrapped.
-        batch: What it reads.
-
-    Returns:
-        ``(A, V)``, in the model's dtype.
     """
     merged = merged_embedding(model)
     with _answers_alone(model, batch.answer_at):
@@ -105,24 +92,19 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
 
 
 def divergence(logits: mx.array, batch: Batch) -> mx.array:
-    """KL(teacher || student) at each answer position.
+    """KL(teacher || student) at each answer position: ``(A,)`` float32 in nats.
 
     Of a teacher's top tokens, the probability that is left is one further outcome, "any other
     token", so the sum is never above the whole divergence and is zero only where both agree.
-
-    Args:
-        logits: The student's, ``(A, V)``.
-        batch: Carries ``teacher_logprobs`` ``(A, V)``, or ``(A, k)`` with ``teacher_ids``.
-
-    Returns:
-        ``(A,)`` float32 in nats.
+    ``logits`` are the student's, ``(A, V)``.
     """
     student, teacher = nn.log_softmax(logits.astype(mx.float32)), batch.teacher_logprobs
     if not batch.teacher_ids.size:
         return (mx.exp(teacher) * (teacher - student)).sum(-1)
     student = mx.take_along_axis(student, batch.teacher_ids, axis=-1)
     shared = (mx.exp(teacher) * (teacher - student)).sum(-1)
-    rest, left = _rest(teacher), _rest(student)
+    # What the probabilities leave of one. Below 1e-6 it is rounding: its logarithm would drown all.
+    rest, left = (mx.maximum(1 - mx.exp(part).sum(-1), 1e-6) for part in (teacher, student))
     return shared + rest * (mx.log(rest) - mx.log(left))
 
 
@@ -132,20 +114,10 @@ def distill_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
     return (losses * batch.weights).sum(), batch.weights.sum()
 
 
-def _rest(logprobs: mx.array) -> mx.array:
-    """What the probabilities leave of one: ``(A, k)`` to ``(A,)``."""
-    return mx.maximum(1 - mx.exp(logprobs).sum(-1), _TINY)
-
-
 def add_decoder(merged: MergedEmbedding) -> None:
     """Gives the wrapped embedding a trainable decoder, ``(D,)`` to ``(K * D,)``, for warm-up."""
     d = merged.encoder.config.hidden_size
     merged[DECODER] = nn.Linear(d, merged.merge_factor * d)
-
-
-def remove_decoder(merged: MergedEmbedding) -> None:
-    """Takes the decoder away, if there is one."""
-    merged.pop(DECODER, None)
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -24,8 +24,8 @@ from kmerge_mlx.model import attach, check_fit, load_source, output_head, paddin
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
 from kmerge_mlx.train import teacher as teaching
-from kmerge_mlx.train.checkpoint import Identity, State
-from kmerge_mlx.train.dataset import Bar, Stage, limits_of, load_stages
+from kmerge_mlx.train.checkpoint import State
+from kmerge_mlx.train.dataset import Bar, Stage, load_stages
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
 from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
@@ -33,37 +33,22 @@ from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
 
 @dataclass
 class Run:
-    """A run, ready to be trained or to go on.
-
-    Args:
-        settings: Its settings.
-        path: Its folder.
-        model: The base with the adapter on it.
-        tokenizer: The base's.
-        merge: What ``merge_config.json`` will hold.
-        tuning: What ``adapter_config.json`` will hold.
-        stages: Its data, at least one stage.
-        identity: What a resumed run must have in common with it.
-        ranks: The machines.
-        teacher: Where there is one.
-        state: Where it is.
-        tensors: The saved optimizer and so on; empty for a run that begins.
-        answers: Those that the teacher wrote, or None.
-    """
+    """A run, ready to be trained or to go on."""
 
     settings: TrainSettings
     path: Path
-    model: nn.Module
+    model: nn.Module  # the base with the adapter on it
     tokenizer: Any
     merge: MergeConfig
     tuning: Tuning
-    stages: list[Stage]
-    identity: Identity
+    stages: list[Stage]  # at least one
+    base: str  # digest of the base model's files
+    data: list[str]  # digest of each stage
     ranks: Ranks
     teacher: Teacher | StoredTeacher | None
     state: State = field(default_factory=State)
-    tensors: dict[str, mx.array] = field(default_factory=dict)
-    answers: Answers | None = None
+    tensors: dict[str, mx.array] = field(default_factory=dict)  # the saved optimizer and so on
+    answers: Answers | None = None  # those that the teacher wrote
 
 
 def prepare(
@@ -73,13 +58,7 @@ def prepare(
 ) -> Run:
     """Loads and checks everything, so that only the disk and the arithmetic can fail later.
 
-    Args:
-        settings: The run's.
-        bar: Shows how far the work before training is.
-        ranks: The machines; the first alone reads and writes the run's folder.
-
-    Raises:
-        KMergeError: Anything that keeps the run from starting.
+    The first of the ranks alone reads and writes the run's folder.
     """
     ranks, path = ranks or Ranks(), Path(settings.adapter_path)
     resumed = ranks.rank == 0 and checkpoint.find_run(path, settings.resume, settings.force)
@@ -100,16 +79,16 @@ def prepare(
     model, tokenizer, config = load_source(bare)
     stages = load_stages(settings, tokenizer, bar)
     digests, weights = [stage.digest for stage in stages], base.weights_digest(source.path)
-    identity = Identity(settings.saved(), settings.fixed(), weights, digests, ranks.size)
     ranks.same(settings.fixed() | {"model": weights, "data": digests}, "the settings")
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
     merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
-    run = Run(settings, path, model, tokenizer, merge, tuning, stages, identity, ranks, teacher)
+    adapted = (model, tokenizer, merge, tuning)
+    run = Run(settings, path, *adapted, stages, weights, digests, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
-        identity.check(saved, path)
+        checkpoint.check_same(run, saved)
         if run.state.stage >= len(stages):
             raise TrainError(f"{path} cannot be resumed: it has {len(stages)} stages")
     if settings.teacher_answers:
@@ -145,32 +124,25 @@ def _adapt(
 ) -> tuple[MergeConfig, Tuning]:
     """Puts the given adapter on the model, or a fresh one, and says what it is."""
     if adapter is None:
-        merge, tuning = _fresh(settings, model, tokenizer, config)
+        _, table = base.find_embedding(model, settings.model)
+        d, encoder = table(mx.array([0])).shape[-1], None
+        if settings.k > 1:
+            h = schema.inner_size(settings.k, d, settings.encoder_factor)
+            encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context)
+        made_for = schema.BaseModelConfig(settings.model, base.fingerprint(config))
         try:
+            tuning, head = _tuning(settings, model)
+            merge = MergeConfig(encoder, made_for, base.default_pad_token_id(tokenizer), head)
             wire(model, merge, tuning, merge.pad_token_id, settings.model)
         except AdapterError as error:
             raise TrainError(f"lora_parameters: {error}") from error
-        return merge, tuning
-    check_fit(adapter, config, settings.model)
-    attach(model, adapter, padding_of(adapter, tokenizer))
-    if resumed:
-        return adapter.merge, adapter.tuning
-    _check_adopted(settings, adapter)
-    return _signed(settings, adapter.merge, tokenizer), adapter.tuning
-
-
-def _fresh(
-    settings: TrainSettings, model: nn.Module, tokenizer: Any, config: dict[str, Any]
-) -> tuple[MergeConfig, Tuning]:
-    """What a new adapter is to be."""
-    _, table = base.find_embedding(model, settings.model)
-    d, encoder = table(mx.array([0])).shape[-1], None
-    if settings.k > 1:
-        h = schema.inner_size(settings.k, d, settings.encoder_factor)
-        encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context)
-    tuning, head = _tuning(settings, model)
-    model_config = schema.BaseModelConfig(settings.model, base.fingerprint(config))
-    merge = MergeConfig(encoder, model_config, base.default_pad_token_id(tokenizer), head)
+    else:
+        check_fit(adapter, config, settings.model)
+        attach(model, adapter, padding_of(adapter, tokenizer))
+        merge, tuning = adapter.merge, adapter.tuning
+        if resumed:
+            return merge, tuning
+        _check_adopted(settings, adapter)
     return _signed(settings, merge, tokenizer), tuning
 
 
@@ -226,11 +198,7 @@ def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, schema.L
         raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}, expected {known}")
     keys = parameters["keys"]
     keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
-    try:
-        spec = schema.LoRASpec(parameters["rank"], parameters["scale"])
-    except AdapterError as error:
-        raise TrainError(f"lora_parameters: {error}") from None
-    head = output_head(model)
+    spec, head = schema.LoRASpec(parameters["rank"], parameters["scale"]), output_head(model)
     tied_head = HEAD in keys and head is None
     if HEAD in keys:
         keys = [key for key in keys if key != HEAD] + ([] if head is None else [head[0]])
@@ -254,21 +222,22 @@ def _answer(run: Run, bar: Bar) -> None:
     elif run.ranks.rank == 0:
         answers = teaching.write_answers(run.teacher, run.tokenizer, sets, most, bar("Answering"))
     run.answers = run.ranks.share_json(answers)
-    teaching.give_answers(run.answers, sets, limits_of(run.settings))
+    for split, found in run.answers.items():
+        for index, ids in found.items():
+            sets[split].set_answer(int(index), ids)
 
 
 def _use_file(run: Run, bar: Bar) -> None:
     """Puts the teacher's file in the place of the teacher; a run that begins makes it if needed."""
     settings, sets, path = run.settings, run.stages[0].sets, Path(run.settings.teacher_file)
     # The digests of the sets are taken anew: written answers are part of them by now.
-    parts = [run.identity.base, *(f"{split} {data.digest}" for split, data in sets.items())]
+    parts = [run.base, *(f"{split} {data.digest}" for split, data in sets.items())]
     parts += [str(settings.teacher_top_k), str(settings.k)]
     parts += [str(settings.teacher_answers), str(settings.teacher_max_tokens)]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     # A saved run may come from a stranger, and its settings must not name a file to write.
     if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
-        teaching.store(
-            path, digest, run.teacher, sets, settings.batch_size, bar("Asking the teacher")
-        )
+        progress = bar("Asking the teacher")
+        teaching.store(path, digest, run.teacher, sets, settings.batch_size, progress)
     run.ranks.any(False)  # the others wait for the file
     run.teacher = StoredTeacher(path, digest, run.teacher, sets)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from kmerge_mlx.errors import TrainError, findings, first_line, short
 
@@ -31,24 +29,25 @@ BUNDLE_BYTES = 32 << 20
 def connect() -> Ranks:
     """Joins the other processes of this run (``mlx.launch`` starts them), if there are any.
 
-    Raises:
-        TrainError: The launcher's settings are wrong, or the others were not there within 30 s.
+    The launcher's settings may be wrong, or the others not there within 30 s: TrainError.
     """
     hosts, rank = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK")
     if hosts and Path(hosts).is_file() and not Path(hosts).read_text().strip():
         return Ranks()  # `mlx.launch -n 1` writes an empty file
-    begin = time.monotonic()
+    # MLX waits for the other ranks holding Python's lock: only a signal ends that.
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(START_SECONDS)
     try:
-        with _interrupted_after(START_SECONDS):
-            group = mx.distributed.init()
+        group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
-        if time.monotonic() - begin >= START_SECONDS:
+        problem = f"cannot join the other ranks ({first_line(error)})"
+        if not signal.alarm(0):
             problem = f"waited {START_SECONDS} s for the other ranks: start all of them"
-        else:
-            problem = f"cannot join the other ranks ({first_line(error)})"
         raise TrainError(
             f"rank {rank} {problem}, and check MLX_RANK and MLX_HOSTFILE (docs/distributed.md)"
         ) from error
+    finally:
+        signal.alarm(0)
     if group.size() > 1:
         return Ranks(group)
     if rank is not None and os.environ.get("MLX_WORLD_SIZE") != "1":
@@ -73,28 +72,28 @@ class Ranks:
 
     def sum(self, tree: Any) -> Any:
         """Adds up an array, or a tree of them, over the ranks; all get the same bits."""
-        flat = tree_flatten(tree)
-        if self.size == 1 or not flat:
+        if self.size == 1:
             return tree
+        flat, sums = dict(tree_flatten(tree)), {}
         mx.eval(tree)
-        sums: dict[int, mx.array] = {}
+        # By name, because the ranks may hold a dictionary's entries in any order.
+        order = sorted(flat, key=lambda name: (str(flat[name].dtype), name))
+        sent = np.cumsum([flat[name].nbytes for name in order]) // BUNDLE_BYTES
+        number = dict(zip(order, sent.tolist(), strict=True))
         with mx.stream(_stream()):
-            for bundle in _bundles(flat):
-                arrays = [flat[i][1] for i in bundle]
-                joined = mx.concatenate([array.reshape(-1) for array in arrays])
+            for _, bundle in groupby(order, lambda name: (str(flat[name].dtype), number[name])):
+                names = list(bundle)
+                joined = mx.concatenate([flat[name].reshape(-1) for name in names])
                 total = self._run(mx.distributed.all_sum(joined, group=self._group))
-                parts = mx.split(total, np.cumsum([array.size for array in arrays])[:-1].tolist())
-                sums |= {
-                    i: part.reshape(array.shape)
-                    for i, array, part in zip(bundle, arrays, parts, strict=True)
-                }
+                ends = np.cumsum([flat[name].size for name in names])[:-1].tolist()
+                for name, part in zip(names, mx.split(total, ends), strict=True):
+                    sums[name] = part.reshape(flat[name].shape)
             mx.eval(sums)
-        left = iter(range(len(flat)))
-        return tree_map(lambda _: sums[next(left)], tree)
+        return tree_map_with_path(lambda name, _: sums[name or ""], tree)
 
     def share(self, array: mx.array) -> mx.array:
         """Gives every rank the first one's array; the others call it with one of that shape."""
-        if self.size == 1 or not array.size:
+        if self.size == 1:
             return array
         data = array.reshape(-1).view(mx.uint8)
         data = self.sum(mx.zeros_like(data) if self.rank else data)
@@ -109,8 +108,9 @@ class Ranks:
         if self.size == 1:
             return [value]
         data = json.dumps(value).encode()
-        sizes = [int.from_bytes(size, "big") for size in self._gather(len(data).to_bytes(8, "big"))]
-        return [json.loads(text) for text in self._gather(data.ljust(max(sizes), b" "))]
+        longest = int(self._gather(np.array([len(data)])).max())
+        texts = self._gather(np.frombuffer(data.ljust(longest), np.uint8))
+        return [json.loads(bytes(text)) for text in texts]
 
     def same(self, values: Mapping[str, Any], what: str) -> None:
         """Makes sure that every rank has the same values, by name; ``what`` is what they are.
@@ -133,11 +133,10 @@ class Ranks:
         """Whether the flag is set on any rank. Returns when every rank has called it."""
         return bool(self.sum(mx.array(int(flag))).item())
 
-    def _gather(self, data: bytes) -> list[bytes]:
+    def _gather(self, mine: np.ndarray) -> np.ndarray:
         with mx.stream(_stream()):
-            mine = mx.array(np.frombuffer(data, np.uint8))
-            everyone = bytes(self._run(mx.distributed.all_gather(mine, group=self._group)))
-        return [everyone[at : at + len(data)] for at in range(0, len(everyone), len(data))]
+            found = mx.distributed.all_gather(mx.array(mine)[None], group=self._group)
+            return np.array(self._run(found))
 
     def _run(self, result: mx.array) -> mx.array:
         """Evaluates one operation that waits for the other ranks."""
@@ -151,27 +150,6 @@ class Ranks:
         return result
 
 
-def _bundles(flat: Sequence[tuple[str, mx.array]]) -> list[list[int]]:
-    """Groups the indices of arrays of one dtype, so that small ones travel together."""
-    # By name, because the ranks may hold a dictionary's entries in any order.
-    order = sorted(range(len(flat)), key=lambda i: (str(flat[i][1].dtype), flat[i][0]))
-    sent = np.cumsum([flat[i][1].nbytes for i in order]) // BUNDLE_BYTES
-    keys = {i: (str(flat[i][1].dtype), n) for i, n in zip(order, sent.tolist(), strict=True)}
-    return [list(bundle) for _, bundle in groupby(order, keys.get)]
-
-
 def _stream() -> mx.Stream:
     """Where ranks wait for each other. macOS ends a GPU program that waits for over 5 s."""
     return mx.default_stream(mx.cpu if mx.metal.is_available() else mx.default_device())
-
-
-@contextmanager
-def _interrupted_after(seconds: int) -> Iterator[None]:
-    """MLX waits for the other ranks holding Python's lock: only a signal ends that."""
-    previous = signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)

@@ -4,8 +4,7 @@ A row is ``[positions of the prompt][answer][eos][right padding]``. Causal atten
 padding harmless, so there is no mask. Blocks are virtual ids past the vocabulary, as in generation,
 numbered within the batch. Shapes are bucketed, so that a compiled step is traced a few times only.
 
-Source: mlx-lm sorts a whole dataset by length and shuffles its batches; here that is done within a
-window of a few batches, so that batches differ from epoch to epoch and data may be drawn lazily.
+Unlike mlx-lm, batches are made by length within a window only, so they differ between epochs.
 """
 
 from __future__ import annotations
@@ -31,12 +30,7 @@ for short rows, a third of which would be padding."""
 
 @dataclass(frozen=True)
 class Place:
-    """How far a run has read.
-
-    Args:
-        epoch: From 0.
-        batch: Batches of this epoch that have been read.
-    """
+    """How far a run has read: its epoch from 0, and the batches of it that have been read."""
 
     epoch: int = 0
     batch: int = 0
@@ -62,13 +56,6 @@ def shuffled(
 
     The order follows from the seed and the place alone, so a resumed run reads the next batch. The
     examples that an epoch leaves over, too few for a batch, are others in every epoch.
-
-    Args:
-        data: All examples, at least a batch of them.
-        batch_size: B.
-        merge_factor: K, for the lengths.
-        seed: The same one gives the same order.
-        place: Where to begin.
     """
     per_epoch = len(data) // batch_size
     epoch, batch = place.epoch, place.batch
@@ -100,35 +87,20 @@ def by_length(
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, padded to bucketed shapes.
+    """One batch, padded to bucketed shapes: int32, weights and log-probabilities float32."""
 
-    Args:
-        ids: ``(B, T)`` int32: ordinary ids, and V + i for the batch's block i.
-        blocks: ``(M, c + K)`` int32, what the encoder reads of each distinct block; M may be 0.
-        answer_at: ``(A,)`` int32, flat positions ``b * T + t`` that predict an answer token.
-        targets: ``(A,)`` int32, the token that each of them predicts.
-        weights: ``(A,)`` float32, 1 for an answer token and 0 for padding.
-        num_blocks: How many of the blocks are real; the others are padding.
-        teacher_ids: ``(A, k)`` int32, the teacher's likeliest tokens; empty: it gives all V.
-        teacher_logprobs: ``(A, k)`` or ``(A, V)`` float32, or None without a teacher.
-        candidates: ``(U,)`` int32, the distinct tokens of the blocks, for reconstruction.
-        candidate_weights: ``(U,)`` float32, 0 for padding.
-        block_targets: ``(M, K)`` int32, each block's tokens as indices of candidates.
-        block_weights: ``(M,)`` float32, 0 for padding.
-    """
-
-    ids: mx.array
-    blocks: mx.array
-    answer_at: mx.array
-    targets: mx.array
-    weights: mx.array
-    num_blocks: int = 0
-    teacher_ids: mx.array | None = None
-    teacher_logprobs: mx.array | None = None
-    candidates: mx.array | None = None
-    candidate_weights: mx.array | None = None
-    block_targets: mx.array | None = None
-    block_weights: mx.array | None = None
+    ids: mx.array  # (B, T): ordinary ids, and V + i for the batch's block i
+    blocks: mx.array  # (M, c + K): what the encoder reads of each distinct block; M may be 0
+    answer_at: mx.array  # (A,): flat positions b * T + t that predict an answer token
+    targets: mx.array  # (A,): the token that each of them predicts
+    weights: mx.array  # (A,): 1 for an answer token and 0 for padding
+    num_blocks: int = 0  # real ones; the others are padding
+    teacher_ids: mx.array | None = None  # (A, k): its likeliest tokens; empty: it gives all V
+    teacher_logprobs: mx.array | None = None  # (A, k) or (A, V)
+    candidates: mx.array | None = None  # (U,): the blocks' distinct tokens, for reconstruction
+    candidate_weights: mx.array | None = None  # (U,): 0 for padding
+    block_targets: mx.array | None = None  # (M, K): each block's tokens as indices of candidates
+    block_weights: mx.array | None = None  # (M,): 0 for padding
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays alone, by name: what a compiled function takes."""
@@ -142,14 +114,10 @@ def make_batch(
     vocab_size: int,
     context: int = 0,
 ) -> Batch:
-    """Lays examples out as one batch.
+    """Lays examples, each with an answer, out as one batch.
 
-    Args:
-        examples: At least one, each with an answer.
-        merge_factor: K; at 1 every prompt token is a position.
-        pad_token_id: Fills the last block of a segment, and the context of its first.
-        vocab_size: V, the first virtual id.
-        context: c, how many tokens before its block the encoder reads.
+    With K = 1 every prompt token is a position. The pad token fills the last block of a segment,
+    and the context of its first: the c tokens before its block that the encoder reads.
     """
     known: dict[Block, int] = {}
 
@@ -169,8 +137,8 @@ def make_batch(
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
     answer_at = [
-        b * length + len(prompt) - 1 + i
-        for b, (prompt, example) in enumerate(zip(prompts, examples, strict=True))
+        b * length + len(prompts[b]) - 1 + i
+        for b, example in enumerate(examples)
         for i in range(len(example.answer_ids))
     ]
     targets = [i for example in examples for i in example.answer_ids]

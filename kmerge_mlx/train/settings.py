@@ -51,11 +51,7 @@ _OUT = {"group": "Output", "fixed": False}
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """The settings of a run; the help of each says what it means.
-
-    Raises:
-        SettingsError: Settings of the wrong type, out of range or that exclude each other.
-    """
+    """The settings of a run; the help of each says what it means."""
 
     NAME = "train"
     ELSEWHERE = ELSEWHERE
@@ -165,7 +161,6 @@ class TrainSettings(Settings):
     project_name: str | None = option(None, str, "Project name for --report-to.", **_OUT)
 
     def clashes(self) -> list[str]:
-        """What is wrong with settings that are good alone, one line each."""
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
         trees, k1, lora = self.task == TreeTask.name, self.k == 1, self.lora()
         keys, dropout = lora["keys"], lora["dropout"]
@@ -190,9 +185,9 @@ class TrainSettings(Settings):
                 k1 and self.fine_tune_type == LORA and keys in ([], ())
             ),
             "`resume` and `force` exclude each other": self.resume and self.force,
-            f"lora_parameters.keys is {short(keys)}, expected a list of module names": not (
-                keys is None
-                or (isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys))
+            f"lora_parameters.keys is {short(keys)}, expected a list of module names": (
+                keys is not None
+                and not (isinstance(keys, list | tuple) and {type(key) for key in keys} <= {str})
             ),
             f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
                 not is_number(dropout) or not 0 <= dropout < 1

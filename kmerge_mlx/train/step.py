@@ -11,7 +11,7 @@ names and schedules are those of ``mlx_lm.lora`` and ``mlx_lm.tuner.utils.build_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -32,18 +32,22 @@ from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Batch, Rows, make_batch, with_candidates
 from kmerge_mlx.train.settings import OPTIMIZERS, RECONSTRUCTION, TrainSettings
 
+Totals = dict[str, Any]
+"""Sums since the last update: loss ``()``, tokens ``()``, gradients (a tree), all float32."""
+
 OPTIMIZER, GRADIENTS, WINDOW = "optimizer", "gradients", "window"
 SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 
-_CLASSES = (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor)
+EMPTY_WINDOW = {name: mx.array(0.0) for name in ("loss", "tokens", "norm")}
+"""What is summed between two reports."""
+
+_CLASSES = dict(
+    zip(OPTIMIZERS, (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor), strict=True)
+)
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
-    """Makes the optimizer of a run, its state not initialised yet.
-
-    Raises:
-        TrainError: Arguments that the optimizer or the schedule does not take.
-    """
+    """Makes the optimizer of a run, its state not initialised yet."""
     if unknown := sorted(map(str, set(settings.optimizer_config) - set(OPTIMIZERS))):
         raise TrainError(
             f"optimizer_config names {short(unknown[0])}, expected one of {', '.join(OPTIMIZERS)}"
@@ -51,24 +55,23 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     arguments = settings.optimizer_config.get(settings.optimizer) or {}
     schedule = settings.lr_schedule
     rate = settings.learning_rate if schedule is None else _schedule(schedule)
-    kind = _CLASSES[OPTIMIZERS.index(settings.optimizer)]
     try:
+        make = partial(_CLASSES[settings.optimizer], learning_rate=rate, **arguments)
         # MLX takes most arguments unseen, and would fail at the first step.
         weights = {"matrix": mx.ones((2, 2)), "vector": mx.ones(2)}
-        mx.eval(kind(learning_rate=rate, **arguments).apply_gradients(weights, weights))
-        return kind(learning_rate=rate, **arguments)
+        mx.eval(make().apply_gradients(weights, weights))
+        return make()
     except (TypeError, ValueError) as error:
         where = f"optimizer_config.{settings.optimizer}"
         raise TrainError(f"{where} is {short(arguments)}: {first_line(error)}") from error
 
 
 def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
-    known = ("name", "arguments", "warmup", "warmup_init")
     fits = entry.get("name") in SCHEDULES and isinstance(entry.get("arguments"), list)
-    if set(entry) - set(known) or not fits:
+    if set(entry) - {"name", "arguments", "warmup", "warmup_init"} or not fits:
         raise TrainError(
             f"lr_schedule is {short(entry)}, expected a name ({', '.join(SCHEDULES)}), a list of "
-            f"arguments and, if wanted, {known[2]} and {known[3]}"
+            "arguments and, if wanted, warmup and warmup_init"
         )
     try:
         schedule = build_schedule(entry)
@@ -79,41 +82,20 @@ def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
     return schedule
 
 
-def refill(tree: Any, saved: dict[str, mx.array], what: str) -> Any:
-    """A tree of the same form, its arrays replaced by saved ones, by flat name.
-
-    Raises:
-        TrainError: The saved arrays have other names or shapes.
-    """
+def refill(tree: Any, saved: dict[str, mx.array]) -> Any:
+    """A tree of the same form, its arrays replaced by saved ones, by flat name."""
     shapes = {name: array.shape for name, array in tree_flatten(tree)}
     found = {name: array.shape for name, array in saved.items()}
     if wrong := [n for n in {**shapes, **found} if shapes.get(n) != found.get(n)]:
         raise TrainError(
-            f"the saved {what} does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
+            f"the saved state does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
             "more): start anew in another `adapter_path`"
         )
     return tree_map_with_path(lambda name, _: saved[name], tree)
 
 
-@dataclass
-class Totals:
-    """Sums since the last update: loss ``()``, tokens ``()``, gradients (a tree), all float32."""
-
-    loss: mx.array
-    tokens: mx.array
-    gradients: Any
-
-
 class Stepper:
-    """Runs batches forward and backward, and applies what they add up to, compiled per shape.
-
-    Args:
-        model: Its trainable parameters are trained.
-        optimizer: An MLX optimizer, its state already initialised.
-        loss: What is minimised.
-        max_grad_norm: Largest global gradient norm; 0 leaves it unclipped.
-        ranks: The machines.
-    """
+    """Runs batches forward and backward, and applies what they add up to, compiled per shape."""
 
     def __init__(
         self,
@@ -146,22 +128,18 @@ class Stepper:
     def add(self, batch: Batch, totals: Totals | None) -> Totals:
         """Adds one batch to what is being accumulated."""
         (loss, tokens), gradients = self._forward_backward(batch.arrays())
+        found = {"loss": loss, "tokens": tokens, "gradients": gradients}
         if totals is not None:
-            loss, tokens = loss + totals.loss, tokens + totals.tokens
-            gradients = tree_map(mx.add, gradients, totals.gradients)
-        mx.async_eval(loss, tokens, gradients, self._state)
-        return Totals(loss, tokens, gradients)
+            found = tree_map(mx.add, found, totals)
+        mx.async_eval(found, self._state)
+        return found
 
     def update(self, totals: Totals) -> tuple[mx.array, mx.array, mx.array]:
-        """Applies accumulated gradients.
+        """Applies what was added up; returns it over all ranks, each ``()`` float32.
 
-        Returns:
-            Over all ranks, each ``()`` float32: summed loss in nats, answer tokens, and the global
-            norm of the gradient per token before it was clipped.
+        Summed loss in nats, answer tokens, and the norm of a token's gradient before clipping.
         """
-        loss, tokens, gradients = totals.loss, totals.tokens, totals.gradients
-        if self._ranks.size > 1:
-            loss, tokens, gradients = self._ranks.sum([loss, tokens, gradients])
+        loss, tokens, gradients = self._ranks.sum(totals).values()
         norm = self._apply(gradients, tokens)
         mx.async_eval(self._state, loss, tokens, norm)
         return loss, tokens, norm
@@ -174,12 +152,11 @@ class Engine:
         self._run, self._settings, self._ranks = run, run.settings, run.ranks
         self._merged = merged_embedding(run.model)
         self._totals: Totals | None = None
-        self._window = _empty_window()
+        self._window = EMPTY_WINDOW
         unfreeze(run.model, run.tuning)
         if run.ranks.size > 1:
             _share(run)
         self._enter_phase(run.state.iteration < self._settings.encoder_warmup, run.tensors)
-        self._restore(run.tensors)
         run.tensors = {}
         if run.state.rng:
             mx.random.seed((run.state.rng[0] << 32) | run.state.rng[1])
@@ -191,8 +168,8 @@ class Engine:
 
     def step(self, rows: Rows) -> None:
         """Adds a batch up, of which this rank takes its share, and updates when it is time."""
-        settings, ranks, state = self._settings, self._ranks, self._run.state
-        mine = slice(ranks.rank, None, ranks.size)
+        settings, state = self._settings, self._run.state
+        mine = slice(self._ranks.rank, None, self._ranks.size)
         batch = self.make_batch(rows.indices[mine], rows.examples[mine], "train")
         if self._reconstructs:
             batch = with_candidates(batch, self._merged.merge_factor)
@@ -219,25 +196,28 @@ class Engine:
 
     def read_window(self) -> tuple[float, float, float]:
         """Waits for the device: loss in nats and tokens since the last time, and gradient norm."""
-        window, self._window = self._window, _empty_window()
+        window, self._window = self._window, EMPTY_WINDOW
         return window["loss"].item(), window["tokens"].item(), window["norm"].item()
 
     def all_finite(self) -> bool:
         """Whether every trained weight is a number, and whatever has been added up."""
-        trees = [self._run.model.trainable_parameters()]
-        if self._totals is not None:
-            trees.append(self._totals.gradients)
-        arrays = [array for tree in trees for _, array in tree_flatten(tree)]
-        return mx.stack([mx.isfinite(array).all() for array in arrays]).all().item()
+        trees = [self._run.model.trainable_parameters(), self._totals or []]
+        return mx.stack([mx.isfinite(a).all() for _, a in tree_flatten(trees)]).all().item()
 
     def tensors(self) -> dict[str, mx.array]:
         """Everything but the adapter that the next step depends on, by flat names."""
+        found = self._parts()
+        if self._totals is not None:
+            found[GRADIENTS] = self._ranks.sum(self._totals)
+        return dict(tree_flatten(found))
+
+    def _parts(self) -> dict[str, Any]:
         found = {OPTIMIZER: self._optimizer.state, WINDOW: self._window}
         if self._totals is not None:
-            found[GRADIENTS] = self._ranks.sum(vars(self._totals))
+            found[GRADIENTS] = self._totals
         if self._reconstructs:
             found[losses.DECODER] = self._merged[losses.DECODER].parameters()
-        return dict(tree_flatten(found))
+        return found
 
     def _enter_phase(self, warming: bool, saved: dict[str, mx.array]) -> None:
         """Chooses what is trained and for what; each phase has an optimizer of its own."""
@@ -245,7 +225,7 @@ class Engine:
         self._warming = warming
         self._reconstructs = warming and settings.encoder_warmup_loss == RECONSTRUCTION
         unfreeze(run.model, run.tuning, encoder_only=warming)
-        losses.remove_decoder(self._merged)
+        self._merged.pop(losses.DECODER, None)
         loss = losses.answer_loss if run.teacher is None else losses.distill_loss
         if self._reconstructs:
             losses.add_decoder(self._merged)
@@ -255,22 +235,22 @@ class Engine:
         run.model.train()
         self._optimizer = make_optimizer(settings)
         self._optimizer.init(run.model.trainable_parameters())
-        if optimizer := _part(saved, OPTIMIZER):
-            self._optimizer.state = refill(self._optimizer.state, optimizer, "optimizer")
-        norm = settings.max_grad_norm
-        self._stepper = Stepper(run.model, self._optimizer, loss, norm, self._ranks)
+        if saved:
+            self._restore(saved)
+        clip = settings.max_grad_norm
+        self._stepper = Stepper(run.model, self._optimizer, loss, clip, self._ranks)
 
     def _restore(self, saved: dict[str, mx.array]) -> None:
         """Goes on from a saved run's tensors."""
-        if window := _part(saved, WINDOW):
-            self._window = refill(self._window, window, "sums")
-        if self._reconstructs and (decoder := _part(saved, losses.DECODER)):
-            old = self._merged[losses.DECODER]
-            old.update(refill(old.parameters(), decoder, "decoder"))
+        weights, zero = self._run.model.trainable_parameters(), mx.array(0.0)
+        if self._run.state.added:
+            self._totals = {"loss": zero, "tokens": zero, "gradients": weights}
+        found = refill(self._parts(), saved)
+        self._optimizer.state, self._window = found[OPTIMIZER], found[WINDOW]
+        if self._reconstructs:
+            self._merged[losses.DECODER].update(found[losses.DECODER])
         # What several ranks had added up was saved as one sum.
-        if (sums := _part(saved, GRADIENTS)) and self._ranks.rank == 0:
-            zero, weights = mx.array(0.0), self._run.model.trainable_parameters()
-            self._totals = Totals(**refill(vars(Totals(zero, zero, weights)), sums, "gradients"))
+        self._totals = found.get(GRADIENTS) if self._ranks.rank == 0 else None
 
 
 def _share(run: Run) -> None:
@@ -282,14 +262,3 @@ def _share(run: Run) -> None:
     for name, (shape, dtype) in ranks.share_json(kinds).items():
         mine = run.tensors.get(name, mx.zeros(shape, getattr(mx, dtype)))
         run.tensors[name] = ranks.share(mine)
-
-
-def _empty_window() -> dict[str, mx.array]:
-    """What is summed between two reports."""
-    return {name: mx.array(0.0) for name in ("loss", "tokens", "norm")}
-
-
-def _part(tensors: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    """The tensors under a name, without it."""
-    start = f"{name}."
-    return {n.removeprefix(start): a for n, a in tensors.items() if n.startswith(start)}

@@ -19,7 +19,7 @@ from kmerge_mlx.files import replacing_file, safetensors_shapes
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.checkpoint import ANSWERS, TRAINING
-from kmerge_mlx.train.dataset import Limits, TokenizedSet
+from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
 from kmerge_mlx.train.rows import Batch, by_length, make_batch
 
@@ -31,15 +31,7 @@ ROWS_AT_ONCE = 32
 
 
 class Teacher:
-    """A base model that reads prompts uncompressed.
-
-    Args:
-        model: The base, its embedding wrapped with K = 1; its weights are the student's own arrays.
-        top_k: How many tokens to keep; 0 keeps all.
-
-    Raises:
-        TrainError: More tokens than there are.
-    """
+    """A base model that reads prompts uncompressed: wrapped with K = 1, on the student's arrays."""
 
     def __init__(self, model: nn.Module, top_k: int = 0):
         self.model, self.top_k = model.eval(), top_k
@@ -58,12 +50,7 @@ class Teacher:
         return replace(batch, teacher_ids=ids, teacher_logprobs=logprobs)
 
     def targets(self, examples: Sequence[TokenizedExample]) -> tuple[mx.array, mx.array]:
-        """The teacher's distributions at the answer positions of examples.
-
-        Returns:
-            Ids ``(A, k)`` and log-probabilities ``(A, k)``; or no ids and ``(A, V)``. A is padded
-            as in a batch of the same examples.
-        """
+        """Ids and log-probabilities ``(A, k)`` at answer positions; or no ids and ``(A, V)``."""
         read = make_batch(examples, 1, 0, self.vocab_size)
         return self._compiled(read.ids, read.blocks, read.answer_at)
 
@@ -78,16 +65,9 @@ class Teacher:
 
 
 class StoredTeacher:
-    """Teaches from a file of the teacher's top tokens.
+    """Takes a teacher's place with the file of its top tokens that :func:`store` made.
 
-    Args:
-        path: Made by :func:`store`.
-        digest: Digest of the base, data and settings that it must be of.
-        teacher: The teacher whose place it takes.
-        sets: The examples of each split.
-
-    Raises:
-        TrainError: The file is torn, foreign, or of another base, other data or settings.
+    ``digest`` is of the base, data and settings that the file must be of.
     """
 
     def __init__(self, path: Path, digest: str, teacher: Teacher, sets: Mapping[str, TokenizedSet]):
@@ -111,16 +91,12 @@ class StoredTeacher:
     def teach(
         self, batch: Batch, indices: Sequence[int], examples: Sequence[TokenizedExample], split: str
     ) -> Batch:
-        """The batch of some examples (``indices`` of a split), with what the file has for it."""
+        """As :meth:`Teacher.teach`, by the file."""
         starts, padding = self._starts[split], batch.targets.size
         padding -= sum(len(example.answer_ids) for example in examples)
-        ids, logprobs = (
-            np.pad(
-                np.concatenate([part[starts[i] : starts[i + 1]] for i in indices]),
-                ((0, padding), (0, 0)),
-            )
-            for part in (self._file.get_slice(f"{split}.{n}") for n in ("ids", "logprobs"))
-        )
+        parts = [self._file.get_slice(f"{split}.{name}") for name in ("ids", "logprobs")]
+        found = (np.concatenate([p[starts[i] : starts[i + 1]] for i in indices]) for p in parts)
+        ids, logprobs = (np.pad(part, ((0, padding), (0, 0))) for part in found)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise TrainError("`teacher_file` holds ids that the model does not have: remove it")
         return replace(batch, teacher_ids=mx.array(ids), teacher_logprobs=mx.array(logprobs))
@@ -137,9 +113,6 @@ def store(
     """Writes a file of the teacher's top tokens at every answer token, whole or not at all.
 
     It has their ids and log-probabilities for each split, in the order of the examples.
-
-    Raises:
-        TrainError: It cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -165,8 +138,7 @@ def store(
 
 def _starts(data: TokenizedSet) -> np.ndarray:
     """Where each example's answer begins among all answer tokens: ``(len + 1,)``."""
-    lengths = [data.num_answer_tokens(i) for i in range(len(data))]
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.cumsum([0, *(data.num_answer_tokens(i) for i in range(len(data)))])
 
 
 def write_answers(
@@ -178,24 +150,17 @@ def write_answers(
 ) -> Answers:
     """Lets the base answer every row that has no answer, greedily and uncompressed.
 
-    Returns:
-        The answers. One that ended by itself has the tokenizer's eos token, one that was cut at
-        ``max_tokens`` does not.
+    An answer that ended by itself has the tokenizer's eos token, one cut at ``max_tokens`` not.
     """
     missing, answers = _missing(sets), {split: {} for split in sets}
     done, total = 0, sum(map(len, missing.values()))
+    more = {"max_tokens": max_tokens, "return_token_ids": True}
     for split, indices in missing.items():
         for start in range(0, len(indices), ROWS_AT_ONCE):
             part = indices[start : start + ROWS_AT_ONCE]
-            response = batch_generate(
-                teacher.model,
-                tokenizer,
-                [sets[split][i].segments for i in part],
-                max_tokens=max_tokens,
-                return_token_ids=True,
-            )
-            ends = response.finish_reasons
-            for i, ids, reason in zip(part, response.token_ids, ends, strict=True):
+            prompts = [sets[split][i].segments for i in part]
+            found = batch_generate(teacher.model, tokenizer, prompts, **more)
+            for i, ids, reason in zip(part, found.token_ids, found.finish_reasons, strict=True):
                 end = [tokenizer.eos_token_id] if reason == "stop" else []
                 answers[split][str(i)] = [*ids, *end]
             done += len(part)
@@ -206,11 +171,7 @@ def write_answers(
 def read_answers(
     path: Path, teacher: Teacher, sets: Mapping[str, TokenizedSet], max_tokens: int
 ) -> Answers:
-    """The answers that the run in a folder keeps.
-
-    Raises:
-        TrainError: A file that is torn, or does not hold answers for exactly the rows without one.
-    """
+    """The answers that the run in a folder keeps, for exactly the rows without one."""
     file = path / TRAINING / ANSWERS
     wanted = {split: [str(i) for i in indices] for split, indices in _missing(sets).items()}
     limit = (1 << 20) + 32 * (max_tokens + 1) * sum(map(len, wanted.values()))
@@ -229,13 +190,6 @@ def read_answers(
     if not fits:
         raise TrainError(f"{file} does not hold the answers of this run's rows")
     return answers
-
-
-def give_answers(answers: Answers, sets: Mapping[str, TokenizedSet], limits: Limits) -> None:
-    """Puts answers into the rows that have none."""
-    for split, found in answers.items():
-        for index, ids in found.items():
-            sets[split].set_answer(int(index), ids, limits)
 
 
 def _missing(sets: Mapping[str, TokenizedSet]) -> dict[str, list[int]]:

@@ -87,21 +87,16 @@ def test_a_student_that_says_the_same_has_no_divergence(top_k):
 
 
 @pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_the_whole_divergence_is_that_of_numpy(spread):
+def test_divergences_are_those_of_numpy_and_of_top_tokens_never_above_the_whole(spread):
     teacher, student = distributions(9, spread), distributions(9, spread, seed=1)
-    found = np.array(divergence(student, taught(teacher)))
-    assert found == pytest.approx(exact_kl(teacher, student), rel=1e-4)
-
-
-@pytest.mark.parametrize("spread", [0.3, 3.0])
-@pytest.mark.parametrize("top_k", [1, 5, 100])
-def test_the_divergence_of_top_tokens_is_that_of_numpy_and_never_above_the_whole(top_k, spread):
-    teacher, student = distributions(9, spread), distributions(9, spread, seed=1)
-    found = np.array(divergence(student, taught(teacher, top_k)))
-    # float32 sums of probabilities that leave little over
-    assert found == pytest.approx(exact_top_kl(teacher, student, top_k), rel=1e-3, abs=1e-4)
-    assert (found <= exact_kl(teacher, student) + 1e-4).all()
-    assert (found >= 0).all()
+    whole = exact_kl(teacher, student)
+    assert np.array(divergence(student, taught(teacher))) == pytest.approx(whole, rel=1e-4)
+    for top_k in (1, 5, 100):
+        found = np.array(divergence(student, taught(teacher, top_k)))
+        # float32 sums of probabilities that leave little over
+        assert found == pytest.approx(exact_top_kl(teacher, student, top_k), rel=1e-3, abs=1e-4)
+        assert (found <= whole + 1e-4).all()
+        assert (found >= 0).all()
 
 
 @pytest.mark.parametrize("top_k", [0, 7])
@@ -189,15 +184,7 @@ def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
     assert same(tensors_of(live), tensors_of(stored / "run"), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("--teacher-top-k", 6),
-        ("--k", 2),
-        ("--max-seq-length", 64, "--data", "OTHER"),
-        ("--data", "OTHER"),
-    ],
-)
+@pytest.mark.parametrize("change", [("--teacher-top-k", 6), ("--k", 2), ("--data", "OTHER")])
 def test_a_file_of_something_else_is_refused(tmp_path, stored, change):
     other = write_data(tmp_path / "other", rows_of(20, 5), rows_of(9, 20))
     change = tuple(other if part == "OTHER" else part for part in change)
@@ -207,13 +194,12 @@ def test_a_file_of_something_else_is_refused(tmp_path, stored, change):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100])
-def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored, content):
-    (tmp_path / "file").write_bytes(content)
+def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored):
+    (tmp_path / "file").write_bytes(b"no tensors")
     file = ("--teacher-top-k", 5, "--teacher-file", tmp_path / "file")
     result = train(tmp_path / "run", "--data", stored / "data", *RUN, *file)
     assert_one_error(result, 1, "not a safetensors file (")
-    assert (tmp_path / "file").read_bytes() == content
+    assert (tmp_path / "file").read_bytes() == b"no tensors"
 
 
 def greedy_by_mlx_lm(prompt: str, tokens: int) -> list[int]:
@@ -253,7 +239,7 @@ def test_an_answer_that_ends_by_itself_is_ended_by_the_eos_token(tmp_path):
     assert json.loads((path / "training" / "answers.json").read_text())["train"]["0"] == [0]
 
 
-def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_answers_and_torn_ones_are_one_line(tmp_path, monkeypatch):
     bare = [{"prompt": row["prompt"]} for row in rows_of(8)]
     data = write_data(tmp_path / "data", bare)
     options = ("--teacher-answers", "--teacher-max-tokens", 3, "--data", data, *TAUGHT)
@@ -265,12 +251,6 @@ def test_a_resumed_run_keeps_its_answers(tmp_path, monkeypatch):
     trained(parts, *options, "--iters", 4, "--resume")
     assert (parts / "training" / "answers.json").read_bytes() == saved
     assert same(tensors_of(parts), tensors_of(whole), atol=1e-6)
-
-
-def test_torn_answers_of_a_saved_run_are_one_line(tmp_path):
-    data = write_data(tmp_path / "data", [{"prompt": row["prompt"]} for row in rows_of(8)])
-    options = ("--teacher-answers", "--teacher-max-tokens", 3, "--data", data, *TAUGHT)
-    trained(tmp_path / "run", *options, "--iters", 1)
-    (tmp_path / "run" / "training" / "answers.json").write_text("{")
-    result = train(tmp_path / "run", *options, "--iters", 4, "--resume")
+    (parts / "training" / "answers.json").write_text("{")
+    result = train(parts, *options, "--iters", 6, "--resume")
     assert_one_error(result, 1, "answers.json cannot be read (")

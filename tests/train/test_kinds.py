@@ -29,8 +29,7 @@ from tests.train_runs import (
 pytestmark = pytest.mark.slow
 
 RUN = (*SMALL_TREES, "--iters", 5, "--steps-per-report", 1, "--val-batches", 1)
-K_1, FULL, LAST = ("--k", 1), ("--fine-tune-type", "full"), ("--num-layers", 1)
-CONTEXT = ("--encoder-context", 3)
+K_1, FULL = ("--k", 1), ("--fine-tune-type", "full")
 PROMPT = "Tree: AB\n+CD, Task: Parent/Child Relationship, Parent: AB, Child: CD, Answer: "
 
 
@@ -80,12 +79,12 @@ def check_generates(path: Path, base: Path, k: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(K_1, id="k 1"),
-        pytest.param(("--k", 3, "--encoder-factor", 0.5), id="k 3, a smaller encoder"),
-        pytest.param(CONTEXT, id="a context of 3"),
-        pytest.param(FULL, id="whole layers"),
-        pytest.param((*K_1, *FULL), id="whole layers, k 1"),
-        pytest.param(LAST, id="the last layer"),
+        K_1,
+        ("--k", 3, "--encoder-factor", 0.5),
+        ("--encoder-context", 3),
+        FULL,
+        (*K_1, *FULL),
+        ("--num-layers", 1),
     ],
 )
 def test_every_kind_of_run_learns_loads_and_generates(run_of, options):
@@ -148,11 +147,7 @@ def test_recomputed_activations_change_no_loss_and_no_weight(run_of, kind):
     assert losses(again) == pytest.approx(losses(plain), rel=1e-4)
     assert same(tensors_of(plain), tensors_of(again), atol=1e-4)
     check_generates(again, BASE, 4)
-
-
-def test_recomputing_is_of_one_model_alone(run_of):
-    """mlx-lm's own switch would change the class of every layer of the process."""
-    run_of("--grad-checkpoint", yaml=NO_DROPOUT)
+    # mlx-lm's own switch would change the class of every layer of the process.
     model, _ = load(str(BASE))
     assert type(model.layers[0]).__call__.__qualname__ == "TransformerBlock.__call__"
 

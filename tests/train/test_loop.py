@@ -18,12 +18,12 @@ from kmerge_mlx.adapters.folder import FILES
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.model import unfreeze
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.loop import Figures, Validator
 from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Place, make_batch, shuffled
 from kmerge_mlx.train.settings import TrainSettings
-from kmerge_mlx.train.validate import Figures, Validator
 from tests.train_runs import (
     BASE,
     NO_DROPOUT,
@@ -49,6 +49,13 @@ def labelled(count: int, first: int = 0):
         row | {"completion": "true" if i % 4 else "false"}
         for i, row in enumerate(rows_of(count, first))
     ]
+
+
+def unequal(count: int):
+    """Rows whose answers are of one to four words."""
+    words = ("AB", "CD", "EF", "GH")
+    answers = [{"completion": " ".join(words[: 1 + i % 4])} for i in range(count)]
+    return [row | answer for row, answer in zip(rows_of(count), answers, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +91,6 @@ def test_the_log_has_a_record_of_every_report_and_validation(whole):
 def test_trained_tokens_are_the_answers_and_their_ends(whole):
     """`true` and `false` are two tokens each; 36 batches of 8 rows are 4 epochs and a half."""
     tokens = [count for _, count in log_of(whole, "trained_tokens")]
-    _, tokenizer = load(str(BASE))
-    of_answer = {
-        len(tokenizer.encode(text, add_special_tokens=False)) for text in ("true", "false")
-    }
-    assert of_answer == {2}
     assert tokens == [i * BATCH * 3 for i in (5, 10, 15, 20, 25, 30, 35, 36)]
 
 
@@ -192,11 +194,7 @@ def test_a_run_that_diverges_stops_before_a_bad_weight_is_saved(tmp_path, option
 
 def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_same(tmp_path):
     """Five batches in groups of three: by hand, two updates on 12 and on 8 rows at once."""
-    rows = [
-        row | {"completion": " ".join(["AB", "CD", "EF", "GH"][: 1 + i % 4])}
-        for i, row in enumerate(rows_of(30))
-    ]
-    data, rate = write_data(tmp_path / "data", rows), 0.05
+    data, rate = write_data(tmp_path / "data", unequal(30)), 0.05
     given = {"model": str(BASE), "data": str(data), "batch_size": 4, "max_grad_norm": 0.0}
     given |= {"lora_parameters": {"dropout": 0.0}, "adapter_path": str(tmp_path / "none")}
     hand = prepare(TrainSettings.of(given))
@@ -238,11 +236,7 @@ def test_an_uneven_last_group_of_batches_is_applied_and_every_token_weighs_the_s
 
 @pytest.mark.slow
 def test_reports_weigh_tokens_over_several_updates(tmp_path):
-    rows = [
-        row | {"completion": " ".join(["AB", "CD", "EF", "GH"][: 1 + i % 4])}
-        for i, row in enumerate(rows_of(30))
-    ]
-    data = write_data(tmp_path / "data", rows)
+    data = write_data(tmp_path / "data", unequal(30))
     options = ("--data", data, "--batch-size", 2, "--iters", 6)
     trained(tmp_path / "each", *options, "--steps-per-report", 1)
     trained(tmp_path / "once", *options, "--steps-per-report", 6)

@@ -40,22 +40,6 @@ def equal(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
     return set(one) == set(two) and all(mx.array_equal(one[n], two[n]).item() for n in one)
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("adam", lambda: optim.Adam(1e-2)),
-        ("adamw", lambda: optim.AdamW(1e-2)),
-        ("muon", lambda: optim.Muon(1e-2)),
-        ("sgd", lambda: optim.SGD(1e-2)),
-        ("adafactor", lambda: optim.Adafactor(1e-2)),
-    ],
-)
-def test_a_name_means_mlxs_optimizer_with_its_defaults(name, wanted):
-    found = make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
-    assert type(found) is type(wanted())
-    assert equal(after(model(), found, range(3)), after(model(), wanted(), range(3)))
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     schedule = {"name": "cosine_decay", "arguments": [1e-2, 10], "warmup": 2}
@@ -71,7 +55,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     other.load_weights(weights)
     again.init(other.trainable_parameters())
     saved = mx.load(str(tmp_path / "state.safetensors"))
-    again.state = refill(again.state, saved, "optimizer")
+    again.state = refill(again.state, saved)
     assert equal(after(other, again, range(3, 6)), wanted)
 
 
@@ -80,8 +64,8 @@ def test_a_state_of_something_else_is_refused():
     adam, sgd = (make_optimizer(TrainSettings(optimizer=name)) for name in ("adam", "sgd"))
     for optimizer in (adam, sgd):
         optimizer.init(layers.trainable_parameters())
-    with pytest.raises(TrainError, match="the saved optimizer does not fit this run"):
-        refill(sgd.state, dict(tree_flatten(adam.state)), "optimizer")
+    with pytest.raises(TrainError, match="the saved state does not fit this run"):
+        refill(sgd.state, dict(tree_flatten(adam.state)))
 
 
 def rates(schedule: dict, count: int) -> list[float]:
@@ -110,8 +94,8 @@ def test_the_schedule_beats_the_learning_rate_and_counts_updates(tmp_path):
     assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_compiled_update_is_the_plain_one(name):
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Muon", "SGD", "Adafactor"])
+def test_a_compiled_update_is_that_of_mlxs_optimizer_with_its_defaults(name):
     """No bias: Adafactor's every shape takes seconds of MLX's compiler on a CPU."""
 
     def layer() -> nn.Module:
@@ -126,10 +110,11 @@ def test_a_compiled_update_is_the_plain_one(name):
 
     x = mx.arange(12, dtype=mx.float32).reshape(3, 4)
     batch = Batch(*[mx.zeros(1)] * 4, weights=x)
-    module, optimizer = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
+    settings = TrainSettings(optimizer=name.lower(), learning_rate=1e-2)
+    module, optimizer = layer(), make_optimizer(settings)
     optimizer.init(module.trainable_parameters())
     stepper = Stepper(module, optimizer, loss, 0.0, Ranks())
-    other, again = layer(), make_optimizer(TrainSettings(optimizer=name, learning_rate=1e-2))
+    other, again = layer(), getattr(optim, name)(1e-2)
     for _ in range(3):
         stepper.update(stepper.add(batch, None))
         again.update(other, nn.value_and_grad(other, plain)(other)[1])
@@ -143,21 +128,14 @@ def test_a_compiled_update_is_the_plain_one(name):
         ("optimizer_config: {lion: {}}", "optimizer_config names 'lion', expected one of adam, "),
         ("optimizer_config: {adamw: {nope: 1}}", "optimizer_config.adamw is {'nope': 1}: "),
         ("optimizer_config: {adamw: 3}", "optimizer_config.adamw is 3: "),
-        ("optimizer_config: {adamw: {betas: 3}}", "optimizer_config.adamw is {'betas': 3}: "),
         ("optimizer_config: {adamw: {weight_decay: x}}", "optimizer_config.adamw is {'weight_d"),
         ("optimizer_config: {adamw: {learning_rate: 3}}", "optimizer_config.adamw is {'learn"),
         ("lr_schedule: {}", "lr_schedule is {}, expected a name (cosine_decay, "),
         ("lr_schedule: {name: cosine_decay}", "a list of arguments"),
         ("lr_schedule: {name: join_schedules, arguments: [1]}", "expected a name (cosine_decay"),
         ("lr_schedule: {name: cosine_decay, arguments: []}", "lr_schedule {'name': "),
-        ("lr_schedule: {name: cosine_decay, arguments: [x, 10]}", "lr_schedule {'name': "),
         ("lr_schedule: {name: cosine_decay, arguments: [1, 0]}", "must be greater than 0"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: x}", "lr_schedule {'"),
         ("lr_schedule: {name: cosine_decay, arguments: [.nan, 9]}", "it gives no number"),
-        (
-            "lr_schedule: {name: cosine_decay, arguments: [1, 9], end: 2}",
-            "if wanted, warmup and warmup_init",
-        ),
     ],
 )
 def test_arguments_that_cannot_be_are_one_line_before_anything_is_written(tmp_path, settings, said):

@@ -71,16 +71,6 @@ def test_values_are_shared_and_gathered_and_any_is_any(spoken):
         assert one["any"] == [True, False]
 
 
-def test_settings_that_differ_are_named_by_every_rank(tmp_path):
-    body = 'ranks.same({"k": 4, "learning_rate": 1e-4 * (rank + 1)}, "the settings")'
-    for code, _, err in finish(start_ranks(2, body, tmp_path)):
-        assert code == 1
-        assert err == (
-            "error: the settings of rank 1 are not those of rank 0: `learning_rate` is 0.0002 "
-            "instead of 0.0001\n"
-        )
-
-
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "1 / 0"])
 def test_a_rank_that_ends_ends_the_others_with_an_error(tmp_path, end):
     body = f"if rank == 1: {end}\nfor _ in range(9): ranks.sum(mx.ones(10_000))"

@@ -25,18 +25,14 @@ def epochs(count: int, number: int, seed=SEED) -> list[list[Rows]]:
     return [batches[i * per_epoch : (i + 1) * per_epoch] for i in range(number)]
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, 100, 3 * WINDOW, 3 * WINDOW + 1, 3 * WINDOW * 2 + 5])
+@pytest.mark.parametrize("count", [3, 5, 3 * WINDOW, 3 * WINDOW + 1, 3 * WINDOW * 2 + 5])
 def test_an_epoch_reads_each_example_at_most_once_and_leaves_less_than_a_batch(count):
+    data = examples(count)
     for epoch in epochs(count, 3):
         read = [i for rows in epoch for i in rows.indices]
         assert len(set(read)) == len(read) == count - count % B
         assert all(len(rows.indices) == B for rows in epoch)
-
-
-def test_indices_and_examples_belong_together():
-    data = examples(50)
-    for rows in epochs(50, 1)[0]:
-        assert rows.examples == [data[i] for i in rows.indices]
+        assert all(rows.examples == [data[i] for i in rows.indices] for rows in epoch)
 
 
 def test_each_epoch_has_an_order_of_its_own():

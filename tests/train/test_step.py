@@ -39,27 +39,6 @@ def moved(model, before):
     return {name: before[name] - array for name, array in weights(model).items()}
 
 
-def test_accumulated_batches_equal_one_batch():
-    """Unequal parts: a mean of means would differ (DESIGN section 8)."""
-    rows = examples(7, seed=4)
-    whole, one = stepper_of()
-    parts, two = stepper_of()
-    loss, tokens, norm = train_on(one, make_batch(rows, 3, PAD, V))
-    found = train_on(two, make_batch(rows[:1], 3, PAD, V), make_batch(rows[1:], 3, PAD, V))
-    assert found == (pytest.approx(loss, abs=1e-5), tokens, pytest.approx(norm, rel=1e-4))
-    for name, array in weights(whole).items():
-        assert mx.abs(array - weights(parts)[name]).max().item() < 1e-5, name
-
-
-def test_the_reported_loss_is_the_mean_over_answer_tokens():
-    _, stepper = stepper_of()
-    batch = make_batch(examples(), 3, PAD, V)
-    plain = model_of(True)
-    total, tokens = answer_loss(plain, batch)
-    loss, count, _ = train_on(stepper, batch)
-    assert (loss, count) == (pytest.approx(total.item() / tokens.item(), rel=1e-5), tokens.item())
-
-
 def test_gradients_are_clipped_by_their_global_norm():
     batch = make_batch(examples(), 3, PAD, V)
     free, loose = stepper_of()

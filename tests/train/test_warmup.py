@@ -56,17 +56,6 @@ def test_the_decoder_is_saved_with_the_run_and_never_with_the_adapter(tmp_path):
     assert not [name for name in state if "decoder" in name]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_stopped_while_it_warms_up_goes_on_as_if_it_had_not_been(tmp_path, loss):
-    warm = ("--encoder-warmup", 4, "--encoder-warmup-loss", loss, *OFTEN)
-    more = ("--grad-accumulation-steps", 3)  # the warm-up ends inside a group
-    trained(tmp_path / "whole", *SMALL_TREES, *warm, *more, "--iters", 7)
-    trained(tmp_path / "parts", *SMALL_TREES, *warm, *more, "--iters", 3)
-    trained(tmp_path / "parts", *SMALL_TREES, *warm, *more, "--iters", 7, "--resume")
-    whole, parts = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")
-    assert same(whole, parts, atol=1e-6)
-
-
 def test_a_group_of_batches_ends_with_the_warm_up(tmp_path):
     """Gradients of one loss are never added to those of the other."""
     warm = ("--encoder-warmup", 4, "--grad-accumulation-steps", 3, *OFTEN)
