@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
@@ -53,7 +53,7 @@ class ChatTemplate:
         Raises:
             PromptError: The template refuses the messages or its options.
         """
-        return _render(tokenizer, self.messages(text), self.options, self.prefilled)
+        return _rendered(tokenizer, self.messages(text), self.options, self.prefilled)[0]
 
     @property
     def prefilled(self) -> bool:
@@ -67,14 +67,7 @@ def without_tags(text: str) -> str:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: texts without tags, and without ``merge``.
-
-    Args:
-        messages: As for :func:`lay_out_chat`.
-
-    Raises:
-        PromptError: A message of another form, or tags that do not pair.
-    """
+    """Messages as a chat template takes them: texts without tags, and without ``merge``."""
     return [_given(m, text_of(_spans(m, f"messages[{i}]"))) for i, m in enumerate(messages)]
 
 
@@ -125,13 +118,7 @@ def lay_out(
 
 
 def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> list[Segment]:
-    """Splits a text that does not specify what is context and what is question.
-
-    It is read as a conversation of one user message without a chat template would be.
-
-    Raises:
-        PromptError: Tags that do not pair.
-    """
+    """Splits a text as a conversation of one user message, without a chat template."""
     spans = _by_layout(tokenizer, parse(text), "user", True, layout)
     return _lay_out_bare(tokenizer, spans, layout.merges == ALL)
 
@@ -263,28 +250,6 @@ def _last_paragraph(text: str) -> int:
     return 0
 
 
-def _render(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any],
-    prefilled: bool,
-) -> str:
-    """A conversation as text."""
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **options,
-        )
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise PromptError(
-            f"the chat template refused ({first_line(error)})",
-            "change what it is given, or use --ignore-chat-template",
-        ) from error
-
-
 def _rendered(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -301,7 +266,14 @@ def _rendered(
     def render(mark: str) -> str:
         numbers = count()
         marked = [_given(m, _marked(m.get("content"), mark, numbers)) for m in messages]
-        return _render(tokenizer, marked, options, prefilled)
+        start = {"continue_final_message": prefilled, "add_generation_prompt": not prefilled}
+        try:
+            return tokenizer.apply_chat_template(marked, tokenize=False, **start, **options)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PromptError(
+                f"the chat template refused ({first_line(error)})",
+                "change what it is given, or use --ignore-chat-template",
+            ) from error
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     merges = [span.merge for spans in contents for span in spans if span.merge is not None]
@@ -309,21 +281,18 @@ def _rendered(
     if not merges:
         return plain, []
     mark = next((c for c in _MARKS if c not in plain), None)
-    if mark is None:
-        return plain, None
-    pieces = re.split(rf"{mark}(\d+){mark}", render(mark))
+    pieces = re.split(rf"{mark}(\d+){mark}", render(mark)) if mark else []
     if "".join(pieces[::2]) != plain:
         return plain, None
     begun: dict[int, int] = {}
-    runs, place = [], 0
-    for text, number in zip(pieces[::2], pieces[1::2], strict=False):
-        place += len(text)
+    runs: list[Run] = []
+    for place, number in zip(accumulate(map(len, pieces[::2])), pieces[1::2], strict=False):
         span, closing = divmod(int(number), 2)
         if not closing:
             begun[span] = place
-        elif span in begun:
-            runs.append((begun.pop(span), place, merges[span]))
-    return plain, sorted(run for run in runs if run[0] < run[1])
+        elif (start := begun.pop(span, place)) < place:
+            runs.append((start, place, merges[span]))
+    return plain, sorted(runs)
 
 
 def _marked(content: Any, mark: str, numbers: Iterator[int]) -> Any:

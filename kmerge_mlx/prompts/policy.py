@@ -47,11 +47,10 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout | None:
-        """Reads the layout of ``merge_config.json``.
+        """Reads the layout of ``merge_config.json``; None where it is empty.
 
-        Returns:
-            The layout, or None where it is empty. Earlier releases merged everything, and wrote
-            ``chat_template`` alone (and ``merged``, always the prompt).
+        Earlier releases merged everything, and wrote ``chat_template`` alone (and ``merged``,
+        always the prompt).
 
         Raises:
             AdapterError: An unknown entry, or a value that is not valid.
