@@ -118,7 +118,7 @@ def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny):
         table = merged_embedding(model).table
         known = len(table)
         with pytest.raises(PromptError, match="100 positions"):
-            batch_generate(model, tokenizer, [[1, 2, 3], list(range(100, 500))])
+            batch_generate(model, tokenizer, [list(range(100, 500)), [1, 2, 3]])
         assert len(table) == known  # a refused prompt costs no encoding
     finally:
         model.context_length = 32_768
