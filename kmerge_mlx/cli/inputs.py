@@ -195,8 +195,7 @@ def as_yaml(settings: Settings) -> str:
 
     ours = [f.name for f in fields(settings) if option_of(f).argument is None]
     values = {name: getattr(settings, name) for name in ours}
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)

@@ -291,9 +291,8 @@ def check_context(
         positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
     if cached + positions <= limit:
         return
-    merged, remedy = "", ""
-    if positions < tokens:
-        merged, remedy = f" after merging {tokens:,} tokens", ", or use an adapter with a larger K"
+    merged = f" after merging {tokens:,} tokens" if positions < tokens else ""
+    remedy = ", or use an adapter with a larger K" if merged else ""
     before = f" on top of {cached:,} in the cache" if cached else ""
     raise PromptError(
         f"the prompt has {positions:,} positions{merged}{before}, and the model's context is "
