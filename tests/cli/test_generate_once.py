@@ -21,7 +21,9 @@ def counted(monkeypatch):
     found = Counter()
 
     def count(owner, name, what, place):
-        def counting(*args, inner=getattr(owner, name), **options):
+        inner = getattr(owner, name)
+
+        def counting(*args, **options):
             found[f"{what} {args[place]}"] += 1
             return inner(*args, **options)
 
