@@ -40,7 +40,7 @@ from kmerge_mlx.errors import (
 )
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout
 
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"

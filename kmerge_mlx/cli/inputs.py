@@ -16,8 +16,7 @@ import typer
 from kmerge_mlx.cli.output import note, note_layout, prefill_bar
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
-from kmerge_mlx.prompts.lay_out import ChatTemplate
-from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
     SIZE,

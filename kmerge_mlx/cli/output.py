@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kmerge_mlx.errors import KMergeError, of_mlx_lm
-from kmerge_mlx.prompts.policy import CONTEXTS, Layout
+from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
 
 SECONDS_BETWEEN_LINES = 30
 """How often long work reports its progress where stderr is not a terminal."""

@@ -17,8 +17,7 @@ from kmerge_mlx.generation.stream import (
     positions_read,
     stream_generate,
 )
-from kmerge_mlx.prompts.lay_out import lay_out_chat
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, Layout, lay_out_chat
 from kmerge_mlx.prompts.tags import Span, parsed
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 

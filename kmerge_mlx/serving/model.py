@@ -16,7 +16,7 @@ from mlx_lm.server import ModelProvider
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import ServeError, of_mlx_lm
 from kmerge_mlx.model import load_source, merged_embedding
-from kmerge_mlx.prompts.policy import chosen
+from kmerge_mlx.prompts.lay_out import chosen
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.settings import parse_size
 from kmerge_mlx.source import Source

@@ -21,7 +21,7 @@ from kmerge_mlx.data.splits import fingerprint
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.settings import TrainSettings
 

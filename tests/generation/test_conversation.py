@@ -10,8 +10,7 @@ import pytest
 from kmerge_mlx import stream_generate
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.conversation import Conversation
-from kmerge_mlx.prompts.lay_out import lay_out_chat
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout, lay_out_chat
 from tests.cli_runner import CHATML, copy_base
 from tests.tiny import PAD, build, qwen2_config, random_adapter
 

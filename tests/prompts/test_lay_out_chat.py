@@ -12,8 +12,14 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from kmerge_mlx import compress, load, stream_generate
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, lay_out_text, plain_messages
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import (
+    ALL,
+    Layout,
+    lay_out,
+    lay_out_chat,
+    lay_out_text,
+    plain_messages,
+)
 from kmerge_mlx.prompts.tags import escape, parse
 from tests.cli_runner import CHATML, copy_base
 from tests.tiny import build, qwen2_config, random_adapter, write_base

@@ -13,8 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.server import Response
 
 from kmerge_mlx import Segment, load, stream_generate
-from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout, lay_out_chat, lay_out_text
 from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
 from tests.servers import Address, eventually, serving

@@ -12,7 +12,7 @@ from kmerge_mlx.data.amazon_reviews import AmazonReviews
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_reviews_and_commits import REVIEWS
