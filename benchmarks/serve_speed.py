@@ -63,7 +63,7 @@ def write_adapter(model: str, k: int, folder: Path) -> None:
     from kmerge_mlx.adapters.tuning import LoRAConfig
     from kmerge_mlx.base import default_pad_token_id
     from kmerge_mlx.model import adapter_of, wire
-    from kmerge_mlx.prompts.policy import ALL, Layout
+    from kmerge_mlx.prompts.lay_out import ALL, Layout
 
     llm, tokenizer = load(model)
     d = llm.args.hidden_size

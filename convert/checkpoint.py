@@ -33,7 +33,7 @@ from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, KMergeError, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub.fetch import fetch
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout
 
 ENCODER = "encoder.pth"
 PEFT_CONFIG = "adapter_config.json"

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.encoder import MergeEncoder
     from kmerge_mlx.generation.stream import batch_generate, compress, generate, stream_generate
     from kmerge_mlx.model import load
-    from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out, lay_out_chat
-    from kmerge_mlx.prompts.policy import Layout
+    from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, lay_out, lay_out_chat
     from kmerge_mlx.prompts.segments import Segment
 
 _HOMES = {
@@ -25,7 +24,7 @@ _HOMES = {
     "generate": "generation.stream",
     "stream_generate": "generation.stream",
     "load": "model",
-    "Layout": "prompts.policy",
+    "Layout": "prompts.lay_out",
     "ChatTemplate": "prompts.lay_out",
     "Segment": "prompts.segments",
     "lay_out": "prompts.lay_out",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import SettingsError, findings, short
-from kmerge_mlx.prompts.policy import MERGES
+from kmerge_mlx.prompts.lay_out import MERGES
 
 SIZE = "size"
 """Kind of a number of bytes: a whole number, or text such as 4GB."""

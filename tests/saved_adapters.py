@@ -11,7 +11,7 @@ from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout
 
 D, R, V = 8, 2, 30
 Q, UP = "self_attn.q_proj", "mlp.up_proj"

@@ -13,7 +13,7 @@ from typing import Any
 
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout
 
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""

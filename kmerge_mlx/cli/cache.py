@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli import inputs
-from kmerge_mlx.cli.inputs import Opened, PromptSettings, command
-from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
+from kmerge_mlx.cli.output import note, one_line_refusals
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, ChatTemplate, Layout, lay_out
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import option
 
@@ -71,44 +68,36 @@ def cache(settings: CacheFileSettings) -> None:
       kmerge-mlx cache report.txt --adapter-path A --k 4 --prompt-cache-file report.safetensors
       kmerge-mlx generate --prompt-cache-file report.safetensors -p "What changed in May?"
     """
-    context, begun = inputs.read_prompt(settings.files, settings.prompt)
-    spans = inputs.parse_files(context, settings.files)
+    context, spans, begun = read_prompt(settings.files, settings.prompt)
     path = Path(settings.prompt_cache_file)
     if not path.resolve().parent.is_dir():
         raise PromptError(f"`prompt_cache_file` {path}: there is no such folder")
 
     from kmerge_mlx.generation import prompt_cache
-    from kmerge_mlx.generation.stream import check_context, compress
+    from kmerge_mlx.generation.stream import fitting
 
-    opened = inputs.open_model(settings, bool(spans))
+    opened = open_model(settings)
     about = _about(opened, context, begun)
     held = prompt_cache.common_start(
         [_lay_out(opened.tokenizer, about, spans, question) for question in QUESTIONS]
     )
     if not held:
         raise PromptError("there is nothing to keep: give a FILE, or a `prompt`")
-    check_context(opened.model, held)
-    compressed = compress(opened.model, opened.tokenizer, held)
+    prompt = fitting(opened.model, opened.tokenizer, held)
     with one_line_refusals():
         read = prompt_cache.prefill(
-            opened.model,
-            compressed,
-            settings.max_kv_size,
-            prompt_progress_callback=prefill_bar(settings.prefill_step_size),
-            **settings.cache_options(),
+            opened.model, prompt, settings.max_kv_size, **settings.cache_options()
         )
     prompt_cache.CacheFile(path, prompt_cache.identity(opened.source), held, about).save(read)
     if settings.kv_bits is not None and not any(hasattr(each, "bits") for each in read):
-        print(
-            f"note: not quantized: the {len(compressed.ids):,} positions are no more than "
-            f"--quantized-kv-start {settings.quantized_kv_start:,}",
-            file=sys.stderr,
+        note(
+            f"note: not quantized: the {len(prompt.ids):,} positions are no more than "
+            f"--quantized-kv-start {settings.quantized_kv_start:,}"
         )
-    print(
-        f"{path}: {len(compressed.original_ids):,} tokens in {len(compressed.ids):,} positions "
-        f"({compressed.compression_ratio:.2f}x), "
-        f"KV cache {sum(each.nbytes for each in read) / 1e6:,.1f} MB",
-        file=sys.stderr,
+    note(
+        f"{path}: {len(prompt.original_ids):,} tokens in {len(prompt.ids):,} positions "
+        f"({prompt.compression_ratio:.2f}x), "
+        f"KV cache {sum(each.nbytes for each in read) / 1e6:,.1f} MB"
     )
 
 
@@ -119,7 +108,7 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
         PromptError: The file is torn or of another model, or the prompt changes what is before it.
     """
     path = Path(settings.prompt_cache_file)
-    _, question = inputs.read_prompt([], settings.prompt)
+    question = read_prompt([], settings.prompt)[-1]
 
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import compress
@@ -131,7 +120,8 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
     named = {"k": about["k"] if settings.k is None else settings.k}
     if settings.model is None and settings.adapter_path is None:
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
-    opened = inputs.open_model(replace(settings, **named), context=False, chat=ChatTemplate())
+    # A beginning of the answer goes into the file's template, if it has one.
+    opened = open_model(replace(settings, prefill_response=None, **named))
     cache = file.load(prompt_cache.identity(opened.source))
     bits = next((each.bits for each in cache if hasattr(each, "bits")), None)
     if bits is not None and settings.kv_bits not in (None, bits):
@@ -144,10 +134,7 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
         raise PromptError(
             f"this `prompt` changes how the end of {path} is read: begin it differently"
         )
-    print(
-        f"Cache: {len(start.original_ids):,} tokens in {len(start.ids):,} positions",
-        file=sys.stderr,
-    )
+    note(f"Cache: {len(start.original_ids):,} tokens in {len(start.ids):,} positions")
     return opened, whole.after(len(start.ids)), cache
 
 

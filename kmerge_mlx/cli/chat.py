@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.generate import AnswerSettings, GenerateSettings
-from kmerge_mlx.cli.inputs import command, open_model, parse_files, read_prompt, with_flags
-from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
+from kmerge_mlx.cli.inputs import command, open_model, read_prompt, with_flags
+from kmerge_mlx.cli.output import note, one_line_refusals
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.settings import LayoutSettings
 
@@ -41,14 +41,13 @@ def chat(settings: ChatSettings) -> None:
       kmerge-mlx chat --adapter-path A --k 4
       kmerge-mlx chat report.txt --adapter-path A --k 4 --system-prompt "Be brief."
     """
-    context = read_prompt(settings.files, None)[0] if settings.files else None
-    spans = parse_files(context, settings.files)
+    spans = read_prompt(settings.files, None)[1] if settings.files else []
 
     import mlx.core as mx
 
     from kmerge_mlx.generation.conversation import Conversation
 
-    opened = open_model(settings, bool(spans), threshold=settings.merge_threshold)
+    opened = open_model(settings)
     settings.add_eos_tokens(opened.tokenizer)
     mx.random.seed(settings.seed)
     talk = Conversation(
@@ -60,58 +59,47 @@ def chat(settings: ChatSettings) -> None:
         template_options=settings.chat_template_config,
         max_kv_size=settings.max_kv_size,
     )
-    options = settings.cache_options() | {
-        "max_tokens": settings.max_tokens,
-        "sampler": settings.sampler(opened.tokenizer),
-    }
     source = opened.source
     merging = f"K={source.k}, merges {opened.layout.merges}"
     if source.model == BUNDLED:
-        _note("note: the bundled model answers questions about one tree each, and cannot talk")
-    _note(f"{source.model}, {'uncompressed' if source.merge is None else merging}. {HELP}")
+        note("note: the bundled model answers questions about one tree each, and cannot talk")
+    note(f"{source.model}, {'uncompressed' if source.merge is None else merging}. {HELP}")
     while True:
         try:
-            line = _read_line()
-            if line in (None, "q"):
-                break
-            _take(talk, line, options)
+            match _read_line():
+                case None | "q":
+                    break
+                case "h":
+                    note(HELP)
+                case "r":
+                    talk.reset()
+                    note("forgotten")
+                case "/stats":
+                    note(_stats(talk))
+                case "":
+                    pass
+                case question:
+                    _answer(talk, question, settings.options(opened.tokenizer))
+        except KMergeError as error:
+            note(f"error: {with_flags(str(error), ChatSettings)}")
         except KeyboardInterrupt:  # it ends a pipe's reader, and not a person's conversation
             if not sys.stdin.isatty():
                 raise
-            _note("\nq or Ctrl-D exits")
-
-
-def _take(talk: Conversation, line: str, options: dict[str, Any]) -> None:
-    """Does what one line asks for."""
-    if line == "h":
-        _note(HELP)
-    elif line == "r":
-        talk.reset()
-        _note("forgotten")
-    elif line == "/stats":
-        _note(_stats(talk))
-    elif line:
-        try:
-            _answer(talk, line, options)
-        except KMergeError as error:
-            _note(f"error: {with_flags(str(error), ChatSettings)}")
+            note("\nq or Ctrl-D exits")
 
 
 def _answer(talk: Conversation, question: str, options: dict[str, Any]) -> None:
     """Prints an answer as it streams; Ctrl-C stops it, and it stays as far as it went."""
     last: GenerationResponse | None = None
-    progress = prefill_bar(options["prefill_step_size"])
-    with one_line_refusals():
-        answer = talk.ask(question, prompt_progress_callback=progress, **options)
-        with contextlib.closing(answer):
-            try:
-                for last in answer:
-                    print(last.text, end="", flush=True)
-            except KeyboardInterrupt:
-                _note(" (stopped)")
+    with one_line_refusals(), contextlib.closing(talk.ask(question, **options)) as answer:
+        try:
+            for last in answer:
+                print(last.text, end="", flush=True)
+        except KeyboardInterrupt:
+            note(" (stopped)")
     print(flush=True)
     if last is not None:
-        _note(
+        note(
             f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens-per-sec; "
             f"read {last.prompt_tokens:,} tokens in {last.compressed_tokens:,} positions"
         )
@@ -133,8 +121,7 @@ def _read_line() -> str | None:
     """The next line, or None at the end of the input."""
     if sys.stdin is None:
         return None
-    shown = sys.stdin.isatty()
-    if shown:
+    if shown := sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     try:
@@ -143,11 +130,6 @@ def _read_line() -> str | None:
     except EOFError:
         return None
     except UnicodeError:  # bytes from a pipe that are not text
-        _note("error: a line that is not UTF-8 was left out")
+        note("error: a line that is not UTF-8 was left out")
         return ""
     return line
-
-
-def _note(text: str) -> None:
-    """Prints on stderr what is not an answer."""
-    print(text, file=sys.stderr, flush=True)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli import inputs
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
-from kmerge_mlx.cli.inputs import Opened, PromptSettings, command
-from kmerge_mlx.cli.output import one_line_refusals, prefill_bar
+from kmerge_mlx.cli.inputs import PromptSettings, command, open_model, read_prompt
+from kmerge_mlx.cli.output import note, one_line_refusals
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
+from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.settings import SamplingSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation.stream import GenerationResponse
-    from kmerge_mlx.prompts.segments import Segment
 
 _LOOKS_BACK = "How many original tokens it looks back."
 
@@ -58,18 +55,15 @@ class AnswerSettings(PromptSettings):
                 raise PromptError(f"`extra_eos_token` {token}: the tokenizer has no such token")
             tokenizer.add_eos_token(token)
 
-    def sampler(self, tokenizer: Any, **more: Any) -> Any:
-        """mlx-lm's sampler with these settings, and with more of its options."""
+    def options(self, tokenizer: Any, **sampling: Any) -> dict[str, Any]:
+        """Options of ``stream_generate``; ``sampling``: further ones of mlx-lm's sampler."""
         from mlx_lm.sample_utils import make_sampler
 
-        return make_sampler(
-            self.temp,
-            self.top_p,
-            xtc_probability=self.xtc_probability,
-            xtc_threshold=self.xtc_threshold,
-            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-            **more,
-        )
+        names = ("temp", "top_p", "xtc_probability", "xtc_threshold")
+        sampling |= {name: getattr(self, name) for name in names}
+        special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+        sampler = make_sampler(**sampling, xtc_special_tokens=special)
+        return self.cache_options() | {"max_tokens": self.max_tokens, "sampler": sampler}
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,14 @@ def generate(settings: GenerateSettings) -> None:
     """
     cache = None
     if settings.prompt_cache_file is None:
-        opened, prompt = _read(settings)
+        context, spans, question = read_prompt(settings.files, settings.prompt)
+        opened = open_model(settings)
+        if opened.source.model == BUNDLED and (question or context).endswith("\n"):
+            note(
+                "note: the prompt ends with a line end, which the bundled model was not trained "
+                "on: see kmerge_mlx/bundled/README.md"
+            )
+        prompt = lay_out(opened.tokenizer, spans, question, opened.chat, opened.layout)
     else:
         opened, prompt, cache = go_on(settings)
     settings.add_eos_tokens(opened.tokenizer)
@@ -154,31 +155,12 @@ def generate(settings: GenerateSettings) -> None:
             opened.model,
             opened.tokenizer,
             prompt,
-            settings.max_tokens,
-            sampler=settings.sampler(opened.tokenizer, **{n: getattr(settings, n) for n in names}),
             logits_processors=processors,
             prompt_cache=cache,
             max_kv_size=settings.max_kv_size,
-            prompt_progress_callback=prefill_bar(settings.prefill_step_size),
-            **settings.cache_options(),
+            **settings.options(opened.tokenizer, **{n: getattr(settings, n) for n in names}),
         )
         print_answer(responses, settings.json)
-
-
-def _read(settings: GenerateSettings) -> tuple[Opened, list[Segment]]:
-    """The model, and the prompt as it is laid out for it."""
-    context, question = inputs.read_prompt(settings.files, settings.prompt)
-    spans = inputs.parse_files(context, settings.files)
-    options = settings.chat_template_config or {}
-    chat = ChatTemplate(settings.system_prompt, settings.prefill_response, options)
-    opened = inputs.open_model(settings, bool(spans), chat)
-    if opened.source.model == BUNDLED and (question or context or "").endswith("\n"):
-        print(
-            "note: the prompt ends with a line end, which the bundled model was not trained on: "
-            "see kmerge_mlx/bundled/README.md",
-            file=sys.stderr,
-        )
-    return opened, lay_out(opened.tokenizer, spans, question, opened.chat, opened.layout)
 
 
 def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None:
@@ -201,11 +183,10 @@ def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None
         answer = {"text": "".join(texts), "tokens": tokens} | stats
         print(json.dumps(answer, ensure_ascii=False))
         return
-    print(
+    note(
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
         f"({last.compression_ratio:.2f}x), {last.prompt_tps:.3f} tokens-per-sec, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
-        f"Peak memory: {last.peak_memory:.3f} GB",
-        file=sys.stderr,
+        f"Peak memory: {last.peak_memory:.3f} GB"
     )

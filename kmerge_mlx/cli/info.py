@@ -13,7 +13,7 @@ from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import aligned, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
-from kmerge_mlx.prompts.policy import CONTEXTS
+from kmerge_mlx.prompts.lay_out import CONTEXTS
 from kmerge_mlx.settings import CacheSettings, Settings, argument, option
 
 if TYPE_CHECKING:

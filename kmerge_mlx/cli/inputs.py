@@ -9,15 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import note_layout
+from kmerge_mlx.cli.output import note, note_layout, prefill_bar
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
-from kmerge_mlx.prompts.lay_out import ChatTemplate
-from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
     SIZE,
@@ -46,12 +45,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class CommandError(Exception):
-    """What ends a command.
-
-    Args:
-        message: One line, or a summary and a list, with flags for the settings.
-        code: The exit code.
-    """
+    """What ends a command: a message with flags for the settings, and the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -180,7 +174,7 @@ def read_yaml(path: str) -> Mapping[str, Any]:
             found = yaml.load(file, yaml_loader)
     except OSError as error:
         raise SettingsError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path} is not YAML: {reason[:200]}") from None
     if found is None:
@@ -200,8 +194,7 @@ def as_yaml(settings: Settings) -> str:
 
     ours = [f.name for f in fields(settings) if option_of(f).argument is None]
     values = {name: getattr(settings, name) for name in ours}
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -223,6 +216,8 @@ class PromptSettings(CacheSettings, ModelSettings):
     )
     merges: str | None = LayoutSettings.setting("merges")
     chat_template: bool | None = LayoutSettings.setting("chat_template")
+    merge_threshold: ClassVar[int | None] = None
+    prefill_response: ClassVar[str | None] = None
 
     def clashes(self) -> list[str]:
         if self.kv_bits is not None and self.max_kv_size is not None:
@@ -230,39 +225,35 @@ class PromptSettings(CacheSettings, ModelSettings):
         return []
 
     def cache_options(self) -> dict[str, Any]:
-        """The options of mlx-lm's ``generate_step`` that :class:`CacheSettings` holds."""
-        return {f.name: getattr(self, f.name) for f in fields(CacheSettings)}
+        """Options of mlx-lm's ``generate_step``: those of :class:`CacheSettings`, and progress."""
+        named = {f.name: getattr(self, f.name) for f in fields(CacheSettings)}
+        return named | {"prompt_progress_callback": prefill_bar(self.prefill_step_size)}
 
 
-def read_prompt(files: Sequence[str], prompt: str | None) -> tuple[str | None, str | None]:
-    """The text to merge and the text to keep raw, with their tags.
+def read_prompt(
+    files: Sequence[str], prompt: str | None
+) -> tuple[str | None, list[Span], str | None]:
+    """The text to merge, its spans, and the text to keep raw, with its tags.
 
     As in mlx-lm, ``-`` is stdin, and a written ``\\n`` or ``\\t`` in ``prompt`` is the character.
 
     Raises:
-        PromptError: Nothing to read, or a file that is missing, empty or not UTF-8.
+        PromptError: Nothing to read; a file that is missing, empty or not UTF-8, or whose tags do
+            not pair.
     """
     if [*files, prompt].count(STDIN) > 1:
         raise PromptError("`-` is given more than once, but stdin can be read only once")
     if prompt == "":
         raise PromptError("`prompt` is empty: leave it out, or give it text")
+    if prompt is None and not files:
+        raise PromptError("the prompt is empty: give a FILE to compress, or `prompt`")
     context = CONTEXT_SEPARATOR.join(read_text(name) for name in files) or None
     if prompt == STDIN:
-        return context, read_text(STDIN)
-    if prompt is not None:
-        return context, prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if context is None:
-        raise PromptError("the prompt is empty: give a FILE to compress, or `prompt`")
-    return context, None
-
-
-def parse_files(context: str | None, files: Sequence[str]) -> list[Span]:
-    """The spans of what files hold.
-
-    Raises:
-        PromptError: Tags that do not pair; names the file.
-    """
-    return parse(context or "", files[0] if len(files) == 1 else "the FILEs, one after the other")
+        prompt = read_text(STDIN)
+    elif prompt is not None:
+        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    name = files[0] if len(files) == 1 else "the FILEs, one after the other"
+    return context, parse(context or "", name), prompt
 
 
 def read_text(name: str) -> str:
@@ -291,36 +282,18 @@ def read_text(name: str) -> str:
 
 @dataclass(frozen=True)
 class Opened:
-    """A loaded model, and how its prompts are read.
-
-    Args:
-        model: The base model, with its adapter if there is one.
-        tokenizer: Its tokenizer.
-        source: Where they came from.
-        layout: What merges where nothing is specified.
-        chat: The chat template with its options, or None if it is not applied.
-    """
+    """A loaded model, and how its prompts are read."""
 
     model: nn.Module
     tokenizer: TokenizerWrapper
     source: Source
     layout: Layout
     chat: ChatTemplate | None
+    """The chat template with its options, or None if it is not applied."""
 
 
-def open_model(
-    settings: PromptSettings,
-    context: bool,
-    chat: ChatTemplate | None = None,
-    threshold: int | None = None,
-) -> Opened:
+def open_model(settings: PromptSettings) -> Opened:
     """Finds and loads what a command's settings name, with notes about its adapter on stderr.
-
-    Args:
-        settings: The command's.
-        context: Whether there is a context to merge.
-        chat: How the chat template would wrap a prompt. Default: as the settings say.
-        threshold: Fewest tokens of a context, or None: as the adapter was trained.
 
     Raises:
         ModelError: The base cannot be loaded.
@@ -335,7 +308,7 @@ def open_model(
     adapter = settings.adapter_path
     try:
         source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
-        if context and source.merge is None:
+        if settings.files and source.merge is None:
             name = source.model
             raise PromptError(
                 f"FILEs need a merge encoder, and {name} carries none: give `adapter_path`"
@@ -350,24 +323,22 @@ def open_model(
     if source.merge is not None:
         stored, made_for = source.merge.layout, source.merge.base
         if not made_for.fields and made_for.id not in (None, source.model):
-            print(
+            note(
                 f"note: this adapter names {made_for.id} as its base and was converted without "
-                f"--model, so only sizes show that it fits {source.model}",
-                file=sys.stderr,
+                f"--model, so only sizes show that it fits {source.model}"
             )
-    layout = chosen(stored, settings.merges, threshold, settings.chat_template)
+    layout = chosen(stored, settings.merges, settings.merge_threshold, settings.chat_template)
     note_layout(stored, layout, tokenizer.has_chat_template)
-    chat = chat or ChatTemplate(settings.system_prompt, None, settings.chat_template_config or {})
-    return Opened(model, tokenizer, source, layout, _applied(tokenizer, chat, layout))
+    return Opened(model, tokenizer, source, layout, _applied(tokenizer, settings, layout))
 
 
-def _applied(tokenizer: Any, chat: ChatTemplate, layout: Layout) -> ChatTemplate | None:
+def _applied(tokenizer: Any, settings: PromptSettings, layout: Layout) -> ChatTemplate | None:
     """The chat template if it applies; options that would be lost without one are refused."""
-    if tokenizer.has_chat_template and layout.chat_template:
-        return chat
     names = ("system_prompt", "prefill_response", "chat_template_config")
-    values = (chat.system_prompt, chat.prefill_response, chat.options)
-    if lost := [f"`{name}`" for name, value in zip(names, values, strict=True) if value]:
+    system_prompt, prefill_response, options = (getattr(settings, name) for name in names)
+    if tokenizer.has_chat_template and layout.chat_template:
+        return ChatTemplate(system_prompt, prefill_response, options or {})
+    if lost := [f"`{name}`" for name in names if getattr(settings, name)]:
         reason = "this tokenizer has none"
         if tokenizer.has_chat_template:
             reason = "it is left out here; --apply-chat-template applies it"

@@ -9,10 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kmerge_mlx.errors import KMergeError, of_mlx_lm
-from kmerge_mlx.prompts.policy import CONTEXTS, Layout
+from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
 
 SECONDS_BETWEEN_LINES = 30
 """How often long work reports its progress where stderr is not a terminal."""
+
+
+def note(text: str) -> None:
+    """Prints on stderr what is not a result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -36,7 +41,7 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
     elif stored.threshold != used.threshold and used.merges == CONTEXTS:
         found.append(f"with --merge-threshold {stored.threshold}")
     if found:
-        print(f"note: this adapter was trained {' and '.join(found)}", file=sys.stderr)
+        note(f"note: this adapter was trained {' and '.join(found)}")
 
 
 def prefill_bar(step_size: int) -> Callable[[int, int], None]:
@@ -72,7 +77,7 @@ def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
                     bar.close()
             elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
                 reported = time.monotonic()
-                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+                note(f"{label}: {done:,} of {total:,}")
 
         return progress
 
@@ -80,18 +85,11 @@ def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table: the first column is flush left, the others flush right.
-
-    Args:
-        lines: The cells of each line, the heads' included; as many in each.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = []
-    for first, *others in lines:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        rows.append("  ".join(cells).rstrip())
-    return "\n".join(rows)
+    """A table of lines of cells: the first column is flush left, the others flush right."""
+    first, *others = zip(*lines, strict=True)
+    columns = [[cell.ljust(max(map(len, first))) for cell in first]]
+    columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def size(count: float) -> str:

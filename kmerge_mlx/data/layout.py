@@ -14,13 +14,14 @@ from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import DataError, first_line
 from kmerge_mlx.prompts.lay_out import (
+    DEFAULT_LAYOUT,
     ChatTemplate,
+    Layout,
     lay_out,
     lay_out_chat,
     plain_messages,
     without_tags,
 )
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
 
 _BARE = "use prompt and completion rows and leave the chat template out"

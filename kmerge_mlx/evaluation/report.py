@@ -23,7 +23,7 @@ from kmerge_mlx.evaluation.questions import Group, Questions
 from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout
 
 _SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "exact_match", "recall")
 COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}

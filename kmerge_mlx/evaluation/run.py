@@ -26,7 +26,7 @@ from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
 from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer, in_batches
 from kmerge_mlx.evaluation.settings import RECALL, TEXT, TREE, EvaluateSettings
 from kmerge_mlx.model import load_source, wire
-from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.prompts.lay_out import Layout, chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 

@@ -13,12 +13,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.generation.stream import (
     GenerationResponse,
-    check_context,
-    compress,
+    fitting,
+    positions_read,
     stream_generate,
 )
-from kmerge_mlx.prompts.lay_out import lay_out_chat
-from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
+from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, Layout, lay_out_chat
 from kmerge_mlx.prompts.tags import Span, parsed
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
@@ -84,14 +83,13 @@ class Conversation:
             self.messages.append({"role": "system", "content": self._system_prompt})
         self._turns = self._cached = 0
         self._empty_cache()
-        self._prompt: CompressedPrompt | None = None
+        self._prompt = CompressedPrompt([], [], [])
 
     @property
     def history(self) -> History:
         """What it holds now."""
-        prompt = self._prompt or CompressedPrompt([], [], [])
         kv_bytes = sum(cache.nbytes for cache in self._cache)
-        tokens, positions = len(prompt.original_ids), len(prompt.ids)
+        tokens, positions = len(self._prompt.original_ids), len(self._prompt.ids)
         return History(self._turns, tokens, positions, self._cached, kv_bytes)
 
     def ask(self, question: str, **options: Any) -> Iterator[GenerationResponse]:
@@ -112,8 +110,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": self._content(question)}]
         segments = lay_out_chat(self._tokenizer, messages, self._layout, self._options)
-        check_context(self._model, segments)
-        prompt = compress(self._model, self._tokenizer, segments)
+        prompt = fitting(self._model, self._tokenizer, segments)
         self._cached = self._keep_common(prompt.ids)
         self._prompt, self._turns = prompt, self._turns + 1
         rest = prompt.after(self._cached)
@@ -127,7 +124,7 @@ class Conversation:
                 yield response
         finally:
             # If the prompt was not read to its end, the cache holds as much of it as was read.
-            self._held = [*prompt.ids, *tokens][: self._offset()]
+            self._held = [*prompt.ids, *tokens][: positions_read(self._cache)]
             answer = {"role": "assistant", "content": "".join(texts)}
             self.messages = [*messages, answer] if texts else self.messages
 
@@ -145,7 +142,7 @@ class Conversation:
         """Cuts the KV cache to what a prompt begins with, all but its last position at most."""
         pairs = zip(self._held, ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        excess = self._offset() - common
+        excess = positions_read(self._cache) - common
         if excess and not can_trim_prompt_cache(self._cache):
             self._empty_cache()
             return 0
@@ -155,7 +152,3 @@ class Conversation:
     def _empty_cache(self) -> None:
         self._cache = make_prompt_cache(self._model, self._max_kv_size)
         self._held: list[int] = []
-
-    def _offset(self) -> int:
-        """Positions that the KV cache has read."""
-        return max((int(getattr(cache, "offset", 0)) for cache in self._cache), default=0)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,7 @@ def identity(source: Source) -> dict[str, Any]:
 def prefill(
     model: nn.Module, prompt: CompressedPrompt, max_kv_size: int | None = None, **options: Any
 ) -> list[Any]:
-    """Reads a prompt into new KV caches of mlx-lm, evaluated.
-
-    Args:
-        model: A model from :func:`kmerge_mlx.load`.
-        prompt: What to read.
-        max_kv_size: Most positions that the cache keeps, or None: all.
-        **options: Of ``mlx_lm.generate.generate_step``: ``kv_bits``, ``prefill_step_size``, ...
-    """
+    """Reads a prompt into new KV caches of mlx-lm, evaluated; ``generate_step``'s options."""
     cache = host.make_prompt_cache(model, max_kv_size)
     with wired_limit(model):
         ids = mx.array(prompt.ids)
@@ -125,18 +117,9 @@ class CacheFile:
             )
         try:
             entry = json.loads(text)
-            version, found = (
-                entry["version"],
-                cls(
-                    path,
-                    dict(entry["identity"]),
-                    [
-                        Segment([index(i) for i in ids], bool(merge))
-                        for merge, *ids in entry["held"]
-                    ],
-                    dict(entry["about"]),
-                ),
-            )
+            held = [Segment([index(i) for i in ids], bool(merge)) for merge, *ids in entry["held"]]
+            found = cls(path, dict(entry["identity"]), held, dict(entry["about"]))
+            version = entry["version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
         if version != VERSION:
@@ -146,10 +129,7 @@ class CacheFile:
         return found
 
     def load(self, used_with: Mapping[str, Any]) -> list[Any]:
-        """mlx-lm's KV caches of the file, evaluated.
-
-        Args:
-            used_with: What the model at hand is, from :func:`identity`.
+        """mlx-lm's KV caches of the file, evaluated, for the model that :func:`identity` describes.
 
         Raises:
             PromptError: Torn, or of another base, adapter or K (named).
@@ -173,19 +153,20 @@ class CacheFile:
 
 def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
     """What several prompts begin with alike: whole merged runs, and tokens that are raw."""
-    # A raw token may be held alone, a merged run as a whole.
     units = [
-        [unit for s in segments for unit in ([tuple(s.ids)] if s.merge else s.ids)]
+        [
+            unit
+            for s in segments
+            for unit in ([s] if s.merge else [Segment([i], False) for i in s.ids])
+        ]
         for segments in prompts
     ]
-    columns = zip(*units, strict=False)
-    alike = [units[0] for units in takewhile(lambda units: len(set(units)) == 1, columns)]
     start: list[Segment] = []
-    for unit in alike:
-        if isinstance(unit, tuple):
-            start.append(Segment(list(unit)))
-        elif start and not start[-1].merge:
-            start[-1].ids.append(unit)
+    for unit, *others in zip(*units, strict=False):
+        if any(other != unit for other in others):
+            break
+        if unit.merge or not start or start[-1].merge:
+            start.append(unit)
         else:
-            start.append(Segment([unit], False))
+            start[-1].ids.extend(unit.ids)
     return start

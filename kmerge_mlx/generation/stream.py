@@ -5,6 +5,7 @@ Options and response fields are mlx-lm's, without ``verbose``, and with what mer
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -128,9 +129,7 @@ def stream_generate(
     if max_tokens == 0:
         raise PromptError("max_tokens is 0: give at least 1, or -1 for no limit")
     start = time.perf_counter()
-    segments = _segments(tokenizer, prompt)
-    check_context(model, segments, options.get("prompt_cache"))
-    compressed = compress(model, tokenizer, segments)
+    compressed = fitting(model, tokenizer, prompt, options.get("prompt_cache"))
     if logits_processors:
         options["logits_processors"] = over_original_ids(logits_processors, compressed)
     first: float | None = None
@@ -192,17 +191,14 @@ def batch_generate(
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     compressed = _compress_all(model, tokenizer, prompts, prompt_caches, limits)
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
-    try:
+    with contextlib.closing(generator), generator.stats() as stats:
         uids = generator.insert(
             [list(prompt.ids) for prompt in compressed],
             limits,
             caches=prompt_caches,
             logits_processors=[over_original_ids(logits_processors or (), p) for p in compressed],
         )
-        with generator.stats() as stats:
-            rows = _drain(generator, uids, return_logprobs, progress)
-    finally:
-        generator.close()
+        rows = _drain(generator, uids, return_logprobs, progress)
     return BatchResponse(
         [tokenizer.decode(row.tokens) for row in rows],
         stats,
@@ -215,6 +211,15 @@ def batch_generate(
     )
 
 
+def fitting(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, cache: Sequence[Any] | None = None
+) -> CompressedPrompt:
+    """A prompt as :func:`compress` makes it, once :func:`check_context` finds that it fits."""
+    segments = _segments(tokenizer, prompt)
+    check_context(model, segments, cache)
+    return compress(model, tokenizer, segments)
+
+
 def _compress_all(
     model: nn.Module,
     tokenizer: Any,
@@ -222,7 +227,7 @@ def _compress_all(
     prompt_caches: list[list[Any]] | None,
     limits: Sequence[int],
 ) -> list[CompressedPrompt]:
-    """The prompts of a batch, merged once all of them are known to fit; an error names the one."""
+    """The prompts of a batch, merged if each fits; an error names the one."""
     caches = prompt_caches or [None] * len(prompts)
     if not len(caches) == len(limits) == len(prompts):
         raise PromptError(
@@ -231,15 +236,12 @@ def _compress_all(
         )
     if min(limits, default=1) < 1:
         raise PromptError(f"max_tokens is {min(limits)}: give at least 1")
-    number, fitting, compressed = 0, [], []
+    compressed: list[CompressedPrompt] = []
     try:
-        for number, prompt in enumerate(prompts):
-            fitting.append(_segments(tokenizer, prompt))
-            check_context(model, fitting[number], caches[number])
-        for number in range(len(prompts)):
-            compressed.append(compress(model, tokenizer, fitting[number]))
+        for prompt, cache in zip(prompts, caches, strict=True):
+            compressed.append(fitting(model, tokenizer, prompt, cache))
     except PromptError as error:
-        raise PromptError(f"prompt {number}: {error}") from error
+        raise PromptError(f"prompt {len(compressed)}: {error}") from error
     return compressed
 
 
@@ -249,10 +251,6 @@ def over_original_ids(
     """Makes logits processors see the prompt's original token ids instead of virtual ones.
 
     A virtual id would index the logits out of range, and original ids are what a penalty means.
-
-    Args:
-        processors: mlx-lm's. The ids of the first call are the prompt's; later ones are the answer.
-        prompt: The prompt that generation starts from.
     """
     original = mx.array(prompt.original_ids)
 
@@ -260,7 +258,7 @@ def over_original_ids(
         prompt_size: int | None = None
 
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            nonlocal prompt_size
+            nonlocal prompt_size  # the first call's ids are the prompt's; later ones the answer's
             prompt_size = len(tokens) if prompt_size is None else prompt_size
             answer = tokens[prompt_size:].astype(original.dtype)
             return processor(mx.concatenate([original, answer]), logits)
@@ -273,14 +271,9 @@ def over_original_ids(
 def check_context(
     model: nn.Module,
     prompt: Sequence[Segment] | CompressedPrompt,
-    cache: list[Any] | None = None,
+    cache: Sequence[Any] | None = None,
 ) -> None:
     """Refuses a prompt that has more positions than the model was made for, before any work.
-
-    Args:
-        model: A model from :func:`kmerge_mlx.load`.
-        prompt: Segments, or an already compressed prompt.
-        cache: KV cache that the prompt continues, or None.
 
     Raises:
         PromptError: Gives the prompt's length and the model's limit.
@@ -288,7 +281,7 @@ def check_context(
     limit = getattr(model, "context_length", None)
     if limit is None:
         return
-    cached = max((int(getattr(c, "offset", 0)) for c in cache or ()), default=0)
+    cached = positions_read(cache)
     if isinstance(prompt, CompressedPrompt):
         tokens, positions = len(prompt.original_ids), len(prompt.ids)
     else:
@@ -298,14 +291,18 @@ def check_context(
         positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
     if cached + positions <= limit:
         return
-    merged, remedy = "", ""
-    if positions < tokens:
-        merged, remedy = f" after merging {tokens:,} tokens", ", or use an adapter with a larger K"
+    merged = f" after merging {tokens:,} tokens" if positions < tokens else ""
+    remedy = ", or use an adapter with a larger K" if merged else ""
     before = f" on top of {cached:,} in the cache" if cached else ""
     raise PromptError(
         f"the prompt has {positions:,} positions{merged}{before}, and the model's context is "
         f"{limit:,}: shorten it{remedy}"
     )
+
+
+def positions_read(cache: Sequence[Any] | None) -> int:
+    """Positions that a KV cache of mlx-lm has read."""
+    return max((int(getattr(layer, "offset", 0)) for layer in cache or ()), default=0)
 
 
 @dataclass
@@ -346,10 +343,11 @@ def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPromp
     try:
         if isinstance(prompt, str):
             return [Segment(encode(tokenizer, prompt))]
-        parts = [prompt] if isinstance(prompt, Segment) else prompt
-        if isinstance(parts, list | tuple) and parts and isinstance(parts[0], Segment):
-            return [Segment(_ids(part.ids), part.merge) for part in parts]
-        return [Segment(_ids(parts))]
+        if isinstance(prompt, Segment):
+            prompt = [prompt]
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Segment):
+            return [Segment(_ids(part.ids), part.merge) for part in prompt]
+        return [Segment(_ids(prompt))]
     except (TypeError, AttributeError) as error:  # a lone surrogate in a text, too
         reason = f"{type(prompt).__name__}: {first_line(error)}"
         raise PromptError(f"the prompt is not text, token ids or segments: {reason}") from error

@@ -9,15 +9,86 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, count
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import PromptError, first_line, short
-from kmerge_mlx.prompts.policy import ALL, DEFAULT_LAYOUT, Layout
+from kmerge_mlx.errors import AdapterError, PromptError, findings, first_line, short
 from kmerge_mlx.prompts.segments import Run, Segment, segments_of, wants_special_tokens
 from kmerge_mlx.prompts.tags import Span, parse, parsed, text_of
+
+ALL, CONTEXTS = "all", "contexts"
+MERGES = (ALL, CONTEXTS)
+"""What of a conversation merges where nothing is specified: see :class:`Layout`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What merges where neither tags nor a message specify it; stored in ``merge_config.json``.
+
+    Args:
+        merges: ``contexts``: long texts of a conversation, but not its template, its system
+            messages and its last question; ``all``: everything, the template too, as in the paper.
+        threshold: Fewest tokens of a text that merges, for ``contexts``.
+        chat_template: Whether the tokenizer's template is applied, where it has one.
+
+    Raises:
+        AdapterError: Every setting that is not valid, listed.
+    """
+
+    merges: str = CONTEXTS
+    threshold: int = 32
+    chat_template: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.merges not in MERGES:
+            problems.append(f"merges is {short(self.merges)}, expected {' or '.join(MERGES)}")
+        if type(self.threshold) is not int or self.threshold < 1:
+            problems.append(f"threshold is {short(self.threshold)}, expected a whole number >= 1")
+        if not isinstance(self.chat_template, bool):
+            problems.append(f"chat_template is {short(self.chat_template)}, expected true or false")
+        if problems:
+            raise AdapterError(findings("layout", problems))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout | None:
+        """Reads the layout of ``merge_config.json``; None where it is empty.
+
+        Earlier releases merged everything, and wrote ``chat_template`` alone (and ``merged``,
+        always the prompt).
+
+        Raises:
+            AdapterError: An unknown entry, or a value that is not valid.
+        """
+        if not data:
+            return None
+        names = {f.name for f in fields(cls)}
+        if extra := sorted(set(data) - names - {"merged"}):
+            raise AdapterError(
+                f"merge_config.json: layout has {', '.join(extra)}, which this release "
+                "does not know: update kmerge-mlx"
+            )
+        known = {name: value for name, value in data.items() if name in names}
+        return cls(**({"merges": ALL} | known))
+
+
+DEFAULT_LAYOUT = Layout()
+"""Where an adapter does not record how it was trained."""
+
+
+def chosen(
+    stored: Layout | None,
+    merges: str | None = None,
+    threshold: int | None = None,
+    chat_template: bool | None = None,
+) -> Layout:
+    """The layout to use: what is asked for, else ``stored``, as the adapter was trained."""
+    asked = {"merges": merges, "threshold": threshold, "chat_template": chat_template}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return replace(stored or DEFAULT_LAYOUT, **asked)
+
 
 _RAW_ROLES = ("system", "developer")
 _WRITERS = ("system", "developer", "user")
@@ -53,7 +124,7 @@ class ChatTemplate:
         Raises:
             PromptError: The template refuses the messages or its options.
         """
-        return _render(tokenizer, self.messages(text), self.options, self.prefilled)
+        return _rendered(tokenizer, self.messages(text), self.options, self.prefilled)[0]
 
     @property
     def prefilled(self) -> bool:
@@ -67,14 +138,7 @@ def without_tags(text: str) -> str:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: texts without tags, and without ``merge``.
-
-    Args:
-        messages: As for :func:`lay_out_chat`.
-
-    Raises:
-        PromptError: A message of another form, or tags that do not pair.
-    """
+    """Messages as a chat template takes them: texts without tags, and without ``merge``."""
     return [_given(m, text_of(_spans(m, f"messages[{i}]"))) for i, m in enumerate(messages)]
 
 
@@ -125,13 +189,7 @@ def lay_out(
 
 
 def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> list[Segment]:
-    """Splits a text that does not specify what is context and what is question.
-
-    It is read as a conversation of one user message without a chat template would be.
-
-    Raises:
-        PromptError: Tags that do not pair.
-    """
+    """Splits a text as a conversation of one user message, without a chat template."""
     spans = _by_layout(tokenizer, parse(text), "user", True, layout)
     return _lay_out_bare(tokenizer, spans, layout.merges == ALL)
 
@@ -263,28 +321,6 @@ def _last_paragraph(text: str) -> int:
     return 0
 
 
-def _render(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any],
-    prefilled: bool,
-) -> str:
-    """A conversation as text."""
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **options,
-        )
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise PromptError(
-            f"the chat template refused ({first_line(error)})",
-            "change what it is given, or use --ignore-chat-template",
-        ) from error
-
-
 def _rendered(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -301,7 +337,14 @@ def _rendered(
     def render(mark: str) -> str:
         numbers = count()
         marked = [_given(m, _marked(m.get("content"), mark, numbers)) for m in messages]
-        return _render(tokenizer, marked, options, prefilled)
+        start = {"continue_final_message": prefilled, "add_generation_prompt": not prefilled}
+        try:
+            return tokenizer.apply_chat_template(marked, tokenize=False, **start, **options)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PromptError(
+                f"the chat template refused ({first_line(error)})",
+                "change what it is given, or use --ignore-chat-template",
+            ) from error
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     merges = [span.merge for spans in contents for span in spans if span.merge is not None]
@@ -309,21 +352,18 @@ def _rendered(
     if not merges:
         return plain, []
     mark = next((c for c in _MARKS if c not in plain), None)
-    if mark is None:
-        return plain, None
-    pieces = re.split(rf"{mark}(\d+){mark}", render(mark))
+    pieces = re.split(rf"{mark}(\d+){mark}", render(mark)) if mark else []
     if "".join(pieces[::2]) != plain:
         return plain, None
     begun: dict[int, int] = {}
-    runs, place = [], 0
-    for text, number in zip(pieces[::2], pieces[1::2], strict=False):
-        place += len(text)
+    runs: list[Run] = []
+    for place, number in zip(accumulate(map(len, pieces[::2])), pieces[1::2], strict=False):
         span, closing = divmod(int(number), 2)
         if not closing:
             begun[span] = place
-        elif span in begun:
-            runs.append((begun.pop(span), place, merges[span]))
-    return plain, sorted(run for run in runs if run[0] < run[1])
+        elif (start := begun.pop(span, place)) < place:
+            runs.append((start, place, merges[span]))
+    return plain, sorted(runs)
 
 
 def _marked(content: Any, mark: str, numbers: Iterator[int]) -> Any:

@@ -41,7 +41,7 @@ def wants_special_tokens(tokenizer: Any, text: str) -> bool:
 def segments_of(
     tokenizer: Any, text: str, special: bool, runs: Sequence[Run], outside: bool
 ) -> list[Segment]:
-    """A text's ids, cut where what merges begins or ends.
+    """A text's ids, cut where what merges begins or ends; a token across a border stays raw.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper, or Hugging Face's tokenizer.
@@ -49,10 +49,6 @@ def segments_of(
         special: Whether special tokens are added.
         runs: Which characters merge or stay raw; ascending, without overlap.
         outside: Whether the rest merges.
-
-    Returns:
-        A token in a run goes with it. A token in none goes with the rest. One that lies across a
-        border stays raw.
 
     Raises:
         PromptError: There are runs, and the tokenizer does not report offsets.
@@ -62,16 +58,18 @@ def segments_of(
     owners = [_OUTSIDE] * len(text)
     for number, (start, end, _) in enumerate(runs):
         owners[start:end] = [number] * (end - start)
-    parts: list[tuple[int, bool, list[int]]] = []
+    owner_before, segments = None, []
     for token, (start, end) in _tokens(tokenizer, text, special):
         touched = set(owners[start:end]) or {_OUTSIDE}
         owner = touched.pop() if len(touched) == 1 else _BORDER
         merge = runs[owner][2] if owner >= 0 else outside and owner == _OUTSIDE
-        if parts and (parts[-1][0] == owner or not (parts[-1][1] or merge)):
-            parts[-1][2].append(token)  # raw beside raw is one segment
+        # Raw beside raw is one segment.
+        if segments and (owner == owner_before or not (merge or segments[-1].merge)):
+            segments[-1].ids.append(token)
         else:
-            parts.append((owner, merge, [token]))
-    return [Segment(ids, merge) for _, merge, ids in parts]
+            segments.append(Segment([token], merge))
+            owner_before = owner
+    return segments
 
 
 def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[int, int]]]:

@@ -8,12 +8,14 @@ a backslash and a tag; every other backslash is an ordinary character.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kmerge_mlx.errors import PromptError
 
-_TAG = re.compile(r"<(/?)(merge|raw)>")
+# With all backslashes before it: a match that could begin in the middle of them would take the
+# square of their number.
+_TAG = re.compile(r"(?<!\\)(\\*)<(/?)(merge|raw)>")
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,39 @@ def parse(text: str, name: str = "the prompt") -> list[Span]:
     opened: list[tuple[str, int]] = []
     run, end = "", 0
 
-    def close_run(rest: str) -> None:
-        if run + rest:
-            spans.append(Span(run + rest, opened[-1][0] == "merge" if opened else None))
+    def close_run() -> None:
+        if run:
+            spans.append(Span(run, opened[-1][0] == "merge" if opened else None))
 
-    for found, before, backslashes in _tags(text):
-        tag, (closing, kind), end = found[0], found.groups(), found.end()
-        before += "\\" * (backslashes // 2)
-        if backslashes % 2:
-            run += before + tag
+    def malformed(place: int, tag: str, what: str) -> PromptError:
+        line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+        return PromptError(
+            f"{name}: {tag} at line {line}, column {column} {what}; write \\{tag} for the "
+            "characters themselves"
+        )
+
+    for found in _TAG.finditer(text):
+        slashes, closing, kind = found.groups()
+        place, tag = found.end(1), f"<{closing}{kind}>"
+        run += text[end : found.start()] + slashes[: len(slashes) // 2]
+        end = found.end()
+        if len(slashes) % 2:
+            run += tag
             continue
-        close_run(before)
+        close_run()
         run = ""
         if not closing:
-            opened.append((kind, found.start()))
+            opened.append((kind, place))
         elif opened and opened[-1][0] == kind:
             opened.pop()
         else:
             what = f"closes <{opened[-1][0]}>" if opened else "closes nothing"
-            raise _malformed(text, found.start(), tag, what, name)
+            raise malformed(place, tag, what)
     if opened:
         kind, place = opened[-1]
-        raise _malformed(text, place, f"<{kind}>", "is never closed", name)
-    close_run(text[end:])
+        raise malformed(place, f"<{kind}>", "is never closed")
+    run += text[end:]
+    close_run()
     return spans
 
 
@@ -85,31 +97,9 @@ def text_of(spans: Iterable[Span]) -> str:
 
 def escape(text: str) -> str:
     """A text that :func:`parse` gives back as it is, in one span."""
-    pieces, end = [], 0
-    for found, before, backslashes in _tags(text):
-        end = found.end()
-        pieces += [before, "\\" * (2 * backslashes + 1), found[0]]
-    return "".join([*pieces, text[end:]])
+    return _TAG.sub(r"\1\1\\<\2\3>", text)
 
 
 def cuts_tag(text: str, place: int) -> bool:
     """Whether a place in a text lies inside a tag."""
-    return any(f.start() < place < f.end() for f in _TAG.finditer(text, max(0, place - 16)))
-
-
-def _tags(text: str) -> Iterator[tuple[re.Match[str], str, int]]:
-    """Each tag, the text between the one before and its backslashes, and how many those are."""
-    end = 0
-    for found in _TAG.finditer(text):
-        between = text[end : found.start()]
-        before = between.rstrip("\\")
-        yield found, before, len(between) - len(before)
-        end = found.end()
-
-
-def _malformed(text: str, place: int, tag: str, what: str, name: str) -> PromptError:
-    line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
-    return PromptError(
-        f"{name}: {tag} at line {line}, column {column} {what}; write \\{tag} for the characters "
-        "themselves"
-    )
+    return any(found.end(1) < place < found.end() for found in _TAG.finditer(text))

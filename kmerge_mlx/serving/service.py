@@ -18,8 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.policy import ALL
+from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import Segment, encode
 from kmerge_mlx.serving.answers import Answer, ApiError, busy
 from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, Job, PinnedModel

@@ -14,7 +14,7 @@ from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
-from kmerge_mlx.prompts.policy import CONTEXTS, DEFAULT_LAYOUT, MERGES, Layout
+from kmerge_mlx.prompts.lay_out import CONTEXTS, DEFAULT_LAYOUT, MERGES, Layout
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")

@@ -10,7 +10,7 @@ import pytest
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
 from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig, read_tuning
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout
 
 MERGE = MergeConfig(
     EncoderConfig(4, 64, 384),

@@ -78,18 +78,13 @@ def test_what_is_asked_of_a_file_is_answered_as_if_all_were_read(world, tmp_path
 def test_random_prompts_go_on_alike_from_memory_and_from_disk(tiny, tmp_path):
     model, tokenizer = tiny
     random = Random(0)
+    eight_bits = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
     for case in range(30):
         segments = [
-            Segment(
-                [random.randrange(200) for _ in range(random.randint(1, 40))], case % 2 == i % 2
-            )
+            Segment(random.choices(range(200), k=random.randint(1, 40)), case % 2 == i % 2)
             for i in range(random.randint(2, 4))
         ]
-        held, options = segments[:-1], {}
-        if case % 5 == 3:
-            options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
-        if case % 5 == 4:
-            options = {"max_kv_size": 16}
+        held, options = segments[:-1], {3: eight_bits, 4: {"max_kv_size": 16}}.get(case % 5, {})
         start = compress(model, tokenizer, held)
         cache = prefill(model, start, **options)
         path = tmp_path / "held.safetensors"

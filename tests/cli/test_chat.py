@@ -31,6 +31,13 @@ def bases(base_path, tmp_path_factory):
 
 
 @pytest.fixture
+def path(tmp_path):
+    """A file with the context."""
+    (tmp_path / "context.txt").write_text(CONTEXT)
+    return tmp_path / "context.txt"
+
+
+@pytest.fixture
 def read(monkeypatch, adapter_path):
     """Runs ``generate``; returns what the model was given, and the result."""
     given = []
@@ -86,9 +93,7 @@ def ids_of(segments):
     ids=" ".join,
 )
 @pytest.mark.parametrize("template", ["chatml", "trims"])
-def test_the_ids_are_those_mlx_lm_reads(read, mlx_lm_reads, bases, tmp_path, template, options):
-    path = tmp_path / "context.txt"
-    path.write_text(CONTEXT)
+def test_the_ids_are_those_mlx_lm_reads(read, mlx_lm_reads, bases, path, template, options):
     base = bases[template]
     applied = "--ignore-chat-template" not in options
     ours = [*options, "--apply-chat-template"] if applied else options
@@ -106,11 +111,7 @@ def test_the_ids_are_those_mlx_lm_reads(read, mlx_lm_reads, bases, tmp_path, tem
     assert [segment.merge for segment in segments] == [False, True, False][not applied :]
 
 
-def test_prompts_are_laid_out_as_in_training_unless_another_way_is_asked_for(
-    read, bases, tmp_path, adapter_path
-):
-    path = tmp_path / "context.txt"
-    path.write_text(CONTEXT)
+def test_prompts_are_laid_out_as_in_training_unless_another_way_is_asked_for(read, bases, path):
     segments, result = read(bases["chatml"], path)
     assert [segment.merge for segment in segments] == [True]
     assert ids_of(segments) == ids_of(read(bases["chatml"], path, "--ignore-chat-template")[0])
@@ -125,9 +126,7 @@ def test_prompts_are_laid_out_as_in_training_unless_another_way_is_asked_for(
     assert "note: " not in without.err
 
 
-def test_what_a_template_does_to_the_text_or_refuses_is_one_message(bases, adapter_path, tmp_path):
-    path = tmp_path / "context.txt"
-    path.write_text(CONTEXT)
+def test_what_a_template_does_to_the_text_or_refuses_is_one_message(bases, adapter_path, path):
     args = ("generate", "--model", bases["wraps"], "--adapter-path", adapter_path, path, "-m", 2)
     assert run(*args, "--apply-chat-template").code == 0
     said = "the chat template rewrites the text", "use --ignore-chat-template"

@@ -21,49 +21,45 @@ from tests.cli_runner import (
 )
 
 
-class World:
-    """Files, and the fixture's models, which the commands below are given by name."""
-
-    def __init__(self, root: Path, base: Path, adapter: Path, checkpoint: Path):
-        self.base, self.adapter, self.checkpoint = base, adapter, checkpoint
-        (root / "p.txt").write_text("Tree: JN\n+WO")
-        (root / "empty.txt").write_bytes(b"")
-        (root / "latin.txt").write_bytes(b"caf\xe9.")
-        (root / "long.txt").write_bytes(b"ABCD" * 5000)
-        (root / "bare").mkdir()
-        for name, content in (("lora", {"rank": 4}), ("peft", {"peft_type": "LORA"})):
-            (root / name).mkdir()
-            (root / name / "adapter_config.json").write_text(json.dumps(content))
-        weights = copy_base(base, root / "torn") / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:5000])
-        copy_base(base, root / "narrow", hidden_size=32)
-        copy_base(base, root / "shallow", num_hidden_layers=2, vocab_size=800)
-        copy_base(base, root / "odd", model_type="nope")
-        copy_base(base, root / "chatty", CHATML)
-        for name, said in (("nameless", None), ("homeless", {"id": "no/such-base"})):
-            shutil.copytree(adapter, root / name)
-            change_json(root / name / "merge_config.json", base_model=said)
-        for k in (2, 4):
-            shutil.copytree(adapter, root / f"both/k{k}")
-            change_json(root / f"both/k{k}/merge_config.json", merge_factor=k)
-
-    def generate(self, *args: object, **options: object) -> list[object]:
-        """``generate`` with the fixture's base and adapter, or with others instead."""
-        given = {"model": self.base, "adapter_path": self.adapter} | options
-        named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-        return ["generate", *[x for p in named.items() if p[1] is not None for x in p], *args]
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, base_path, adapter_path, checkpoint_path):
+def root(tmp_path_factory, base_path, adapter_path):
+    """Files, bases and adapters, most of which have a fault."""
     root = tmp_path_factory.mktemp("world")
-    return root, World(root, base_path, adapter_path, checkpoint_path)
+    (root / "p.txt").write_text("Tree: JN\n+WO")
+    (root / "empty.txt").write_bytes(b"")
+    (root / "latin.txt").write_bytes(b"caf\xe9.")
+    (root / "long.txt").write_bytes(b"ABCD" * 5000)
+    (root / "bare").mkdir()
+    for name, content in (("lora", {"rank": 4}), ("peft", {"peft_type": "LORA"})):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text(json.dumps(content))
+    weights = copy_base(base_path, root / "torn") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    copy_base(base_path, root / "narrow", hidden_size=32)
+    copy_base(base_path, root / "shallow", num_hidden_layers=2, vocab_size=800)
+    copy_base(base_path, root / "odd", model_type="nope")
+    copy_base(base_path, root / "chatty", CHATML)
+    for name, change in (
+        ("nameless", {"base_model": None}),
+        ("homeless", {"base_model": {"id": "no/such-base"}}),
+        *((f"both/k{k}", {"merge_factor": k}) for k in (2, 4)),
+    ):
+        shutil.copytree(adapter_path, root / name)
+        change_json(root / name / "merge_config.json", **change)
+    return root
 
 
 @pytest.fixture
-def world(made, monkeypatch):
-    monkeypatch.chdir(made[0])
-    return made[1]
+def generate(root, monkeypatch, base_path, adapter_path):
+    """Makes the command line of ``generate`` with the fixture's models, or with others instead."""
+    monkeypatch.chdir(root)
+
+    def make(*args, **options):
+        given = {"model": base_path, "adapter_path": adapter_path} | options
+        named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+        return ["generate", *[x for p in named.items() if p[1] is not None for x in p], *args]
+
+    return make
 
 
 FILES = [
@@ -111,7 +107,6 @@ MODELS = [
     ({"model": "p.txt"}, "p.txt is a file"),
     ({"model": "bare"}, "holds no config.json"),
     ({"model": "torn"}, "cannot load torn"),
-    ({"model": "odd", "adapter_path": None, "prompt": "x"}, "nope"),
 ]
 MISUSE = [
     (["-m", 0], "--max-tokens is 0, which generates nothing"),
@@ -128,32 +123,31 @@ MISUSE = [
 ]
 
 
-@pytest.mark.parametrize(("args", "said"), FILES, ids=str)
-def test_a_fault_of_the_input_is_one_message_and_exit_code_1(world, args, said):
-    assert_one_error(run(*world.generate(*args)), 1, said)
+@pytest.mark.parametrize(
+    ("code", "args", "options", "said"),
+    [
+        *((1, args, {}, said) for args, said in FILES),
+        *((1, ["p.txt"], options, said) for options, said in MODELS),
+        *((2, ["p.txt", *args], {}, said) for args, said in MISUSE),
+    ],
+    ids=str,
+)
+def test_a_fault_is_one_message_and_an_exit_code(generate, code, args, options, said):
+    assert_one_error(run(*generate(*args, **options)), code, said)
 
 
-@pytest.mark.parametrize(("options", "said"), MODELS, ids=str)
-def test_a_model_that_does_not_do_is_one_message_and_exit_code_1(world, options, said):
-    text = () if "prompt" in options else ("p.txt",)
-    assert_one_error(run(*world.generate(*text, **options)), 1, said)
-
-
-@pytest.mark.parametrize(("args", "said"), MISUSE, ids=str)
-def test_a_misused_command_line_is_one_message_and_exit_code_2(world, args, said):
-    assert_one_error(run(*world.generate("p.txt", *args)), 2, said)
-
-
-def test_other_faults_are_one_message(world):
-    found = run(*world.generate("p.txt", adapter_path=world.checkpoint))
+def test_other_faults_are_one_message(generate, checkpoint_path):
+    found = run(*generate("p.txt", adapter_path=checkpoint_path))
     assert_one_error(found, 1, "is a PyTorch checkpoint: run `kmerge-mlx convert ")
+    found = run(*generate("-p", "x", model="odd", adapter_path=None))
+    assert_one_error(found, 1, "nope")
     args = ("p.txt", "--chat-template-config", '{"a": 1}', "--ignore-chat-template")
-    found = run(*world.generate(*args, model="chatty"))
+    found = run(*generate(*args, model="chatty"))
     assert_one_error(found, 1, "it is left out here; --apply-chat-template applies it")
     assert_one_error(run("talk"), 2, "No such command 'talk'", "kmerge-mlx --help")
     assert_one_error(run("convert", "x"), 2, "Missing argument 'DST'", "convert --help")
-    assert_one_error(run(*world.generate("-"), stdin=None), 1, "cannot read stdin: it is closed")
-    assert_one_error(run(*world.generate("p.txt", "--json", k=2)), 1, "--k 2")
+    assert_one_error(run(*generate("-"), stdin=None), 1, "cannot read stdin: it is closed")
+    assert_one_error(run(*generate("p.txt", "--json", k=2)), 1, "--k 2")
 
 
 @pytest.mark.parametrize(
@@ -167,25 +161,25 @@ def test_other_faults_are_one_message(world):
         (("info", "x" * 5000), "File name too long"),
     ],
 )
-def test_convert_and_info_say_what_they_did_not_find(world, args, said):
+def test_convert_and_info_say_what_they_did_not_find(root, monkeypatch, args, said):
+    monkeypatch.chdir(root)
     before = sorted(Path().iterdir())
     assert_one_error(run(*args), 1, said)
     assert sorted(Path().iterdir()) == before
 
 
 @pytest.mark.slow
-def test_errors_look_the_same_from_a_shell(world):
-    assert_one_error(run_process(*world.generate("no.txt"), cwd=Path()), 1, "cannot read no.txt")
+def test_errors_look_the_same_from_a_shell(generate):
+    assert_one_error(run_process(*generate("no.txt"), cwd=Path()), 1, "cannot read no.txt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [("info", "torn"), ("--help",)])
-def test_a_full_disk_is_one_message(world, args):
+def test_a_full_disk_is_one_message(root, args):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
+    where = {"env": environment(), "cwd": root, "timeout": 60}
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            command(*args), env=environment(), stdout=full, stderr=subprocess.PIPE, timeout=60
-        )
+        done = subprocess.run(command(*args), stdout=full, stderr=subprocess.PIPE, **where)
     assert done.returncode == 1
     assert done.stderr == b"error: [Errno 28] No space left on device\n"

@@ -17,7 +17,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec,
 from kmerge_mlx.adapters.tuning import FullConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout
 from tests import conversions
 from tests.checkpoints import make as make_checkpoint
 from tests.cli_runner import assert_one_error, change_json, run

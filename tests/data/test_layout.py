@@ -14,8 +14,7 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import DataError, KMergeError, PromptError
-from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, ChatTemplate, Layout, lay_out
 from tests.conftest import UPSTREAM
 from tests.prompts.test_lay_out import CHATML, COUNTING
 

@@ -26,7 +26,7 @@ from kmerge_mlx.evaluation import scoring
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Stride, Truncate
 from kmerge_mlx.evaluation.report import read_report
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.policy import Layout
+from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
 from tests.cli_runner import CHATML, copy_base
 from tests.evaluations import (

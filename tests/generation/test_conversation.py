@@ -6,30 +6,27 @@ from random import Random
 
 import mlx.core as mx
 import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import stream_generate
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.conversation import Conversation
-from kmerge_mlx.prompts.lay_out import lay_out_chat
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, Layout, lay_out_chat
 from tests.cli_runner import CHATML, copy_base
-from tests.tiny import PAD, build, qwen2_config, random_adapter
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-@pytest.fixture(scope="module")
-def chatty(base_path, tmp_path_factory):
+@pytest.fixture
+def chatty(tiny, base_path, tmp_path):
     """A random K = 4 model and a tokenizer with a chat template."""
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
+    return tiny[0], load_tokenizer(copy_base(base_path, tmp_path / "base", CHATML))
 
-    from kmerge_mlx.model import attach
 
-    model = build(qwen2_config())
-    attach(model, random_adapter(model, 4), PAD)
-    model.context_length = 32_768
-    folder = copy_base(base_path, tmp_path_factory.mktemp("chatty") / "base", CHATML)
-    return model, load_tokenizer(folder)
+def answer_to_all_at_once(chatty, talk, layout, count):
+    """What the model answers to the whole of a conversation without its last answer."""
+    segments = lay_out_chat(chatty[1], talk.messages[:-1], layout)
+    return list(stream_generate(*chatty, segments, count))
 
 
 def question(random, low=3, high=40):
@@ -42,13 +39,11 @@ def question(random, low=3, high=40):
     ids=["contexts", "all", "no template"],
 )
 def test_every_turn_is_one_long_prompt(chatty, layout):
-    model, tokenizer = chatty
     random = Random(1)
-    talk = Conversation(model, tokenizer, layout, context=question(random, 60, 60))
+    talk = Conversation(*chatty, layout, context=question(random, 60, 60))
     for turn in range(10):
         asked = list(talk.ask(question(random), max_tokens=6))
-        segments = lay_out_chat(tokenizer, talk.messages[:-1], layout)
-        whole = list(stream_generate(model, tokenizer, segments, 6))
+        whole = answer_to_all_at_once(chatty, talk, layout, 6)
         assert [r.token for r in asked] == [r.token for r in whole]
         for ours, theirs in zip(asked, whole, strict=True):
             assert mx.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
@@ -61,34 +56,29 @@ def test_every_turn_is_one_long_prompt(chatty, layout):
 
 
 def test_the_context_merges_and_the_question_does_not(chatty):
-    model, tokenizer = chatty
-    layout = Layout()
-    talk = Conversation(model, tokenizer, layout, context="a b c <raw>d e</raw> f", max_kv_size=64)
+    talk = Conversation(*chatty, context="a b c <raw>d e</raw> f", max_kv_size=64)
     list(talk.ask("what is it?", max_tokens=2))
-    segments = lay_out_chat(tokenizer, talk.messages[:-1], layout)
-    texts = [(tokenizer.decode(list(s.ids)), s.merge) for s in segments]
-    assert [merge for _, merge in texts] == [False, True, False, True, False]
-    assert "a b c" in texts[1][0]
-    assert "d e" in texts[2][0]
-    assert "what is it?" in texts[4][0]
+    segments = lay_out_chat(chatty[1], talk.messages[:-1])
+    assert [s.merge for s in segments] == [False, True, False, True, False]
+    texts = [chatty[1].decode(list(s.ids)) for s in segments]
+    assert "a b c" in texts[1]
+    assert "d e" in texts[2]
+    assert "what is it?" in texts[4]
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_went(chatty):
-    model, tokenizer = chatty
-    talk = Conversation(model, tokenizer)
+    talk = Conversation(*chatty)
     answer = talk.ask("one two three", max_tokens=50)
     begun = next(answer).text + next(answer).text
     answer.close()
     assert talk.messages[-1] == {"role": "assistant", "content": begun}
     asked = list(talk.ask("four", max_tokens=5))
-    segments = lay_out_chat(tokenizer, talk.messages[:-1])
-    whole = list(stream_generate(model, tokenizer, segments, 5))
+    whole = answer_to_all_at_once(chatty, talk, Layout(), 5)
     assert [r.token for r in asked] == [r.token for r in whole]
 
 
 def test_a_conversation_that_is_too_long_changes_nothing(chatty):
-    model, tokenizer = chatty
-    talk = Conversation(model, tokenizer, Layout(ALL))
+    talk = Conversation(*chatty, Layout(ALL))
     first = list(talk.ask("one", max_tokens=3))
     before, history = list(talk.messages), talk.history
     with pytest.raises(PromptError, match="the model's context is"):
@@ -102,8 +92,7 @@ def test_a_conversation_that_is_too_long_changes_nothing(chatty):
 
 
 def test_a_full_rotating_cache_is_read_anew(chatty):
-    model, tokenizer = chatty
-    talk = Conversation(model, tokenizer, Layout(threshold=8), max_kv_size=24)
+    talk = Conversation(*chatty, Layout(threshold=8), max_kv_size=24)
     for turn in range(4):
         list(talk.ask(" ".join(WORDS[turn:] * 3), max_tokens=4))
     assert talk.history.turns == 4

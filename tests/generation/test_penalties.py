@@ -26,46 +26,29 @@ PENALTIES = [
 
 
 @pytest.mark.parametrize("options", PENALTIES, ids=lambda o: "+".join(o))
-def test_penalties_are_mlx_lms_over_the_original_ids(tiny, options):
-    """Oracle: mlx-lm's processors called by hand with the original ids and the answer so far."""
+def test_penalties_are_mlx_lms_over_the_original_ids_also_in_a_batch(tiny, options):
     model, tokenizer = tiny
-    ids = prompts_of(1, 61, 61, seed=6)[0]
-    prompt = compress(model, tokenizer, ids)
-    found = stream_generate(
-        model, tokenizer, prompt, max_tokens=10, logits_processors=make_logits_processors(**options)
-    )
-    cache, read, answer = make_prompt_cache(model), prompt.ids, []
-    for response in found:
-        logits = model(mx.array([read]), cache=cache)[:, -1, :]
-        for processor in make_logits_processors(**options):
-            logits = processor(mx.array(ids + answer), logits)
-        wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
-        assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
-        answer.append(response.token)
-        read = [response.token]
 
+    def penalties():
+        return make_logits_processors(**options)
 
-@pytest.mark.parametrize("options", PENALTIES[:4], ids=lambda o: "+".join(o))
-def test_batched_penalties_are_each_prompts_own(tiny, options):
-    model, tokenizer = tiny
-    prompts = prompts_of(5, 3, 70, seed=9)
+    prompts = [*prompts_of(3, 3, 70, seed=9), *prompts_of(1, 61, 61, seed=6)]
     together = batch_generate(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=8,
-        logits_processors=make_logits_processors(**options),
-        return_token_ids=True,
+        *tiny, prompts, max_tokens=8, logits_processors=penalties(), return_token_ids=True
     )
-    for prompt, tokens in zip(prompts, together.token_ids, strict=True):
-        alone = stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=8,
-            logits_processors=make_logits_processors(**options),
-        )
-        assert tokens == [r.token for r in alone if r.finish_reason != "stop"]
+    for ids, batched in zip(prompts, together.token_ids, strict=True):
+        prompt = compress(model, tokenizer, ids)
+        found = stream_generate(*tiny, prompt, max_tokens=8, logits_processors=penalties())
+        cache, read, answer = make_prompt_cache(model), prompt.ids, []
+        for response in found:
+            logits = model(mx.array([read]), cache=cache)[:, -1, :]
+            for processor in penalties():
+                logits = processor(mx.array(ids + answer), logits)
+            wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
+            assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
+            answer.append(response.token)
+            read = [response.token]
+        assert batched == [token for token in answer if token not in tokenizer.eos_token_ids]
 
 
 def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):

@@ -29,9 +29,6 @@ def assert_same(found, wanted, tolerance=1e-4):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
-# Statistics
-
-
 def test_responses_count_original_tokens_and_positions(tiny):
     responses = list(stream_generate(*tiny, list(range(1, 11)), max_tokens=3))
     last = responses[-1]
@@ -118,13 +115,10 @@ def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny):
         table = merged_embedding(model).table
         known = len(table)
         with pytest.raises(PromptError, match="100 positions"):
-            batch_generate(model, tokenizer, [[1, 2, 3], list(range(100, 500))])
+            batch_generate(model, tokenizer, [list(range(100, 500)), [1, 2, 3]])
         assert len(table) == known  # a refused prompt costs no encoding
     finally:
         model.context_length = 32_768
-
-
-# Batches
 
 
 def test_a_batch_of_16_lengths_equals_one_by_one_token_by_token(tiny):
@@ -146,13 +140,8 @@ def test_a_batch_of_16_lengths_equals_one_by_one_token_by_token(tiny):
 
 def test_batch_limits_progress_and_finish_reasons(tiny):
     seen = []
-    found = batch_generate(
-        *tiny,
-        prompts_of(3),
-        max_tokens=[1, 5, 2],
-        progress=lambda done, total: seen.append((done, total)),
-        return_token_ids=True,
-    )
+    options = {"progress": lambda *counts: seen.append(counts), "return_token_ids": True}
+    found = batch_generate(*tiny, prompts_of(3), max_tokens=[1, 5, 2], **options)
     assert [len(tokens) for tokens in found.token_ids] == [1, 5, 2]
     assert found.finish_reasons == ["length"] * 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -168,9 +157,6 @@ def test_the_blocks_of_a_batch_in_flight_are_never_reused(tiny):
         wanted = batch_generate(model, tokenizer, prompts, max_tokens=3, return_token_ids=True)
         assert found.token_ids == wanted.token_ids
         prompts = [[(i + 7) % V or 1 for i in prompt] for prompt in prompts]
-
-
-# Caches
 
 
 def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(tiny):
@@ -203,14 +189,9 @@ def test_batched_prompts_start_from_their_caches_without_changing_them(tiny):
         model(mx.array([prompt.ids[:5]]), cache=cache)
         caches.append(cache)
     before = [int(cache[0].offset) for cache in caches]
-    found = batch_generate(
-        model,
-        tokenizer,
-        [prompt.after(5) for prompt in whole],
-        prompt_caches=caches,
-        max_tokens=5,
-        return_token_ids=True,
-    )
+    rest = [prompt.after(5) for prompt in whole]
+    options = {"max_tokens": 5, "return_token_ids": True}
+    found = batch_generate(model, tokenizer, rest, prompt_caches=caches, **options)
     for prompt, tokens in zip(whole, found.token_ids, strict=True):
         assert tokens == [token for token, _ in steps(model, prompt, 5)]
     assert [cache[0].offset for cache in caches] == before

@@ -10,8 +10,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.lay_out import ChatTemplate, lay_out
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import ALL, ChatTemplate, Layout, lay_out
 from kmerge_mlx.prompts.segments import encode
 from kmerge_mlx.prompts.tags import parse
 from tests.conftest import UPSTREAM

@@ -12,8 +12,14 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from kmerge_mlx import compress, load, stream_generate
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, lay_out_text, plain_messages
-from kmerge_mlx.prompts.policy import ALL, Layout
+from kmerge_mlx.prompts.lay_out import (
+    ALL,
+    Layout,
+    lay_out,
+    lay_out_chat,
+    lay_out_text,
+    plain_messages,
+)
 from kmerge_mlx.prompts.tags import escape, parse
 from tests.cli_runner import CHATML, copy_base
 from tests.tiny import build, qwen2_config, random_adapter, write_base
@@ -71,32 +77,17 @@ def test_what_of_a_conversation_merges_by_default_and_by_its_fields(tokenizer, m
         assert [segment.merge for segment in everything] == [True]
 
 
-def test_a_conversation_without_a_template_is_its_paragraphs(tokenizer):
+def test_without_a_template_a_conversation_is_its_paragraphs_and_a_text_is_a_message(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, user(f"{LONG}\n\nWhat?")]
     segments = lay_out_chat(tokenizer, messages, BARE)
     assert tokenizer.decode(ids_of(segments)) == f"Be brief.\n\n{LONG}\n\nWhat?"
     assert len(merged(tokenizer, segments)) == 1
-    alone = lay_out_chat(tokenizer, [user(f"{LONG}\n\nWhat?")], BARE)
-    assert alone == lay_out_text(tokenizer, f"{LONG}\n\nWhat?", BARE)
+    for text in ("Short?", LONG, f"{LONG}\n\nWhat?", "a <merge>b c d</merge> e"):
+        alone = lay_out_chat(tokenizer, [user(text)], BARE)
+        assert lay_out_text(tokenizer, text, CONTEXTS) == alone
+        assert ids_of(lay_out_text(tokenizer, text, Layout(ALL))) == ids_of(alone)
     with pytest.raises(PromptError, match="tools: needs a chat template"):
         lay_out_chat(tokenizer, messages, BARE, {"tools": [{}]})
-
-
-@pytest.mark.parametrize(
-    ("text", "merges"),
-    [
-        ("Short?", []),
-        (f"{LONG}\n\nWhat?", [LONG]),
-        (LONG, []),
-        ("a <merge>b c d</merge> e", ["b c d"]),
-        (f"{LONG}\n\n<raw>x</raw>", []),
-    ],
-)
-def test_of_a_text_the_last_paragraph_stays_raw_unless_tags_say_otherwise(tokenizer, text, merges):
-    segments = lay_out_text(tokenizer, text, CONTEXTS)
-    assert [m.strip() for m in merged(tokenizer, segments)] == [m.strip() for m in merges]
-    everything = lay_out_text(tokenizer, text, Layout(ALL))
-    assert ids_of(everything) == ids_of(segments)
 
 
 @pytest.mark.parametrize(
@@ -184,13 +175,11 @@ def test_random_tags_change_no_id_and_no_block_straddles_a_border(model_and_toke
         text = random_markup(Random(seed))
         segments = lay_out_text(tokenizer, text, layout)
         assert ids_of(segments) == tokenizer.encode("".join(span.text for span in parse(text)))
-        prompt = compress(model, tokenizer, segments)
-        starts = []
+        lengths = []
         for segment in segments:
-            size = len(segment.ids)
-            blocks = -(-size // 4) if segment.merge else size
-            starts += [min(4, size - 4 * i) if segment.merge else 1 for i in range(blocks)]
-        assert prompt.lengths == starts
+            step, size = 4 if segment.merge else 1, len(segment.ids)
+            lengths += [min(step, size - start) for start in range(0, size, step)]
+        assert compress(model, tokenizer, segments).lengths == lengths
 
 
 def test_torn_tags_are_one_error_wherever_they_stand(tokenizer):
