@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import io
 import sys
-from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
 
 from kmerge_mlx import __version__
+from kmerge_mlx.cli.bench import bench
+from kmerge_mlx.cli.cache import cache
+from kmerge_mlx.cli.chat import chat
+from kmerge_mlx.cli.convert import convert, export
+from kmerge_mlx.cli.data import data
+from kmerge_mlx.cli.evaluate import evaluate
+from kmerge_mlx.cli.fuse import fuse
+from kmerge_mlx.cli.generate import generate
+from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.inputs import CommandError
+from kmerge_mlx.cli.quantize import quantize
+from kmerge_mlx.cli.serve import serve
+from kmerge_mlx.cli.train import train
+from kmerge_mlx.cli.upload import upload
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.hub.fetch import one_version
 
@@ -27,11 +39,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name in (
-    *("bench", "cache", "chat", "convert", "data", "evaluate", "export"),
-    *("fuse", "generate", "info", "quantize", "serve", "train", "upload"),
-):  # each in the module of its name
-    app.command()(getattr(import_module(f"{__name__}.{_name}"), _name))
+for _command in (
+    *(bench, cache, chat, convert, data, evaluate, export, fuse),
+    *(generate, info, quantize, serve, train, upload),
+):
+    app.command()(_command)
 
 
 def _print_version(wanted: bool) -> None:

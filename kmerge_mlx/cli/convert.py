@@ -74,7 +74,7 @@ def export(settings: ExportSettings) -> None:
       kmerge-mlx export ./adapters ./checkpoint --k 4 --force
     """
     from kmerge_mlx.convert.export import export_adapter
-    from kmerge_mlx.prompts.policy import ALL
+    from kmerge_mlx.prompts.lay_out import ALL
 
     adapter = export_adapter(**asdict(settings))
     _show(adapter, settings.destination)

@@ -30,7 +30,7 @@ from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, of_mlx_lm
 from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.model import load_source, merged_embedding
-from kmerge_mlx.prompts.policy import chosen
+from kmerge_mlx.prompts.lay_out import chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
 from kmerge_mlx.serving.settings import ServeSettings
