@@ -39,7 +39,7 @@ from kmerge_mlx.errors import (
     short,
 )
 from kmerge_mlx.files import read_json, read_safetensors
-from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub import fetch
 from kmerge_mlx.prompts.policy import ALL, Layout
 
 ENCODER = "encoder.pth"

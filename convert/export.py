@@ -12,7 +12,7 @@ from typing import Any
 
 from kmerge_mlx import base, bundled
 from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
     COMPANION,
     ENCODER,

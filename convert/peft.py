@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import HEAD
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.patterns import NameRules, PatternError
 from kmerge_mlx.errors import short

@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
 
 _MOST_EXACT = 2**53  # integers up to this are float64s as well

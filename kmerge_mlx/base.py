@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from kmerge_mlx import bundled
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import ModelError, first_line
-from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub import fetch
 
 # The config entries by which two base models are told apart.
 FINGERPRINT = (

@@ -19,8 +19,7 @@ from mlx_lm.utils import load_model
 from kmerge_mlx import base, bundled
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
-from kmerge_mlx.adapters.schema import MergeConfig
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig, Tuning
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, MergeConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line

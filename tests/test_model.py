@@ -13,8 +13,7 @@ import pytest
 
 from kmerge_mlx import compress, load
 from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.base import fingerprint
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding

@@ -14,8 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from kmerge_mlx import Segment
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.adapters.lora import default_keys
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, FullConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
 from kmerge_mlx.virtual_tokens import split

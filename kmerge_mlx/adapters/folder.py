@@ -18,8 +18,7 @@ import mlx.core as mx
 
 from kmerge_mlx import bundled
 from kmerge_mlx.adapters.lora import LORA_PARTS, tensor_problems
-from kmerge_mlx.adapters.schema import MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig, Tuning, read_tuning
+from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig, Tuning, read_tuning
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
@@ -31,7 +30,7 @@ from kmerge_mlx.files import (
     write_json,
     write_safetensors,
 )
-from kmerge_mlx.hub.fetch import fetch, is_namespaced
+from kmerge_mlx.hub import fetch, is_namespaced
 
 TUNING_CONFIG = "adapter_config.json"
 TUNING_WEIGHTS = "adapters.safetensors"

@@ -20,8 +20,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.errors import AdapterError, findings
 
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding, wire
 from tests.saved_adapters import refused

@@ -14,8 +14,7 @@ import pytest
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
-from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, FullConfig, MergeConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.errors import CheckpointError
@@ -203,7 +202,7 @@ def test_a_torn_or_hostile_companion_is_refused_by_name(tmp_path, content, said)
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"format_version": 2}, "format_version 2 is newer than this release"),
+        ({"format_version": 2}, "format_version is 2, expected 1"),
         ({"merge_factor": 3}, "the encoder has merge_factor 4, not 3 (says kmerge.json"),
         ({"encoder_context": 2}, "the encoder has encoder_context 0, not 2 (says kmerge.json"),
         (

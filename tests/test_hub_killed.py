@@ -21,7 +21,7 @@ from tests.saved_adapters import saved
 
 DOWNLOAD = """
 from kmerge_mlx.errors import KMergeError
-from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub import fetch
 print(fetch("user/k4", ["*.json", "*.safetensors"], KMergeError))
 """
 SPAN = 1.2  # seconds that a download takes from its first request, about

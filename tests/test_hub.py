@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from kmerge_mlx.adapters.folder import adapter_folder
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
-from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, one_version, parse, why
+from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse, why
 from tests.cli_runner import command, environment, run, run_process
 from tests.hub_runs import assert_said, settings, using
 from tests.hub_server import Repo, running_hub
