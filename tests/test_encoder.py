@@ -8,8 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
-from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.virtual_tokens import MergeEncoder
 
 
 def filled(k: int, d: int, h: int, c: int = 0) -> MergeEncoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import validate_repo_id
 
-from kmerge_mlx.adapters.folder import adapter_folder
+from kmerge_mlx.adapters.folder import look_up
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
 from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse, why
 from tests.cli_runner import command, environment, run, run_process
@@ -41,6 +41,10 @@ def online(hub, tmp_path):
     """Lets this process use the hub, with a fresh cache."""
     with using(hub, tmp_path / "home"):
         yield tmp_path / "home"
+
+
+def adapter_folder(name: str, k: int | None = None) -> Path:
+    return look_up(name).choose(k)[0]
 
 
 def refused(name: str = "user/ckpt") -> str:

@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec
-from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.virtual_tokens import BlockTable, CompressedPrompt, MergedEmbedding, split
+from kmerge_mlx.virtual_tokens import (
+    BlockTable,
+    CompressedPrompt,
+    MergedEmbedding,
+    MergeEncoder,
+    split,
+)
 
 V, D = 50, 8
 

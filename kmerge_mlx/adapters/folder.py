@@ -9,10 +9,10 @@ mlx-lm has nowhere to put. All four files are always there, if only with no tens
 from __future__ import annotations
 
 import glob
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -64,28 +64,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterFolders:
-    """The adapters that a name stands for, each one's ``merge_config.json`` read once.
+    """The adapters that a name stands for, each one's ``merge_config.json`` read once."""
 
-    Args:
-        name: As the user wrote it.
-        root: The folder; that of a hub repo is in the hub's cache, and holds only the configs.
-        found: By merge factor, ascending: the adapter's folder and its config.
-        repo: ``user/name@commit`` of a hub repo, or None.
-    """
-
-    name: str
-    root: Path
-    found: Mapping[int, tuple[Path, MergeConfig]]
-    repo: str | None = None
+    name: str  # as the user wrote it
+    root: Path  # that of a hub repo is in the hub's cache, and holds only the configs
+    found: Mapping[int, tuple[Path, MergeConfig]]  # by merge factor, ascending
+    repo: str | None = None  # user/name@commit of a hub repo
 
     def choose(self, k: int | None = None) -> tuple[Path, MergeConfig]:
         """The folder and the config of one adapter, its weights fetched if it is on the hub.
 
-        Args:
-            k: Merge factor wanted; None takes the only one there is (4 for ``bundled``).
-
-        Raises:
-            AdapterError: No such K, or several and none chosen (lists those that are there).
+        Without ``k`` it is the only one there is (of ``bundled``, that for K = 4).
         """
         have = ", ".join(map(str, self.found))
         if k is None and self.root == bundled.ADAPTERS:
@@ -121,7 +110,7 @@ def look_up(path: str | Path) -> AdapterFolders:
     Raises:
         AdapterError: Not there, not an adapter (says what it is instead), or two of one K.
     """
-    found: dict[int, list[tuple[Path, MergeConfig]]] = defaultdict(list)
+    found: dict[int, tuple[Path, MergeConfig]] = {}
     try:
         root, repo = _local(path)
         # A hidden folder is one that a killed run was still writing. A repo may hold nothing of us.
@@ -130,19 +119,18 @@ def look_up(path: str | Path) -> AdapterFolders:
         folders = [root] if (root / MERGE_CONFIG).is_file() else folders
         for folder in folders:
             if (folder / MERGE_CONFIG).is_file():
-                merge = read_merge_config(folder)
-                found[merge.merge_factor].append((folder, merge))
+                merge = _read_config(folder, MERGE_CONFIG, MergeConfig.from_json)
+                if (k := merge.merge_factor) in found:
+                    names = f"{found[k][0].name}, {folder.name}"
+                    raise AdapterError(
+                        f"{path} holds several adapters for K = {k}: name one of {names}"
+                    )
+                found[k] = folder, merge
     except OSError as e:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
-    for factor, same in found.items():
-        if len(same) > 1:
-            names = ", ".join(folder.name for folder, _ in same)
-            raise AdapterError(
-                f"{path} holds several adapters for K = {factor}: name one of {names}"
-            )
     if not found:
         raise AdapterError(f"{path} {_what_else(root)}")
-    return AdapterFolders(str(path), root, {k: found[k][0] for k in sorted(found)}, repo)
+    return AdapterFolders(str(path), root, dict(sorted(found.items())), repo)
 
 
 def _local(path: str | Path) -> tuple[Path, str | None]:
@@ -168,22 +156,8 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     return {k: folder for k, (folder, _) in look_up(path).found.items()}
 
 
-def adapter_folder(path: str | Path, k: int | None = None) -> Path:
-    """The folder of one adapter, as :func:`look_up` and :meth:`AdapterFolders.choose`."""
-    return look_up(path).choose(k)[0]
-
-
-def base_of(path: str | Path) -> str | None:
-    """The base model of an adapter, as :func:`look_up` and :attr:`AdapterFolders.base`."""
-    return look_up(path).base
-
-
 def carried_by(model_folder: Path) -> Path | None:
-    """The adapter that a model folder carries, as ``fuse`` and ``quantize`` write it, or None.
-
-    Raises:
-        AdapterError: The folder cannot be read.
-    """
+    """The adapter that a model folder carries, as ``fuse`` and ``quantize`` write it, or None."""
     carried = model_folder / CARRIED
     try:
         return carried if (carried / MERGE_CONFIG).is_file() else None
@@ -198,11 +172,7 @@ def is_carried(folder: Path) -> bool:
 
 
 def check_not_quantized(merge: MergeConfig, what: str) -> None:
-    """Refuses a quantized merge encoder, which can be read with but not ``what``: ``trained``, say.
-
-    Raises:
-        AdapterError: It is quantized.
-    """
+    """Refuses a quantized merge encoder, which can be read with but not be ``trained``, say."""
     if merge.encoder is not None and (packing := merge.encoder.quantization) is not None:
         raise AdapterError(
             f"the merge encoder is quantized to {packing.bits} bits, and cannot be {what}: take "
@@ -224,19 +194,8 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
 
 
 def read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
-    """Reads an adapter folder whose ``merge_config.json`` was read before.
-
-    Returns:
-        The adapter; its tensors are not evaluated yet.
-
-    Raises:
-        AdapterError: A file that cannot be read, or tensors that do not fit the configs (all of
-            them listed).
-    """
-    try:
-        tuning = read_tuning(read_json(folder / TUNING_CONFIG, AdapterError))
-    except AdapterError as e:
-        raise AdapterError(f"{folder}: {e}") from None
+    """Reads an adapter, lazily; an AdapterError lists every tensor that does not fit."""
+    tuning = _read_config(folder, TUNING_CONFIG, read_tuning)
     tuned = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     packed = merge.encoder is not None and merge.encoder.packed
     dtypes = (*FLOAT_DTYPES, "U32") if packed else FLOAT_DTYPES
@@ -270,11 +229,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Writes an adapter's files into a folder that its caller makes appear whole.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Writes an adapter's files into a folder that its caller makes appear whole."""
     merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
     merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
     tuning = adapter.tuning.to_json() | {"model": adapter.merge.base.id}
@@ -289,14 +244,9 @@ def check_adapter_destination(path: str | Path, force: bool) -> None:
     check_destination(path, force, "adapter", FILES, AdapterError, marker=MERGE_CONFIG)
 
 
-def read_merge_config(folder: Path) -> MergeConfig:
-    """Reads an adapter folder's ``merge_config.json``.
-
-    Raises:
-        AdapterError: It cannot be read, or has a wrong entry.
-    """
+def _read_config(folder: Path, name: str, parse: Callable[[Any], Any]) -> Any:
     try:
-        return MergeConfig.from_json(read_json(folder / MERGE_CONFIG, AdapterError))
+        return parse(read_json(folder / name, AdapterError))
     except AdapterError as e:
         raise AdapterError(f"{folder}: {e}") from None
 
