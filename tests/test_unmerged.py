@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 from kmerge_mlx import Segment, compress, load, stream_generate
 from kmerge_mlx.adapters.folder import FILES, load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.model import attach, merged_embedding
+from kmerge_mlx.model import attach
 from tests.cli_runner import run
 from tests.saved_adapters import refused
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, write_base
@@ -63,18 +63,6 @@ def test_a_headless_k1_adapter_is_mlx_lms_own(world):
         assert response.token == token
         assert mx.array_equal(response.logprobs, logprobs)
         assert (response.prompt_tokens, response.compressed_tokens) == (40, 40)
-
-
-def test_a_tied_head_carries_its_lora(world):
-    """Against logits made by hand: the base's, plus scale * (x A) B."""
-    model, _ = load(str(world / "base"), world / "both", 1)
-    merged = merged_embedding(model)
-    ids = mx.array([[5, 6, 7]])
-    hidden = model.model(ids)
-    update = 2.0 * (hidden @ merged.lora_a) @ merged.lora_b
-    assert mx.abs(update).max().item() > 0.1
-    wanted = hidden @ merged.embedding.weight.T + update
-    assert mx.abs(model(ids) - wanted).max().item() < 1e-4
 
 
 def test_the_command_line_takes_it(world):
