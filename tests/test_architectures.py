@@ -6,7 +6,6 @@ Oracles: Transformers' logits for the base; mlx-lm's own ``input_embeddings`` pa
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step
 
@@ -76,20 +75,6 @@ def test_a_batch_equals_its_prompts_one_by_one(base):
     for prompt, tokens in zip(prompts, together.token_ids, strict=True):
         alone = batch_generate(model, tokenizer, [prompt], max_tokens=8, return_token_ids=True)
         assert alone.token_ids == [tokens]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_quantized_bases_take_adapters(tied):
-    model = build(qwen2_config(tie_word_embeddings=tied))
-    nn.quantize(model, group_size=32, bits=4)
-    adapter = random_adapter(model, 4)
-    attach(model, adapter, PAD)
-    embedding = merged_embedding(model)
-    prompt = embedding.compress([Segment(IDS)])
-    rows = embedding.encoder(embedding.embedding(mx.array([[*IDS[:4]]])))
-    assert mx.abs(embedding(mx.array(prompt.ids[:1])) - rows).max().item() < 1e-5
-    by_rows = model(mx.array([prompt.ids]), input_embeddings=embedding(mx.array([prompt.ids])))
-    assert mx.abs(model(mx.array([prompt.ids])) - by_rows).max().item() < 1e-5
 
 
 # Architectures that no oracle here covers go through the same path, and are probed at load.

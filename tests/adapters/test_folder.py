@@ -131,9 +131,8 @@ def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path):
             adapter = make(**options)
             adapter.head_weights[part] = mx.zeros(shape)
             save_adapter(adapter, tmp_path / "a")
-            assert f"lm_head.{part} {'' if options else 'has shape '}{shape}" in refused(
-                tmp_path / "a"
-            )
+            what = "has shape " if "head" not in options else ""
+            assert f"lm_head.{part} {what}{shape}" in refused(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -238,14 +237,15 @@ def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):
 
 
 def test_force_replaces_nothing_but_an_adapter(tmp_path):
-    adapter, places = saved(tmp_path / "a"), {name: tmp_path / name for name in "defls"}
-    places["e"].mkdir()
-    places["f"].write_text("1")
-    places["l"].symlink_to(adapter)
-    places["d"].symlink_to(tmp_path / "absent")
-    saved(places["s"] / "k4")
-    for name, path in places.items():
-        why = "a symbolic link" if name in "ld" else "not a folder of adapter files"
+    kinds = ("empty", "file", "link", "dangling", "several")
+    empty, file, link, dangling, several = places = [tmp_path / kind for kind in kinds]
+    empty.mkdir()
+    file.write_text("1")
+    link.symlink_to(saved(tmp_path / "a"))
+    dangling.symlink_to(tmp_path / "absent")
+    saved(several / "k4")
+    for path in places:
+        why = "a symbolic link" if path.is_symlink() else "not a folder of adapter files"
         with pytest.raises(AdapterError, match=rf"is {why}(,|:).* replaces "):
             check_adapter_destination(path, force=True)
         with pytest.raises(AdapterError, match="exists"):
