@@ -20,15 +20,8 @@ from kmerge_mlx.hub import fetch
 
 # The config entries by which two base models are told apart.
 FINGERPRINT = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
+    *("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
     "rope_theta",
 )
 

@@ -256,27 +256,22 @@ def _lora_problems(config: LoRAConfig, weights: Mapping[str, mx.array]) -> list[
     keys = set(config.keys)
     hits = {module: keys & name_ends(module) for module in {n.rpartition(".")[0] for n in weights}}
     modules = {**config.modules, **{module: config.uniform for module, hit in hits.items() if hit}}
-    expected = {f"{module}.{part}" for module in modules for part in LORA_PARTS}
-    problems = [f"{name} is missing" for name in expected - weights.keys()]
-    problems += [
-        f"{name} {tuple(weights[name].shape)} belongs to nothing here"
-        for name in weights.keys() - expected
-    ]
-    problems += [f"key {key} has no tensors" for key in keys - set().union(*hits.values())]
+    expected: dict[str, tuple] = {}
     for module, spec in modules.items():
-        a, b = (weights.get(f"{module}.{part}") for part in LORA_PARTS)
-        if a is not None and b is not None and not _have_rank(a.shape, b.shape, spec.rank):
-            problems.append(
-                f"{module} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}, "
-                f"expected (in, {spec.rank}) and ({spec.rank}, out)"
-            )
-    return sorted(problems)
+        expected |= _lora_shapes(module, spec.rank, weights)
+    unused = keys - set().union(*hits.values())
+    problems = [f"key {key} has no tensors" for key in unused]
+    return sorted(problems + tensor_problems(expected, weights))
 
 
-def _have_rank(a: tuple[int, ...], b: tuple[int, ...], rank: int) -> bool:
+def _lora_shapes(module: str, rank: int, stored: Mapping[str, mx.array]) -> dict[str, tuple]:
+    """The shapes of a module's LoRA; widths, which only the base model knows, are as stored."""
+    names = [f"{module}.{part}" for part in LORA_PARTS]
+    a, b = (stored[name].shape if name in stored else () for name in names)
     if len(a) == len(b) == 3:  # mlx-lm's experts: (experts, r, in) and (experts, out, r)
-        return a[1] == b[2] == rank
-    return len(a) == len(b) == 2 and a[1] == b[0] == rank
+        return dict(zip(names, [(a[0], rank, a[2]), (*b[:2], rank)], strict=True))
+    inner, out = (a[0] if len(a) == 2 else "in"), (b[1] if len(b) == 2 else "out")
+    return dict(zip(names, [(inner, rank), (rank, out)], strict=True))
 
 
 def name_ends(module: str) -> set[str]:
@@ -290,12 +285,10 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
     sizes = {} if encoder is None else encoder.shapes()
     expected = {f"{ENCODER}.{name}": shape for name, shape in sizes.items()}
     if merge.head_lora is not None:
-        # V, and at K = 1 also D, only the base model knows: any size will do here.
-        rank, a, b = merge.head_lora.rank, f"{HEAD}.lora_a", f"{HEAD}.lora_b"
-        found = {name: tuple(array.shape) for name, array in stored.items()}
-        width = (encoder.hidden_size,) if encoder else found.get(a, ())[:1]
-        expected[a] = (*(width or ("D",)), rank)
-        expected[b] = (rank, *(found.get(b, ())[1:2] or ("V",)))
+        rank = merge.head_lora.rank
+        expected |= _lora_shapes(HEAD, rank, stored)
+        if encoder is not None:
+            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, rank)
     packed = () if encoder is None else {f"{ENCODER}.{name}" for name in encoder.packed}
     return tensor_problems(expected, stored, packed)
 
