@@ -146,13 +146,9 @@ def test_a_bad_safetensors_file_is_one_short_line(tmp_path):
         text = message(read_safetensors, path)
         assert text.isprintable(), name
         assert len(text) < 300 + len(str(path)), name
-
-
-def test_every_tensor_that_cannot_be_read_is_listed(tmp_path):
-    path = tmp_path / "a.safetensors"
     tensors = {"a": entry([1], 0, 8, "F64"), "b": entry([1], 8, 12), "c": entry([1], 12, 20, "I64")}
     path.write_bytes(header(tensors, ONE * 5))
-    text = message(read_safetensors, path)
+    text = message(read_safetensors, path)  # every tensor is listed
     assert "a has dtype F64, expected one of F32, F16, BF16" in text
     assert "c has dtype I64" in text
     assert " b " not in text

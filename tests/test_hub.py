@@ -118,13 +118,6 @@ def test_a_repo_of_something_else_is_one_line(hub, work, online):
     assert run("info", "user/other").err.startswith("error: user/other holds no adapter, no")
 
 
-def test_a_folder_of_that_name_comes_before_the_hub(hub, work, online, adapter_path):
-    (work / "user").mkdir()
-    (work / "user" / "adapter@main").symlink_to(adapter_path)
-    assert adapter_folder("user/adapter@main") == Path("user/adapter@main")
-    assert hub.requests == []
-
-
 def test_of_several_adapters_only_the_chosen_one_is_fetched(hub, online, tmp_path):
     for k in (2, 4):
         saved(tmp_path / "many" / f"k{k}", k=k)

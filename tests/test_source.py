@@ -87,7 +87,7 @@ def test_a_model_folder_stands_for_the_adapter_it_carries_and_the_other_way_roun
         assert (found.path, found.adapter) == (carrying, carrying / "kmerge")
 
 
-def test_nothing_named_is_the_bundled_model(reads):
+def test_nothing_named_is_the_bundled_model():
     for source in (Source.find(), Source.find(bundled.BUNDLED), Source.find(k=4)):
         assert (source.path, source.k) == (bundled.BASE, 4)
         assert source.model == source.adapter_path == bundled.BUNDLED

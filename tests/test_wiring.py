@@ -113,8 +113,7 @@ def test_a_fresh_adapter_reads_block_means_and_changes_nothing_else(k):
             assert mx.abs(found - rows).max().item() < 1e-6
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize(("tied", "dtype"), [(True, mx.bfloat16), (False, mx.float16)])
 def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
     model, merge, tuning = base(tied, dtype), merge_of(), TUNINGS["uniform"]
     merged = wire(model, merge, tuning, PAD)
@@ -131,10 +130,8 @@ def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
 
 def expected_names(tied: bool, k, tuning: str, head: bool) -> set[str]:
     """Spelled out, not asked of the code."""
-    names = set()
-    if k != 1:
-        start = "model.embed_tokens.encoder."
-        names = {start + f"w{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")}
+    parts = [f"w{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")]
+    names = {f"model.embed_tokens.encoder.{part}" for part in parts if k != 1}
     modules = {
         "uniform": [f"model.layers.{i}.{key}" for i in (0, 1) for key in PROJECTIONS],
         "last layer": [f"model.layers.1.{key}" for key in PROJECTIONS],
