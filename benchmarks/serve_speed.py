@@ -59,8 +59,13 @@ def write_adapter(model: str, k: int, folder: Path) -> None:
     from mlx_lm.utils import load
 
     from kmerge_mlx.adapters.folder import save_adapter
-    from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig, inner_size
-    from kmerge_mlx.adapters.tuning import LoRAConfig
+    from kmerge_mlx.adapters.schema import (
+        EncoderConfig,
+        LoRAConfig,
+        LoRASpec,
+        MergeConfig,
+        inner_size,
+    )
     from kmerge_mlx.base import default_pad_token_id
     from kmerge_mlx.model import adapter_of, wire
     from kmerge_mlx.prompts.lay_out import ALL, Layout

@@ -28,8 +28,10 @@ FURTHER = {
     "generation.conversation": ("Conversation", "History"),
     "prompts.tags": ("parse", "escape", "Span"),
     "adapters.folder": ("Adapter", "load_adapter", "save_adapter", "find_adapters"),
-    "adapters.schema": ("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
-    "adapters.tuning": ("LoRAConfig", "FullConfig"),
+    "adapters.schema": (
+        *("MergeConfig", "EncoderConfig", "LoRASpec", "BaseModelConfig"),
+        *("LoRAConfig", "FullConfig"),
+    ),
     "convert.checkpoint": ("convert_checkpoint",),
     "serving.settings": ("ServeSettings",),
     "serving.app": ("Server",),

@@ -16,19 +16,12 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from kmerge_mlx import bundled
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import ModelError, first_line
-from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub import fetch
 
 # The config entries by which two base models are told apart.
 FINGERPRINT = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
+    *("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
     "rope_theta",
 )
 
@@ -46,14 +39,7 @@ PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a base model, downloaded from the hub if it is not one already.
 
-    Args:
-        path_or_hf_repo: A folder, a hub repo id (``user/name@revision``), or ``bundled``.
-        revision: Hub revision, where the id names none.
-        weights: Whether the weights are wanted too. The config, the tokenizer and the adapter that
-            the repo carries always are.
-
-    Raises:
-        ModelError: Not a folder, and not a repo that can be downloaded.
+    ``weights`` may be left there; the config, the tokenizer and a carried adapter always come.
     """
     if path_or_hf_repo == bundled.BUNDLED:
         return bundled.BASE
@@ -70,11 +56,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A base model's config, spelled the way every mlx-lm model reads it.
-
-    Raises:
-        ModelError: No config, or not one of a language model.
-    """
+    """A base model's config, spelled the way every mlx-lm model reads it."""
     try:
         config = load_config(path)
     except FileNotFoundError:
@@ -93,11 +75,7 @@ def read_tokenizer(
     trust_remote_code: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> TokenizerWrapper:
-    """The tokenizer of a base, with its config's end-of-text tokens.
-
-    Raises:
-        ModelError: It cannot be loaded; the base is called ``name`` then.
-    """
+    """The tokenizer of a base, which errors call ``name``, with its config's end-of-text tokens."""
     settings = {"trust_remote_code": trust_remote_code, **(options or {})}
     try:
         tokenizer = load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
@@ -125,10 +103,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5 writes ``rope_parameters`` (and gemma3's layer pattern as ``layer_types``);
     several mlx-lm models read only the older names and silently fall back to their defaults,
-    which moves the logits without changing the argmax.
-
-    Returns:
-        A copy with the older names filled in where they were missing; nothing is removed.
+    which moves the logits without changing the argmax. The copy has both spellings.
     """
     fixed = dict(config)
     if isinstance(fixed.get("text_config"), Mapping):
@@ -162,10 +137,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a normalised config by which two base models are told apart.
-
-    Quantization is not one of them: it is the same base.
-    """
+    """The entries of a config by which bases are told apart; a quantized one is the same base."""
     text = text_config(config)
     return {name: text[name] for name in FINGERPRINT if text.get(name) is not None}
 
@@ -188,8 +160,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     if not isinstance(length, int) or length < 1:
         return None
     if isinstance(scaling := text.get("rope_scaling"), Mapping):
-        trained = scaling.get("original_max_position_embeddings")
-        factor = scaling.get("factor")
+        trained, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
         # Some configs already give the stretched length (Llama 3), some the trained one (Qwen).
         if isinstance(trained, int) and isinstance(factor, int | float) and trained >= length:
             return int(trained * factor)
@@ -204,9 +175,8 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """The one table that turns token ids into embeddings: its path in the model, and the module.
 
-    Raises:
-        ModelError: No table, or a second one that is looked up by token id as well (gemma3n's and
-            gemma4's per-layer inputs, n-gram embeddings): it could not read a virtual id.
+    A second one, looked up by token id as well (gemma3n's and gemma4's per-layer inputs, n-gram
+    embeddings), could not read a virtual id.
     """
     tables = {
         path: module
@@ -226,32 +196,11 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     return next(iter(tables.items()))
 
 
-def probe(model: nn.Module, token_id: int, virtual_id: int, name: str) -> None:
-    """Checks that a virtual id whose row is a token's embedding gives that token's logits.
-
-    One forward pass over two one-token rows. It runs at load for architectures that the tests do
-    not cover, because some look at ids in places that the module tree does not show.
-
-    Raises:
-        ModelError: The logits differ.
-    """
-    logits = model(mx.array([[token_id], [virtual_id]])).astype(mx.float32)
-    gap, size = mx.abs(logits[0] - logits[1]).max().item(), mx.abs(logits[0]).max().item()
-    if not gap <= 1e-2 * max(size, 1e-6):
-        raise ModelError(
-            f"{name} looks at token ids outside its embedding table (a merged block in a token's "
-            f"place moves the logits by {gap:.2g}): it cannot read merged prompts"
-        )
-
-
 def weights_digest(path: Path) -> str:
     """SHA-256 by which a resumed run knows the base model in a folder again, quick for any size.
 
     It reads the name and length of each weights file, its beginning (the header) and 64 samples of
     the rest, not every byte.
-
-    Raises:
-        ModelError: A file cannot be read.
     """
     digest, samples, size = hashlib.sha256(), 64, 1 << 16
     try:

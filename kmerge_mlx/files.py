@@ -35,10 +35,7 @@ def read_json(path: Path, error: type[KMergeError]) -> Any:
 
     Numbers that other JSON readers have no place for (``NaN``, ``1e999``, integers of 20 digits)
     are left as strings, so they fail wherever a number is expected, and can be written again.
-
-    Raises:
-        KMergeError: (of the kind ``error``) Missing, unreadable, larger than 1 MiB, not JSON, or
-            nested over 32 deep.
+    An ``error`` says that it is missing, unreadable, too large, not JSON, or nested too deep.
     """
     try:
         if _regular_size(path, error) > MAX_JSON_BYTES:
@@ -51,15 +48,16 @@ def read_json(path: Path, error: type[KMergeError]) -> Any:
     except (ValueError, RecursionError) as e:
         reason = first_line(e) if isinstance(e, json.JSONDecodeError) else "unreadable"
         raise error(f"{path} is not valid JSON ({reason})") from None
-    boxes = [data]
-    for _ in range(MAX_JSON_DEPTH):
-        inside = (
-            b.values() if isinstance(b, dict) else b for b in boxes if isinstance(b, dict | list)
-        )
-        boxes = [item for items in inside for item in items]
-    if any(isinstance(item, dict | list) for item in boxes):
+    if _is_deeper(data, MAX_JSON_DEPTH):
         raise error(f"{path} is nested more than {MAX_JSON_DEPTH} deep: not a config file")
     return data
+
+
+def _is_deeper(data: Any, depth: int) -> bool:
+    if not isinstance(data, dict | list):
+        return False
+    inside = data.values() if isinstance(data, dict) else data
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inside)
 
 
 def _integer(text: str) -> int | str:
@@ -81,11 +79,10 @@ def _regular_size(path: Path, error: type[KMergeError]) -> int:
 def safetensors_shapes(
     path: Path, error: type[KMergeError], dtypes: Collection[str] = FLOAT_DTYPES
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its checked header alone.
+    """Names and shapes of a safetensors file, from its header alone.
 
-    Raises:
-        KMergeError: (of the kind ``error``) Missing, torn or not safetensors, or tensors (all are
-            listed) of dtypes other than ``dtypes``, or that MLX cannot hold.
+    An ``error`` says that it is missing or torn, or lists the tensors that MLX cannot hold or that
+    have other dtypes.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -133,11 +130,7 @@ def read_safetensors(
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON with a stable layout, and flushes it to the disk.
-
-    Raises:
-        OSError: It cannot be written, or is larger than :func:`read_json` reads.
-    """
+    """Writes JSON with a stable layout, and flushes it to the disk."""
     text = json.dumps(data, indent=2) + "\n"
     if len(text) > MAX_JSON_BYTES:
         raise OSError(errno.EFBIG, f"{path.name} would be over {MAX_JSON_BYTES >> 20} MiB")
@@ -149,9 +142,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array], framework: st
     """Writes tensors, the same bytes for the same tensors, and flushes them to the disk.
 
     The file names the framework that it is for: ``mlx``, or ``pt`` for PyTorch.
-
-    Raises:
-        OSError: It cannot be written.
     """
     try:
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), {"format": framework})
@@ -181,13 +171,11 @@ def flush(path: Path) -> None:
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yields a temporary file that becomes ``path`` when the block ends without an error.
 
-    Killed at any moment, ``path`` is what it was, or absent, or whole. What killed runs left beside
-    it is cleared. The temporary file has the suffix of ``path``.
+    Killed at any moment, ``path`` is what it was, or absent, or whole. What a killed run left is
+    cleared by the next one. The temporary file has the suffix of ``path``.
     """
-    for leftover in _leftovers(path, "new"):
-        if not _is_folder(leftover):
-            leftover.unlink(missing_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}{path.suffix}")
+    clear_leftovers(path)
+    new = _beside(path, "new")
     try:
         yield new
         flush(new)
@@ -199,38 +187,27 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes ``path`` when the block ends without an error.
-
-    Killed at any moment, ``path`` is what it was, or absent, or whole. What a killed run left
-    beside it is cleared by the next run.
-    """
+    """Yields a temporary folder that becomes ``path``, as :func:`replacing_file`."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    new = _beside(path, "new")
+    new, old = _beside(path, "new"), _beside(path, "old")
     new.mkdir()
     try:
         yield new
         flush(new)
         if path.exists():
-            _swap(new, path)
-        else:
+            path.rename(old)
+        try:
             new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
         flush(path.parent)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Puts a folder in another's place; an error leaves the other where it was."""
-    old = _beside(path, "old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_destination(
@@ -243,18 +220,8 @@ def check_destination(
 ) -> None:
     """Refuses to write a folder over something, before any work is done.
 
-    A folder that a killed run was about to replace is given back first.
-
-    Args:
-        path: Where the folder is to be written.
-        force: Whether a folder of the same kind there may be replaced.
-        kind: What kind that is, for the errors.
-        names: Files that such a folder may hold; a folder with more is never deleted.
-        error: Kind of error to raise.
-        marker: A file that the folder must hold, or None.
-
-    Raises:
-        KMergeError: Something is there and ``force`` is off, or it is not such a folder.
+    A folder that a killed run was about to replace is given back first. With ``force``, a folder of
+    the same ``kind`` may be replaced: it holds the ``marker``, and no other files than ``names``.
     """
     path = Path(path)
     try:
@@ -279,37 +246,27 @@ def check_destination(
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes what killed runs left beside a folder; gives it back if one was about to replace it.
-
-    Raises:
-        OSError: The folder around it cannot be read or changed.
-    """
+    """Removes what killed runs left beside a path; gives a folder back that one was replacing."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         return
-    for kind in ("old", "new"):
-        for leftover in filter(_is_folder, _leftovers(path, kind)):
-            if kind == "old" and not path.exists():
-                leftover.rename(path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
+    own = re.compile(re.escape(f".{path.name}.") + r"(new|old)-(\d+)(?:[-.].*)?", re.DOTALL)
+    for child in list(path.parent.iterdir()):
+        found = own.fullmatch(child.name)
+        if not found or child.is_symlink() or _is_running(int(found[2])):
+            continue
+        if child.is_file():
+            child.unlink(missing_ok=True)
+        elif found[1] == "old" and not path.exists():
+            child.rename(path)
+        else:
+            shutil.rmtree(child, ignore_errors=True)
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A name beside a folder that says which run it belongs to, for the next one to clear."""
-    return path.parent / f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _leftovers(path: Path, kind: str) -> Iterator[Path]:
-    """What runs that have ended left beside a file or a folder."""
-    own = re.compile(re.escape(f".{path.name}.{kind}-") + r"(\d+)(?:[-.].*)?", re.DOTALL)
-    for child in list(path.parent.iterdir()):
-        if (found := own.fullmatch(child.name)) and not _is_running(int(found[1])):
-            yield child
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+    """A name beside a path that says which run it belongs to, for the next one to clear."""
+    name = f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    return path.with_name(name)
 
 
 def _is_running(pid: int) -> bool:

@@ -37,38 +37,21 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Option:
-    """A setting, without its name and default.
+    """A setting, without its name and default."""
 
-    Args:
-        kind: ``int``, ``float``, ``bool``, ``str``, ``SIZE``, ``list`` (a flag takes text with
-            commas) or ``dict`` (a flag takes a JSON object).
-        help: One sentence.
-        low: Smallest value.
-        high: Largest value.
-        choices: The only values.
-        many: Whether the flag may be given several times; the value is then a tuple.
-        group: Heading in the help.
-        flags: The flags, the first of which errors name. Default: ``--name-of-the-field``.
-        argument: What a positional argument is called in the help; it has no flag.
-        required: Whether the command line must name it.
-        yaml_only: Whether it has no flag.
-        fixed: Whether a resumed training run must have the same.
-        shown: What the help calls the default, where the value itself would not help.
-    """
-
-    kind: type | str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[Any, ...] = ()
-    many: bool = False
-    group: str | None = None
-    flags: tuple[str, ...] = ()
-    argument: str | None = None
-    required: bool = False
-    yaml_only: bool = False
-    fixed: bool = True
-    shown: str | None = None
+    kind: type | str  # int, float, bool, str, SIZE, list (a flag takes commas), dict (JSON)
+    help: str  # one sentence
+    low: float | None = None  # smallest value
+    high: float | None = None  # largest value
+    choices: tuple[Any, ...] = ()  # the only values
+    many: bool = False  # the flag may be given several times; the value is then a tuple
+    group: str | None = None  # heading in the help
+    flags: tuple[str, ...] = ()  # the first is in errors; default: --name-of-the-field
+    argument: str | None = None  # a positional argument's name in the help; it has no flag
+    required: bool = False  # the command line must name it
+    yaml_only: bool = False  # it has no flag
+    fixed: bool = True  # a resumed training run must have the same
+    shown: str | None = None  # what the help calls the default
 
 
 def option(default: Any, kind: type | str, help: str, **more: Any) -> Any:
@@ -106,11 +89,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of every command's settings, which are checked when they are made.
-
-    Raises:
-        SettingsError: Everything wrong, listed. A setting stands in backticks.
-    """
+    """Base of every command's settings; a SettingsError lists everything wrong with them."""
 
     NAME: ClassVar[str] = "settings"
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
@@ -127,11 +106,7 @@ class Settings:
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> Self:
-        """Makes settings from layers, the later of which win; None leaves a setting as it was.
-
-        Raises:
-            SettingsError: An unknown name (with what is near it), or as for the class.
-        """
+        """Makes settings from layers, the later of which win; None leaves a setting as it was."""
         known = {f.name: f for f in fields(cls)}
         given: dict[str, Any] = {}
         for layer in layers:
@@ -154,27 +129,20 @@ class Settings:
         return type(self).of(saved, self.given())
 
     def refuse_foreign(self, chosen: str, own: Mapping[str, tuple[str, ...]]) -> None:
-        """Refuses settings of another choice (a task, say), which would be ignored.
+        """Refuses settings of another choice (a task, say) than the ``chosen`` one.
 
-        Args:
-            chosen: The choice.
-            own: By choice, the settings that only some choices have.
-
-        Raises:
-            SettingsError: Names them.
+        ``own`` holds, by choice, the settings that only some choices have.
         """
         foreign = {name for names in own.values() for name in names} - set(own[chosen])
         plain = type(self).__dataclass_fields__
         named = [
-            name
+            f"`{name}` is not an option of {chosen}"
             for name, value in self.given().items()
             # A file of --print-config names every default; a list's default is empty.
             if name in foreign and value not in (plain[name].default, [])
         ]
         if named:
-            raise SettingsError(
-                findings(self.NAME, [f"`{name}` is not an option of {chosen}" for name in named])
-            )
+            raise SettingsError(findings(self.NAME, named))
 
     @classmethod
     def setting(cls, name: str, **changed: Any) -> Any:
@@ -203,20 +171,17 @@ def problems_of(field_: Field, value: Any) -> list[str]:
 
 def _problem(option: Option, name: str, value: Any) -> str | None:
     if not _is_kind(option.kind, value) or (option.choices and value not in option.choices):
-        expected = _WORDS[option.kind]
-        if option.choices:
-            expected = f"one of {', '.join(map(str, option.choices))}"
+        choices = f"one of {', '.join(map(str, option.choices))}"
+        expected = choices if option.choices else _WORDS[option.kind]
         return f"{name} is {short(value)}, expected {expected}"
     if option.low is not None and value < option.low:
         return f"{name} is {value}, expected at least {option.low}"
     high = MAX_INT if option.kind is int and option.high is None else option.high
     if high is not None and value > high:
         return f"{name} is {short(value)}, expected at most {high}"
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are not text
-            return f"{name} is not UTF-8"
+    # Bytes of the command line that are not text come as lone surrogates.
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        return f"{name} is not UTF-8"
     return None
 
 
@@ -227,9 +192,7 @@ def _is_kind(kind: type | str, value: Any) -> bool:
         return is_number(value)
     if kind == SIZE:
         return is_int(value) or (isinstance(value, str) and bool(_SIZE.fullmatch(value.strip())))
-    if kind is list:
-        return isinstance(value, list | tuple)
-    return isinstance(value, kind)
+    return isinstance(value, list | tuple if kind is list else kind)
 
 
 @dataclass(frozen=True)

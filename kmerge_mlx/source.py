@@ -17,23 +17,14 @@ from kmerge_mlx.errors import AdapterError, ModelError
 
 @dataclass(frozen=True)
 class Source:
-    """A base model and an adapter, found on this machine.
+    """A base model and an adapter, found on this machine; without an adapter nothing merges."""
 
-    Args:
-        model: What the base is called: a folder, a hub repo id, or ``bundled``.
-        path: The base's folder.
-        adapter_path: What the adapter is called, or None without one.
-        adapter: The folder of the adapter for this K, or None.
-        merge: The content of its ``merge_config.json``, or None.
-        trust_remote_code: Let the base's own Python files run.
-    """
-
-    model: str
-    path: Path
-    adapter_path: str | None = None
-    adapter: Path | None = None
-    merge: MergeConfig | None = None
-    trust_remote_code: bool = False
+    model: str  # what the base is called: a folder, a hub repo id, or ``bundled``
+    path: Path  # its folder
+    adapter_path: str | None = None  # what the adapter is called
+    adapter: Path | None = None  # its folder, for this K
+    merge: MergeConfig | None = None  # its merge_config.json
+    trust_remote_code: bool = False  # let the base's own Python files run
 
     @classmethod
     def find(
@@ -44,16 +35,10 @@ class Source:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> Source:
-        """Finds both, downloading what is on the hub.
+        """Finds both, downloading what is on the hub (see :class:`settings.ModelSettings`).
 
-        Args:
-            model: Base model, or None: the one the adapter names; without an adapter, the
-                bundled model.
-            adapter_path: Adapter folder, folder of them, hub repo id or ``bundled``; None: the
-                one that the model's folder carries, if any.
-            k: Merge factor, or None: the only one there is.
-            trust_remote_code: Let the base's own Python files run.
-            revision: Hub revision of the base, where its id names none.
+        Without ``model`` it is the base that the adapter names, or the bundled one; without
+        ``adapter_path`` the adapter that the model's folder carries, if any.
 
         Raises:
             ModelError: The adapter does not name its base, or the model cannot be found.
@@ -61,10 +46,7 @@ class Source:
         """
         name, path, folders = _look_up(model, adapter_path, revision)
         if folders is None:
-            if k not in (None, 1):
-                raise AdapterError(
-                    f"`k` is {k}, and there is no merge encoder: give `adapter_path`"
-                )
+            check_unmerged(k)
             return cls(name, path, trust_remote_code=trust_remote_code)
         folder, merge = folders.choose(k)
         path = path or base.resolve(name, revision)
@@ -74,11 +56,7 @@ class Source:
     def alone(
         cls, model: str, trust_remote_code: bool = False, revision: str | None = None
     ) -> Source:
-        """Finds a base model, without the adapter that its folder may carry.
-
-        Raises:
-            ModelError: It cannot be found.
-        """
+        """Finds a base model, without the adapter that its folder may carry."""
         return cls(model, base.resolve(model, revision), trust_remote_code=trust_remote_code)
 
     @classmethod
@@ -89,25 +67,15 @@ class Source:
         ks: Sequence[int] = (),
         trust_remote_code: bool = False,
     ) -> list[Source]:
-        """Finds the base model and several adapters of one folder, which is read once.
+        """Finds the base and the adapters for ``ks``, ascending; without ``ks`` for all there are.
 
-        Args:
-            model: As for :meth:`find`; so the others, and the errors.
-            adapter_path: Adapter folder or repo id.
-            trust_remote_code: Let the base's own Python files run.
-            ks: Merge factors wanted; empty: all there are. 1 is the base model alone where there
-                is no adapter for it.
-
-        Returns:
-            One source for each K, ascending.
+        1 is the base model alone where there is no adapter for it.
         """
         name, path, folders = _look_up(model, adapter_path)
         found = {} if folders is None else folders.found
         ks = sorted({*(ks or found or (1,))})
-        if folders is None and ks != [1]:
-            raise AdapterError(
-                f"`k` is {ks[-1]}, and there is no merge encoder: give `adapter_path`"
-            )
+        if folders is None:
+            check_unmerged(ks[-1])
         chosen = [folders.choose(k) if k != 1 or k in found else (None, None) for k in ks]
         path = path or base.resolve(name)
         called = None if folders is None else folders.name
@@ -122,6 +90,12 @@ class Source:
     def config(self) -> dict[str, Any]:
         """The base's config as :func:`base.read_config` gives it, read once."""
         return base.read_config(self.path)
+
+
+def check_unmerged(k: int | None) -> None:
+    """Refuses a merge factor where there is no adapter."""
+    if k not in (None, 1):
+        raise AdapterError(f"`k` is {k}, and there is no merge encoder: give `adapter_path`")
 
 
 def _look_up(

@@ -1,5 +1,10 @@
 """Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
+:class:`MergeEncoder` makes one embedding of a block. Source: arXiv 2604.15153 section 3.2: block
+mean plus a 3-layer ReLU MLP over the K embeddings laid end to end. The paper calls it
+average-initialised; here the last layer starts at zero, so training starts at exactly the mean.
+Beyond the paper, the MLP may also read c tokens before the block.
+
 The merged embedding of a block depends only on the token ids that the encoder reads: the block's
 own K, and with an encoder context of c the c before it. So every distinct block gets an id of its
 own past the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table:
@@ -22,13 +27,67 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.config import MAX_BLOCKS
-from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec
+from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
 from kmerge_mlx.errors import BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
 
 Block = tuple[int, ...]
+
+
+class MergeEncoder(nn.Module):
+    """``f(e_1..e_K) = mean(e) + W3 relu(W2 relu(W1 [e_1;..;e_K]))``, every W with a bias.
+
+    With a context of c, W1 reads ``[e_1-c;..;e_0;e_1;..;e_K]``; the mean is over the block alone.
+
+    Args:
+        config: K, D, H and c, and how the weights are packed, if they are.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        widths = config.layers().values()
+        self.w1, self.w2, self.w3 = (nn.Linear(inner, out) for out, inner in widths)
+        self.w3.weight = mx.zeros_like(self.w3.weight)
+        self.w3.bias = mx.zeros_like(self.w3.bias)
+        if config.quantization is not None:
+            nn.quantize(self, config.quantization.group_size, config.quantization.bits)
+
+    def __call__(self, embeddings: mx.array) -> mx.array:
+        """Merges blocks.
+
+        Args:
+            embeddings: ``(N, c + K, D)``, any float dtype: c before each block, then its own K.
+
+        Returns:
+            Merged embeddings ``(N, D)`` in the encoder's dtype.
+        """
+        x = embeddings.astype(self.w3.bias.dtype)
+        hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
+        hidden = nn.relu(self.w2(hidden))
+        return x[:, self.config.context :].mean(axis=1) + self.w3(hidden)
+
+    def in_chunks(
+        self,
+        embed: Callable[[mx.array], mx.array],
+        blocks: mx.array,
+        chunk_size: int = BLOCKS_PER_CHUNK,
+    ) -> Iterator[mx.array]:
+        """Looks up and merges many blocks without holding all of their embeddings at once.
+
+        Args:
+            embed: Token ids of any shape to embeddings of that shape plus ``(D,)``.
+            blocks: Token ids ``(N, c + K)``.
+            chunk_size: Blocks per chunk.
+
+        Yields:
+            Merged embeddings ``(n, D)``, evaluated, n at most ``chunk_size``, in order.
+        """
+        for start in range(0, blocks.shape[0], chunk_size):
+            merged = self(embed(blocks[start : start + chunk_size]))
+            mx.eval(merged)
+            yield merged
 
 
 @dataclass(eq=False)
@@ -62,15 +121,11 @@ class CompressedPrompt:
 
 
 class BlockTable:
-    """Gives each distinct block a slot; the number of slots is bounded.
+    """Gives each distinct block a slot; ``capacity`` bounds the number of slots.
 
     A block keeps its slot as long as a live :class:`CompressedPrompt` or the key of a KV cache
     names it: a slot re-used earlier would make a prefix match between different texts. When the
     slots run out, all that nothing names are freed at once (mark and sweep).
-
-    Args:
-        vocab_size: V, the first virtual id.
-        capacity: How many slots there are.
     """
 
     def __init__(self, vocab_size: int, capacity: int = MAX_BLOCKS):
@@ -94,17 +149,11 @@ class BlockTable:
         self._providers.append(provider)
 
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
-        """Gives every block its virtual id.
-
-        Args:
-            blocks: c + K token ids each; repeats allowed.
+        """Gives every block its virtual id; a BlockTableFullError leaves the table as it was.
 
         Returns:
             The virtual id of each block, and the slots that are new, whose rows the caller must
             write (or give back by :meth:`forget` if it cannot).
-
-        Raises:
-            BlockTableFullError: More blocks in use than slots; nothing has changed then.
         """
         distinct = dict.fromkeys(blocks)
         missing = [block for block in distinct if block not in self._slot_of]
@@ -146,12 +195,7 @@ class MergedEmbedding(nn.Module):
     Ids below V are looked up in the base table, ids from V on in the rows of merged embeddings.
     ``as_linear`` is the base's, plus the head's LoRA: PEFT's ``lm_head`` adapter changes only the
     output side of a tied model, which is why it cannot live in mlx-lm's ``LoRAEmbedding``.
-
-    Args:
-        embedding: The base model's table, ``(V, D)``, plain or quantized.
-        encoder: The merge encoder, or None: nothing is merged then (K = 1).
-        pad_token_id: Fills the last block of a merged segment, and the context of its first.
-        max_blocks: Slots of the block table.
+    Without an encoder nothing is merged (K = 1).
     """
 
     def __init__(
@@ -201,14 +245,7 @@ class MergedEmbedding(nn.Module):
         self.lora_b = mx.zeros((spec.rank, self.vocab_size))
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Embeds ordinary and virtual ids.
-
-        Args:
-            ids: ``(...)``, any integer dtype, each below V or of a block in the table.
-
-        Returns:
-            Embeddings ``(..., D)`` in the base table's dtype.
-        """
+        """Ordinary and virtual ids ``(...)`` to embeddings ``(..., D)`` in the base's dtype."""
         virtual = ids >= self.vocab_size
         # MLX does not check indices: whatever an id is, the rows are read in range.
         base = self.embedding(mx.where(virtual, 0, ids))
@@ -249,11 +286,7 @@ class MergedEmbedding(nn.Module):
     def compress(self, segments: Iterable[Segment]) -> CompressedPrompt:
         """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
-        Args:
-            segments: The prompt's parts in order; blocks never straddle two of them.
-
-        Returns:
-            The compressed prompt, whose blocks keep their slots while the object lives.
+        Blocks never straddle two segments, and keep their slots while the returned object lives.
 
         Raises:
             PromptError: A token id outside the vocabulary.
@@ -267,21 +300,15 @@ class MergedEmbedding(nn.Module):
                 f"token id {bad} is outside the base model's vocabulary of {self.vocab_size:,}: "
                 "use the tokenizer of that model"
             )
-        merges = [segment.merge and self.encoder is not None for segment in segments]
-        blocks: list[Block] = []
-        for segment, merge in zip(segments, merges, strict=True):
-            blocks += split(segment.ids, k, self.pad_token_id, self.context) if merge else []
-        virtual = self._virtual_ids(blocks)
+        merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
+        cut = [split(ids, k, self.pad_token_id, self.context) for ids in merged]
+        virtual = self._virtual_ids([block for blocks in cut for block in blocks])
         ids: list[int] = []
         lengths: list[int] = []
-        for segment, merge in zip(segments, merges, strict=True):
+        for segment, blocks in zip(segments, cut, strict=True):
             count = len(segment.ids)
-            if merge:
-                ids += [next(virtual) for _ in range(0, count, k)]
-                lengths += [min(k, count - start) for start in range(0, count, k)]
-            else:
-                ids += segment.ids
-                lengths += [1] * count
+            ids += [next(virtual) for _ in blocks] or segment.ids
+            lengths += [min(k, count - i * k) for i in range(len(blocks))] or [1] * count
         prompt = CompressedPrompt(ids, original_ids, lengths, self.table)
         self.table.track(prompt)
         return prompt
@@ -329,12 +356,6 @@ def split(
     """Cuts one segment's token ids into blocks of K, each led by the c ids before it.
 
     The padding token fills up the last block, and stands for what is missing before the first.
-
-    Args:
-        ids: The segment's ids.
-        merge_factor: K.
-        pad_token_id: The padding token.
-        context: c. Each block returned has c + K ids.
 
     Source: arXiv 2604.15153 section 3.1; the padding token is that of the paper's code (a space).
     """

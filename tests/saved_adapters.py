@@ -8,8 +8,13 @@ import mlx.core as mx
 import pytest
 
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import (
+    BaseModelConfig,
+    EncoderConfig,
+    LoRAConfig,
+    LoRASpec,
+    MergeConfig,
+)
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.prompts.lay_out import ALL, Layout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,24 +69,17 @@ def test_the_digest_of_the_weights_changes_with_a_sampled_byte(tmp_path):
     assert base.weights_digest(tmp_path) != before
 
 
-class Tokenizer:
-    def __init__(self, space, pad=None, eos=None):
-        self.space, self.pad_token_id, self.eos_token_id = space, pad, eos
-
-    def encode(self, text, add_special_tokens):
-        assert (text, add_special_tokens) == (" ", False)
-        return self.space
-
-
 def test_blocks_are_filled_with_a_space_else_pad_else_eos():
-    for tokenizer, pad in (
-        (Tokenizer([7, 8], 1, 2), 7),
-        (Tokenizer([], 1, 2), 1),
-        (Tokenizer([], None, 2), 2),
-    ):
-        assert base.default_pad_token_id(tokenizer) == pad
+    def tokenizer(space, pad=None, eos=None):
+        encode = {" ": space}.get
+        return SimpleNamespace(
+            encode=lambda text, add_special_tokens: encode(text), pad_token_id=pad, eos_token_id=eos
+        )
+
+    for names, pad in ((([7, 8], 1, 2), 7), (([], 1, 2), 1), (([], None, 2), 2)):
+        assert base.default_pad_token_id(tokenizer(*names)) == pad
     with pytest.raises(ModelError, match="no space, pad or eos"):
-        base.default_pad_token_id(Tokenizer([]))
+        base.default_pad_token_id(tokenizer([]))
 
 
 def test_a_name_that_is_neither_folder_nor_repo_is_refused(tmp_path):

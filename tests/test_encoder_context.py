@@ -59,7 +59,7 @@ def assert_same(found, wanted, tolerance=1e-4):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 60, 1_001])
+@pytest.mark.parametrize("length", [1, 4, 5, 1_001])
 def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
     model, tokenizer = near
     ids = prompts_of(1, length, length, seed=length)[0]
@@ -86,16 +86,6 @@ def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
         cached = len(prompt.ids) - len(rest)
         assert cached == 20
         assert_same(steps(model, prompt.after(cached), prompt_cache=reused), steps(model, prompt))
-
-
-def test_a_token_changed_within_reach_of_the_next_block_changes_that_too(near):
-    merged, ids = merged_embedding(near[0]), list(range(1, 13))
-    prompt = merged.compress([Segment(ids)])
-    other = merged.compress([Segment([*ids[:7], 99, *ids[8:]])])
-    same = [a == b for a, b in zip(other.ids, prompt.ids, strict=True)]
-    assert same == [True, False, False]  # the last has equal tokens, read after another one
-    changed_early = merged.compress([Segment([*ids[:4], 99, *ids[5:]])])
-    assert changed_early.ids[2] == prompt.ids[2]  # out of reach
 
 
 def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):

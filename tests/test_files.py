@@ -103,29 +103,20 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
     path = tmp_path / "a.safetensors"
     bits = mx.random.randint(0, 2**32, (64, 3), dtype=mx.uint32)
     array = bits.view(dtype)  # every kind of number, NaNs with payloads too
-    write_safetensors(
-        path, {"b.x": array, "a": array.T, "scalar": mx.array(1.5), "none": mx.zeros(0)}
-    )
+    tensors = {"b.x": array, "a": array.T, "scalar": mx.array(1.5), "none": mx.zeros(0)}
+    write_safetensors(path, tensors)
     found = read_safetensors(path, AdapterError)
     assert list(found) == ["a", "b.x", "none", "scalar"]
     assert found["b.x"].dtype == dtype
     assert mx.array_equal(found["b.x"].view(mx.uint8), array.view(mx.uint8))
     assert mx.array_equal(found["a"].T.view(mx.uint16), array.view(mx.uint16))
-    assert found["scalar"].shape == ()
-    assert found["none"].shape == (0,)
     if dtype != mx.bfloat16:  # which numpy does not have
         theirs = load_file(path)
+        shapes = {name: array.shape for name, array in theirs.items()}
+        assert safetensors_shapes(path, AdapterError) == shapes
         save_file(theirs, tmp_path / "b.safetensors")
         again = read_safetensors(tmp_path / "b.safetensors", AdapterError)
         assert theirs["b.x"].tobytes() == np.array(again["b.x"]).tobytes()
-
-
-def test_shapes_come_from_the_header_alone(tmp_path):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(header({"a": entry([2, 1], 0, 8), "b": entry([], 8, 12)}, ONE * 3))
-    assert safetensors_shapes(path, AdapterError) == {"a": (2, 1), "b": ()}
-    write_safetensors(path, {})
-    assert read_safetensors(path, AdapterError) == {}
 
 
 BAD = {
@@ -155,13 +146,9 @@ def test_a_bad_safetensors_file_is_one_short_line(tmp_path):
         text = message(read_safetensors, path)
         assert text.isprintable(), name
         assert len(text) < 300 + len(str(path)), name
-
-
-def test_every_tensor_that_cannot_be_read_is_listed(tmp_path):
-    path = tmp_path / "a.safetensors"
     tensors = {"a": entry([1], 0, 8, "F64"), "b": entry([1], 8, 12), "c": entry([1], 12, 20, "I64")}
     path.write_bytes(header(tensors, ONE * 5))
-    text = message(read_safetensors, path)
+    text = message(read_safetensors, path)  # every tensor is listed
     assert "a has dtype F64, expected one of F32, F16, BF16" in text
     assert "c has dtype I64" in text
     assert " b " not in text
@@ -223,12 +210,8 @@ def test_an_error_at_the_swap_gives_the_old_folder_back(tmp_path, monkeypatch):
 @pytest.fixture(params=["dead", "own"])
 def pid(request) -> int:
     """A killed run's number: of a dead process, or, as in a container, that of the next run."""
-    code = "import os; print(os.getpid())"
-    return (
-        os.getpid()
-        if request.param == "own"
-        else int(subprocess.check_output([PYTHON, "-c", code]))
-    )
+    dead = int(subprocess.check_output([PYTHON, "-c", "import os; print(os.getpid())"]))
+    return os.getpid() if request.param == "own" else dead
 
 
 @pytest.mark.parametrize("name", ["z", "a[1]*", "z.new-1"])
@@ -245,15 +228,12 @@ def test_what_killed_runs_left_is_cleared(tmp_path, pid, name):
 
 
 def test_a_half_replaced_folder_is_given_back(tmp_path, pid):
-    fill(tmp_path / f".z.old-{pid}-abc", "the old one")
     (tmp_path / f".z.new-{pid}-abc").mkdir()
-    clear_leftovers(tmp_path / "z")
-    assert [p.name for p in tmp_path.iterdir()] == ["z"]
-    assert (tmp_path / "z" / "a.txt").read_text() == "the old one"
-    fill(tmp_path / f".z.old-{pid}-abc", "an older one")
-    clear_leftovers(tmp_path / "z")
-    assert [p.name for p in tmp_path.iterdir()] == ["z"]
-    assert (tmp_path / "z" / "a.txt").read_text() == "the old one"
+    for text in ("the old one", "an older one"):
+        fill(tmp_path / f".z.old-{pid}-abc", text)
+        clear_leftovers(tmp_path / "z")
+        assert [p.name for p in tmp_path.iterdir()] == ["z"]
+        assert (tmp_path / "z" / "a.txt").read_text() == "the old one"
     clear_leftovers(tmp_path / "absent" / "z")
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"files", "prompts", "hub"},
     {"settings"},
     {"adapters", "data"},
-    {"base", "encoder"},
+    {"base"},
     {"virtual_tokens", "source"},
     {"model", "convert"},
     {"generation"},

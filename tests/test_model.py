@@ -10,15 +10,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import pytest
+from mlx_lm.generate import generate_step
 
-from kmerge_mlx import compress, load
-from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx import Segment, compress, load, stream_generate
+from kmerge_mlx.adapters.folder import FILES, Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.base import fingerprint
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding
-from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
+from tests.cli_runner import run
+from tests.saved_adapters import refused
+from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, write_base
 
 
 def saved(adapter: Adapter, path):
@@ -70,25 +72,21 @@ def test_a_base_without_an_adapter_loads_plain(base):
         load(str(base), k=4)
 
 
-def test_the_lora_part_alone_is_what_mlx_lm_loads(base, tmp_path):
-    headless = random_adapter(build(qwen2_config()), 4, head=False)
-    path = saved(headless, tmp_path / "a")
-    ours, _ = load(str(base), path)
-    theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(path))
-    ids = mx.array([[5, 6, 7, 8]])
-    assert mx.array_equal(ours(ids), theirs(ids))
-
-
 def test_lora_by_module_loads_with_its_own_ranks_and_scales(base, adapter, tmp_path):
     """The same LoRA in both forms gives the same logits."""
     names = sorted({name.rsplit(".", 1)[0] for name in adapter.tuning_weights})
     by_module = LoRAConfig(2, modules=dict.fromkeys(names, LoRASpec(4, 2.0)))
-    paths = [
-        saved(adapter, tmp_path / "a"),
-        saved(replace(adapter, tuning=by_module), tmp_path / "b"),
-    ]
+    paths = [saved(adapter, tmp_path / "a")]
+    paths.append(saved(replace(adapter, tuning=by_module), tmp_path / "b"))
     ids = mx.array([[5, 6, 7, 8]])
     assert mx.array_equal(*(load(str(base), path)[0](ids) for path in paths))
+
+
+def test_the_lora_part_alone_is_what_mlx_lm_loads(base, tmp_path):
+    path = saved(random_adapter(build(qwen2_config()), 4, head=False), tmp_path / "a")
+    theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(path))
+    ids = mx.array([[5, 6, 7, 8]])
+    assert mx.array_equal(load(str(base), path)[0](ids), theirs(ids))
 
 
 def test_a_tied_and_an_untied_head_carry_the_same_lora(tmp_path):
@@ -169,3 +167,63 @@ def test_a_base_that_cannot_be_loaded_is_one_line(base, tmp_path, break_it):
 def test_a_folder_name_that_no_system_takes_is_one_line():
     with pytest.raises(ModelError, match=r"cannot read `model` x+: File name too long"):
         load("x" * 300)
+
+
+# ---- K = 1: an adapter that merges nothing, the baseline of every comparison ----
+
+
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory):
+    """Two K = 1 adapters for the base: with a LoRA of the head, and without."""
+    root, model = tmp_path_factory.mktemp("unmerged"), build(qwen2_config())
+    save_adapter(random_adapter(model, 1), root / "head")
+    save_adapter(random_adapter(model, 1, head=False), root / "headless")
+    return root
+
+
+def test_a_k1_adapter_is_saved_and_loaded_bit_for_bit(unmerged, tmp_path):
+    adapter = load_adapter(unmerged / "head", 1)
+    assert (adapter.merge.encoder, adapter.encoder_weights) == (None, {})
+    save_adapter(adapter, tmp_path / "again")
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (unmerged / "head" / name).read_bytes()
+    # Without a head the file of the merge encoder holds no tensor.
+    assert mx.load(str(unmerged / "headless" / "merge_encoder.safetensors")) == {}
+    assert load_adapter(unmerged / "headless").head_weights == {}
+
+
+def test_a_headless_k1_adapter_is_mlx_lms_own(base, unmerged):
+    model, tokenizer = load(str(base), unmerged / "headless", 1)
+    theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(unmerged / "headless"))
+    ids = prompts_of(1, 40, 40)[0]
+    prompt = compress(model, tokenizer, [Segment(ids[:30]), Segment(ids[30:], False)])
+    assert prompt.ids == prompt.original_ids == ids
+    found = stream_generate(model, tokenizer, ids, max_tokens=8)
+    wanted = generate_step(mx.array(ids), theirs, max_tokens=8)
+    for response, (token, logprobs) in zip(found, wanted, strict=True):
+        assert response.token == token
+        assert mx.array_equal(response.logprobs, logprobs)
+        assert (response.prompt_tokens, response.compressed_tokens) == (40, 40)
+
+
+def test_the_command_line_takes_k1(base, unmerged):
+    paths = ("--model", base, "--adapter-path", unmerged / "head", "--k", 1)
+    result = run("generate", *paths, "-p", "Tree: JN", "-m", 3, "--json")
+    assert (result.code, result.err) == (0, "")
+    answer = json.loads(result.out)
+    assert answer["compression_ratio"] == 1.0
+    assert answer["prompt_tokens"] == answer["compressed_tokens"]
+
+
+def test_tensors_that_do_not_belong_to_a_k1_adapter_are_refused(unmerged, tmp_path):
+    adapter = load_adapter(unmerged / "head", 1)
+    stray = replace(adapter, encoder_weights={"w1.bias": mx.zeros((5,))})
+    save_adapter(stray, tmp_path / "a")
+    assert "encoder.w1.bias (5,) belongs to nothing here" in refused(tmp_path / "a")
+    for shape in ((), (64,), (64, 3), (64, 4, 1)):
+        head = adapter.head_weights | {"lora_a": mx.zeros(shape)}
+        save_adapter(replace(adapter, head_weights=head), tmp_path / "a")
+        assert f"lm_head.lora_a has shape {shape}, expected (" in refused(tmp_path / "a")
+    head = adapter.head_weights | {"lora_a": mx.zeros((32, 4))}  # its width is the base's to know
+    with pytest.raises(AdapterError, match=r"lora_a has shape \(32, 4\), expected \(64, 4\)"):
+        attach(build(qwen2_config()), replace(adapter, head_weights=head), PAD)

@@ -14,8 +14,6 @@ from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import load, load_source, merged_embedding
 from kmerge_mlx.source import Source
-from tests.hub_runs import using
-from tests.hub_server import Repo, running_hub
 from tests.tiny import build, qwen2_config, random_adapter, write_base
 
 
@@ -89,7 +87,7 @@ def test_a_model_folder_stands_for_the_adapter_it_carries_and_the_other_way_roun
         assert (found.path, found.adapter) == (carrying, carrying / "kmerge")
 
 
-def test_nothing_named_is_the_bundled_model(reads):
+def test_nothing_named_is_the_bundled_model():
     for source in (Source.find(), Source.find(bundled.BUNDLED), Source.find(k=4)):
         assert (source.path, source.k) == (bundled.BASE, 4)
         assert source.model == source.adapter_path == bundled.BUNDLED
@@ -109,19 +107,6 @@ def test_what_cannot_be_found_is_one_line(world, tmp_path):
     save_adapter(random_adapter(build(qwen2_config()), 4), tmp_path / "nameless")
     with pytest.raises(ModelError, match="nameless does not name its base model: give `model`"):
         Source.find(None, tmp_path / "nameless")
-
-
-def test_of_a_hub_repo_only_the_chosen_adapter_and_its_base_are_fetched(world, tmp_path):
-    with running_hub(base=world / "base") as hub, using(hub, tmp_path / "home"):
-        hub.repos["user/many"] = Repo.of(world / "many")
-        found = Source.find("user/base@main", "user/many", 4)
-        assert found.k == 4
-        assert (found.path / "model.safetensors").is_file()
-        assert not (found.adapter.parent / "k2" / "adapters.safetensors").exists()
-        hub.requests.clear()
-        with pytest.raises(AdapterError, match="user/many holds no adapter for `k` 3"):
-            Source.find("user/base", "user/many", 3)
-        assert not [r for r in hub.requests if "safetensors" in r]
 
 
 def test_in_python_a_base_is_loaded_alone_unless_its_adapter_is_named(world):

@@ -14,8 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from kmerge_mlx import Segment
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.adapters.lora import default_keys
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, FullConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
 from kmerge_mlx.virtual_tokens import split
@@ -102,21 +101,19 @@ def test_what_was_trained_is_saved_and_attached_bit_for_bit(tmp_path, tuning, k)
         assert (found.merge, found.tuning) == (merge, tuning)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("k", ENCODERS)
-def test_a_fresh_adapter_reads_block_means_and_changes_nothing_else(k, tied):
-    plain, model = base(tied), base(tied)
-    merged = wire(model, merge_of(k), TUNINGS["uniform"], PAD)
-    ids = mx.array([[5, 6, 7, 8]])
-    assert mx.array_equal(plain(ids), model(ids))
-    if k != 1:
-        prompt = merged.compress([Segment([5, 6, 7, 8, 9])])
-        rows = mx.stack([plain.model.embed_tokens(ids[0]).mean(axis=0)])
-        assert mx.abs(merged(mx.array(prompt.ids[:1])) - rows).max().item() < 1e-6
+def test_a_fresh_adapter_reads_block_means_and_changes_nothing_else(k):
+    for tied in (True, False):
+        plain, model, ids = base(tied), base(tied), mx.array([[5, 6, 7, 8]])
+        merged = wire(model, merge_of(k), TUNINGS["uniform"], PAD)
+        assert mx.array_equal(plain(ids), model(ids))
+        if k != 1:
+            found = merged(mx.array(merged.compress([Segment([5, 6, 7, 8, 9])]).ids[:1]))
+            rows = plain.model.embed_tokens(ids[0]).mean(axis=0)
+            assert mx.abs(found - rows).max().item() < 1e-6
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize(("tied", "dtype"), [(True, mx.bfloat16), (False, mx.float16)])
 def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
     model, merge, tuning = base(tied, dtype), merge_of(), TUNINGS["uniform"]
     merged = wire(model, merge, tuning, PAD)
@@ -133,10 +130,8 @@ def test_fresh_tensors_are_float32_and_the_model_keeps_its_dtype(tied, dtype):
 
 def expected_names(tied: bool, k, tuning: str, head: bool) -> set[str]:
     """Spelled out, not asked of the code."""
-    names = set()
-    if k != 1:
-        start = "model.embed_tokens.encoder."
-        names = {start + f"w{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")}
+    parts = [f"w{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")]
+    names = {f"model.embed_tokens.encoder.{part}" for part in parts if k != 1}
     modules = {
         "uniform": [f"model.layers.{i}.{key}" for i in (0, 1) for key in PROJECTIONS],
         "last layer": [f"model.layers.1.{key}" for key in PROJECTIONS],
@@ -202,16 +197,9 @@ def test_a_warm_up_trains_the_encoder_alone_and_can_be_ended():
 # Which modules carry LoRA when nobody says
 
 
-EXPERTS = {
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-    "head_dim": 32,
-}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+EXPERTS |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 32}
+EXPERTS |= {"norm_topk_prob": True}
 CONFIGS = {
     "qwen2": qwen2_config(),
     "experts": qwen2_config(**EXPERTS),
@@ -219,18 +207,16 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("num_layers", [-1, 2, 1])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_default_keys_are_mlx_lms_own_choice(name, num_layers):
-    theirs, ours = build(CONFIGS[name]), build(CONFIGS[name])
-    options = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-    linear_to_lora_layers(theirs, num_layers, options)
-    keys = default_keys(ours, num_layers)
-    covered = LAYERS if num_layers == -1 else num_layers
-    wire(ours, merge_of(1, head=False), LoRAConfig(covered, 0.0, SPEC, keys), PAD)
-    lora = {n for n, _ in tree_flatten(theirs.parameters()) if n.endswith(("lora_a", "lora_b"))}
-    assert lora == set(adapter_of(ours, merge_of(1, head=False), LoRAConfig(2)).tuning_weights)
-    assert lora
+def test_the_default_keys_are_mlx_lms_own_choice(name):
+    for num_layers, covered in ((-1, LAYERS), (2, 2), (1, 1)):
+        theirs, ours = build(CONFIGS[name]), build(CONFIGS[name])
+        linear_to_lora_layers(theirs, num_layers, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+        keys = default_keys(ours, num_layers)
+        wire(ours, merge_of(1, head=False), LoRAConfig(covered, 0.0, SPEC, keys), PAD)
+        lora = {n for n, _ in tree_flatten(theirs.parameters()) if n.endswith(("lora_a", "lora_b"))}
+        assert lora == set(adapter_of(ours, merge_of(1, head=False), LoRAConfig(2)).tuning_weights)
+        assert lora
 
 
 # Refusals
@@ -246,15 +232,8 @@ def test_a_key_that_no_covered_layer_has_is_refused():
 
 
 def test_lora_of_a_models_own_kind_is_refused_by_name():
-    config = {
-        "model_type": "afm7",
-        "vocab_size": V,
-        "hidden_dim": 32,
-        "num_layers": 2,
-        "num_kv_reuse_layers": 1,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-    }
+    config = {"model_type": "afm7", "vocab_size": V, "hidden_dim": 32, "num_layers": 2}
+    config |= {"num_kv_reuse_layers": 1, "num_heads": 2, "num_kv_heads": 2}
     keys = default_keys(build(config))
     assert "self_attn.out_proj" in keys
     assert "self_attn.qkv_proj" not in keys

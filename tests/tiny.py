@@ -15,8 +15,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
 from kmerge_mlx.adapters.folder import Adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.base import find_embedding
 from tests.conftest import UPSTREAM
 

@@ -9,17 +9,16 @@ mlx-lm has nowhere to put. All four files are always there, if only with no tens
 from __future__ import annotations
 
 import glob
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from kmerge_mlx import bundled
 from kmerge_mlx.adapters.lora import LORA_PARTS, tensor_problems
-from kmerge_mlx.adapters.schema import MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig, Tuning, read_tuning
+from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig, Tuning, read_tuning
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
@@ -31,7 +30,7 @@ from kmerge_mlx.files import (
     write_json,
     write_safetensors,
 )
-from kmerge_mlx.hub.fetch import fetch, is_namespaced
+from kmerge_mlx.hub import fetch, is_namespaced
 
 TUNING_CONFIG = "adapter_config.json"
 TUNING_WEIGHTS = "adapters.safetensors"
@@ -65,28 +64,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterFolders:
-    """The adapters that a name stands for, each one's ``merge_config.json`` read once.
+    """The adapters that a name stands for, each one's ``merge_config.json`` read once."""
 
-    Args:
-        name: As the user wrote it.
-        root: The folder; that of a hub repo is in the hub's cache, and holds only the configs.
-        found: By merge factor, ascending: the adapter's folder and its config.
-        repo: ``user/name@commit`` of a hub repo, or None.
-    """
-
-    name: str
-    root: Path
-    found: Mapping[int, tuple[Path, MergeConfig]]
-    repo: str | None = None
+    name: str  # as the user wrote it
+    root: Path  # that of a hub repo is in the hub's cache, and holds only the configs
+    found: Mapping[int, tuple[Path, MergeConfig]]  # by merge factor, ascending
+    repo: str | None = None  # user/name@commit of a hub repo
 
     def choose(self, k: int | None = None) -> tuple[Path, MergeConfig]:
         """The folder and the config of one adapter, its weights fetched if it is on the hub.
 
-        Args:
-            k: Merge factor wanted; None takes the only one there is (4 for ``bundled``).
-
-        Raises:
-            AdapterError: No such K, or several and none chosen (lists those that are there).
+        Without ``k`` it is the only one there is (of ``bundled``, that for K = 4).
         """
         have = ", ".join(map(str, self.found))
         if k is None and self.root == bundled.ADAPTERS:
@@ -122,7 +110,7 @@ def look_up(path: str | Path) -> AdapterFolders:
     Raises:
         AdapterError: Not there, not an adapter (says what it is instead), or two of one K.
     """
-    found: dict[int, list[tuple[Path, MergeConfig]]] = defaultdict(list)
+    found: dict[int, tuple[Path, MergeConfig]] = {}
     try:
         root, repo = _local(path)
         # A hidden folder is one that a killed run was still writing. A repo may hold nothing of us.
@@ -131,19 +119,18 @@ def look_up(path: str | Path) -> AdapterFolders:
         folders = [root] if (root / MERGE_CONFIG).is_file() else folders
         for folder in folders:
             if (folder / MERGE_CONFIG).is_file():
-                merge = read_merge_config(folder)
-                found[merge.merge_factor].append((folder, merge))
+                merge = _read_config(folder, MERGE_CONFIG, MergeConfig.from_json)
+                if (k := merge.merge_factor) in found:
+                    names = f"{found[k][0].name}, {folder.name}"
+                    raise AdapterError(
+                        f"{path} holds several adapters for K = {k}: name one of {names}"
+                    )
+                found[k] = folder, merge
     except OSError as e:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
-    for factor, same in found.items():
-        if len(same) > 1:
-            names = ", ".join(folder.name for folder, _ in same)
-            raise AdapterError(
-                f"{path} holds several adapters for K = {factor}: name one of {names}"
-            )
     if not found:
         raise AdapterError(f"{path} {_what_else(root)}")
-    return AdapterFolders(str(path), root, {k: found[k][0] for k in sorted(found)}, repo)
+    return AdapterFolders(str(path), root, dict(sorted(found.items())), repo)
 
 
 def _local(path: str | Path) -> tuple[Path, str | None]:
@@ -169,22 +156,8 @@ def find_adapters(path: str | Path) -> dict[int, Path]:
     return {k: folder for k, (folder, _) in look_up(path).found.items()}
 
 
-def adapter_folder(path: str | Path, k: int | None = None) -> Path:
-    """The folder of one adapter, as :func:`look_up` and :meth:`AdapterFolders.choose`."""
-    return look_up(path).choose(k)[0]
-
-
-def base_of(path: str | Path) -> str | None:
-    """The base model of an adapter, as :func:`look_up` and :attr:`AdapterFolders.base`."""
-    return look_up(path).base
-
-
 def carried_by(model_folder: Path) -> Path | None:
-    """The adapter that a model folder carries, as ``fuse`` and ``quantize`` write it, or None.
-
-    Raises:
-        AdapterError: The folder cannot be read.
-    """
+    """The adapter that a model folder carries, as ``fuse`` and ``quantize`` write it, or None."""
     carried = model_folder / CARRIED
     try:
         return carried if (carried / MERGE_CONFIG).is_file() else None
@@ -199,11 +172,7 @@ def is_carried(folder: Path) -> bool:
 
 
 def check_not_quantized(merge: MergeConfig, what: str) -> None:
-    """Refuses a quantized merge encoder, which can be read with but not ``what``: ``trained``, say.
-
-    Raises:
-        AdapterError: It is quantized.
-    """
+    """Refuses a quantized merge encoder, which can be read with but not be ``trained``, say."""
     if merge.encoder is not None and (packing := merge.encoder.quantization) is not None:
         raise AdapterError(
             f"the merge encoder is quantized to {packing.bits} bits, and cannot be {what}: take "
@@ -225,19 +194,8 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
 
 
 def read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
-    """Reads an adapter folder whose ``merge_config.json`` was read before.
-
-    Returns:
-        The adapter; its tensors are not evaluated yet.
-
-    Raises:
-        AdapterError: A file that cannot be read, or tensors that do not fit the configs (all of
-            them listed).
-    """
-    try:
-        tuning = read_tuning(read_json(folder / TUNING_CONFIG, AdapterError))
-    except AdapterError as e:
-        raise AdapterError(f"{folder}: {e}") from None
+    """Reads an adapter, lazily; an AdapterError lists every tensor that does not fit."""
+    tuning = _read_config(folder, TUNING_CONFIG, read_tuning)
     tuned = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     packed = merge.encoder is not None and merge.encoder.packed
     dtypes = (*FLOAT_DTYPES, "U32") if packed else FLOAT_DTYPES
@@ -271,11 +229,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Writes an adapter's files into a folder that its caller makes appear whole.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Writes an adapter's files into a folder that its caller makes appear whole."""
     merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
     merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
     tuning = adapter.tuning.to_json() | {"model": adapter.merge.base.id}
@@ -290,14 +244,9 @@ def check_adapter_destination(path: str | Path, force: bool) -> None:
     check_destination(path, force, "adapter", FILES, AdapterError, marker=MERGE_CONFIG)
 
 
-def read_merge_config(folder: Path) -> MergeConfig:
-    """Reads an adapter folder's ``merge_config.json``.
-
-    Raises:
-        AdapterError: It cannot be read, or has a wrong entry.
-    """
+def _read_config(folder: Path, name: str, parse: Callable[[Any], Any]) -> Any:
     try:
-        return MergeConfig.from_json(read_json(folder / MERGE_CONFIG, AdapterError))
+        return parse(read_json(folder / name, AdapterError))
     except AdapterError as e:
         raise AdapterError(f"{folder}: {e}") from None
 
@@ -307,27 +256,22 @@ def _lora_problems(config: LoRAConfig, weights: Mapping[str, mx.array]) -> list[
     keys = set(config.keys)
     hits = {module: keys & name_ends(module) for module in {n.rpartition(".")[0] for n in weights}}
     modules = {**config.modules, **{module: config.uniform for module, hit in hits.items() if hit}}
-    expected = {f"{module}.{part}" for module in modules for part in LORA_PARTS}
-    problems = [f"{name} is missing" for name in expected - weights.keys()]
-    problems += [
-        f"{name} {tuple(weights[name].shape)} belongs to nothing here"
-        for name in weights.keys() - expected
-    ]
-    problems += [f"key {key} has no tensors" for key in keys - set().union(*hits.values())]
+    expected: dict[str, tuple] = {}
     for module, spec in modules.items():
-        a, b = (weights.get(f"{module}.{part}") for part in LORA_PARTS)
-        if a is not None and b is not None and not _have_rank(a.shape, b.shape, spec.rank):
-            problems.append(
-                f"{module} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}, "
-                f"expected (in, {spec.rank}) and ({spec.rank}, out)"
-            )
-    return sorted(problems)
+        expected |= _lora_shapes(module, spec.rank, weights)
+    unused = keys - set().union(*hits.values())
+    problems = [f"key {key} has no tensors" for key in unused]
+    return sorted(problems + tensor_problems(expected, weights))
 
 
-def _have_rank(a: tuple[int, ...], b: tuple[int, ...], rank: int) -> bool:
+def _lora_shapes(module: str, rank: int, stored: Mapping[str, mx.array]) -> dict[str, tuple]:
+    """The shapes of a module's LoRA; widths, which only the base model knows, are as stored."""
+    names = [f"{module}.{part}" for part in LORA_PARTS]
+    a, b = (stored[name].shape if name in stored else () for name in names)
     if len(a) == len(b) == 3:  # mlx-lm's experts: (experts, r, in) and (experts, out, r)
-        return a[1] == b[2] == rank
-    return len(a) == len(b) == 2 and a[1] == b[0] == rank
+        return dict(zip(names, [(a[0], rank, a[2]), (*b[:2], rank)], strict=True))
+    inner, out = (a[0] if len(a) == 2 else "in"), (b[1] if len(b) == 2 else "out")
+    return dict(zip(names, [(inner, rank), (rank, out)], strict=True))
 
 
 def name_ends(module: str) -> set[str]:
@@ -341,12 +285,10 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
     sizes = {} if encoder is None else encoder.shapes()
     expected = {f"{ENCODER}.{name}": shape for name, shape in sizes.items()}
     if merge.head_lora is not None:
-        # V, and at K = 1 also D, only the base model knows: any size will do here.
-        rank, a, b = merge.head_lora.rank, f"{HEAD}.lora_a", f"{HEAD}.lora_b"
-        found = {name: tuple(array.shape) for name, array in stored.items()}
-        width = (encoder.hidden_size,) if encoder else found.get(a, ())[:1]
-        expected[a] = (*(width or ("D",)), rank)
-        expected[b] = (rank, *(found.get(b, ())[1:2] or ("V",)))
+        rank = merge.head_lora.rank
+        expected |= _lora_shapes(HEAD, rank, stored)
+        if encoder is not None:
+            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, rank)
     packed = () if encoder is None else {f"{ENCODER}.{name}" for name in encoder.packed}
     return tensor_problems(expected, stored, packed)
 

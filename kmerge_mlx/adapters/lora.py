@@ -20,8 +20,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.errors import AdapterError, findings
 
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
@@ -40,13 +39,8 @@ def last_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
 def default_keys(model: nn.Module, num_layers: int = -1) -> tuple[str, ...]:
     """mlx-lm's own choice of modules for LoRA: every linear layer, router and experts included.
 
-    Args:
-        model: An mlx-lm model without LoRA.
-        num_layers: How many of the last layers are to carry it; -1 for all.
-
-    Returns:
-        Module paths inside a layer, sorted. Modules with a LoRA of their own kind (AFM 7's fused
-        ones) are left out: adapter files have no place for it.
+    Modules with a LoRA of their own kind (AFM 7's fused ones) are left out: adapter files have no
+    place for it.
     """
     found = {
         name
@@ -58,12 +52,7 @@ def default_keys(model: nn.Module, num_layers: int = -1) -> tuple[str, ...]:
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> None:
-    """Replaces the modules that ``config`` names by mlx-lm's LoRA layers, in place.
-
-    Raises:
-        AdapterError: Modules that the covered layers do not have, or that cannot carry LoRA; all
-            are listed.
-    """
+    """Replaces the modules that ``config`` names by mlx-lm's LoRA layers, in place."""
     if missing := _missing(model, config):
         raise AdapterError(
             findings("the base model does not have what the adapter changes", missing)
@@ -127,11 +116,7 @@ def full_parameters(model: nn.Module, config: FullConfig) -> dict[str, mx.array]
 
 
 def check_full(model: nn.Module, config: FullConfig, name: str) -> None:
-    """Refuses a model, called ``name``, whose layers cannot be fine-tuned whole.
-
-    Raises:
-        AdapterError: Fewer layers than are covered, or quantized ones.
-    """
+    """Refuses a model, called ``name``, that is quantized or has too few layers."""
     if config.num_layers > len(model.layers):
         raise AdapterError(
             f"{name} has {len(model.layers)} layers, full fine-tuning covers {config.num_layers}"
@@ -149,10 +134,7 @@ def tensor_problems(
 ) -> list[str]:
     """Missing, extra and misshapen tensors, and those of a wrong dtype, one line each.
 
-    Args:
-        expected: By name an array, or a shape.
-        found: By name an array, or a shape. The dtypes of arrays are checked too.
-        packed: Names of tensors of unsigned 32-bit integers; the others are floating-point.
+    Both name arrays, or shapes; ``packed`` names those of unsigned 32-bit integers, not of floats.
     """
     wanted = {name: tuple(getattr(array, "shape", array)) for name, array in expected.items()}
     shapes = {name: tuple(getattr(array, "shape", array)) for name, array in found.items()}

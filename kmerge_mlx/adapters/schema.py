@@ -1,6 +1,7 @@
-"""The content of ``merge_config.json``: encoder sizes, base model, padding token, layout.
+"""An adapter's two configs: its encoder, its base model, its layout, and what of the base changes.
 
-Source: arXiv 2604.15153 section 3 (encoder sizes); docs/adapter-format.md.
+Source: arXiv 2604.15153 section 3 (encoder sizes); docs/adapter-format.md. What changes is mlx-lm's
+``fine_tune_type``, ``num_layers`` and ``lora_parameters`` (``mlx_lm.tuner.utils.load_adapters``).
 """
 
 from __future__ import annotations
@@ -22,28 +23,17 @@ ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 """The paper's factor for each K, in H = int(factor * K) * D; past K = 4 that of K = 4."""
 
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
-QUANTIZATION = "encoder_quantization"
-"""Entry of a quantized encoder's bits and group size; absent where it is not quantized."""
+QUANTIZATION = "encoder_quantization"  # absent where the encoder is not quantized
 
 BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (64, 32, 128)
-"""MLX's group sizes, the preferred one first."""
+GROUP_SIZES = (64, 32, 128)  # MLX's, the preferred one first
 
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
-"""MLX's quantization modes for a base model. An encoder is always packed by the first."""
+LORA, FULL = "lora", "full"
+_TUNING, _MERGE = "adapter_config.json", "merge_config.json"
 
 
 def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:
-    """The inner width H of the encoder for a merge factor.
-
-    Args:
-        merge_factor: K, at least 2.
-        hidden_size: D, the base model's embedding width.
-        factor: Of the width; None is the paper's.
-
-    Returns:
-        H = int(factor * K) * D; the paper's is 4D, 6D, 6D for K = 2, 3, 4.
-    """
+    """H = int(factor * K) * D, the encoder's inner width; the paper's factor where it is None."""
     if factor is None:
         factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTORS[4])
     return int(factor * merge_factor) * hidden_size
@@ -51,38 +41,18 @@ def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None)
 
 @dataclass(frozen=True)
 class EncoderQuantization:
-    """How the weights of a merge encoder are packed, as ``mlx.nn.QuantizedLinear`` packs them.
-
-    Args:
-        bits: Bits of a weight.
-        group_size: How many weights share a scale and a bias.
-
-    Raises:
-        AdapterError: Values that MLX does not have.
-    """
+    """How an encoder's weights are packed, in MLX's affine mode: bits of each, weights a scale."""
 
     bits: int
     group_size: int
 
-    def __post_init__(self) -> None:
-        for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
-            value = getattr(self, name)
-            if not is_int(value) or value not in known:
-                raise AdapterError(
-                    f"{QUANTIZATION}: {name} is {short(value)}, expected one of {known}"
-                )
-
     @classmethod
     def of_width(cls, bits: int, widths: Iterable[int]) -> EncoderQuantization:
-        """The packing for weights whose rows have these widths.
-
-        Raises:
-            AdapterError: No group size divides all of them, or MLX does not have such bits.
-        """
+        """The packing for weights whose rows have these widths, which a group size must divide."""
         widths = sorted(set(widths))
-        for group_size in GROUP_SIZES:
-            if all(width % group_size == 0 for width in widths):
-                return cls(bits, group_size)
+        for size in GROUP_SIZES:
+            if not any(width % size for width in widths):
+                return cls(bits, size)
         raise AdapterError(
             f"the merge encoder cannot be quantized: it reads {', '.join(map(str, widths))} "
             f"numbers, and none of MLX's groups of {GROUP_SIZES} divides all of them"
@@ -111,11 +81,10 @@ class EncoderConfig:
     quantization: EncoderQuantization | None = None
 
     def __post_init__(self) -> None:
-        lowest = dict(zip(ENCODER_ENTRIES, (2, 1, 1, 0), strict=True))
         problems = [
-            f"{name} is {short(value)}, expected a whole number of at least {lowest[name]}"
-            for name, value in self._sizes().items()
-            if not is_int(value, lowest[name])
+            f"{name} is {short(value)}, expected a whole number of at least {low}"
+            for (name, value), low in zip(self._sizes().items(), (2, 1, 1, 0), strict=True)
+            if not is_int(value, low)
         ]
         if not problems and (packing := self.quantization) is not None:
             problems = [
@@ -146,8 +115,7 @@ class EncoderConfig:
     @property
     def packed(self) -> frozenset[str]:
         """Names of the parameters that hold packed integers: every weight when quantized."""
-        names = () if self.quantization is None else self.layers()
-        return frozenset(f"{layer}.weight" for layer in names)
+        return frozenset(f"{layer}.weight" for layer in self.layers() if self.quantization)
 
     @property
     def num_parameters(self) -> int:
@@ -156,9 +124,8 @@ class EncoderConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``."""
-        if self.quantization is None:
-            return self._sizes()
-        return self._sizes() | {QUANTIZATION: asdict(self.quantization)}
+        packing = {} if self.quantization is None else {QUANTIZATION: asdict(self.quantization)}
+        return self._sizes() | packing
 
     def _sizes(self) -> dict[str, int]:
         sizes = (self.merge_factor, self.hidden_size, self.inner_size, self.context)
@@ -166,28 +133,25 @@ class EncoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EncoderConfig | None:
-        """Reads the encoder's entries of ``merge_config.json``; None for K = 1, without encoder.
-
-        Raises:
-            AdapterError: A size that an encoder cannot have, or one where K is 1.
-        """
+        """Reads the encoder's entries of ``merge_config.json``; None for K = 1, without encoder."""
         names = (*ENCODER_ENTRIES, QUANTIZATION)
         factor, hidden, inner, context, packing = (data.get(name) for name in names)
         if is_int(factor) and factor == 1:
-            others = [f"{n} is {short(data[n])}" for n in names[1:] if data.get(n) is not None]
-            if others:
-                raise AdapterError(
-                    f"merge_config.json: {', '.join(others)}, expected null: merge_factor 1 has no "
-                    "encoder"
-                )
+            for name in names[1:]:
+                if data.get(name) is not None:
+                    found = f"{_MERGE}: {name} is {short(data[name])}"
+                    raise AdapterError(f"{found}, expected null: merge_factor 1 has no encoder")
             return None
         if packing is not None:
-            if not isinstance(packing, dict) or set(packing) != {"bits", "group_size"}:
+            entries = packing if isinstance(packing, dict) else {}
+            bits, group = entries.get("bits"), entries.get("group_size")
+            whole = len(entries) == 2 and is_int(bits) and is_int(group)
+            if not whole or bits not in BITS or group not in GROUP_SIZES:
                 raise AdapterError(
-                    f"merge_config.json: {QUANTIZATION} is {short(packing)}, expected null or an "
-                    "object with bits and group_size"
+                    f"{_MERGE}: {QUANTIZATION} is {short(packing)}, expected null or bits of "
+                    f"{BITS} and a group_size of {GROUP_SIZES}"
                 )
-            packing = EncoderQuantization(**packing)
+            packing = EncoderQuantization(bits, group)
         # The first adapters do not name the context: theirs is 0.
         return cls(factor, hidden, inner, 0 if context is None else context, packing)
 
@@ -238,10 +202,8 @@ class BaseModelConfig:
     @property
     def config_hash(self) -> str | None:
         """SHA-256 of ``fields`` as canonical JSON, or None without fields."""
-        if not self.fields:
-            return None
-        text = json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps({**self.fields}, sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest() if self.fields else None
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that both sides name and that disagree, one line each."""
@@ -279,9 +241,8 @@ class MergeConfig:
 
     def encoder_entries(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``; without an encoder all but K are null."""
-        if self.encoder is None:
-            return dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
-        return self.encoder.to_json()
+        nothing = dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
+        return nothing if self.encoder is None else self.encoder.to_json()
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``merge_config.json``."""
@@ -307,29 +268,27 @@ class MergeConfig:
             AdapterError: Not an object, a newer format, or entries of the wrong type (all listed).
         """
         if not isinstance(data, dict):
-            raise AdapterError(f"merge_config.json holds {short(data)}, expected an object")
+            raise AdapterError(f"{_MERGE} holds {short(data)}, expected an object")
         version = data.get("format_version")
-        if not is_int(version, 1):
-            raise AdapterError(f"merge_config.json: format_version is {short(version)}, expected 1")
-        if version > FORMAT_VERSION:
+        if not is_int(version, 1) or version > FORMAT_VERSION:
             raise AdapterError(
-                f"merge_config.json: format_version {short(version)} is newer than this release "
-                f"reads ({FORMAT_VERSION}): update kmerge-mlx"
+                f"{_MERGE}: format_version is {short(version)}, expected {FORMAT_VERSION} (a newer "
+                "one needs a newer kmerge-mlx)"
             )
         if problems := _problems(data):
-            raise AdapterError(findings("merge_config.json", problems))
+            raise AdapterError(findings(_MERGE, problems))
         entry, head = data.get("base_model") or {}, data.get("head_lora")
         base = BaseModelConfig(entry.get("id"), entry.get("config") or {})
         if entry.get("config_hash") != base.config_hash:
             raise AdapterError(
-                "merge_config.json: base_model.config_hash does not belong to base_model.config: "
-                "one of them was edited; convert the checkpoint again"
+                f"{_MERGE}: base_model.config_hash does not belong to base_model.config: one of "
+                "them was edited; convert the checkpoint again"
             )
         return cls(
             EncoderConfig.from_json(data),
             base,
             data.get("pad_token_id"),
-            None if head is None else LoRASpec.from_json(head, "merge_config.json: head_lora"),
+            None if head is None else LoRASpec.from_json(head, f"{_MERGE}: head_lora"),
             Layout.from_json(data.get("layout") or {}),
             data.get("provenance") or {},
         )
@@ -337,17 +296,102 @@ class MergeConfig:
 
 def _problems(data: Mapping[str, Any]) -> list[str]:
     """Entries of the wrong type in ``merge_config.json``, one line each."""
+    base = data["base_model"] if isinstance(data.get("base_model"), dict) else {}
+    entries = {name: (data.get(name), dict) for name in ("base_model", "layout", "provenance")}
+    entries["base_model.id"] = (base.get("id"), str)
+    entries["base_model.config"] = (base.get("config"), dict)
     problems = [
-        f"{name} is {short(data[name])}, expected an object"
-        for name in ("base_model", "layout", "provenance")
-        if not isinstance(data.get(name), dict | None)
+        f"{name} is {short(value)}, expected {'an object' if kind is dict else 'a name'} or null"
+        for name, (value, kind) in entries.items()
+        if not isinstance(value, kind | None)
     ]
-    pad, base = data.get("pad_token_id"), data.get("base_model")
-    if pad is not None and not is_int(pad):
+    if (pad := data.get("pad_token_id")) is not None and not is_int(pad):
         problems.append(f"pad_token_id is {short(pad)}, expected a token id or null")
-    if isinstance(base, dict):
-        if not isinstance(base.get("id"), str | None):
-            problems.append(f"base_model.id is {short(base['id'])}, expected a name or null")
-        if not isinstance(base.get("config"), dict | None):
-            problems.append(f"base_model.config is {short(base['config'])}, expected an object")
     return problems
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which modules carry LoRA, in one of two forms.
+
+    *Uniform*: one rank and scale for the same ``keys`` of the last ``num_layers`` layers. This is
+    mlx-lm's own schema, so mlx-lm loads it too. *By module*: full module paths, each with its own
+    rank and scale (rank_pattern, alpha_pattern, layers_to_transform, a regex). mlx-lm has no such
+    schema; the file then holds no global ``scale``, and mlx-lm refuses it instead of misreading it.
+
+    Args:
+        num_layers: How many layers the adapter covers, counted from the last.
+        dropout: LoRA dropout of the training run.
+        uniform: Rank and scale of every module in ``keys``, or None.
+        keys: Module paths inside one layer (``self_attn.q_proj``), or full ones (``lm_head``).
+        modules: Full module path to rank and scale; empty in the uniform form.
+    """
+
+    num_layers: int
+    dropout: float = 0.0
+    uniform: LoRASpec | None = None
+    keys: tuple[str, ...] = ()
+    modules: Mapping[str, LoRASpec] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``adapter_config.json``."""
+        parameters: dict[str, Any] = {"dropout": self.dropout}
+        if self.uniform is not None:
+            parameters = asdict(self.uniform) | parameters | {"keys": [*self.keys]}
+        else:
+            parameters["modules"] = {name: asdict(spec) for name, spec in self.modules.items()}
+        start = {"fine_tune_type": LORA, "num_layers": self.num_layers}
+        return start | {"lora_parameters": parameters}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LoRAConfig:
+        """Reads ``adapter_config.json``; an AdapterError names a key that is missing or wrong."""
+        layers, parameters = data.get("num_layers"), data.get("lora_parameters")
+        if not isinstance(parameters, dict) or not is_int(layers):
+            raise AdapterError(f"{_TUNING}: expected num_layers and lora_parameters")
+        dropout = parameters.get("dropout", 0.0)
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise AdapterError(f"{_TUNING}: dropout {short(dropout)} is not in [0, 1)")
+        if "modules" in parameters:
+            modules, where = parameters["modules"], f"{_TUNING}: lora_parameters.modules"
+            if not isinstance(modules, dict):
+                raise AdapterError(f"{where} is not an object")
+            specs = {n: LoRASpec.from_json(s, f"{where}.{n}") for n, s in modules.items()}
+            return cls(layers, dropout, modules=specs)
+        keys = parameters.get("keys")
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise AdapterError(f"{_TUNING}: lora_parameters.keys is not a list of names")
+        uniform = LoRASpec(parameters.get("rank"), parameters.get("scale"))
+        return cls(layers, dropout, uniform, tuple(keys))
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """Full fine-tuning: the last layers' own weights take the place of the base's.
+
+    Args:
+        num_layers: How many layers, counted from the last; -1 or 0 means all, as in mlx-lm.
+    """
+
+    num_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``adapter_config.json``."""
+        return {"fine_tune_type": FULL, "num_layers": self.num_layers}
+
+
+Tuning = LoRAConfig | FullConfig
+
+
+def read_tuning(data: Any) -> Tuning:
+    """Reads ``adapter_config.json``; raises an AdapterError that names what is wrong."""
+    if not isinstance(data, dict):
+        raise AdapterError(f"{_TUNING} holds {short(data)}, expected an object")
+    kind = data.get("fine_tune_type", LORA)
+    if kind not in (LORA, FULL):
+        raise AdapterError(f"{_TUNING}: fine_tune_type is {short(kind)}, expected lora or full")
+    if kind == LORA:
+        return LoRAConfig.from_json(data)
+    if not is_int(layers := data.get("num_layers"), -1):
+        raise AdapterError(f"{_TUNING}: num_layers is {short(layers)}, expected a count or -1")
+    return FullConfig(layers)

@@ -29,7 +29,7 @@ from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.cli.upload import upload
 from kmerge_mlx.errors import KMergeError
-from kmerge_mlx.hub.fetch import one_version
+from kmerge_mlx.hub import one_version
 
 app = typer.Typer(
     name="kmerge-mlx",

@@ -301,7 +301,7 @@ def open_model(settings: PromptSettings) -> Opened:
         PromptError: A context without a merge encoder, or options of a chat template that is not
             applied.
     """
-    from kmerge_mlx.adapters.folder import base_of
+    from kmerge_mlx.adapters.folder import look_up
     from kmerge_mlx.model import load_source
     from kmerge_mlx.source import Source
 
@@ -315,7 +315,7 @@ def open_model(settings: PromptSettings) -> Opened:
             )
         model, tokenizer, _ = load_source(source)
     except ModelError as error:
-        if settings.model is not None or adapter is None or base_of(adapter) is None:
+        if settings.model is not None or adapter is None or look_up(adapter).base is None:
             raise
         hint = f"({adapter} names this base; `model` gives another)"
         raise ModelError(f"{error} {hint}") from error

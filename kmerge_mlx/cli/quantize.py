@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from kmerge_mlx.adapters.schema import BITS, MODES
+from kmerge_mlx.adapters.schema import BITS
 from kmerge_mlx.cli.fuse import NewModelSettings, print_made, read_text
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.settings import option
+
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # of MLX; an encoder is packed by the first
 
 
 @dataclass(frozen=True)

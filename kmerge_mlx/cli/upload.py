@@ -89,7 +89,7 @@ def upload(settings: UploadSettings) -> None:
       kmerge-mlx upload ./adapter me/my-adapter --license mit --metrics evaluate.json --private
     """
     from kmerge_mlx.evaluation.report import read_report
-    from kmerge_mlx.hub.fetch import is_namespaced, parse
+    from kmerge_mlx.hub import is_namespaced, parse
     from kmerge_mlx.tools.model_card import card
     from kmerge_mlx.tools.upload import CARD, check_base, collect, send
 

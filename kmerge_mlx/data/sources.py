@@ -15,7 +15,7 @@ from typing import Any
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.jsonl import BadLines, read_rows
 from kmerge_mlx.errors import DataError, short
-from kmerge_mlx.hub.fetch import DATASET, fetch
+from kmerge_mlx.hub import DATASET, fetch
 
 SPLITS = ("train", "valid", "test")
 

@@ -19,7 +19,7 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.jsonl import BadLines, Row, parse_row, raw_lines, read_rows
 from kmerge_mlx.data.sources import SPLITS, ExampleList
 from kmerge_mlx.errors import DataError, SettingsError, first_line, short
-from kmerge_mlx.hub.fetch import DATASET, fetch_file
+from kmerge_mlx.hub import DATASET, fetch_file
 
 SUMMARY = "summary.json"
 

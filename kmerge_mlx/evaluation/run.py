@@ -13,8 +13,7 @@ import mlx.nn as nn
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import FILES
-from kmerge_mlx.adapters.schema import MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import TokenizedExample, tokenize

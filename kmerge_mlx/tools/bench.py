@@ -23,8 +23,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import read_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, MergeConfig, inner_size
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, MergeConfig, inner_size
 from kmerge_mlx.errors import PromptError, findings
 from kmerge_mlx.model import (
     attach,

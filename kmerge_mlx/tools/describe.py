@@ -17,8 +17,7 @@ from kmerge_mlx.adapters.folder import (
     look_up,
     read_adapter,
 )
-from kmerge_mlx.adapters.schema import QUANTIZATION
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import QUANTIZATION, LoRAConfig
 from kmerge_mlx.convert.checkpoint import (
     COMPANION,
     ENCODER,
@@ -27,7 +26,7 @@ from kmerge_mlx.convert.checkpoint import (
     read_checkpoint,
 )
 from kmerge_mlx.errors import AdapterError, DataError
-from kmerge_mlx.hub.fetch import fetch, is_namespaced
+from kmerge_mlx.hub import fetch, is_namespaced
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))

@@ -30,8 +30,7 @@ from kmerge_mlx.adapters.folder import (
     read_adapter,
     write_adapter,
 )
-from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.config import CARRIED, DRIFT_BYTES, DRIFT_CHUNK, DRIFT_POSITIONS
 from kmerge_mlx.errors import AdapterError, ModelError, PromptError, first_line
 from kmerge_mlx.files import check_destination, flush, replacing_folder, write_error

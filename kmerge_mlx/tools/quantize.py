@@ -20,8 +20,7 @@ from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, read_adapter
-from kmerge_mlx.adapters.schema import EncoderQuantization
-from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.adapters.schema import EncoderQuantization, FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
 from kmerge_mlx.source import Source

@@ -26,7 +26,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import KMergeError, UploadError, findings
 from kmerge_mlx.files import read_json
-from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, parse, quiet, why
+from kmerge_mlx.hub import RepoName, fetch, is_namespaced, parse, quiet, why
 from kmerge_mlx.tools.describe import describe_adapter
 
 CARD = "README.md"

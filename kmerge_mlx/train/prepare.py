@@ -17,8 +17,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters import lora, schema
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
-from kmerge_mlx.adapters.schema import MergeConfig
-from kmerge_mlx.adapters.tuning import FULL, FullConfig, LoRAConfig, Tuning
+from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig, Tuning
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
 from kmerge_mlx.source import Source

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kmerge_mlx.adapters.tuning import FULL, LORA
+from kmerge_mlx.adapters.schema import FULL, LORA
 from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.textualized_tree import TreeTask

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.tuning import FullConfig, LoRAConfig
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding, wire
 from tests.saved_adapters import refused
@@ -33,7 +33,7 @@ def full_adapter(num_layers: int = 1, k: int = 4, head: bool = False) -> Adapter
     return Adapter(merge, FullConfig(num_layers), weights, start.encoder_weights, head_weights)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, -1, 0])
+@pytest.mark.parametrize("num_layers", [1, -1])
 def test_mlx_lm_loads_the_same_layers(tmp_path, num_layers):
     base = write_base(tmp_path / "base", qwen2_config())
     save_adapter(full_adapter(num_layers), tmp_path / "a")
@@ -72,13 +72,15 @@ def test_every_layer_tensor_that_does_not_fit_is_listed():
     weights["model.layers.1.input_layernorm.weight"] = mx.zeros((64,), mx.int32)
     with pytest.raises(AdapterError) as error:
         attach(build(qwen2_config()), adapter, PAD, "this")
-    text = str(error.value)
-    assert text.startswith("the adapter does not fit this: 5 problems")
-    assert "model.layers.1.mlp.up_proj.weight is missing, expected shape (128, 64)" in text
-    assert "down_proj.weight has shape (3, 4), expected (64, 128)" in text
-    assert "model.layers.0.mlp.up_proj.weight (128, 64) belongs to nothing here" in text
-    assert "model.norm.weight (64,) belongs to nothing here" in text
-    assert "input_layernorm.weight has dtype mlx.core.int32" in text
+    for text in (
+        "the adapter does not fit this: 5 problems",
+        "model.layers.1.mlp.up_proj.weight is missing, expected shape (128, 64)",
+        "down_proj.weight has shape (3, 4), expected (64, 128)",
+        "model.layers.0.mlp.up_proj.weight (128, 64) belongs to nothing here",
+        "model.norm.weight (64,) belongs to nothing here",
+        "input_layernorm.weight has dtype mlx.core.int32",
+    ):
+        assert text in str(error.value)
 
 
 def test_a_quantized_base_is_refused_in_one_line():

@@ -9,22 +9,10 @@ import pytest
 from kmerge_mlx.base import default_pad_token_id
 from kmerge_mlx.data.splits import fingerprint
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask
-from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TASK, TREE
+from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TREE
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        PROMPT,
-        " leading",
-        "trailing ",
-        "  ",
-        "\n\n+++\n",
-        "true, falsehood",
-        "a\x00b",
-        "né 木 🌳\r\n",
-    ],
-)
+@pytest.mark.parametrize("text", [PROMPT, " leading", "trailing ", "\n\n+++\n", "a\x00b 木 🌳\r\n"])
 def test_any_text_round_trips_whole_and_streamed(scripts, loaded_tokenizer, text):
     ids = loaded_tokenizer.encode(text, add_special_tokens=False)
     streamed = loaded_tokenizer.detokenizer
@@ -66,14 +54,6 @@ def test_a_row_weighs_text_and_answers_and_pads_the_tree_on_the_left(row_of, loa
         assert decode(rows.asked[0, row][asked[row] == np.float32(0.1)]) == question
         assert decode(rows.asked[0, row][asked[row] == 1]) == answer + END
         assert decode(rows.asked[0, row][rows.answers[0, row]]) == answer + END
-
-
-def test_places_are_the_ends_of_blocks_and_what_the_answers_follow(row_of, loaded_tokenizer):
-    rows = row_of((ASKED, "true"), (NAMED, "AB"))
-    read = np.take_along_axis(rows.asked, rows.places, -1)[0]
-    pieces = [[loaded_tokenizer.decode([i]) for i in ids] for ids in read]
-    assert pieces[0] == [TASK, ", Child", ", Answer: ", "true"]
-    assert pieces[1] == [", Task: Find Parent, Child", ", Answer: ", "A", "B"]
 
 
 def test_a_training_row_asks_both_kinds_and_about_as_many_true_as_false(scripts, make):
@@ -125,32 +105,6 @@ def test_scores_count_whole_answers_and_balance_true_and_false(scripts, make, lo
     false = loaded_tokenizer.encode("false")[0]
     always_false = np.where(right == loaded_tokenizer.eos_token_id, right, false)
     assert scores(rows, always_false) == {"balanced_accuracy": 0.5, "find_parent": 0}
-
-
-def test_every_other_head_starts_attending_to_equal_tokens(scripts):
-    build, config = scripts["model"].build_model, scripts["model"].model_config
-    model = build(config(284, 283), seed=3)
-    attention = model.layers[2].self_attn
-    x = mx.fast.rms_norm(mx.random.normal((1, 50, 128)), mx.ones(128), 1e-6)
-    q, k = (p(x).reshape(50, 4, 32).swapaxes(0, 1) for p in (attention.q_proj, attention.k_proj))
-    equal = (q @ k.swapaxes(1, 2)).argmax(-1) == mx.arange(50)
-    assert equal[0].all()
-    assert equal[2].all()
-    assert equal[1].mean() < 0.2
-    assert mx.allclose(attention.o_proj.weight, attention.v_proj.weight.T)
-
-
-def test_three_heads_of_the_first_layer_start_looking_back(scripts):
-    base_model = scripts["model"]
-    model = base_model.build_model(base_model.model_config(284, 283), seed=3)
-    attention = model.layers[0].self_attn
-    x = mx.fast.rms_norm(mx.random.normal((1, 60, 128)), mx.ones(128), 1e-6)
-    q, k = (p(x).reshape(60, 4, 32).swapaxes(0, 1) for p in (attention.q_proj, attention.k_proj))
-    scores = attention.rope(q[None])[0] @ attention.rope(k[None])[0].swapaxes(1, 2)
-    scores = mx.where(mx.tri(60, dtype=mx.bool_), scores, -mx.inf)
-    back = np.arange(60) - np.array(scores.argmax(-1))
-    for head, distance in base_model.LOOKS_BACK.items():
-        assert (back[head, 3:] == distance).mean() > 0.9
 
 
 def test_aimed_heads_look_back_from_what_ends_a_block_and_at_themselves_from_the_rest(

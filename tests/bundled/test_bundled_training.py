@@ -24,16 +24,10 @@ def test_the_rate_warms_up_and_ends_near_two_percent(scripts):
 @pytest.mark.parametrize(
     ("name", "trained"),
     [
-        ("packed", {"model.model.embed_tokens", "model.model.layers.1", "model.model.norm"}),
-        (
-            "spread",
-            {"model.model.embed_tokens", "model.model.layers.1", "model.model.norm", "nothing"},
-        ),
-        ("first", {"model.model.layers.0"}),
-        (
-            "all",
-            {f"model.model.{part}" for part in ("embed_tokens", "layers.0", "layers.1", "norm")},
-        ),
+        ("packed", {"embed_tokens", "layers.1", "norm"}),
+        ("spread", {"embed_tokens", "layers.1", "norm", "nothing"}),
+        ("first", {"layers.0"}),
+        ("all", {"embed_tokens", "layers.0", "layers.1", "norm"}),
     ],
 )
 def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_path, name, trained):
@@ -48,9 +42,8 @@ def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_pa
         for path, value in tree_flatten(trainer.base.parameters())
         if not mx.array_equal(value, before[path])
     }
-    depth = {"model.model.layers": 4}
-    parts = {".".join(p.split(".")[: depth.get(p[:18], 3)]) for p in moved}
-    assert parts == trained
+    paths = [path.removeprefix("model.model.").split(".") for path in moved]
+    assert {".".join(p[: 2 if p[0] == "layers" else 1]) for p in paths} == trained
 
 
 @pytest.mark.parametrize("at", [2, 3, 6, 8])
@@ -111,51 +104,6 @@ def test_the_text_loss_is_the_weighted_mean_over_the_text(scripts, row_of, train
     counted = np.arange(len(plain)) != 14  # the first token of the question is not asked for
     expected = np.average(plain[counted], weights=weights[counted])
     assert loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_codes_are_sums_at_the_ends_of_blocks_and_nothing_elsewhere(
-    scripts, row_of, trainer_of, tmp_path
-):
-    train, base = scripts["train"], trainer_of(tmp_path / "base").base
-    base.nothing = mx.full(base.nothing.shape, 7.0)
-    rows = row_of((ASKED, "true"), (NAMED, "AB"), nodes=5)
-    tree, asked, answers, places, _, _ = train.arrays(rows)
-    codes = base.codes(tree, asked, answers, places)[0]
-    embed = base.model.model.embed_tokens
-
-    def code(ids: mx.array) -> mx.array:
-        return sum(embed(i) @ turn for i, turn in zip(ids, base._maps, strict=True))
-
-    told, (own, named) = codes[:19], codes[19:].reshape(2, 11, -1)
-    last = [*tree[0, -3:], asked[0, 0, 0]]
-    expected = [
-        (told[7], code(tree[0, 4:8])),
-        (told[15], code(tree[0, 12:16])),
-        (own[0], code(last)),
-        (own[4], code(asked[0, 0, 1:5])),
-        (own[8], code(asked[0, 0, 5:9])),
-        (own[9], embed(asked[0, 0, 9])),
-        (named[4], code(asked[0, 1, 1:5])),
-        (named[5], embed(asked[0, 1, 5])),
-        (named[6], embed(asked[0, 1, 6])),
-    ]
-    for found, wanted in expected:
-        assert mx.allclose(found, wanted, atol=1e-5)
-    for empty in (
-        *(told[i] for i in (4, 5, 6, 8, 16, 17, 18)),
-        own[1],
-        own[5],
-        own[7],
-        named[1],
-        named[3],
-    ):
-        assert mx.array_equal(empty, base.nothing)
-
-    packed = base.packed(codes[None], 19, places)[0]
-    assert packed.shape[0] == 4 + 2 * 4
-    assert mx.array_equal(packed[1], told[7])
-    assert mx.array_equal(packed[4 + 2], own[8])
-    assert mx.array_equal(packed[4 + 7], named[6])
 
 
 def test_a_first_layer_that_writes_the_codes_has_no_loss(

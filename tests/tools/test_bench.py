@@ -13,8 +13,7 @@ from kmerge_mlx import load
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.lora import full_parameters as parameters
-from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
-from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, FullConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import load_source
 from kmerge_mlx.source import Source

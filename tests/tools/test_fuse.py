@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten
 from kmerge_mlx import Segment, generate, load
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.base import is_tied, read_config
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import adapter_of, attach, output_head, wire

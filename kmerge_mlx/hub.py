@@ -21,7 +21,6 @@ from typing import Any
 from kmerge_mlx.errors import KMergeError, first_line, short
 
 MODEL, DATASET = "model", "dataset"
-KINDS = {MODEL: "repo", DATASET: "dataset"}
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -33,12 +32,7 @@ _held: dict[tuple[str, RepoName], str] | None = None
 
 @dataclass(frozen=True)
 class RepoName:
-    """A hub repo, and which of its versions.
-
-    Args:
-        id: ``user/name``, or ``name`` for the oldest repos of the hub.
-        revision: Branch, tag or commit, or None: its default branch.
-    """
+    """A hub repo, and its branch, tag or commit; None is the default branch."""
 
     id: str
     revision: str | None = None
@@ -50,17 +44,7 @@ class RepoName:
 def parse(
     text: str, error: type[KMergeError], revision: str | None = None, kind: str = "repo"
 ) -> RepoName:
-    """Reads a repo's name, ``user/name`` or ``user/name@revision``.
-
-    Args:
-        text: The name.
-        error: Kind of error to raise.
-        revision: A revision that was given apart, or None.
-        kind: The kind of repo, for the error.
-
-    Raises:
-        KMergeError: Not the name of a repo, or two different revisions.
-    """
+    """Reads a repo's name, ``user/name@revision``; ``revision`` is one that was given apart."""
     repo, at, named = text.partition("@")
     if not _ID.fullmatch(repo):
         raise error(f"{text} is neither a folder nor the name of a hub {kind}")
@@ -80,11 +64,7 @@ def is_namespaced(text: str) -> bool:
 
 @contextmanager
 def one_version() -> Iterator[None]:
-    """Makes a repo's name mean one commit for the whole of a command.
-
-    A command asks for the same repo several times. A push in between must not give it the halves
-    of two versions, and the hub is asked only once.
-    """
+    """Makes a repo's name mean one commit for the whole of a command, whatever is pushed to it."""
     global _held
     before, _held = _held, {}
     try:
@@ -101,24 +81,18 @@ def fetch(
     revision: str | None = None,
     repo_type: str = MODEL,
 ) -> Path:
-    """Downloads those files of a repo that match, unless the hub's cache has them.
-
-    Args:
-        name: ``user/name`` or ``user/name@revision``.
-        patterns: Names of files, or shell patterns of names.
-        error: Kind of error to raise.
-        revision: A revision that was given apart, or None.
-        repo_type: ``model`` or ``dataset``.
+    """Downloads those files of a repo that match shell patterns, unless the hub's cache has them.
 
     Returns:
         The folder in the cache, whose name is the commit.
 
     Raises:
-        KMergeError: One line with what the hub answered.
+        KMergeError: (of the kind ``error``) One line with what the hub answered.
     """
     from huggingface_hub import snapshot_download
 
-    repo = parse(name, error, revision, KINDS[repo_type])
+    kind = "repo" if repo_type == MODEL else repo_type
+    repo = parse(name, error, revision, kind)
     held = {} if _held is None else _held
     wanted = held.get((repo_type, repo)) or repo.revision
     quiet()
@@ -127,7 +101,7 @@ def fetch(
             repo.id, repo_type=repo_type, revision=wanted, allow_patterns=list(patterns)
         )
     except Exception as failure:  # the hub client's errors share no base with the network's
-        raise error(_refusal(repo, KINDS[repo_type], failure)) from failure
+        raise error(_refusal(repo, kind, failure)) from failure
     held[repo_type, repo] = Path(folder).name
     return Path(folder)
 
@@ -152,15 +126,16 @@ def quiet() -> None:
     """
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    watched = sys.stderr is not None and sys.stderr.isatty()
-    if _held is not None and "HF_HUB_VERBOSITY" not in os.environ:
+    if _held is None:
+        return
+    if "HF_HUB_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
-    if _held is not None and not watched and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    if not watched and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()
 
 
 def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
-    """One line for a download of a repo that failed."""
     from huggingface_hub import errors
 
     cause = failure.__cause__
@@ -174,8 +149,10 @@ def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
         return f"{repo.id} has no revision {repo.revision}: give a branch, tag or commit"
     what = f"{repo} is not a folder here"
     if isinstance(failure, errors.RepositoryNotFoundError):
-        login = "check the name, or `hf auth login`"
-        return f"{what}, and the hub has no such {kind}, or a private one: {login}"
+        return (
+            f"{what}, and the hub has no such {kind}, or a private one: check the name, or "
+            "`hf auth login`"
+        )
     if isinstance(failure, errors.LocalEntryNotFoundError):
         reason = _offline(failure) or "the hub cannot be reached: check the connection"
         return f"{what} and not in the cache, or not all of it, and {reason}"
@@ -183,12 +160,7 @@ def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
 
 
 def why(failure: BaseException, do: str) -> str:
-    """Why a download or an upload failed and what to do, without the repo's name.
-
-    Args:
-        failure: What the hub client raised.
-        do: ``read`` or ``write``: what a token must allow.
-    """
+    """Why a download (``do`` is ``read``) or an upload (``write``) failed, and what to do."""
     from huggingface_hub import errors
 
     if offline := _offline(failure):
@@ -228,7 +200,6 @@ def _status(failure: Any, do: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """What a server wrote, as it may stand in an error: printable, in one line, not too long."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
 
@@ -240,8 +211,7 @@ def _offline(failure: BaseException) -> str | None:
     return None
 
 
-def _causes(failure: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = failure
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
+def _causes(failure: BaseException | None) -> Iterator[BaseException]:
+    while failure is not None:
+        yield failure
+        failure = failure.__cause__

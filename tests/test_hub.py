@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import validate_repo_id
 
-from kmerge_mlx.adapters.folder import adapter_folder
+from kmerge_mlx.adapters.folder import look_up
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
-from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, one_version, parse, why
+from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse, why
 from tests.cli_runner import command, environment, run, run_process
 from tests.hub_runs import assert_said, settings, using
 from tests.hub_server import Repo, running_hub
@@ -41,6 +41,10 @@ def online(hub, tmp_path):
     """Lets this process use the hub, with a fresh cache."""
     with using(hub, tmp_path / "home"):
         yield tmp_path / "home"
+
+
+def adapter_folder(name: str, k: int | None = None) -> Path:
+    return look_up(name).choose(k)[0]
 
 
 def refused(name: str = "user/ckpt") -> str:
@@ -114,13 +118,6 @@ def test_a_repo_of_something_else_is_one_line(hub, work, online):
     assert run("info", "user/other").err.startswith("error: user/other holds no adapter, no")
 
 
-def test_a_folder_of_that_name_comes_before_the_hub(hub, work, online, adapter_path):
-    (work / "user").mkdir()
-    (work / "user" / "adapter@main").symlink_to(adapter_path)
-    assert adapter_folder("user/adapter@main") == Path("user/adapter@main")
-    assert hub.requests == []
-
-
 def test_of_several_adapters_only_the_chosen_one_is_fetched(hub, online, tmp_path):
     for k in (2, 4):
         saved(tmp_path / "many" / f"k{k}", k=k)
@@ -147,27 +144,29 @@ def test_within_a_command_a_name_stays_the_version_it_was(hub, online, tmp_path)
 
 # ---- refusals ----
 
+NO_REPO = "and the hub has no such repo, or a private one: check the name, or `hf auth login`"
 FAULTS = {
-    "missing": (
-        lambda hub: hub.repos.pop("user/ckpt"),
-        "and the hub has no such repo, or a private one: check the name, or `hf auth login`",
-    ),
-    "gated": (lambda hub: hub.locked.add("user/ckpt"), "is gated: accept its terms on its hub"),
-    "private": (
-        lambda hub: setattr(hub.repos["user/ckpt"], "private", True),
-        "and the hub has no such repo, or a private one: check the name, or `hf auth login`",
-    ),
-    "401": (lambda hub: hub.refuse.update(info=401), "another token (401): `hf auth login`, or"),
-    "403": (lambda hub: hub.refuse.update(info=403), "the token may not read it (403): give one"),
-    "429": (lambda hub: hub.refuse.update(info=429), "too many requests (429): try again in"),
-    "500": (lambda hub: hub.refuse.update(info=500), "the hub cannot answer now (500): try again"),
+    "missing": NO_REPO,
+    "private": NO_REPO,
+    "gated": "is gated: accept its terms on its hub",
+    401: "another token (401): `hf auth login`, or",
+    403: "the token may not read it (403): give one",
+    429: "too many requests (429): try again in",
+    500: "the hub cannot answer now (500): try again",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_hub_is_one_line_and_a_second_try_works(hub, online, fault):
-    repo, (make, line) = hub.repos["user/ckpt"], FAULTS[fault]
-    make(hub)
+    repo, line = hub.repos["user/ckpt"], FAULTS[fault]
+    if fault == "missing":
+        del hub.repos["user/ckpt"]
+    elif fault == "gated":
+        hub.locked.add("user/ckpt")
+    elif fault == "private":
+        repo.private = True
+    else:
+        hub.refuse["info"] = fault
     text = refused()
     assert text.startswith("user/ckpt is ")
     assert line in text
