@@ -32,7 +32,7 @@ from kmerge_mlx.convert.peft import lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, KMergeError, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
-from kmerge_mlx.hub.fetch import fetch
+from kmerge_mlx.hub import fetch
 from kmerge_mlx.prompts.lay_out import ALL, Layout
 
 ENCODER = "encoder.pth"

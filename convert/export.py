@@ -28,8 +28,7 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
     name_ends,
 )
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.convert.checkpoint import (
     COMPANION,
     ENCODER,

@@ -15,8 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
-from kmerge_mlx.adapters.schema import LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import CheckpointError, short
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.errors import CheckpointError, KMergeError

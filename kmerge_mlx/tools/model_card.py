@@ -15,7 +15,7 @@ from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
-from kmerge_mlx.hub.fetch import is_namespaced, parse
+from kmerge_mlx.hub import is_namespaced, parse
 from kmerge_mlx.prompts.lay_out import ALL
 from kmerge_mlx.tools.describe import encoder_line, tuning_lines
 from kmerge_mlx.tools.upload import Upload

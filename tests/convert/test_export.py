@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from kmerge_mlx.adapters.folder import Adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter, lora_to_peft
 from kmerge_mlx.convert.peft import lora_from_peft

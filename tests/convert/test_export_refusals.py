@@ -13,8 +13,13 @@ import pytest
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, LoRASpec, MergeConfig
-from kmerge_mlx.adapters.tuning import FullConfig
+from kmerge_mlx.adapters.schema import (
+    BaseModelConfig,
+    EncoderConfig,
+    FullConfig,
+    LoRASpec,
+    MergeConfig,
+)
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
 from kmerge_mlx.prompts.lay_out import Layout

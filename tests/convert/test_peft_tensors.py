@@ -11,8 +11,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.convert.peft import PREFIX
 from tests.peft_adapters import Q, V, config, converted, layered, refused, tensors
 
