@@ -13,7 +13,6 @@ from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import aligned, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
-from kmerge_mlx.prompts.policy import CONTEXTS
 from kmerge_mlx.settings import CacheSettings, Settings, argument, option
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def info(settings: InfoSettings) -> None:
 
 
 def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
-    from kmerge_mlx.tools.describe import encoder_line, tuning_lines
+    from kmerge_mlx.tools.describe import encoder_line, layout_line, tuning_lines
 
     base = adapter["base_model"] or "not named"
     if carried:
@@ -149,12 +148,8 @@ def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
         *_under(adapter["base_config"]),
         ("padding", "from the tokenizer" if pad is None else f"token {pad}"),
     ]
-    if layout := adapter["layout"]:
-        template = "with" if layout["chat_template"] else "without"
-        merges = "everything merges"
-        if layout["merges"] == CONTEXTS:
-            merges = f"contexts of {layout['threshold']} tokens and more merge"
-        rows.append(("layout", f"{merges}, {template} a chat template"))
+    if layout := layout_line(adapter):
+        rows.append(("layout", layout))
     about = dict(adapter["provenance"])
     scores = {name: about.pop(name) for name in SCORES if isinstance(about.get(name), dict)}
     if about:

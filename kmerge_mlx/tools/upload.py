@@ -33,8 +33,7 @@ from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
 from kmerge_mlx.files import read_json
 from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, parse, quiet, why
-from kmerge_mlx.prompts.policy import ALL
-from kmerge_mlx.tools.describe import describe_adapter, encoder_line, tuning_lines
+from kmerge_mlx.tools.describe import describe_adapter, encoder_line, layout_line, tuning_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -252,8 +251,11 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Re
         eval_results=results or None,
         **made_on,
     )
-    parts = [_introduction(upload), _use(upload), _data(data), *_metrics(upload, reports)]
-    body = "\n\n".join([*parts, _provenance(upload), LIMITS])
+    parts = [_introduction(upload), _data(data), *_metrics(upload, reports), "## Provenance"]
+    for facts in upload.adapters:
+        text = json.dumps(facts["provenance"], indent=2, ensure_ascii=False)
+        parts.append(f"K = {facts['merge_factor']}:\n\n```json\n{text}\n```")
+    body = "\n\n".join([*parts, LIMITS])
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
 
 
@@ -288,54 +290,36 @@ def _introduction(upload: Upload) -> str:
         repo, _, revision = upload.base.id.partition("@")
         made_on = f"[{repo}](https://huggingface.co/{repo})"
         made_on += f" (revision `{revision}`)" if revision else ""
-    factors = " or ".join(str(facts["merge_factor"]) for facts in upload.adapters)
-    lines = [
-        f"# {upload.repo.id.rpartition('/')[2]}",
-        "",
-        f"Reads {factors} prompt tokens in one position of {made_on}: an adapter for "
-        f"[K-Token Merging]({PAPER}), run by kmerge-mlx on Apple's MLX.",
-        "",
-    ]
-    rows = [["K", "merge encoder", "changes to the base", "trained on prompts"]]
-    for facts in upload.adapters:
+    factors = [str(facts["merge_factor"]) for facts in upload.adapters]
+    rows = [["K", "merge encoder", "changes to the base", "laid out in training"]]
+    for k, facts in zip(factors, upload.adapters, strict=True):
         tuning = "; ".join(f"{kind}: {line}" for kind, line in tuning_lines(facts).items())
-        k, layout = str(facts["merge_factor"]), _layout(facts["layout"])
-        rows.append([k, encoder_line(facts), tuning, layout])
-    return "\n".join([*lines, _table(rows)])
+        rows.append([k, encoder_line(facts), tuning, layout_line(facts) or "not recorded"])
+    return f"""# {upload.repo.id.rpartition("/")[2]}
 
+Reads {" or ".join(factors)} prompt tokens in one position of {made_on}: an adapter for \
+[K-Token Merging]({PAPER}), run by kmerge-mlx on Apple's MLX.
 
-def _layout(layout: Mapping[str, Any] | None) -> str:
-    if layout is None:
-        return "laid out in a way that was not recorded"
-    merges = f"whose contexts of {layout['threshold']} tokens or more merge"
-    merges = "all of which merges" if layout["merges"] == ALL else merges
-    return f"{merges}, {'with' if layout['chat_template'] else 'without'} the chat template"
+{_table(rows)}
 
-
-def _use(upload: Upload) -> str:
-    k = upload.adapters[-1]["merge_factor"]
-    return f"""## Use
+## Use
 
 ```sh
 pip install kmerge-mlx
-kmerge-mlx generate --adapter-path {upload.repo} --k {k} prompt.txt
+kmerge-mlx generate --adapter-path {upload.repo} --k {factors[-1]} prompt.txt
 ```
 
 ```python
 from kmerge_mlx import generate, load
 
-model, tokenizer = load("{upload.base.id}", "{upload.repo}", {k})
+model, tokenizer = load("{upload.base.id}", "{upload.repo}", {factors[-1]})
 print(generate(model, tokenizer, prompt))
 ```"""
 
 
 def _data(data: Sequence[str]) -> str:
-    linked = [
-        f"- [{text}](https://huggingface.co/datasets/{text})"
-        if is_namespaced(text)
-        else f"- {text}"
-        for text in data
-    ]
+    link = "[{0}](https://huggingface.co/datasets/{0})"
+    linked = [f"- {link.format(text) if is_namespaced(text) else text}" for text in data]
     return "\n".join(["## Training data", "", *(linked or ["Not stated."])])
 
 
@@ -376,14 +360,6 @@ def _measured_on(report: Report) -> tuple[str, str]:
     if is_namespaced(data) and not Path(data).exists():
         return data, data.partition("@")[0]
     return (Path(data).name or "data",) * 2
-
-
-def _provenance(upload: Upload) -> str:
-    parts = ["## Provenance"]
-    for facts in upload.adapters:
-        text = json.dumps(facts["provenance"], indent=2, ensure_ascii=False)
-        parts.append(f"K = {facts['merge_factor']}:\n\n```json\n{text}\n```")
-    return "\n\n".join(parts)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
