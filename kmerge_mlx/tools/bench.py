@@ -143,21 +143,7 @@ def load_sides(
         ModelError: The base cannot be loaded or given virtual ids.
         AdapterError: An adapter does not fit the base.
     """
-    limit = base.context_length(source.config)
-    problems = [
-        f"`length` {length} is more than the model's context of {limit:,} positions, and the "
-        "reference reads every token"
-        for length in lengths
-        if limit is not None and length > limit
-    ]
-    problems += [
-        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
-        for length in lengths
-        for k in merged
-        if k > length
-    ]
-    if problems:
-        raise PromptError(findings("nothing was measured", problems))
+    _check_lengths(lengths, merged, base.context_length(source.config))
     adapters = {
         k: one and read_adapter(one.adapter, one.merge) for k, one in sorted(merged.items())
     }
@@ -192,6 +178,23 @@ def load_sides(
         Side(k, llm, merged_embedding(llm), total - sum(own.values()))
         for (k, llm), own in zip(readers, weights, strict=True)
     ]
+
+
+def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
+    problems = [
+        f"`length` {length} is more than the model's context of {limit:,} positions, and the "
+        "reference reads every token"
+        for length in lengths
+        if limit is not None and length > limit
+    ]
+    problems += [
+        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
+        for length in lengths
+        for k in ks
+        if k > length
+    ]
+    if problems:
+        raise PromptError(findings("nothing was measured", problems))
 
 
 def measure(
