@@ -29,7 +29,7 @@ from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import adapter_of, attach, output_head, wire
 from kmerge_mlx.tools.fuse import Fused, fused
 from tests.adapters.test_full import full_adapter
-from tests.cli_runner import environment
+from tests.cli_runner import change_json, environment
 from tests.reference.make_checkpoints import ARCHITECTURES, make_base
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 from tests.tools.models import (
@@ -320,20 +320,17 @@ def test_requantized_weights_are_the_nearest_to_the_sums(tmp_path):
 
 def test_every_layer_keeps_parameters_of_its_own(tmp_path):
     """A mixed base: one layer at 8 bits, the table not quantized, the rest at 4 bits."""
-    config, own = qwen2_config(), {"group_size": 32, "bits": 8, "mode": "affine"}
-    mixed = "model.layers.0.self_attn.q_proj"
-    config["quantization"] = {**BITS_4, mixed: own, TABLE: False}
-    model = build(config)
+    own, mixed = {"group_size": 32, "bits": 8, "mode": "affine"}, "model.layers.0.self_attn.q_proj"
+    base, adapter = made(tmp_path)
+    model, _ = alone(base)
 
     def chosen(path: str, module: nn.Module) -> object:
         return own if path == mixed else hasattr(module, "to_quantized") and path != TABLE
 
     nn.quantize(model, **BITS_4, class_predicate=chosen)
-    base = write_base(tmp_path / "base", qwen2_config())
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (base / "config.json").write_text(json.dumps(config))
-    save_adapter(random_adapter(build(qwen2_config()), 4), tmp_path / "adapter")
-    fuse_folders(base, tmp_path / "adapter", tmp_path / "new")
+    change_json(base / "config.json", quantization={**BITS_4, mixed: own, TABLE: False})
+    fuse_folders(base, adapter, tmp_path / "new")
     found = packings(tmp_path / "new")
     assert found == packings(base)
     assert found[mixed] == (8, 32, "affine")
