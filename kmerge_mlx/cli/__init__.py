@@ -20,11 +20,10 @@ from kmerge_mlx.cli.chat import chat
 from kmerge_mlx.cli.convert import convert, export
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
-from kmerge_mlx.cli.fuse import fuse
+from kmerge_mlx.cli.fuse import fuse, quantize
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
 from kmerge_mlx.cli.inputs import CommandError
-from kmerge_mlx.cli.quantize import quantize
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.cli.upload import upload

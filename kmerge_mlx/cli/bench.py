@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, size
+from kmerge_mlx.cli.output import aligned, bars, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.source import Source
-    from kmerge_mlx.tools.bench import BenchmarkConfig, Row, Side, Spread
+    from kmerge_mlx.tools.bench import Row, Side, Spread
 
 K = 4
 
@@ -72,42 +72,34 @@ def bench(settings: BenchSettings) -> None:
 
         check_plot(settings.plot)
 
-    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.tools import bench as benchmark
 
     source, merged = _sources(settings)
-    config = benchmark.BenchmarkConfig(
-        tuple(sorted(set(settings.length))),
-        settings.num_trials,
-        settings.generation_tokens,
-        settings.prefill_step_size,
-        settings.seed,
-        settings.delay,
-    )
+    shared = ("num_trials", "generation_tokens", "prefill_step_size", "seed", "delay")
+    how = {name: getattr(settings, name) for name in shared}
+    config = benchmark.BenchmarkConfig(tuple(sorted(set(settings.length))), **how)
     # On Metal mlx-lm prints a warning about large models.
     with contextlib.redirect_stdout(sys.stderr):
         sides = benchmark.load_sides(source, merged, config.lengths)
         encoders = _encoders(sides)
         if encoders and source.adapter_path is None:
-            sizes = ", ".join(
+            each = (
                 f"K={e['merge_factor']}: {e['parameters'] / 1e6:.1f}M {e['dtype']}"
                 for e in encoders
             )
             print(
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-                f"({sizes}), and there is no LoRA",
+                f"({', '.join(each)}), and there is no LoRA",
                 file=sys.stderr,
             )
-        rows = benchmark.measure(sides, config, bars(quiet=False)("Positions read"))
-    names = {"model": source.model, "adapter_path": source.adapter_path}
+        rows = benchmark.measure(sides, config, bars()("Positions read"))
     report = {
         "machine": _machine(sides[0]),
-        "settings": names | asdict(config),
+        "settings": {"model": source.model, "adapter_path": source.adapter_path, **asdict(config)},
         "encoders": encoders,
         "rows": [asdict(row) for row in rows],
     }
-    as_json = settings.as_json
-    print(json.dumps(report, ensure_ascii=False) if as_json else _text(report, rows, config))
+    print(json.dumps(report, ensure_ascii=False) if settings.as_json else _text(report, rows))
     if settings.plot:
         from kmerge_mlx.plots.speed import draw_speed
 
@@ -136,14 +128,14 @@ def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """The sizes of the encoders."""
     from kmerge_mlx.base import dtype_name
 
+    found = [side.embedding.encoder for side in sides if side.embedding is not None]
     return [
         {
-            **side.embedding.encoder.config.to_json(),
-            "parameters": side.embedding.encoder.config.num_parameters,
-            "dtype": dtype_name(side.embedding.encoder.w3.bias.dtype),
+            **encoder.config.to_json(),
+            "parameters": encoder.config.num_parameters,
+            "dtype": dtype_name(encoder.w3.bias.dtype),
         }
-        for side in sides
-        if side.embedding is not None
+        for encoder in found
     ]
 
 
@@ -177,22 +169,23 @@ def _backend(machine: Mapping[str, str]) -> str:
     )
 
 
-def _text(report: Mapping[str, Any], rows: Sequence[Row], config: BenchmarkConfig) -> str:
+def _text(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The report for people: where, what, a table, and what its words mean."""
     machine, settings = report["machine"], report["settings"]
     adapter = "untrained encoders, no LoRA" if report["encoders"] else "no adapter"
     if settings["adapter_path"]:
         adapter = f"adapter {settings['adapter_path']}"
-    rounds = f"{config.num_trials} round{'s' if config.num_trials > 1 else ''}"
-    figure = "median (lowest-highest)" if config.num_trials > 1 else "figure"
+    spread = settings["num_trials"] > 1
+    rounds = f"median (lowest-highest) of {settings['num_trials']} rounds"
+    rounds = rounds if spread else "figure of 1 round"
     return "\n".join(
         [
             f"{_backend(machine)}; mlx {machine['mlx']}, mlx-lm {machine['mlx_lm']}, "
             f"kmerge-mlx {machine['kmerge_mlx']}",
-            f"{settings['model']}, {adapter}; {figure} of {rounds} after one to warm up, "
-            f"{config.generation_tokens} tokens generated",
+            f"{settings['model']}, {adapter}; {rounds} after one to warm up, "
+            f"{settings['generation_tokens']} tokens generated",
             "",
-            _table(rows, config.num_trials > 1),
+            _table(rows, spread),
             "",
             "K = 1         plain mlx-lm on the whole prompt",
             "TTFT          from token ids to the first token: with compressing, without tokenizing",

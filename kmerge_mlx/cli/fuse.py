@@ -1,12 +1,14 @@
-"""``kmerge-mlx fuse``."""
+"""``kmerge-mlx fuse`` and ``quantize``: commands that write a model folder."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.adapters.schema import BITS, MODES
+from kmerge_mlx.cli.inputs import command, read_prompt
+from kmerge_mlx.cli.output import bars
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
@@ -54,25 +56,16 @@ def fuse(settings: FuseSettings) -> None:
       kmerge-mlx generate --model fused report.txt -p "What changed in May?"
       kmerge-mlx fuse --adapter-path A --save-path fused --dequantize my-text.txt
     """
-    text = read_text(settings)
+    how = _read(settings)
 
-    from kmerge_mlx.cli.output import bars
-    from kmerge_mlx.source import Source
-    from kmerge_mlx.tools import fuse as fusing
+    from kmerge_mlx.tools.fuse import fuse as write
 
-    done = fusing.fuse(
-        Source.find(settings.model, settings.adapter_path, settings.k, settings.trust_remote_code),
-        settings.save_path,
-        dequantize=settings.dequantize,
-        text=text,
-        force=settings.force,
-        progress=bars(quiet=False),
-    )
+    done = write(save_path=settings.save_path, dequantize=settings.dequantize, **how)
     kind = "quantized weights" if done.quantized else "floating-point weights"
     encoder = "no merge encoder"
     if done.merge_factor > 1:
         encoder = f"the merge encoder for K = {done.merge_factor}"
-    print_made(f"{settings.save_path}: {kind}, {encoder}", done.drift, text)
+    _print_made(f"{settings.save_path}: {kind}, {encoder}", done.drift, how["text"])
     if done.untied:
         print(
             "note: the output head had LoRA of its own, so it is no longer the embedding table: "
@@ -81,14 +74,81 @@ def fuse(settings: FuseSettings) -> None:
         )
 
 
-def read_text(settings: NewModelSettings) -> str | None:
-    """The text to measure the drift on, or None."""
-    from kmerge_mlx.cli.inputs import read_prompt
+@dataclass(frozen=True)
+class QuantizeSettings(NewModelSettings):
+    """How to quantize, and where to."""
 
-    return read_prompt(list(settings.files), None)[0] if settings.files else None
+    NAME = "quantize"
+
+    mlx_path: str = option("mlx_model", str, "Model folder to write.")
+    q_bits: int | None = option(
+        None, int, "Bits of a weight. Default: the mode's; affine has 4.", low=1
+    )
+    q_group_size: int | None = option(
+        None, int, "Weights that share a scale. Default: the mode's; affine has 64.", low=1
+    )
+    q_mode: str = option(MODES[0], str, "MLX's way to quantize.", choices=MODES)
+    quantize_embedding: bool = option(
+        False, bool, "Quantize the embedding table too, which the merge encoder reads."
+    )
+    encoder_bits: int | None = option(
+        None,
+        int,
+        "Quantize the merge encoder to so many bits; 8 is safe. Default: it stays as it is.",
+        choices=BITS,
+    )
 
 
-def print_made(what: str, drift: Drift, text: str | None) -> None:
+@command(QuantizeSettings)
+def quantize(settings: QuantizeSettings) -> None:
+    """Quantize a base model for merging.
+
+    As mlx_lm.convert -q does it, but for the embedding table, which merged embeddings are made
+    from. With an adapter the folder carries it in its kmerge/, where every command finds it. How
+    far the result is from what it was made from is measured and printed.
+
+    \b
+    Examples:
+      kmerge-mlx quantize --model M --adapter-path A --k 4 --mlx-path m4bit my-text.txt
+      kmerge-mlx quantize --model M --q-bits 8
+      kmerge-mlx quantize --model fused --mlx-path small --encoder-bits 8
+    """
+    how = _read(settings)
+
+    from kmerge_mlx.tools.quantize import Packing
+    from kmerge_mlx.tools.quantize import quantize as write
+
+    packing = Packing(
+        settings.q_bits, settings.q_group_size, settings.q_mode, settings.quantize_embedding
+    )
+    done = write(
+        mlx_path=settings.mlx_path, packing=packing, encoder_bits=settings.encoder_bits, **how
+    )
+    carries = "no adapter"
+    if done.merge_factor is not None:
+        carries = f"the adapter for K = {done.merge_factor}"
+    bits = f"{done.bits_per_weight:.2f} bits per weight"
+    _print_made(f"{settings.mlx_path}: {bits}, {carries}", done.drift, how["text"])
+    if done.tied and not settings.quantize_embedding:
+        print(
+            "note: the embedding table is the output head as well, and neither is quantized: "
+            "--quantize-embedding quantizes both",
+            file=sys.stderr,
+        )
+
+
+def _read(settings: NewModelSettings) -> dict[str, Any]:
+    """What both commands give on: the text is read before anything is searched or loaded."""
+    text = read_prompt(settings.files, None)[0] if settings.files else None
+
+    from kmerge_mlx.source import Source
+
+    named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
+    source = Source.find(*named)
+    return {"source": source, "text": text, "force": settings.force, "progress": bars()}
+
+
+def _print_made(what: str, drift: Drift, text: str | None) -> None:
     """Says what was written, and how far it is from what it was made from."""
     lines = [what, f"Drift on {'random tokens' if text is None else 'your text'}:"]
     if drift.merged is not None:

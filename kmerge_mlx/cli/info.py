@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import aligned, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
-from kmerge_mlx.prompts.lay_out import CONTEXTS
 from kmerge_mlx.settings import CacheSettings, Settings, argument, option
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ SCORES = ("metrics", "eval_accuracy")  # what the authors' code leaves beside a 
 
 _AMOUNT = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([MGT])i?B?", re.IGNORECASE)
 _UNITS = {"T": 1 << 40, "G": 1 << 30, "M": 1 << 20}
-
-Rows = Iterable[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def info(settings: InfoSettings) -> None:
 
 
 def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
-    from kmerge_mlx.tools.describe import encoder_line, tuning_lines
+    from kmerge_mlx.tools.describe import encoder_line, layout_line, tuning_lines
 
     base = adapter["base_model"] or "not named"
     if carried:
@@ -149,12 +146,8 @@ def _print_adapter(adapter: dict[str, Any], carried: bool) -> None:
         *_under(adapter["base_config"]),
         ("padding", "from the tokenizer" if pad is None else f"token {pad}"),
     ]
-    if layout := adapter["layout"]:
-        template = "with" if layout["chat_template"] else "without"
-        merges = "everything merges"
-        if layout["merges"] == CONTEXTS:
-            merges = f"contexts of {layout['threshold']} tokens and more merge"
-        rows.append(("layout", f"{merges}, {template} a chat template"))
+    if layout := layout_line(adapter):
+        rows.append(("layout", layout))
     about = dict(adapter["provenance"])
     scores = {name: about.pop(name) for name in SCORES if isinstance(about.get(name), dict)}
     if about:
@@ -184,14 +177,13 @@ def _print_base(found: dict[str, Any]) -> None:
     _print_rows(rows)
 
 
-def _print_rows(rows: Rows) -> None:
-    rows = list(rows)
+def _print_rows(rows: Sequence[tuple[str, Any]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}".rstrip())
 
 
-def _under(values: Mapping[str, Any]) -> Rows:
+def _under(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Entries below a heading, each on a line that a terminal can show."""
     return ((f"  {_shown(name)}", _shown(value)) for name, value in values.items())
 
@@ -207,15 +199,12 @@ def _calculate(settings: InfoSettings) -> None:
     from kmerge_mlx.tools.sizing import SizingConfig, calculate
 
     memory = settings.memory_bytes
+    shared = ("dtype", "max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
     config = SizingConfig(
         lengths=tuple(sorted(set(settings.length))),
         ks=tuple(sorted({1, *settings.k})),
-        dtype=settings.dtype,
         usable_bytes=None if memory is None else int(memory * USABLE_SHARE),
-        max_kv_size=settings.max_kv_size,
-        kv_bits=settings.kv_bits,
-        kv_group_size=settings.kv_group_size,
-        quantized_kv_start=settings.quantized_kv_start,
+        **{name: getattr(settings, name) for name in shared},
     )
     found = calculate(settings.model, config)
     if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
@@ -240,21 +229,20 @@ def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[
     base, asked = found["base"], memory is not None
     context = f"{base['context_length']:,} positions" if base["context_length"] else "unknown"
     source = "weights' headers" if base["has_weights"] else "config"
-    heads = ["K", "encoder", "its size"]
+    factors = [["K", "encoder", "its size"]]
+    rows = [["prompt", "K", "positions", "KV cache", "memory", *(["fits"] if asked else [])]]
+    rows[0] += ["less work", "speed-up at least"]
     if asked:
         unit = next(unit for unit, count in _UNITS.items() if memory >= count or unit == "M")
-        heads += [f"longest prompt in {memory / _UNITS[unit]:.6g} {unit}B", "ends at"]
-    factors = [heads]
+        factors[0] += [f"longest prompt in {memory / _UNITS[unit]:.6g} {unit}B", "ends at"]
     for factor in found["factors"]:
-        k, longest = factor["k"], factor["longest_prompt"]
         encoder = [f"{factor['encoder_parameters']:,}", size(factor["encoder_bytes"])]
-        cells = [str(k), *(encoder if k > 1 else ["none", "-"])]
+        cells = [str(factor["k"]), *(encoder if factor["k"] > 1 else ["none", "-"])]
         if asked:
+            longest = factor["longest_prompt"]
             cells.append("no limit found" if longest is None else f"{longest:,} tokens")
             cells.append(factor["limited_by"] or "-")
         factors.append(cells)
-    heads = ["prompt", "K", "positions", "KV cache", "memory", *(["fits"] if asked else [])]
-    rows = [[*heads, "less work", "speed-up at least"]]
     for row in found["rows"]:
         ratios = (row["work_ratio"], row["speedup_floor"])
         rows.append(
@@ -273,28 +261,25 @@ def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[
         f"{size(base['weight_bytes'])} ({base['dtype']}, from its {source}); context {context}"
     )
     over = any(row["in_context"] is False for row in found["rows"])
-    tables = [title, aligned(factors), aligned(rows), "\n".join(_legend(config, over))]
-    return "\n\n".join(tables)
+    return "\n\n".join([title, aligned(factors), aligned(rows), _legend(config, over)])
 
 
-def _legend(config: SizingConfig, over: bool) -> list[str]:
+def _legend(config: SizingConfig, over: bool) -> str:
     cache = "" if config.kv_bits is None else f", {config.kv_bits} bits each"
     if config.kv_bits is not None and config.quantized_kv_start:
         cache += f" from position {config.quantized_kv_start:,} on"
-    share = f"{USABLE_SHARE:.0%}"
-    fits = f"fits        memory within {share} of --memory: what a Mac's GPU may use at the least"
-    return [
-        "K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges",
-        "encoder     parameters at the default width, bytes in float32",
-        *(["*           more positions than the model was made for"] if over else []),
-        f"KV cache    keys and values of the prompt's positions{cache}; a linear layer's state",
-        "memory      weights, encoder, merged blocks, and the room that mlx-lm gives the KV cache;",
-        "            activations and generated tokens not counted",
-        *([] if config.usable_bytes is None else [fits]),
-        "less work   multiplications at K = 1 over those at this K, the encoder's included",
-        "speed-up    the least of time to first token if multiplying and reading weights take all "
-        "of it, and a",
-        f"            machine multiplies at most {MULTIPLICATIONS_PER_BYTE} times while it reads a "
-        "byte: an assumption, not a measurement;",
-        "            `kmerge-mlx bench` measures",
-    ]
+    marked = "*           more positions than the model was made for\n" if over else ""
+    fits = f"memory within {USABLE_SHARE:.0%} of --memory: what a Mac's GPU may use at the least"
+    fits = "" if config.usable_bytes is None else f"fits        {fits}\n"
+    return f"""\
+K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges
+encoder     parameters at the default width, bytes in float32
+{marked}\
+KV cache    keys and values of the prompt's positions{cache}; a linear layer's state
+memory      weights, encoder, merged blocks, and the room that mlx-lm gives the KV cache;
+            activations and generated tokens not counted
+{fits}\
+less work   multiplications at K = 1 over those at this K, the encoder's included
+speed-up    the least of time to first token if multiplying and reading weights take all of it,
+            where a machine multiplies at most {MULTIPLICATIONS_PER_BYTE} times while it reads a
+            byte, which is assumed, not measured; `kmerge-mlx bench` measures"""

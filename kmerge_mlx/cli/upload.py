@@ -89,9 +89,8 @@ def upload(settings: UploadSettings) -> None:
       kmerge-mlx upload ./adapter me/my-adapter --license mit --metrics evaluate.json --private
     """
     from kmerge_mlx.evaluation.report import read_report
-    from kmerge_mlx.hub import is_namespaced, parse
-    from kmerge_mlx.tools.model_card import card
-    from kmerge_mlx.tools.upload import CARD, check_base, collect, send
+    from kmerge_mlx.hub.fetch import is_namespaced, parse
+    from kmerge_mlx.tools.upload import CARD, card, check_base, collect, send
 
     if not is_namespaced(settings.repo):
         raise UploadError(f"{settings.repo} is not a hub repo id: expected user/name")

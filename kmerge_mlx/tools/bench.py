@@ -1,9 +1,8 @@
 """Times merged prompts against plain mlx-lm, side by side in one process.
 
-For every prompt length T several sides read in turn: plain mlx-lm on T tokens (the reference), and
-for each K plain mlx-lm on ceil(T/K) tokens (the floor: what so many positions cost anyway) and this
-project on T tokens merged into as many. Prompts are random token ids: time and memory depend on
-shapes alone. Tokenizing is not measured.
+Several sides read each prompt of T tokens in turn: plain mlx-lm (the reference), and for each K
+plain mlx-lm on ceil(T/K) tokens (the floor: what so many positions cost anyway) and merged blocks.
+Prompts are random token ids: time and memory depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -134,14 +133,8 @@ def load_sides(
 ) -> list[Side]:
     """Loads a base once, and for each K a model over the same weights.
 
-    Args:
-        source: The base.
-        merged: K, each above 1, to its adapter, or to None for an untrained encoder of the
-            default size and no LoRA.
-        lengths: T, tokens of the prompts that will be read.
-
-    Returns:
-        The reference, and for each K the floor and the merged side.
+    ``merged`` has for each K, above 1, its adapter, or None: an untrained encoder of the default
+    size. The reference comes first, then for each K the floor and the merged side.
 
     Raises:
         PromptError: A length that does not fit the model or a K (all of them listed); nothing is
@@ -187,18 +180,18 @@ def load_sides(
 
 
 def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
-    problems = []
-    for length in lengths:
-        if limit is not None and length > limit:
-            problems.append(
-                f"`length` {length} is more than the model's context of {limit:,} positions, and "
-                "the reference reads every token"
-            )
-        problems += [
-            f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
-            for k in ks
-            if k > length
-        ]
+    problems = [
+        f"`length` {length} is more than the model's context of {limit:,} positions, and the "
+        "reference reads every token"
+        for length in lengths
+        if limit is not None and length > limit
+    ]
+    problems += [
+        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
+        for length in lengths
+        for k in ks
+        if k > length
+    ]
     if problems:
         raise PromptError(findings("nothing was measured", problems))
 
@@ -208,19 +201,13 @@ def measure(
     config: BenchmarkConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Times every side on prompts of every length.
+    """Times every side of :func:`load_sides` on prompts of every length.
 
-    Args:
-        sides: From :func:`load_sides`, for the same lengths.
-        config: What to measure.
-        progress: Called between runs with (positions read, positions to be read in all).
-
-    Returns:
-        For each length a row for K = 1, and then one for each K.
+    ``progress`` is called between runs with (positions read, positions to be read in all). For
+    each length there is a row for K = 1, and then one for each K.
     """
     _, table = base.find_embedding(sides[0].llm, "the base model")
-    vocab_size = table.weight.shape[0]
-    rng = Random(config.seed)
+    rng, tokens = Random(config.seed), range(table.weight.shape[0])
     rounds = range(-1, config.num_trials)  # the first warms up and does not count
     total = sum(side.positions(n) for n in config.lengths for side in sides) * len(rounds)
     done, rows = 0, []
@@ -228,8 +215,11 @@ def measure(
     for length in config.lengths:
         trials: dict[Side, list[Trial]] = {side: [] for side in sides}
         for number in rounds:
-            ids = rng.choices(range(vocab_size), k=length)
-            for side in _in_turn(sides, number):
+            ids = rng.choices(tokens, k=length)
+            # Another side begins each time, and every other round is reversed.
+            step = -1 if number % 2 else 1
+            for i in range(len(sides)):
+                side = sides[(number + step * i) % len(sides)]
                 trial = _run(side, ids, config)
                 if number >= 0:
                     trials[side].append(trial)
@@ -237,12 +227,6 @@ def measure(
                 progress(done, total)
         rows += _rows(length, trials)
     return rows
-
-
-def _in_turn(sides: Sequence[Side], number: int) -> list[Side]:
-    """The order of one round: another side begins each time, and every other round is reversed."""
-    step = -1 if number % 2 else 1
-    return [sides[(number + step * i) % len(sides)] for i in range(len(sides))]
 
 
 def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
@@ -288,14 +272,12 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
         pairs = zip(trials[over], trials[under], strict=True)
         return Spread.of(a.time_to_first_token / b.time_to_first_token for a, b in pairs)
 
-    def facts(side: Side) -> tuple[int, int, int, Figures]:
-        return side.k, length, trials[side][0].positions, Figures.of(trials[side])
-
+    figures = {side: Figures.of(runs) for side, runs in trials.items()}
     reference, *others = trials
-    rows = [Row(*facts(reference))]
+    rows = [Row(1, length, length, figures[reference])]
     for floor, side in zip(others[::2], others[1::2], strict=True):
-        compared = ratios(reference, side), ratios(side, floor)
-        rows.append(Row(*facts(side), Figures.of(trials[floor]), *compared))
+        compared = figures[floor], ratios(reference, side), ratios(side, floor)
+        rows.append(Row(side.k, length, side.positions(length), figures[side], *compared))
     return rows
 
 
@@ -304,15 +286,15 @@ def kv_bytes(cache: Sequence[Any]) -> int:
 
     Keys and values, plain or quantized, are cut to their positions; other entries count whole.
     """
-    return sum(_entry_bytes(entry) for entry in cache)
-
-
-def _entry_bytes(entry: Any) -> int:
-    if isinstance(entry, CacheList):
-        return kv_bytes(entry.caches)
-    keys, offset = getattr(entry, "keys", None), getattr(entry, "offset", None)
-    if keys is None or not isinstance(offset, int):
-        return entry.nbytes
-    held = offset - getattr(entry, "start_position", 0)  # a chunked cache drops what is before it
-    arrays = [array for _, array in tree_flatten((keys, entry.values))]
-    return sum(a.nbytes // a.shape[-2] * min(held, a.shape[-2]) for a in arrays)
+    total = 0
+    for entry in cache:
+        keys, offset = getattr(entry, "keys", None), getattr(entry, "offset", None)
+        if isinstance(entry, CacheList):
+            total += kv_bytes(entry.caches)
+        elif keys is None or not isinstance(offset, int):
+            total += entry.nbytes
+        else:  # a chunked cache drops what is before its start
+            held = offset - getattr(entry, "start_position", 0)
+            arrays = [array for _, array in tree_flatten((keys, entry.values))]
+            total += sum(a.nbytes // a.shape[-2] * min(held, a.shape[-2]) for a in arrays)
+    return total

@@ -26,17 +26,15 @@ from kmerge_mlx.convert.checkpoint import (
     read_checkpoint,
 )
 from kmerge_mlx.errors import AdapterError, DataError
-from kmerge_mlx.hub import fetch, is_namespaced
+from kmerge_mlx.hub.fetch import fetch, is_namespaced
+from kmerge_mlx.prompts.policy import CONTEXTS
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Says what a folder or a hub repo is and holds; only a checkpoint's weights are read.
-
-    Args:
-        path: A folder, or ``user/name@revision``; a base model's weights are not fetched.
+    """Says what a folder or a hub repo is and holds; a base model's weights are not fetched.
 
     Returns:
         ``kind`` (``adapter``, ``checkpoint``, ``base model`` or ``model with its adapter``) and its
@@ -45,22 +43,17 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         KMergeError: Nothing that this project knows, or a torn one.
     """
+    name, folder = str(path), Path(path)
     try:
-        return _describe(_local(path), str(path)) | {"path": str(path)}
+        if not folder.is_dir():
+            if folder.exists() or not is_namespaced(name):
+                raise AdapterError(f"{name} is not a folder, and not a hub repo id (user/name)")
+            folder = fetch(name, PATTERNS, AdapterError)
+            if not folder.is_dir():
+                raise AdapterError(f"{name} holds no adapter, no checkpoint and no base model")
+        return _describe(folder, name) | {"path": name}
     except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _local(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not is_namespaced(str(path)):
-        raise AdapterError(f"{path} is not a folder, and not a hub repo id (user/name)")
-    folder = fetch(str(path), PATTERNS, AdapterError)
-    if not folder.is_dir():
-        raise AdapterError(f"{path} holds no adapter, no checkpoint and no base model")
-    return folder
+        raise AdapterError(f"cannot read {name}: {error.strerror}") from None
 
 
 def _describe(path: Path, name: str) -> dict[str, Any]:
@@ -100,13 +93,13 @@ def _base(path: Path) -> dict[str, Any]:
 def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
     """The facts of an adapter, and of the training run in its folder; sizes in bytes."""
     merge, tuning, encoder = adapter.merge, adapter.tuning, adapter.encoder_weights
-    is_lora = isinstance(tuning, LoRAConfig)
-    whole = {} if is_lora else adapter.tuning_weights
-    lora = adapter.head_weights | (adapter.tuning_weights if is_lora else {})
-    specs = [merge.head_lora]
-    if is_lora:
-        specs += [tuning.uniform] if tuning.uniform else tuning.modules.values()
-    modules = {name.rpartition(".")[0] for name in adapter.tuning_weights} if is_lora else ()
+    whole, lora, specs = adapter.tuning_weights, {}, []
+    if isinstance(tuning, LoRAConfig):
+        whole, lora = {}, whole
+        specs = [tuning.uniform] if tuning.uniform else [*tuning.modules.values()]
+    modules = {name.rpartition(".")[0] for name in lora}
+    specs += [merge.head_lora] if merge.head_lora else []
+    lora = lora | adapter.head_weights
     packed = () if merge.encoder is None else merge.encoder.packed
     dtypes = {base.dtype_name(a.dtype) for name, a in encoder.items() if name not in packed}
     return {
@@ -117,8 +110,8 @@ def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, 
         "fine_tune_type": tuning.to_json()["fine_tune_type"],
         "num_layers": tuning.num_layers,
         "lora_modules": len(modules) + (merge.head_lora is not None),
-        "lora_ranks": sorted({spec.rank for spec in specs if spec}),
-        "lora_scales": sorted({spec.scale for spec in specs if spec}),
+        "lora_ranks": sorted({spec.rank for spec in specs}),
+        "lora_scales": sorted({spec.scale for spec in specs}),
         "lora_bytes": sum(array.nbytes for array in lora.values()),
         "full_parameters": sum(array.size for array in whole.values()),
         "full_bytes": sum(array.nbytes for array in whole.values()),
@@ -151,13 +144,11 @@ def encoder_line(adapter: dict[str, Any]) -> str:
     if adapter["merge_factor"] == 1:
         return "none: nothing is merged"
     context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
-    return (
-        f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
-        + (f"{context} tokens of context, " if context else "")
-        + f"{adapter['encoder_parameters']:,} parameters, "
-        f"{adapter['encoder_bytes'] / 1e6:.1f} MB "
-        + (f"at {packing['bits']} bits" if packing else adapter["dtype"])
-    )
+    sizes = f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
+    sizes += f"{context} tokens of context, " if context else ""
+    numbers = f"at {packing['bits']} bits" if packing else adapter["dtype"]
+    megabytes = f"{adapter['encoder_bytes'] / 1e6:.1f} MB"
+    return f"{sizes}{adapter['encoder_parameters']:,} parameters, {megabytes} {numbers}"
 
 
 def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
@@ -178,3 +169,13 @@ def tuning_lines(adapter: dict[str, Any]) -> dict[str, str]:
             f"{adapter['lora_bytes'] / 1e6:.1f} MB"
         )
     return rows or {"LoRA": "none"}
+
+
+def layout_line(adapter: dict[str, Any]) -> str | None:
+    """How prompts were laid out in training, in words; None where that was not recorded."""
+    if (layout := adapter["layout"]) is None:
+        return None
+    merges = "everything merges"
+    if layout["merges"] == CONTEXTS:
+        merges = f"contexts of {layout['threshold']} tokens and more merge"
+    return f"{merges}, {'with' if layout['chat_template'] else 'without'} a chat template"

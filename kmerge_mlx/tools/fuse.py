@@ -6,10 +6,11 @@ Source: ``mlx_lm.fuse``, ``mlx_lm.utils.save``; ``W + scale * (A B)^T`` (arXiv 2
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ Bars = Callable[[str], Callable[[int, int], None]]
 OWN_PATTERNS = (*DEFAULT_ALLOW_PATTERNS, "README.md", CARRIED)
 """Files that a model folder may hold; a folder with others is never replaced."""
 
-_TIED = "tie_word_embeddings"
 _CHARACTERS = 32  # of a token, at most: so much of a text is read for each one that is wanted
 
 
@@ -91,14 +91,8 @@ def fuse(
 ) -> Fused:
     """Writes a base with its adapter as one model folder that carries its merge encoder.
 
-    Args:
-        source: The base and the adapter.
-        save_path: The folder to write, whole or not at all.
-        dequantize: Write floating-point weights. Otherwise layers that are quantized are quantized
-            again, each by its own parameters.
-        text: What the drift is measured on, or None: random token ids.
-        force: Replace a model folder at ``save_path``.
-        progress: Shows how far reading is.
+    Layers that are quantized are quantized again, each by its own parameters, unless ``dequantize``
+    is on. The drift is measured on ``text``, or on random token ids.
 
     Raises:
         AdapterError: There is no adapter, or it is torn or for another base.
@@ -128,17 +122,14 @@ def fused(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Takes an adapter off a model and puts what it adds into the weights.
 
-    The model is not to be used afterwards. ``name`` is what errors call the base.
-
-    Returns:
-        A plain mlx-lm model, its new weights not evaluated yet, and its config.
+    The model is not to be used afterwards. What comes back is a plain mlx-lm model, its new weights
+    not evaluated yet, and its config.
 
     Raises:
         ModelError: A tied head has LoRA and the class cannot have another head, or mlx-lm cannot
             fuse the experts' quantization.
     """
-    config = deepcopy(dict(config))
-    merged = merged_embedding(model)
+    config, merged = deepcopy(dict(config)), merged_embedding(model)
     path, _ = next((p, m) for p, m in model.named_modules() if m is merged)
     model.update_modules(tree_unflatten([(path, merged.embedding)]))
     layers = lora.layers(model)
@@ -161,20 +152,15 @@ def fused(
 
 
 def _untied(
-    model: nn.Module,
-    config: dict[str, Any],
-    merged: MergedEmbedding,
-    name: str,
-    dequantize: bool,
+    model: nn.Module, config: dict[str, Any], merged: MergedEmbedding, name: str, dequantize: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model of the same class on the same arrays, with a head of its own: table and LoRA."""
-    config = config | {_TIED: False}
-    if isinstance(config.get("text_config"), Mapping):
-        config["text_config"] = {**config["text_config"], _TIED: False}
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
     arguments = getattr(model, "args", None) or getattr(model, "config", None)
     made = None if arguments is None else type(model)(type(arguments).from_dict(config))
-    head = None if made is None else output_head(made)
-    if head is None:
+    if made is None or (head := output_head(made)) is None:
         raise _headless(model, name, "have no output head of their own")
     made.update_modules(model.leaf_modules())
     made.update(model.parameters())
@@ -191,7 +177,7 @@ def _untied(
     made.update_modules(tree_unflatten([(head[0], carrier.fuse(dequantize=dequantize))]))
     if isinstance(linear, nn.QuantizedLinear) and isinstance(config.get("quantization"), dict):
         packing = {name: getattr(linear, name) for name in ("group_size", "bits", "mode")}
-        config["quantization"] = {**config["quantization"], head[0]: packing}
+        config["quantization"][head[0]] = packing
     return made, config
 
 
@@ -223,12 +209,7 @@ def has_quantized_layers(model: nn.Module) -> bool:
 
 
 def check_model_destination(path: str | Path, setting: str, force: bool, source: Source) -> None:
-    """Refuses to write a model over something else, before any work is done.
-
-    Raises:
-        ModelError: Something else is there, or what it is made from. ``setting`` names ``path``.
-        AdapterError: The adapter that it carries holds more files than its own.
-    """
+    """Refuses to write a model over something else, or over what it is made from."""
     path = Path(path)
     try:
         here = path.resolve()
@@ -255,14 +236,8 @@ def write_model(
 ) -> Drift:
     """Writes a model folder, whole or not at all, and compares what it holds with its source.
 
-    Args:
-        path: The folder.
-        source: What it was made from; Python files and generation settings come along.
-        model: Without an adapter; it is empty afterwards, so that its memory is free.
-        tokenizer: Its tokenizer.
-        config: Its config.
-        adapter: The adapter that the folder is to carry, or None.
-        comparison: Of the source.
+    The source's Python files and generation settings come along. The model, which has no adapter,
+    is empty afterwards, so that its memory is free. ``adapter`` is what the folder is to carry.
 
     Raises:
         ModelError: It cannot be written or loaded. Nothing is left at ``path`` then.
@@ -287,10 +262,9 @@ def write_model(
 
 
 def carried_merge(how: str, source: Source, config: Mapping[str, Any], pad: int) -> MergeConfig:
-    """What an adapter says of itself once a model folder carries it.
+    """What an adapter says of itself once a model folder carries it: ``how`` the folder was made.
 
-    The base is the folder around it, wherever that is, so it has no id. ``how`` is ``fused`` or
-    ``quantized``, ``config`` the new model's, ``pad`` the token that fills the last block.
+    The base is the folder around it, wherever that is, so it has no id.
     """
     provenance = {
         f"{how}_by": f"kmerge-mlx {__version__}",
@@ -306,9 +280,6 @@ class Comparison:
     """What a model says of a text, or of random ids, to compare another model with it.
 
     The log-probabilities take bounded memory, which decides how many positions are compared.
-
-    Raises:
-        PromptError: The text has no token.
     """
 
     def __init__(
@@ -319,7 +290,7 @@ class Comparison:
         k = 1 if embedding is None else embedding.merge_factor
         vocab_size = base.find_embedding(model, "the model")[1].weight.shape[0]
         kept = min(DRIFT_POSITIONS, DRIFT_BYTES // (4 * vocab_size))
-        each = max(1, kept if k == 1 else kept // 2)
+        each = max(1, kept if k == 1 else kept // 2)  # positions of a prompt
         each = min(each, model.context_length or each)
         if text is None:
             draw, known = random.Random(0), min(vocab_size, len(tokenizer))
@@ -342,8 +313,8 @@ class Comparison:
             return Drift(gap)
         moved = mx.linalg.norm(other - rows, axis=-1)
         moved = moved / mx.maximum(mx.linalg.norm(rows, axis=-1), 1e-30)
-        sizes = moved.size, moved.mean().item(), moved.max().item()
-        return Drift(gap, _gap(merged[0], others[1]), *sizes)
+        far = moved.mean().item(), moved.max().item()
+        return Drift(gap, _gap(merged[0], others[1]), moved.size, *far)
 
     def _read(self, model: nn.Module, label: str) -> tuple[Any, ...]:
         """Merged embeddings ``(N, D)`` or None, and log-probabilities ``(n, V)`` in chunks."""
@@ -356,23 +327,16 @@ class Comparison:
         total, done, bar = sum(map(len, prompts)), 0, self._progress(label)
         found: list[list[mx.array]] = []
         for prompt in prompts:
-            found.append([])
-            for chunk in _log_probabilities(model, prompt):
-                found[-1].append(chunk)
-                done += chunk.shape[0]
+            chunks, cache = [], make_prompt_cache(model)
+            for start in range(0, len(prompt), DRIFT_CHUNK):
+                ids = mx.array([prompt[start : start + DRIFT_CHUNK]])
+                logits = model(ids, cache=cache)[0].astype(mx.float32)
+                chunks.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+                mx.eval(chunks[-1], [c.state for c in cache])
+                done += ids.size
                 bar(done, total)
+            found.append(chunks)
         return rows, *found
-
-
-def _log_probabilities(model: nn.Module, ids: Sequence[int]) -> Iterator[mx.array]:
-    """Log-probabilities ``(n, V)``, float32, of a prompt's positions, a chunk at a time."""
-    cache = make_prompt_cache(model)
-    for start in range(0, len(ids), DRIFT_CHUNK):
-        chunk = mx.array([ids[start : start + DRIFT_CHUNK]])
-        logits = model(chunk, cache=cache)[0].astype(mx.float32)
-        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(logits, [c.state for c in cache])
-        yield logits
 
 
 def _gap(before: Sequence[mx.array], after: Sequence[mx.array]) -> Gap:
@@ -380,13 +344,13 @@ def _gap(before: Sequence[mx.array], after: Sequence[mx.array]) -> Gap:
     for old, new in zip(before, after, strict=True):
         # Equal infinities (tokens that a model rules out) are not a difference.
         gap = mx.where(old == new, 0.0, mx.abs(new - old))
-        if not mx.isfinite(gap).all().item():
-            raise ModelError(
-                "the model that was made gives log-probabilities that are not finite: its dtype "
-                "cannot hold what the adapter adds"
-            )
         largest = max(largest, gap.max().item())
         total += gap.sum().item()
         same += (old.argmax(-1) == new.argmax(-1)).sum().item()
         positions, numbers = positions + old.shape[0], numbers + gap.size
+    if not isfinite(total):
+        raise ModelError(
+            "the model that was made gives log-probabilities that are not finite: its dtype "
+            "cannot hold what the adapter adds"
+        )
     return Gap(positions, largest, total / numbers, same / positions)

@@ -34,6 +34,11 @@ from kmerge_mlx.tools.fuse import (
     write_model,
 )
 
+_ALREADY = (
+    "is quantized already: give the model that it was made from, or make floating-point weights of "
+    "it first (mlx_lm.convert --dequantize)"
+)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -67,14 +72,8 @@ def quantize(
 ) -> Quantized:
     """Writes a base quantized, as a model folder that carries its adapter if there is one.
 
-    Args:
-        source: The base, and the adapter if there is one.
-        mlx_path: The folder to write, whole or not at all.
-        packing: How to quantize the base.
-        encoder_bits: Of the merge encoder's weights, or None: it stays as it is.
-        text: What the drift is measured on, or None: random token ids.
-        force: Replace a model folder at ``mlx_path``.
-        progress: Shows how far reading is.
+    The merge encoder stays as it is unless ``encoder_bits`` is given. The drift is measured on
+    ``text``, or on random token ids.
 
     Raises:
         AdapterError: The adapter is torn, for another base, or cannot be used with a quantized one.
@@ -82,10 +81,8 @@ def quantize(
         PromptError: The text has no token.
     """
     check_model_destination(mlx_path, "mlx_path", force, source)
-    _check(source.config, packing, source.model)
-    adapter = None
-    if source.adapter is not None:
-        adapter = read_adapter(source.adapter, source.merge)
+    _check(source, packing)
+    adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     encoder_packing = _encoder_packing(encoder_bits, adapter)
     model, tokenizer, _ = load_source(source)
     comparison = Comparison(model, tokenizer, text, progress)
@@ -107,13 +104,9 @@ def quantize(
 def quantized(
     model: nn.Module, config: dict[str, Any], packing: Packing, name: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantizes a base alone, in place; gives it back with its new config.
-
-    Raises:
-        ModelError: It is quantized already, or the groups fit no layer.
-    """
-    if has_quantized_layers(model):
-        raise _quantized_already(name)
+    """Quantizes a base alone, in place; gives it back with its new config."""
+    if has_quantized_layers(model):  # which mlx-lm may find without `quantization` in the config
+        raise ModelError(f"{name} {_ALREADY}")
     table, _ = base.find_embedding(model, name)
     own = getattr(model, "quant_predicate", None)
 
@@ -133,21 +126,14 @@ def quantized(
     return model, config
 
 
-def _check(config: dict[str, Any], packing: Packing, name: str) -> None:
+def _check(source: Source, packing: Packing) -> None:
     """Refuses what can be known to fail before anything is loaded."""
-    if config.get("quantization"):
-        raise _quantized_already(name)
+    if source.config.get("quantization"):
+        raise ModelError(f"{source.model} {_ALREADY}")
     try:
         mx.quantize(mx.zeros((1, 128)), packing.group_size, packing.bits, mode=packing.mode)
     except (ValueError, RuntimeError) as error:
-        raise ModelError(f"MLX cannot quantize {name} so: {first_line(error)}") from error
-
-
-def _quantized_already(name: str) -> ModelError:
-    return ModelError(
-        f"{name} is quantized already: give the model that it was made from, or make "
-        "floating-point weights of it first (mlx_lm.convert --dequantize)"
-    )
+        raise ModelError(f"MLX cannot quantize {source.model} so: {first_line(error)}") from error
 
 
 def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuantization | None:
@@ -170,11 +156,9 @@ def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuanti
 def _packed(adapter: Adapter, packing: EncoderQuantization) -> Adapter:
     """An adapter whose encoder's weights are packed; its biases stay as they are."""
     sizes = replace(adapter.merge.encoder, quantization=packing)
-    weights = {}
+    weights = dict(adapter.encoder_weights)
     for layer in sizes.layers():
-        weight = adapter.encoder_weights[f"{layer}.weight"]
-        parts = mx.quantize(weight, packing.group_size, packing.bits)
+        parts = mx.quantize(weights[f"{layer}.weight"], packing.group_size, packing.bits)
         names = (f"{layer}.{part}" for part in ("weight", "scales", "biases"))
-        weights |= dict(zip(names, parts, strict=True))
-        weights[f"{layer}.bias"] = adapter.encoder_weights[f"{layer}.bias"]
+        weights |= zip(names, parts, strict=True)
     return replace(adapter, merge=replace(adapter.merge, encoder=sizes), encoder_weights=weights)

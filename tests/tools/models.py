@@ -11,8 +11,9 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kmerge_mlx import Segment, load
-from kmerge_mlx.adapters.folder import Adapter, save_adapter
-from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
+from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.adapters.tuning import LoRAConfig
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools.fuse import Fused, fuse
@@ -22,22 +23,19 @@ from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_ba
 PROMPT = prompts_of(1, low=120, high=120)[0]
 
 
-def by_module(adapter: Adapter) -> Adapter:
-    """The same adapter, each module with a scale of its own, as rsLoRA and patterns have."""
-    names = sorted({name.rsplit(".", 1)[0] for name in adapter.tuning_weights})
-    specs = {name: LoRASpec(4, 4 / (1 + i) ** 0.5) for i, name in enumerate(names)}
-    return replace(adapter, tuning=LoRAConfig(2, 0.0, modules=specs))
-
-
 def made(
     folder: Path, k: int = 4, head: bool = True, modules: bool = False, **config: object
 ) -> tuple[Path, Path]:
-    """A random base and a random adapter for it."""
+    """A random base and a random adapter for it; ``modules`` gives each one a scale of its own."""
     config = qwen2_config(**config)
     base = write_base(folder / "base", config)
     plain = {name: value for name, value in config.items() if name != "quantization"}
     adapter = random_adapter(build(plain), k, head=head)
-    save_adapter(by_module(adapter) if modules else adapter, folder / "adapter")
+    if modules:  # as rsLoRA and patterns have
+        names = sorted({name.rsplit(".", 1)[0] for name in adapter.tuning_weights})
+        specs = {name: LoRASpec(4, 4 / (1 + i) ** 0.5) for i, name in enumerate(names)}
+        adapter = replace(adapter, tuning=LoRAConfig(2, 0.0, modules=specs))
+    save_adapter(adapter, folder / "adapter")
     return base, folder / "adapter"
 
 
@@ -46,10 +44,9 @@ def fuse_folders(base: Path, adapter: Path, new: Path, **options: object) -> Fus
 
 
 def quantize_folders(
-    base: Path, new: Path, adapter: Path | None = None, packing: Packing | None = None, **options
+    base: Path, new: Path, adapter: Path | None = None, *packing: Packing, **options: object
 ) -> Quantized:
-    source = Source.find(str(base), None if adapter is None else str(adapter))
-    return quantize(source, new, packing or Packing(), **options)
+    return quantize(Source.find(str(base), adapter), new, *packing, **options)
 
 
 def alone(base: Path) -> tuple[nn.Module, TokenizerWrapper]:

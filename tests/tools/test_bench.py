@@ -12,24 +12,17 @@ from mlx_lm.models import cache as caches
 from kmerge_mlx import load
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.adapters.lora import full_parameters as parameters
-from kmerge_mlx.adapters.schema import EncoderConfig, FullConfig, inner_size
+from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import load_source
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
 from kmerge_mlx.virtual_tokens import MergedEmbedding
-from tests.tiny import VOCAB_SIZE, build, qwen2_config, random_adapter, write_base
+from tests.adapters.test_full import full_adapter
+from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
-CONFIG = BenchmarkConfig(
-    lengths=(21,),
-    num_trials=2,
-    generation_tokens=3,
-    prefill_step_size=2048,
-    seed=0,
-    delay=0,
-)
+CONFIG = BenchmarkConfig((21,), 2, 3, prefill_step_size=2048, seed=0, delay=0)
 # Keys and values of the fixture's 2 layers of 2 heads, 32 wide, in float32.
 POSITION_BYTES = 2 * 2 * 2 * 32 * 4
 
@@ -110,32 +103,25 @@ def chunked():
     return filled(cache, (3,))
 
 
-def state_of_a_convolution():
-    cache = caches.ArraysCache(2)
-    cache[0] = mx.zeros((1, 3, 5))
-    return cache
-
-
 PLAIN = 2 * 2 * 64 * 4
 EIGHT_BITS = 2 * 2 * (64 + 4 + 4)
 
 
-@pytest.mark.parametrize(
-    ("make", "held"),
-    [
-        (lambda: filled(caches.KVCache(), (300, 1)), 301 * PLAIN),
-        (lambda: filled(caches.ConcatenateKVCache(), (5, 1)), 6 * PLAIN),
-        (lambda: filled(caches.QuantizedKVCache(64, 8), (300, 1)), 301 * EIGHT_BITS),
-        (lambda: filled(caches.RotatingKVCache(8), (1,) * 5), 5 * PLAIN),
-        (lambda: filled(caches.RotatingKVCache(8), (1,) * 20), 8 * PLAIN),
-        (chunked, 11 * PLAIN),
-        (lambda: caches.CacheList(filled(caches.KVCache(), (5,)), chunked()), 16 * PLAIN),
-        (state_of_a_convolution, 15 * 4),
-        (caches.KVCache, 0),
-    ],
-)
-def test_kv_bytes_of_every_kind_of_cache_are_of_what_it_holds(make, held):
-    assert kv_bytes([make(), make()]) == 2 * held
+def test_kv_bytes_of_every_kind_of_cache_are_of_what_it_holds():
+    state = caches.ArraysCache(2)
+    state[0] = mx.zeros((1, 3, 5))
+    for cache, held in (
+        (filled(caches.KVCache(), (300, 1)), 301 * PLAIN),
+        (filled(caches.ConcatenateKVCache(), (5, 1)), 6 * PLAIN),
+        (filled(caches.QuantizedKVCache(64, 8), (300, 1)), 301 * EIGHT_BITS),
+        (filled(caches.RotatingKVCache(8), (1,) * 5), 5 * PLAIN),
+        (filled(caches.RotatingKVCache(8), (1,) * 20), 8 * PLAIN),
+        (chunked(), 11 * PLAIN),
+        (caches.CacheList(filled(caches.KVCache(), (5,)), chunked()), 16 * PLAIN),
+        (state, 15 * 4),
+        (caches.KVCache(), 0),
+    ):
+        assert kv_bytes([cache, cache]) == 2 * held
 
 
 def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
@@ -212,19 +198,18 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
 
 
 def test_layers_that_an_adapter_replaces_are_not_read(base, tmp_path):
-    adapter = random_adapter(build(qwen2_config()), 2, keys=())
-    tuning = FullConfig(1)
-    weights = parameters(build(qwen2_config(), seed=1), tuning)
-    adapter = replace(adapter, tuning=tuning, tuning_weights=weights)
+    adapter = full_adapter(1)
     save_adapter(adapter, tmp_path / "a")
-    plain, _, merged = load_sides(base, {2: tmp_path / "a"}, (16,))
-    replaced = sum(array.nbytes for array in weights.values())
+    plain, _, merged = load_sides(base, {adapter.merge.merge_factor: tmp_path / "a"}, (16,))
+    replaced = sum(array.nbytes for array in adapter.tuning_weights.values())
     assert merged.unread_bytes == replaced
-    own = [*adapter.encoder_weights.values(), *adapter.head_weights.values(), *weights.values()]
-    assert plain.unread_bytes == sum(array.nbytes for array in own)
+    encoder = [*adapter.encoder_weights.values(), *adapter.head_weights.values()]
+    assert plain.unread_bytes == replaced + sum(array.nbytes for array in encoder)
 
 
-def test_what_cannot_be_read_is_refused_before_anything_is_loaded(base_path, monkeypatch):
+def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
+    base, base_path, adapter_path, monkeypatch
+):
     def loaded(*args, **options):
         raise AdapterError("loading")
 
@@ -238,8 +223,5 @@ def test_what_cannot_be_read_is_refused_before_anything_is_loaded(base_path, mon
     ):
         with pytest.raises(PromptError, match=said):
             load_sides(str(base_path), {4: None}, lengths)
-
-
-def test_an_adapter_for_another_base_is_refused(base, adapter_path):
     with pytest.raises(AdapterError, match="does not fit"):
         load_sides(base, {4: adapter_path}, (8,))

@@ -62,11 +62,11 @@ def test_generate_finds_it_by_the_model_alone(home, base_path, adapter_path):
 
 
 def test_an_adapter_that_is_named_comes_first(home, base_path, adapter_path, tmp_path):
-    done = run("generate", "--model", home / "q", "--adapter-path", adapter_path, home / "text.txt")
-    assert done.code == 0
-    said = run("generate", "--model", home / "fused", "--k", 3, home / "text.txt")
-    assert_one_error(said, 1, "3: it has K = 4")
     text = home / "text.txt"
+    done = run("generate", "--model", home / "q", "--adapter-path", adapter_path, text)
+    assert done.code == 0
+    said = run("generate", "--model", home / "fused", "--k", 3, text)
+    assert_one_error(said, 1, "3: it has K = 4")
     for command in ("generate", "chat"):
         said = run(command, "--model", base_path, text)
         assert_one_error(said, 1, f"FILEs need a merge encoder, and {base_path} carries none")
@@ -114,10 +114,8 @@ def test_a_hub_repo_carries_it_too(home, tmp_path):
         command = ("generate", "--model", "user/fused", home / "text.txt", "--json", "-m", 8)
         done = run_process(*command, cwd=tmp_path, **quiet)
     assert (done.code, done.err) == (0, ""), done.err
-    assert (
-        json.loads(done.out)["tokens"]
-        == answer("--model", home / "fused", home / "text.txt")["tokens"]
-    )
+    wanted = answer("--model", home / "fused", home / "text.txt")
+    assert json.loads(done.out)["tokens"] == wanted["tokens"]
 
 
 def test_training_says_that_it_starts_without_it(home, tmp_path):
@@ -154,32 +152,24 @@ def test_a_packed_encoder_is_not_trained_on(home, base_path, tmp_path):
 # What cannot be fused or quantized is one message
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (("fuse", "--model", "BASE"), "carries no adapter to fuse: give --adapter-path"),
-        (("fuse", "--adapter-path", "ADAPTER", "none.txt"), "cannot read none.txt"),
-        (("fuse", "--adapter-path", "ADAPTER", "--k", 3), "3"),
-        (("fuse", "--adapter-path", "ADAPTER", "--save-path", "BASE"), "--save-path"),
-        (("fuse", "--adapter-path", "ADAPTER", "--save-path", "text.txt/x"), "cannot write text."),
-        (("quantize", "--model", "none"), "none"),
-        (("quantize", "--model", "BASE", "--q-bits", 7), "MLX cannot quantize"),
-        (("quantize", "--model", "BASE", "--encoder-bits", 8), "--encoder-bits needs a merge"),
-        (("quantize", "--model", "BASE", "empty.txt"), "empty.txt is empty"),
-        (("quantize", "--model", "BASE", "--mlx-path", "text.txt", "--force"), "text.txt"),
-    ],
-)
-def test_what_cannot_work_is_one_message(
-    tmp_path, monkeypatch, base_path, adapter_path, args, said
-):
+def test_what_cannot_work_is_one_message(tmp_path, monkeypatch, base_path, adapter_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("One")
     (tmp_path / "empty.txt").write_text("")
-    named = {"BASE": base_path, "ADAPTER": adapter_path}
-    assert_one_error(run(*(named.get(arg, arg) for arg in args)), 1, said)
+    fuse, quantize = ("fuse", "--adapter-path", adapter_path), ("quantize", "--model", base_path)
+    for args, said in (
+        (("fuse", "--model", base_path), "carries no adapter to fuse: give --adapter-path"),
+        ((*fuse, "none.txt"), "cannot read none.txt"),
+        ((*fuse, "--k", 3), "3"),
+        ((*fuse, "--save-path", base_path), "--save-path"),
+        ((*fuse, "--save-path", "text.txt/x"), "cannot write text."),
+        (("quantize", "--model", "none"), "none"),
+        ((*quantize, "--q-bits", 7), "MLX cannot quantize"),
+        ((*quantize, "--encoder-bits", 8), "--encoder-bits needs a merge"),
+        ((*quantize, "empty.txt"), "empty.txt is empty"),
+        ((*quantize, "--mlx-path", "text.txt", "--force"), "text.txt"),
+    ):
+        assert_one_error(run(*args), 1, said)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "text.txt"]
-
-
-@pytest.mark.parametrize("option", [("--q-mode", "gptq"), ("--encoder-bits", 7), ("--q-bits", 0)])
-def test_a_value_that_no_option_takes_is_a_usage_error(option):
-    assert_one_error(run("quantize", "--model", "x", *option), 2, option[0])
+    for option in (("--q-mode", "gptq"), ("--encoder-bits", 7), ("--q-bits", 0)):
+        assert_one_error(run("quantize", "--model", "x", *option), 2, option[0])

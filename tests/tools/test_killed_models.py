@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,23 +64,21 @@ for line in sys.stdin:
 KILLS = 20
 
 
-class Forks:
-    """The process that forks."""
+@contextmanager
+def forks(*args: object) -> Iterator[Callable[[Path, int], tuple[int, int]]]:
+    """The process that forks; what it yields gives an exit code, and the steps that it took."""
+    command = [sys.executable, "-c", FORKING, *map(str, args)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
 
-    def __init__(self, *args: object):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKING, *map(str, args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        def run(destination: Path, step: int = 0) -> tuple[int, int]:
+            process.stdin.write(f"{destination} {step}\n")
+            process.stdin.flush()
+            code, taken = process.stdout.readline().split()
+            return int(code), int(taken)
 
-    def run(self, destination: Path, step: int = 0) -> tuple[int, int]:
-        """Exit code, and the steps that it took."""
-        self.process.stdin.write(f"{destination} {step}\n")
-        self.process.stdin.flush()
-        code, taken = self.process.stdout.readline().split()
-        return int(code), int(taken)
+        yield run
+        process.stdin.close()
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -100,33 +100,26 @@ def test_killed_at_20_steps_the_destination_is_never_torn(tmp_path, how):
     other = made(tmp_path / "other", k=2)
     fuse_folders(*other, tmp_path / "old", text="One")
     old, found = content(tmp_path / "old"), []
-    forks = Forks(how, base, adapter)
-    with forks.process:
-        homes = [tmp_path / name for name in ("first", "replacing")]
-        for home in homes:
-            home.mkdir()
-        shutil.copytree(tmp_path / "old", homes[1] / "dst")
-        counts = [forks.run(home / "dst") for home in homes]
+    homes = [tmp_path / name for name in ("first", "replacing", *map(str, range(KILLS)))]
+    for i, home in enumerate(homes):
+        home.mkdir()
+        if i % 2:
+            shutil.copytree(tmp_path / "old", home / "dst")
+    with forks(how, base, adapter) as write:
+        counts = [write(home / "dst") for home in homes[:2]]
         assert [code for code, _ in counts] == [0, 0]
         new = content(homes[0] / "dst")
-        for i in range(KILLS):
-            home, replace = tmp_path / str(i), i % 2
-            home.mkdir()
-            if replace:
-                shutil.copytree(tmp_path / "old", home / "dst")
+        for i, home in enumerate(homes[2:]):
             # Spread over all steps, the last ones (where folders change places) included.
-            steps = counts[replace][1]
+            steps = counts[i % 2][1]
             step = steps - i // 2 if i < KILLS // 2 else 1 + i * steps // KILLS
-            assert forks.run(home / "dst", max(1, step))[0] == -9
-            if (home / "dst").exists():
-                after = content(home / "dst")
-                found.append("new" if after == new else "old" if replace and after == old else "?")
-            else:
-                found.append("absent")
+            assert write(home / "dst", max(1, step))[0] == -9
+            after = content(home / "dst") if (home / "dst").exists() else None
+            known = {"absent": None, "new": new} | ({"old": old} if i % 2 else {})
+            found += [name for name, wanted in known.items() if after == wanted]
             # The next run gives back what was to be replaced, or goes through, and cleans up.
-            assert forks.run(home / "dst")[0] == 0
+            assert write(home / "dst")[0] == 0
             assert content(home / "dst") == new
             assert [path.name for path in home.iterdir()] == ["dst"]
-        forks.process.stdin.close()
-    assert "?" not in found
-    assert {"absent", "old", "new"} <= set(found)
+    assert len(found) == KILLS
+    assert {"absent", "old", "new"} == set(found)

@@ -57,15 +57,17 @@ def test_layers_are_mlx_lms_and_the_table_is_left_alone(tmp_path, capsys, tied, 
     assert config["quantization"] == {"group_size": 64, "bits": bits, "mode": "affine"}
 
 
-def test_the_adapter_comes_along_bit_for_bit(tmp_path):
+def test_the_adapter_comes_along_bit_for_bit_and_a_base_alone_needs_none(tmp_path):
     base, adapter = made(tmp_path)
     quantize_folders(base, tmp_path / "new", adapter)
     before, after = load_adapter(adapter), load_adapter(tmp_path / "new")
     for part in ("tuning_weights", "encoder_weights", "head_weights"):
         assert same(getattr(before, part), getattr(after, part))
-    assert after.tuning == before.tuning
-    assert after.merge.encoder == before.merge.encoder
+    assert (after.tuning, after.merge.encoder) == (before.tuning, before.merge.encoder)
     assert after.merge.provenance["quantized_by"].startswith("kmerge-mlx ")
+    done = quantize_folders(base, tmp_path / "alone")
+    assert (done.merge_factor, done.drift.merged) == (None, None)
+    assert not (tmp_path / "alone" / "kmerge").exists()
 
 
 @pytest.mark.parametrize("embedding", [True, False], ids=["table", "no table"])
@@ -94,13 +96,6 @@ def test_the_drift_is_what_numpy_says(tmp_path, embedding):
     assert gap.same == (said[0].argmax(-1) == said[1].argmax(-1)).mean()
 
 
-def test_a_base_alone_is_quantized_too(tmp_path):
-    base = write_base(tmp_path / "base", qwen2_config())
-    done = quantize_folders(base, tmp_path / "new")
-    assert (done.merge_factor, done.drift.merged) == (None, None)
-    assert not (tmp_path / "new" / "kmerge").exists()
-
-
 def test_a_fused_model_is_quantized_with_its_encoder_and_the_other_way_round(tmp_path):
     base, adapter = made(tmp_path)
     fuse_folders(base, adapter, tmp_path / "fused")
@@ -120,16 +115,15 @@ def test_a_fused_model_is_quantized_with_its_encoder_and_the_other_way_round(tmp
 
 @pytest.fixture
 def packed(tmp_path):
-    """A quantized base whose adapter's encoder is packed, and the adapter that it was made from."""
+    """A quantized base whose adapter's encoder is packed."""
     base, adapter = made(tmp_path)
     quantize_folders(base, tmp_path / "new", adapter, encoder_bits=8)
-    return tmp_path / "new", load_adapter(adapter)
+    return tmp_path / "new"
 
 
 def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
-    folder, _ = packed
-    weights = load_adapter(folder).encoder_weights
-    model, _ = load(str(folder), folder)
+    weights = load_adapter(packed).encoder_weights
+    model, _ = load(str(packed), packed)
     embedding, ids = merged_embedding(model), prompts_of(1, low=4, high=4)[0]
     e = np.array(embedding.embedding(mx.array(ids)), np.float64)
 
@@ -144,7 +138,7 @@ def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
 
 
 def test_everything_wrong_with_a_packed_encoder_is_listed(packed):
-    path = packed[0] / "kmerge" / "merge_encoder.safetensors"
+    path = packed / "kmerge" / "merge_encoder.safetensors"
     tensors = {name: mx.array(np.array(array)) for name, array in mx.load(str(path)).items()}
     tensors["encoder.w1.weight"] = tensors["encoder.w1.weight"].astype(mx.float32)
     tensors["encoder.w1.bias"] = tensors["encoder.w1.bias"].astype(mx.uint32)
@@ -152,24 +146,21 @@ def test_everything_wrong_with_a_packed_encoder_is_listed(packed):
     del tensors["encoder.w2.scales"]
     mx.save_safetensors(str(path), tensors)
     with pytest.raises(AdapterError, match=": 4 problems") as error:
-        load_adapter(packed[0])
+        load_adapter(packed)
     for name in ("w1.weight has dtype", "w1.bias has dtype", "w2.scales is", "w3.biases has shape"):
         assert f"encoder.{name}" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
+def test_an_entry_that_does_not_fit_the_tensors_is_refused(packed):
+    path = packed / "kmerge" / "merge_config.json"
+    config = json.loads(path.read_text())
+    for entry in (
         *(None, 8, {}, {"bits": 7, "group_size": 64}, {"bits": 8, "group_size": 0}),
         *({"bits": "8", "group_size": 64}, {"bits": 8, "group_size": 64, "mode": "affine"}),
-    ],
-    ids=str,
-)
-def test_an_entry_that_does_not_fit_the_tensors_is_refused(packed, entry):
-    path = packed[0] / "kmerge" / "merge_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_quantization": entry}))
-    with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
-        load_adapter(packed[0])
+    ):
+        path.write_text(json.dumps(config | {"encoder_quantization": entry}))
+        with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
+            load_adapter(packed)
 
 
 # What is refused

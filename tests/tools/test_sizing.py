@@ -18,10 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.errors import ModelError
-from kmerge_mlx.source import Source
-from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools import sizing
-from kmerge_mlx.tools.bench import BenchmarkConfig
 from kmerge_mlx.tools.sizing import MEMORY, SizingConfig, calculate
 from tests.tiny import qwen2_config, random_adapter, write_base
 
@@ -69,6 +66,11 @@ MOE = {
 QWEN3_NEXT = LINEAR | MOE | {"model_type": "qwen3_next", "shared_expert_intermediate_size": 32}
 QWEN3_NEXT |= {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 HYBRIDS = {"qwen3_5": LINEAR | {"model_type": "qwen3_5"}, "qwen3_next": QWEN3_NEXT}
+BASES = {
+    "qwen2": {"eos_token_id": list(range(700)), "hidden_size": 128},
+    "gemma3_text": GEMMA3,
+    "qwen3_moe": MOE | {"model_type": "qwen3_moe", "head_dim": 32},
+} | HYBRIDS
 
 
 def config_of(name: str) -> dict:
@@ -106,14 +108,8 @@ def test_the_config_gives_the_published_sizes_and_takes_no_memory(name, tmp_path
 
 def held(cache: list) -> int:
     """Bytes that a cache holds, from MLX's own arrays."""
-    arrays = [
-        array
-        for entry in cache
-        for _, array in tree_flatten(
-            entry.keys_and_values() if hasattr(entry, "keys_and_values") else entry.cache
-        )
-    ]
-    return sum(array.nbytes for array in arrays)
+    found = [e.keys_and_values() if hasattr(e, "keys_and_values") else e.cache for e in cache]
+    return sum(array.nbytes for _, array in tree_flatten(found))
 
 
 def measured(model, tokenizer, length: int, **options) -> tuple[int, int]:
@@ -131,13 +127,6 @@ def measured(model, tokenizer, length: int, **options) -> tuple[int, int]:
     return [response.compressed_tokens for response in responses][-1], seen[0]
 
 
-BASES = {
-    "qwen2": {"eos_token_id": list(range(700)), "hidden_size": 128},
-    "gemma3_text": GEMMA3,
-    "qwen3_moe": MOE | {"model_type": "qwen3_moe", "head_dim": 32},
-} | HYBRIDS
-
-
 @pytest.mark.parametrize("name", BASES)
 def test_positions_and_bytes_are_those_of_the_projects_own_generation(name, tmp_path):
     path = str(write_base(tmp_path, qwen2_config(**BASES[name])))
@@ -152,15 +141,6 @@ def test_positions_and_bytes_are_those_of_the_projects_own_generation(name, tmp_
     assert found["base"]["weight_bytes"] == sum(array.nbytes for array in parameters)
 
 
-def test_linear_attention_keeps_a_state_of_a_fixed_size(tmp_path):
-    path = str(write_base(tmp_path, qwen2_config(**HYBRIDS["qwen3_5"])))
-    rows = calculate(path, SizingConfig((100, 1000), (1,)))["rows"]
-    convolution = 3 * (2 * 2 * 16 + 4 * 8)
-    state = 6 * 4 * (convolution + 4 * 16 * 8)
-    one = 2 * 2 * 2 * 32 * 4  # keys and values of 2 heads in every fourth layer
-    assert [row["kv_bytes"] for row in rows] == [state + 100 * one, state + 1000 * one]
-
-
 def test_a_published_hybrid_of_80_billion_parameters_is_calculated(tmp_path):
     path = folder_of(tmp_path, config_of("qwen3-next-80b-a3b-4bit"))
     found = calculate(path, SizingConfig((1000,), (1,)))
@@ -170,47 +150,19 @@ def test_a_published_hybrid_of_80_billion_parameters_is_calculated(tmp_path):
     assert row["kv_bytes"] == linear + 12 * 2 * 2 * 256 * 2 * 1000
 
 
-OPTIONS = (
-    {"max_kv_size": 500},
-    {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 2048},
-    {"kv_bits": 4, "quantized_kv_start": 100},
-)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    config = qwen2_config(hidden_size=128, eos_token_id=list(range(700)))
-    return write_base(tmp_path_factory.mktemp("base") / "base", config)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_kind_of_kv_cache_is_sized_as_generation_fills_it(base, options, tmp_path):
-    model, _ = load(str(base))
-    save_adapter(random_adapter(model, 3), tmp_path / "a")
-    model, tokenizer = load(str(base), tmp_path / "a")
-    config = SizingConfig((5, 101, 2048, 6150), (3,), **options)
-    sizes = [row for row in calculate(str(base), config)["rows"] if row["k"] == 3]
-    for row in sizes:
-        assert (row["positions"], row["kv_bytes"]) == measured(
-            model, tokenizer, row["length"], **options
-        )
-
-
-def test_the_calculator_says_what_bench_measures(tmp_path):
-    path = str(write_base(tmp_path, qwen2_config(**HYBRIDS["qwen3_5"])))
-    lengths = (7, 60)
-    sides = benchmark.load_sides(Source.find(path), {2: None, 4: None}, lengths)
-    rows = benchmark.measure(sides, BenchmarkConfig(lengths, 1, 1, 2048, 0, 0))
-    found = calculate(path, SizingConfig(lengths, (2, 4)))
-    assert [
-        (row["length"], row["k"], row["positions"], row["kv_bytes"]) for row in found["rows"]
-    ] == [(row.length, row.k, row.positions, row.figures.kv_bytes) for row in rows]
-    encoders = [side.embedding.encoder for side in sides if side.embedding is not None]
-    arrays = [[array for _, array in tree_flatten(e.parameters())] for e in encoders]
-    assert [(f["encoder_parameters"], f["encoder_bytes"]) for f in found["factors"]] == [
-        (0, 0),
-        *((sum(a.size for a in each), sum(a.nbytes for a in each)) for each in arrays),
-    ]
+def test_every_kind_of_kv_cache_is_sized_as_generation_fills_it(tmp_path):
+    base = str(write_base(tmp_path / "base", qwen2_config(**BASES["qwen2"])))
+    save_adapter(random_adapter(load(base)[0], 3), tmp_path / "a")
+    model, tokenizer = load(base, tmp_path / "a")
+    for options in (
+        {"max_kv_size": 500},
+        {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 2048},
+        {"kv_bits": 4, "quantized_kv_start": 100},
+    ):
+        for row in calculate(base, SizingConfig((5, 101, 2048, 6150), (3,), **options))["rows"]:
+            if row["k"] == 3:
+                wanted = measured(model, tokenizer, row["length"], **options)
+                assert (row["positions"], row["kv_bytes"]) == wanted
 
 
 @pytest.mark.parametrize(
@@ -233,15 +185,12 @@ def test_the_config_alone_gives_the_sizes_of_the_weights_files(changes, tmp_path
 
 def test_the_longest_prompt_is_the_last_that_fits(tmp_path):
     path = folder_of(tmp_path, config_of("qwen2.5-0.5b") | {"max_position_embeddings": 1 << 20})
-    usable = 2 << 30
-    for factor in calculate(path, SizingConfig((1,), KS, usable_bytes=usable))["factors"]:
+    for factor in calculate(path, SizingConfig((1,), KS, usable_bytes=2 << 30))["factors"]:
+        longest, asked = factor["longest_prompt"], (factor["k"],)
+        both = SizingConfig((longest, longest + 1), asked, usable_bytes=2 << 30)
+        rows = [row for row in calculate(path, both)["rows"] if row["k"] == factor["k"]]
+        assert [row["fits"] for row in rows] == [True, False]
         assert factor["limited_by"] == MEMORY
-        longest = factor["longest_prompt"]
-        rows = calculate(path, SizingConfig((longest, longest + 1), KS, usable_bytes=usable))[
-            "rows"
-        ]
-        fits = {row["length"]: row["fits"] for row in rows if row["k"] == factor["k"]}
-        assert fits == {longest: True, longest + 1: False}
     nothing = calculate(path, SizingConfig((1,), (1, 4), usable_bytes=1 << 20))
     assert [(f["longest_prompt"], f["limited_by"]) for f in nothing["factors"]] == [(0, MEMORY)] * 2
 
@@ -298,17 +247,15 @@ def test_reading_a_prompt_is_counted_pair_by_pair(tmp_path, quantization):
 def test_windows_and_experts_are_where_work_ends(tmp_path):
     gemma = {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16}
     window = {"sliding_window": 8, "sliding_window_pattern": 3}
-    path = str(write_base(tmp_path / "gemma", three_layers(**gemma, **window)))
-    assert calculate(path, SizingConfig((50,), (1,)))["rows"][0]["multiplications"] == by_hand(
-        50, [8, 8, None]
-    )
-    path = str(
-        write_base(tmp_path / "moe", three_layers(**MOE, model_type="qwen3_moe", head_dim=16))
-    )
+    moe = MOE | {"model_type": "qwen3_moe", "head_dim": 16}
     layer = 2 * D * D + 2 * D * KV + 8 * D + 2 * 3 * D * 32  # a gate, and 2 of 8 experts
-    assert calculate(path, SizingConfig((50,), (1,)))["rows"][0]["multiplications"] == by_hand(
-        50, [None] * 3, layer
-    )
+    for name, changes, wanted in (
+        ("gemma", gemma | window, by_hand(50, [8, 8, None])),
+        ("moe", moe, by_hand(50, [None] * 3, layer)),
+    ):
+        path = str(write_base(tmp_path / name, three_layers(**changes)))
+        (row,) = calculate(path, SizingConfig((50,), (1,)))["rows"]
+        assert row["multiplications"] == wanted
 
 
 def documented_speedups() -> dict[tuple[int, int], float]:
@@ -337,15 +284,11 @@ def test_the_floor_is_below_every_speedup_that_was_measured(tmp_path):
 
 
 def test_the_floor_is_the_worst_balance_up_to_the_assumed_one():
-    whole, merged = (1000, 10), (250, 12)
-    limit = sizing.MULTIPLICATIONS_PER_BYTE
-
-    def speedup(balance: float) -> float:
-        """The least there can be on a machine of a known balance."""
-        return max(whole[0], balance * whole[1]) / (merged[0] + balance * merged[1])
-
-    worst = min(speedup(limit * i / 10_000) for i in range(10_001))
-    assert sizing.floor(whole, merged) == pytest.approx(worst, rel=1e-3)
+    whole, merged, limit = (1000, 10), (250, 12), sizing.MULTIPLICATIONS_PER_BYTE
+    balances = [limit * i / 10_000 for i in range(10_001)]
+    # The least there can be on a machine of each balance.
+    speedups = [max(whole[0], b * whole[1]) / (merged[0] + b * merged[1]) for b in balances]
+    assert sizing.floor(whole, merged) == pytest.approx(min(speedups), rel=1e-3)
     assert sizing.floor((10**9, 10), (10**8, 12)) == 10**9 / (10**8 + limit * 12)
 
 
@@ -354,6 +297,7 @@ def test_the_floor_is_the_worst_balance_up_to_the_assumed_one():
     [
         ({"torch_dtype": None}, "dtype None: give `dtype`"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
+        ({"torch_dtype": ["float32"]}, "dtype ['float32']"),
         ({"model_type": "nope"}, "nope not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ({"num_attention_heads": 0}, "cannot build"),
@@ -369,6 +313,5 @@ def test_a_config_that_does_not_say_enough_is_refused_by_name(tmp_path, changes,
 
 def test_a_cache_that_mlx_lm_cannot_quantize_is_refused(tmp_path):
     path = folder_of(tmp_path, qwen2_config(**GEMMA3, torch_dtype="float16"))
-    asked = SizingConfig((10,), KS, kv_bits=4, quantized_kv_start=0)
     with pytest.raises(ModelError, match=r"cannot quantize the KV cache of .*`kv_bits`"):
-        calculate(path, asked)
+        calculate(path, SizingConfig((10,), KS, kv_bits=4, quantized_kv_start=0))
