@@ -89,7 +89,7 @@ def upload(settings: UploadSettings) -> None:
       kmerge-mlx upload ./adapter me/my-adapter --license mit --metrics evaluate.json --private
     """
     from kmerge_mlx.evaluation.report import read_report
-    from kmerge_mlx.hub.fetch import is_namespaced, parse
+    from kmerge_mlx.hub import is_namespaced, parse
     from kmerge_mlx.tools.upload import CARD, card, check_base, collect, send
 
     if not is_namespaced(settings.repo):

@@ -26,8 +26,8 @@ from kmerge_mlx.convert.checkpoint import (
     read_checkpoint,
 )
 from kmerge_mlx.errors import AdapterError, DataError
-from kmerge_mlx.hub.fetch import fetch, is_namespaced
-from kmerge_mlx.prompts.policy import CONTEXTS
+from kmerge_mlx.hub import fetch, is_namespaced
+from kmerge_mlx.prompts.lay_out import CONTEXTS
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))

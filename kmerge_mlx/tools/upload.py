@@ -32,7 +32,7 @@ from kmerge_mlx.errors import KMergeError, UploadError, findings
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
 from kmerge_mlx.files import read_json
-from kmerge_mlx.hub.fetch import RepoName, fetch, is_namespaced, parse, quiet, why
+from kmerge_mlx.hub import RepoName, fetch, is_namespaced, parse, quiet, why
 from kmerge_mlx.tools.describe import describe_adapter, encoder_line, layout_line, tuning_lines
 
 if TYPE_CHECKING:

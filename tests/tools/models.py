@@ -12,8 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.adapters.tuning import LoRAConfig
+from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools.fuse import Fused, fuse
