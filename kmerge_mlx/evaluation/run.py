@@ -19,12 +19,17 @@ from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError, KMergeError
-from kmerge_mlx.evaluation.baselines import METHODS, Merged, Method, Uncompressed
-from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions
-from kmerge_mlx.evaluation.recall import recall_questions
+from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer, in_batches
-from kmerge_mlx.evaluation.settings import RECALL, TEXT, TREE, EvaluateSettings
+from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer, in_batches
+from kmerge_mlx.evaluation.settings import (
+    MERGED,
+    RECALL,
+    TEXT,
+    TREE,
+    UNCOMPRESSED,
+    EvaluateSettings,
+)
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.prompts.segments import Segment
@@ -49,12 +54,7 @@ class _Asked:
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     """Measures what the settings ask for.
 
-    Args:
-        settings: What to measure, and on what.
-        bar: From a label to what is called with (work done, work in all).
-
-    Raises:
-        KMergeError: A model, an adapter, data or a file that is not as it should be.
+    Raises KMergeError for a model, an adapter, data or a file that is not as it should be.
     """
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
     sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
@@ -91,27 +91,16 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
 
 
 def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:
-    """The methods to measure at these merge factors, in the order in which they are shown.
-
-    Raises:
-        EvaluateError: A baseline of merging, and nothing is merged.
-    """
-    names = [Merged.name, *(n for n in settings.baselines if n != Uncompressed.name)]
+    """The methods to measure at these merge factors, in the order in which they are shown."""
+    names = [MERGED, *(n for n in settings.baselines if n != UNCOMPRESSED)]
     if len(names) > 1 and max(ks) == 1:
         raise EvaluateError(f"`baseline` {names[1]} has the budget of merging: give `k` above 1")
-    methods: list[Method] = []
-    if 1 in ks or Uncompressed.name in settings.baselines:
-        methods.append(Uncompressed(1))
-    return methods + [METHODS[name](k) for k in ks if k > 1 for name in names]
+    plain = [Method(UNCOMPRESSED, 1)] if 1 in ks or UNCOMPRESSED in settings.baselines else []
+    return plain + [Method(name, k) for k in ks if k > 1 for name in names]
 
 
 def reader(source: Source) -> tuple[nn.Module, Any]:
-    """Loads the model that methods read with, and its tokenizer; its embedding is wrapped.
-
-    Raises:
-        ModelError: The base cannot be loaded.
-        AdapterError: An adapter that is torn or does not fit.
-    """
+    """Loads the model that methods read with, and its tokenizer; its embedding is wrapped."""
     model, tokenizer, _ = load_source(source)
     if source.adapter is None:
         wire(model, MergeConfig(None), LoRAConfig(0), 0, source.model)
@@ -227,10 +216,9 @@ def _identity(
         "the chat template": "used" if layout.chat_template else "unused",
     }
     for k, source in sources.items():
-        files = [] if source.adapter is None else [source.adapter / name for name in FILES]
         digest = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
+        for name in FILES if source.adapter else ():
+            with (source.adapter / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        identity[f"the adapter for K={k}"] = digest.hexdigest() if files else "none"
+        identity[f"the adapter for K={k}"] = digest.hexdigest() if source.adapter else "none"
     return identity

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data import HUB_TASKS
-from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
+from kmerge_mlx.evaluation.settings import MERGED
 from kmerge_mlx.hub.fetch import is_namespaced, parse
 from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.tools.describe import encoder_line, tuning_lines
@@ -76,7 +76,7 @@ def _results(upload: Upload, report: Report) -> Iterator[EvalResult]:
     for group in report.groups:
         for row in _rows_of(upload, report):
             for metric, score in row.scores[group].items():
-                if row.method == Merged.name and metric in COLUMNS and math.isfinite(score.value):
+                if row.method == MERGED and metric in COLUMNS and math.isfinite(score.value):
                     yield EvalResult(
                         task_type="text-generation",
                         dataset_type=kind,

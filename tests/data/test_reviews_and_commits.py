@@ -13,9 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data.amazon_reviews import AmazonReviews
-from kmerge_mlx.data.commitpackft import CommitPackFT
-from kmerge_mlx.data.splits import Pair
+from kmerge_mlx.data.splits import AmazonReviews, CommitPackFT, Pair, silent
 from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
@@ -29,7 +27,7 @@ GOLDEN = [
 ]
 
 
-def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=None, force=False, **options):
+def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=silent, force=False, **options):
     return task(file=str(source), sizes=sizes, **options).write(folder, force, progress)
 
 

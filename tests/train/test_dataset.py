@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx.data.amazon_reviews import AmazonReviews
 from kmerge_mlx.data.sources import load_examples
+from kmerge_mlx.data.splits import AmazonReviews
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError
 from kmerge_mlx.prompts.policy import Layout
