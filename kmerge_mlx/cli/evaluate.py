@@ -30,7 +30,7 @@ def evaluate(settings: EvaluateSettings) -> None:
       kmerge-mlx evaluate --adapter-path A --task recall --length 4096 --predictions answers.jsonl
     """
     settings.refuse_foreign(settings.task or DATA, OWN_OPTIONS)
-    from kmerge_mlx.plots.common import check_plot
+    from kmerge_mlx.plots import check_plot
 
     if settings.plot:
         check_plot(settings.plot)
@@ -68,8 +68,7 @@ def _measured(settings: EvaluateSettings) -> Report:
 
 def _draw(report: Report, path: str) -> None:
     """Draws recall over depth where that was measured, else quality over compression."""
-    from kmerge_mlx.plots.quality import draw_quality
-    from kmerge_mlx.plots.recall import draw_recall
+    from kmerge_mlx.plots.evaluation import draw_quality, draw_recall
 
     if not report.measured:
         raise PlotError(f"`plot` {path}: there is nothing to draw, every method is left out")

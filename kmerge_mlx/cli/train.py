@@ -45,7 +45,7 @@ def train(settings: TrainSettings) -> None:
       kmerge-mlx train -c config.yaml --adapter-path ./out --resume
     """
     from kmerge_mlx.cli.output import bars
-    from kmerge_mlx.plots.common import check_plot
+    from kmerge_mlx.plots import check_plot
     from kmerge_mlx.plots.training import TrainingPlot
     from kmerge_mlx.train.checkpoint import saved_settings
     from kmerge_mlx.train.loop import Trainer, reporters

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kmerge_mlx import plots
 from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
-from kmerge_mlx.plots import common
 from tests.cli_runner import Result, assert_one_error, no_room, run
 from tests.conftest import UPSTREAM
 from tests.data.test_reviews_and_commits import REVIEWS
@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
     (tmp_path / "x.png").mkdir()
     given = ("evaluate", *folders.flags(), "--data", truth, "--plot")
     assert_one_error(run(*given, tmp_path / "x.png"), 1, "which cannot be written: name another")
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     said = "--plot needs matplotlib: pip install 'kmerge-mlx[plot]'"
     assert_one_error(run(*given, "x.png"), 1, said)
 

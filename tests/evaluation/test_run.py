@@ -61,7 +61,7 @@ def batched(tmp_path_factory, folders, data):
     """Every method's answers, 32 at a time, and the report."""
     file = tmp_path_factory.mktemp("batched") / "answers.jsonl"
     report = measured(
-        **folders.settings(k=(2, 4), baseline=(*BASELINES,), data=str(data)),
+        **folders.settings(k=(2, 4), baseline=BASELINES, data=str(data)),
         max_tokens=MAX_TOKENS,
         predictions=str(file),
     )
@@ -181,7 +181,7 @@ def test_other_models_are_read_as_well_and_an_encoder_with_context(tmp_path, con
     folders, file = Folders(base, tmp_path / "adapter"), tmp_path / "answers.jsonl"
     rows = questions_of(6)
     data = str(write_data(tmp_path / "data", rows))
-    measured(**folders.settings(baseline=(*BASELINES,), data=data), max_tokens=1, predictions=str(file))
+    measured(**folders.settings(baseline=BASELINES, data=data), max_tokens=1, predictions=str(file))
     found, tokenizer = answers_of(file), load(str(base))[1]
     assert set(found) == {("uncompressed", 1), *((n, 3) for n in LABELS if n != "uncompressed")}
     for number, row in enumerate(rows):
@@ -204,7 +204,7 @@ def test_the_answers_are_those_of_generate(folders, data, batched):
 def test_one_by_one_the_answers_are_the_same(tmp_path, folders, data, batched):
     file = tmp_path / "answers.jsonl"
     measured(
-        **folders.settings(k=(4,), baseline=(*BASELINES,), data=str(data)),
+        **folders.settings(k=(4,), baseline=BASELINES, data=str(data)),
         max_tokens=MAX_TOKENS,
         predictions=str(file),
         batch_size=1,
