@@ -21,13 +21,14 @@ ALL = "all"
 
 MERGED, UNCOMPRESSED, MEAN = "merged", "uncompressed", "mean"
 TRUNCATE, STRIDE = "truncate", "stride"
-BASELINES = {
+_ABOUT = {
     UNCOMPRESSED: "all T tokens, as --k 1",
     MEAN: "of K embeddings, without the encoder",
     TRUNCATE: "the last T/K tokens",
     STRIDE: "every K-th token",
 }
-"""What merging is compared with, in the order in which it is shown, and what the help says."""
+BASELINES = tuple(_ABOUT)
+"""What merging is compared with, in the order in which it is shown."""
 
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
 """Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
@@ -64,7 +65,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         (),
         str,
         "Measure this as well; give it again for another. "
-        + "; ".join(f"{name}: {about}" for name, about in BASELINES.items())
+        + "; ".join(f"{name}: {about}" for name, about in _ABOUT.items())
         + "; all: each of them.",
         many=True,
         choices=(*BASELINES, ALL),
