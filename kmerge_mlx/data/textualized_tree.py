@@ -9,7 +9,7 @@ whose sequence Python guarantees for a seed: the same trees on every machine and
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -100,19 +100,18 @@ class Tree:
 
     def edges(self) -> list[tuple[int, int]]:
         """Every (parent, child), children depth first."""
-        return [(parent, child) for child, parent in enumerate(self.parents) if parent >= 0]
+        return [(parent, child) for child, parent in enumerate(self.parents) if child]
 
-    def pairs(self, kind: str) -> list[tuple[int, int]]:
-        """Every ordered pair of a kind that is reversed, grandparent or sibling."""
-        edges = self.edges()
-        if kind == REVERSED:
-            return [(child, parent) for parent, child in edges]
-        if kind == GRANDPARENT:
-            return [(self.parents[p], c) for p, c in edges if self.parents[p] >= 0]
-        families: dict[int, list[int]] = {}
+    def pairs(self) -> dict[str, list[tuple[int, int]]]:
+        """Every ordered pair that is reversed, grandparent or sibling, by kind."""
+        edges, families = self.edges(), defaultdict(list)
         for parent, child in edges:
-            families.setdefault(parent, []).append(child)
-        return [pair for family in families.values() for pair in permutations(family, 2)]
+            families[parent].append(child)
+        return {
+            REVERSED: [(child, parent) for parent, child in edges],
+            GRANDPARENT: [(self.parents[p], c) for p, c in edges if p],
+            SIBLING: [pair for family in families.values() for pair in permutations(family, 2)],
+        }
 
     def kind(self, parent: int, child: int) -> str:
         """How two different nodes are related."""
@@ -196,7 +195,7 @@ class TreeTask(Task):
 
     @property
     def limits(self) -> Stage:
-        """The stage itself, cut to ``max_nodes``."""
+        """The stage, cut to ``max_nodes``."""
         stage = self.stage if isinstance(self.stage, Stage) else STAGES[self.stage]
         return stage if self.max_nodes is None else replace(stage, max_nodes=self.max_nodes)
 
@@ -291,7 +290,7 @@ def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
     Only an uncle lies one level above the child, as its parent does. If all kinds took turns alike,
     comparing two depths would answer 98% of the questions without reading the tree; so it is 76%.
     """
-    listed = {kind: tree.pairs(kind) for kind in (REVERSED, GRANDPARENT, SIBLING)}
+    listed = tree.pairs()
     known = len(tree.edges()) + tree.uncles() + sum(map(len, listed.values()))
     sizes = {UNCLE: tree.uncles(), OTHER: len(tree) * (len(tree) - 1) - known}
     left = {kind: take(rng, pairs, count) for kind, pairs in listed.items()}
