@@ -59,9 +59,10 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
     sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
     methods = wanted(settings, [*sources])
-    if any(method.adapter_k == 1 for method in methods):
-        sources |= {1: sources.get(1) or Source.find_all(*names, (1,), trust)[0]}
-    sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
+    sources = {
+        k: sources.get(k) or Source.find_all(*names, (k,), trust)[0]
+        for k in sorted({method.adapter_k for method in methods})
+    }
     own = next(iter(sources.values()))
     settings = replace(
         settings,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row
 from kmerge_mlx.plots import APART, draw_scores, outside_legend, plain, write
 
@@ -27,11 +28,17 @@ MOST_TICKS = 6  # more depths than that are not all written out
 Place = tuple[float, float]  # compression ratio and value
 
 
+def draw_report(report: Report, path: str | Path) -> None:
+    """Draws recall over depth where that was measured, else quality over compression."""
+    if not report.measured:
+        raise PlotError(f"`plot` {path}: there is nothing to draw, every method is left out")
+    (draw_recall if report.depths else draw_quality)(report, path)
+
+
 def draw_quality(report: Report, path: str | Path) -> None:
     """Draws quality over compression ratio, a panel for each score.
 
-    A method looks the same in every panel. Points of one ratio are drawn side by side. At least one
-    method must have been able to read the prompts.
+    A method looks the same in every panel. Points of one ratio are drawn side by side.
     """
     from matplotlib.figure import Figure
 

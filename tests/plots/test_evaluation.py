@@ -13,7 +13,7 @@ from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.metrics import wilson_interval
 from kmerge_mlx.evaluation.report import Report, Row, Score
 from kmerge_mlx.plots import APART, COLOURS, evaluation
-from kmerge_mlx.plots.evaluation import draw_quality, draw_recall, pareto_frontier
+from kmerge_mlx.plots.evaluation import draw_report, pareto_frontier
 from tests.evaluations import words_of
 
 METHODS = ("merged", "mean", "truncate", "stride")
@@ -64,7 +64,7 @@ def figure(monkeypatch):
 
     def draw(report: Report | list[Row]) -> Any:
         report = quality(report) if isinstance(report, list) else report
-        (draw_recall if report.depths else draw_quality)(report, "not written.png")
+        draw_report(report, "not written.png")
         figures[-1].canvas.draw()
         return figures[-1]
 
@@ -89,7 +89,7 @@ def bars(axes: Any) -> list[tuple[float, float]]:
 
 
 def test_the_measure_the_ratio_and_every_method_are_named(tmp_path):
-    draw_quality(quality(thirteen(), "one", "two"), tmp_path / "a.svg")
+    draw_report(quality(thirteen(), "one", "two"), tmp_path / "a.svg")
     assert words_of(tmp_path / "a.svg") >= {
         *("one: exact match", "two: exact match", "majority answer", "Pareto frontier"),
         "compression ratio (original / compressed positions)",
@@ -97,7 +97,7 @@ def test_the_measure_the_ratio_and_every_method_are_named(tmp_path):
         *("1x", "2x", "4x", "8x"),
     }
     with pytest.raises(PlotError, match=r"cannot write `plot` .*no/such\.png"):
-        draw_quality(quality(thirteen()), tmp_path / "no" / "such.png")
+        draw_report(quality(thirteen()), tmp_path / "no" / "such.png")
 
 
 def test_a_method_of_one_point_goes_by_its_label_and_of_several_by_its_name(figure):
@@ -172,7 +172,7 @@ def test_everything_is_inside_the_axes_and_a_share_stays_near_0_to_1(figure):
 
 
 def test_recall_is_drawn_with_every_length_method_and_depth(tmp_path):
-    draw_recall(recall(3), tmp_path / "recall.svg")
+    draw_report(recall(3), tmp_path / "recall.svg")
     assert words_of(tmp_path / "recall.svg") == {
         *("512 tokens", "2,048 tokens", "8,192 tokens", *FIVE),
         *("recall", "where the needle lies in the prompt"),
