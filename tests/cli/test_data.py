@@ -54,10 +54,7 @@ def test_trees_are_written_and_the_summary_is_on_stderr(tmp_path):
     assert lines[-1] == "  trees in more than one split: 0"
     for word in ("  train  ", "distinct trees", "(50.0%), true", "negatives: ", "depths: "):
         assert word in result.err
-
-
-def test_json_prints_the_summary_as_one_object_and_nothing_else(tmp_path):
-    result = run("data", *TREES, "--out", tmp_path / "trees", "--json")
+    result = run("data", *TREES, "--out", tmp_path / "trees", "--force", "--json")
     assert (result.code, result.err, result.out.count("\n")) == (0, "", 1)
     summary = json.loads((tmp_path / "trees" / "summary.json").read_text())
     assert json.loads(result.out) == {"folder": str(tmp_path / "trees")} | summary

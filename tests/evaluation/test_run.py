@@ -230,15 +230,6 @@ def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw():
         assert list(first.ids) == list(second.ids) == sorted(set(expected))
 
 
-@pytest.mark.parametrize("name", LABELS)
-def test_every_method_reads_any_prompt_and_has_a_label(name):
-    method = Method(name, 4)
-    segments = method.cut([Segment([1, 2, 3]), Segment([4], False)])
-    assert list(segments[-1].ids) == [4]
-    assert 1 <= len(segments[0].ids) <= 3
-    assert name == "uncompressed" or "4" in method.label
-
-
 def test_uncompressed_is_the_base_where_there_is_no_adapter_for_1(tmp_path, folders, data, batched):
     report = measured(
         **folders.settings(adapter_path=str(folders.adapters / "k4"), baseline=("uncompressed",)),
