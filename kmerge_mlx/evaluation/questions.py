@@ -112,9 +112,8 @@ def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
         found = task.examples(splits, bar("Reading"))
     examples, name = found[settings.split], settings.task or "data"
     items = [Question(example, name) for example in examples[: settings.limit]]
-    # The files that a task was drawn into are gone.
-    where = examples.where if settings.data is not None else Questions.where
-    return Questions(items, (Group(name, _labels(settings, items, where)),), examples.bad, where)
+    labels = _labels(settings, items, examples.where)
+    return Questions(items, (Group(name, labels),), examples.bad, examples.where)
 
 
 def _tree_questions(settings: EvaluateSettings) -> Questions:

@@ -164,12 +164,11 @@ def _saved_row(row: Mapping[str, Any]) -> Row:
     sizes = row["prompt_tokens"], row["positions"]
     if not all(is_int(n, 1) for n in (row["k"], *sizes)):
         raise ValueError(f"a row has k = {short(row['k'])} and sizes of {short(sizes)}")
-    scores: dict[str, dict[str, Score]] = {}
-    for group, named in row["scores"].items():
-        scores[group] = {}
-        for name, score in named.items():
-            known = {key: math.inf if v is None else float(v) for key, v in score.items()}
-            scores[group][name] = Score(**known)
+
+    def read(score: Mapping[str, Any]) -> Score:
+        return Score(**{key: math.inf if v is None else float(v) for key, v in score.items()})
+
+    scores = {g: {n: read(s) for n, s in named.items()} for g, named in row["scores"].items()}
     return Row(str(row["method"]), row["k"], str(row["label"]), {"all": sizes}, scores)
 
 

@@ -33,6 +33,9 @@ BASELINES = tuple(_ABOUT)
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
 """Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
 
+FILE_CLASH = (
+    "`category` and `language` name data of the hub, and there is a `file`: leave them out, or it"
+)
 DATA = "`data`"
 _ROWS = ("split", "limit", "labels", "positive", "skip_bad")
 OWN_OPTIONS = {
@@ -141,8 +144,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
             f"no data: give `data`, or `task` ({', '.join(EVALUATED)})": (
                 not self.data and not self.task
             ),
-            "`category` and `language` name data of the hub, and there is a `file`: leave them "
-            "out, or it": self.file is not None and not (self.category is self.language is None),
+            FILE_CLASH: self.file is not None and (self.category or self.language) is not None,
             f"`labels` is {short(self.labels)}, expected different texts": (
                 not texts or len(set(self.labels)) < len(self.labels)
             ),
