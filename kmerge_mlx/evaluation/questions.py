@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
+from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateSettings
@@ -46,10 +47,11 @@ _DRAWS = 10
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the right answer, and the name of the group that it is scored in."""
+    """A prompt with the right answer, the name of its group, and its ids once it is tokenized."""
 
     example: Example
     group: str
+    row: TokenizedExample | None = None
 
     @property
     def answer(self) -> str:
@@ -81,13 +83,15 @@ class Group:
 class Questions:
     """Everything that is asked, at least one question of each group; ``bad`` rows were left out.
 
-    ``where`` names a question's place in an error, by its index.
+    ``where`` names a question's place in an error, by its index. ``limits`` are the most tokens of
+    an answer, by group.
     """
 
     items: Sequence[Question]
     groups: tuple[Group, ...]
     bad: int = 0
     where: Callable[[int], str] = lambda index: f"question {index + 1}"
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """How many questions each group has."""

@@ -124,13 +124,6 @@ def test_a_damaged_line_is_named(tmp_path, line):
     assert "line 6 is damaged" in refused(path)
 
 
-def test_a_file_of_another_evaluation_says_what_differs(tmp_path):
-    path = filled(tmp_path / "answers.jsonl")
-    assert "(not the same: the base model)" in refused(path, **{"the base model": "c" * 64})
-    said = refused(path, **{"the adapter for K=4": "none", "--batch-size": "32"})
-    assert "(not the same: --batch-size, 2 there and 32 here; the adapter for K=4)" in said
-
-
 LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
 
 
