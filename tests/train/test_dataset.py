@@ -15,7 +15,7 @@ from kmerge_mlx.errors import DataError
 from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.train.dataset import Limits, TokenizedSet, num_positions, tree_sets
 from tests.cli_runner import CHATML, assert_one_error, copy_base
-from tests.data.test_reviews_and_commits import REVIEWS
+from tests.data.test_splits import REVIEWS
 from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
 
 GOOD = rows_of(8)
