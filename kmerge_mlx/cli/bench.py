@@ -68,7 +68,7 @@ def bench(settings: BenchSettings) -> None:
       kmerge-mlx bench --adapter-path A -n 5 -g 64 --json
     """
     if settings.plot:
-        from kmerge_mlx.plots.common import check_plot
+        from kmerge_mlx.plots import check_plot
 
         check_plot(settings.plot)
 

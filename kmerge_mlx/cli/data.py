@@ -11,7 +11,8 @@ from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.sources import SPLITS
-from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
+from kmerge_mlx.data.textualized_tree import TreeTask
+from kmerge_mlx.evaluation.settings import FILE_CLASH, EvaluateSettings
 from kmerge_mlx.settings import Settings, argument, option
 
 # Settings that not all tasks have.
@@ -35,10 +36,8 @@ class DataSettings(Settings):
     )
     valid: int | None = option(None, int, "Rows (trees) of the validation set.", low=0)
     test: int | None = option(None, int, "Rows (trees) of the test set.", low=0)
-    stage: str = option(TreeTask.stage, str, "Trees: how large they grow.", choices=tuple(STAGES))
-    max_nodes: int | None = option(
-        None, int, "Trees: most nodes of one. Default: the stage's.", low=2
-    )
+    stage: str = EvaluateSettings.setting("stage", group=None)
+    max_nodes: int | None = EvaluateSettings.setting("max_nodes")
     num_trees: int = option(
         TreeTask.num_trees, int, "Trees: how many, in all splits together.", low=0
     )
@@ -48,28 +47,16 @@ class DataSettings(Settings):
     find_parent: int = option(
         0, int, "Trees: most questions of one for a node's parent by name.", low=0
     )
-    reference_sampling: bool = option(
-        False, bool, "Trees: ask every pair of nodes, as the paper's code does; most are false."
-    )
-    category: str | None = option(
-        None, str, "Reviews: category of the hub dataset. Default: the paper's."
-    )
-    language: str | None = option(
-        None, str, "Commits: language of the hub dataset. Default: the paper's."
-    )
-    file: str | None = option(
-        None, str, "Reviews, commits: a local .jsonl or .jsonl.gz in the dataset's schema."
-    )
+    reference_sampling: bool = EvaluateSettings.setting("reference_sampling", group=None)
+    category: str | None = EvaluateSettings.setting("category", group=None)
+    language: str | None = EvaluateSettings.setting("language", group=None)
+    file: str | None = EvaluateSettings.setting("file", group=None)
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
     force: bool = option(False, bool, "Replace a data folder at --out.")
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
 
     def clashes(self) -> list[str]:
-        clash = (
-            "`category` and `language` name data of the hub, and there is a `file`: leave them "
-            "out, or it"
-        )
-        return [clash] if self.file and (self.category or self.language) else []
+        return [FILE_CLASH] if self.file and (self.category or self.language) else []
 
 
 @command(DataSettings)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -30,9 +29,9 @@ def evaluate(settings: EvaluateSettings) -> None:
       kmerge-mlx evaluate --adapter-path A --task recall --length 4096 --predictions answers.jsonl
     """
     settings.refuse_foreign(settings.task or DATA, OWN_OPTIONS)
-    from kmerge_mlx.plots.common import check_plot
-
     if settings.plot:
+        from kmerge_mlx.plots import check_plot
+
         check_plot(settings.plot)
     report = _measured(settings)
     if settings.json:
@@ -45,7 +44,9 @@ def evaluate(settings: EvaluateSettings) -> None:
     if bad := report.bad_rows:
         print(f"note: {bad:,} bad row{' was' if bad == 1 else 's were'} left out", file=sys.stderr)
     if settings.plot:
-        _draw(report, settings.plot)
+        from kmerge_mlx.plots.evaluation import draw_report
+
+        draw_report(report, settings.plot)
 
 
 def _measured(settings: EvaluateSettings) -> Report:
@@ -64,16 +65,6 @@ def _measured(settings: EvaluateSettings) -> Report:
             line = f"Stopped: the same command goes on with {settings.predictions}"
             tqdm.write(line, file=sys.stderr)  # above the bar
         raise
-
-
-def _draw(report: Report, path: str) -> None:
-    """Draws recall over depth where that was measured, else quality over compression."""
-    from kmerge_mlx.plots.quality import draw_quality
-    from kmerge_mlx.plots.recall import draw_recall
-
-    if not report.measured:
-        raise PlotError(f"`plot` {path}: there is nothing to draw, every method is left out")
-    (draw_recall if report.depths else draw_quality)(report, path)
 
 
 def _tables(report: Report) -> list[str]:

@@ -48,7 +48,7 @@ def train(settings: TrainSettings) -> None:
       kmerge-mlx train -c config.yaml --adapter-path ./out --resume
     """
     from kmerge_mlx.cli.output import bars
-    from kmerge_mlx.plots.common import check_plot
+    from kmerge_mlx.plots import check_plot
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
     from kmerge_mlx.train.ranks import connect

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data.jsonl import Row
 from kmerge_mlx.errors import DataError, short
 from kmerge_mlx.prompts.tags import cuts_tag
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt (text that merges and text to read raw after it, or chat messages) and its answer.
+    """A prompt (a context that merges and text to read raw after it, or messages) and its answer.
 
-    Args:
-        context: Text to merge: the whole prompt, where a row does not tell them apart.
-        prompt: Text to read raw.
-        answer: Text to learn, or None where no answer is needed.
-        bare: Whether no chat template applies, as in mlx-lm's ``text`` format.
-        messages: A conversation, the answer last.
-        tools: What the chat template lists as tools.
+    The whole prompt is the context where a row does not tell them apart. No chat template applies
+    to a ``bare`` one, as in mlx-lm's ``text`` format. The answer of ``messages`` is the last.
     """
 
     context: str | None = None
@@ -92,23 +85,23 @@ class RowFormat:
         )
 
     def _completion(self, row: Row) -> Example:
-        answer, tools = _of(str, row, self.completion_feature), _of(list, row, "tools")
+        answer = _text_of(row, self.completion_feature)
         if not answer and self.answers:
             raise DataError(f"{self.completion_feature} is empty, expected an answer")
-        context, prompt = self._parts(row, _of(str, row, self.prompt_feature))
-        return Example(context, prompt, answer or None, tools=tools and tuple(tools))
+        context, prompt = self._parts(row, _text_of(row, self.prompt_feature))
+        return Example(context, prompt, answer or None, tools=_tools_of(row))
 
     def _text(self, row: Row) -> Example:
-        text = _of(str, row, self.text_feature) or ""
+        text = _text_of(row, self.text_feature)
         at = self._split(row, text)
         context, prompt = self._parts(row, text[:at])
         return Example(context, prompt, text[at:] or None, bare=True)
 
-    def _parts(self, row: Row, prompt: str | None) -> tuple[str | None, str | None]:
+    def _parts(self, row: Row, prompt: str) -> tuple[str | None, str | None]:
         """What merges and what stays raw: without a ``context`` key, all of the prompt merges."""
-        context, raw = prompt, None
+        context, raw = prompt, ""
         if self.context_feature in row:
-            context, raw = _of(str, row, self.context_feature), prompt
+            context, raw = _text_of(row, self.context_feature), prompt
         if not context and not raw:
             raise DataError(f"{self.prompt_feature} is empty, expected a prompt")
         return context or None, raw or None
@@ -118,8 +111,7 @@ class RowFormat:
         at = row.get(self.split_feature)
         if at is None and self.text_split is not None:
             at = int(len(text) * self.text_split)
-            blank = max(text.rfind(c, 1, at + 1) for c in " \n\t")
-            at = blank if blank > 0 else max(at, 1)
+            at = max(*(text.rfind(c, 1, at + 1) for c in " \n\t"), 0) or max(at, 1)
         elif at is None and not self.answers:
             at = len(text)
         elif at is None:
@@ -159,8 +151,7 @@ class RowFormat:
             raise DataError(f"{name} ends with an empty answer")
         if len(messages) - answered < 1:
             raise DataError(f"{name} holds no prompt, expected a message before the assistant's")
-        tools = _of(list, row, "tools")
-        return Example(messages=tuple(messages), tools=tools and tuple(tools))
+        return Example(messages=tuple(messages), tools=_tools_of(row))
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -171,10 +162,16 @@ def _check_message(message: Any, where: str) -> None:
         raise DataError(f"{where}.content is {short(content)}, expected text")
 
 
-def _of(kind: type[T], row: Row, key: str) -> T | None:
-    """A value of a row, checked."""
+def _text_of(row: Row, key: str) -> str:
+    """A text of a row; empty where it has none."""
     value = row.get(key)
-    if value is not None and not isinstance(value, kind):
-        expected = "text" if kind is str else "a list"
-        raise DataError(f"{key} is {short(value)}, expected {expected}")
-    return value
+    if not isinstance(value, str | None):
+        raise DataError(f"{key} is {short(value)}, expected text")
+    return value or ""
+
+
+def _tools_of(row: Row) -> tuple[Any, ...] | None:
+    tools = row.get("tools")
+    if not isinstance(tools, list | None):
+        raise DataError(f"tools is {short(tools)}, expected a list")
+    return tools and tuple(tools)

@@ -57,15 +57,10 @@ class BadLines:
 
 
 def read_rows(path: Path, convert: Callable[[Row], T], bad: BadLines) -> Iterator[tuple[Line, T]]:
-    """Yields each good line of a file, and what its row is converted to.
+    """Yields each good line of a ``.jsonl`` (or ``.gz``) file, and what its row is converted to.
 
-    Args:
-        path: A ``.jsonl`` file, or a ``.gz`` of one.
-        convert: Converts a row; raises DataError to say what is wrong with it.
-        bad: Receives the bad lines.
-
-    Raises:
-        DataError: The file cannot be read, or a line is bad and bad lines are not skipped.
+    ``convert`` raises DataError for a bad row. Raises DataError if the file cannot be read, or a
+    line is bad and ``bad`` does not skip it.
     """
     for line in raw_lines(path):
         if line.data is not None and not line.data.strip():
@@ -81,8 +76,8 @@ def read_rows(path: Path, convert: Callable[[Row], T], bad: BadLines) -> Iterato
 def raw_lines(path: Path) -> Iterator[Line]:
     """Yields the lines of a file, unparsed; at most one of them is in memory.
 
-    Raises:
-        DataError: Missing, unreadable, not a file, or a ``.gz`` that is torn or too large.
+    Raises DataError if it is missing, unreadable, not a file, or a ``.gz`` that is torn or too
+    large.
     """
     if not path.is_file():  # a pipe or a device may never end
         reason = "it is not a file" if path.exists() else "there is no such file"
@@ -91,9 +86,8 @@ def raw_lines(path: Path) -> Iterator[Line]:
     try:
         with path.open("rb") as raw:
             file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
-            number = 0
-            while data := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+            lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+            for number, data in enumerate(lines, 1):
                 whole, rest = len(data) <= MAX_LINE_BYTES, data
                 while not whole and rest and not rest.endswith(b"\n"):
                     rest = file.readline(_CHUNK)
@@ -109,9 +103,8 @@ def raw_lines(path: Path) -> Iterator[Line]:
 def parse_row(data: bytes | None) -> Row:
     """Parses a line.
 
-    Raises:
-        DataError: Too long (None), not UTF-8, not JSON, not an object, or with half of a surrogate
-            pair, which no tokenizer takes.
+    Raises DataError if it is too long (None), not UTF-8, not JSON, not an object, or holds half of
+    a surrogate pair, which no tokenizer takes.
     """
     if data is None:
         raise DataError(f"longer than {MAX_LINE_BYTES >> 20} MiB, expected one example a line")

@@ -29,11 +29,9 @@ _BARE = "use prompt and completion rows and leave the chat template out"
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example as ids, all below V.
+    """An example as ids: the prompt's, in runs that merge and runs that do not, and the answer's.
 
-    Args:
-        segments: The prompt's ids, in runs that merge and runs that do not; T in all.
-        answer_ids: The answer's ids, an end-of-text token last; empty where there is no answer.
+    An answer ends with an end-of-text token; ``answer_ids`` is empty where there is none.
     """
 
     segments: list[Segment]

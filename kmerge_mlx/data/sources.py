@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,9 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class ExampleList(Sequence[Example]):
-    """The examples of a split, in memory.
+    """The examples of a split, in memory; ``bad`` lines were left out.
 
-    Args:
-        items: The examples.
-        places: Where each comes from: a file or a task, and a number from 1.
-        bad: How many bad lines were left out.
+    Each comes from a place: a file or a task, and a number from 1.
     """
 
     items: Sequence[Example]
@@ -47,8 +44,7 @@ class ExampleList(Sequence[Example]):
 
     def where(self, index: int) -> str:
         """Names an example in an error: its file and line."""
-        place, number = self.places[index]
-        return f"{place} {number}"
+        return "{} {}".format(*self.places[index])
 
 
 def read_examples(
@@ -104,21 +100,15 @@ def load_hub_datasets(
 ) -> dict[str, ExampleList]:
     """Reads the entries of mlx-lm's ``hf_dataset``, of each split one after the other.
 
-    Args:
-        entries: One mapping or several: ``path``, and as wanted ``train_split``, ``valid_split``,
-            ``test_split`` (``train[:80%]``, ``train[-10%:]`` and none by default) and the fields of
-            RowFormat, which is ``row_format`` otherwise.
-        row_format: As for :func:`load_examples`, and so are the others.
-        skip_bad: Count bad lines and go on.
-        splits: Which splits are wanted.
+    An entry has a ``path``, and as wanted ``train_split``, ``valid_split``, ``test_split``
+    (``train[:80%]``, ``train[-10%:]`` and none by default) and fields of RowFormat in the place of
+    those of ``row_format``. The other arguments are those of :func:`load_examples`.
 
     Raises:
         DataError: An unknown key, a malformed slice, a dataset without JSONL files, a bad line.
     """
-    if isinstance(entries, Mapping):
-        entries = [entries]
     found: dict[str, ExampleList] = {}
-    for entry in entries:
+    for entry in [entries] if isinstance(entries, Mapping) else entries:
         path, formats, slices = _read_entry(entry, row_format or RowFormat(), splits)
         folder = _folder(path, [name for name, _, _ in slices.values()])
         files: dict[str, ExampleList] = {}
@@ -143,7 +133,7 @@ def _read_entry(
     entry: Mapping[str, Any], base: RowFormat, splits: Sequence[str]
 ) -> tuple[str, RowFormat, dict[str, tuple[str, str | None, str | None]]]:
     """An ``hf_dataset`` entry: its path, its keys, and a slice for each split."""
-    names = {field.name for field in fields(RowFormat)} - {"answers"}
+    names = {*RowFormat.__dataclass_fields__} - {"answers"}
     known = {"path", *(f"{split}_split" for split in SPLITS), *names}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
         raise DataError(f"hf_dataset is {short(entry)}, expected an entry with a path")
@@ -163,9 +153,9 @@ def _read_entry(
 
 def _bound(text: str | None, size: int) -> int | None:
     """One end of a slice, in examples: percentages round to the nearest, as in ``datasets``."""
-    if text is None:
-        return None
-    return round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+    if text is not None and text.endswith("%"):
+        return round(size * int(text[:-1]) / 100)
+    return text and int(text)
 
 
 def _folder(data: str | Path, splits: Sequence[str]) -> Path:

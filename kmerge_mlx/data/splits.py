@@ -1,20 +1,23 @@
-"""Draws the splits of a task so that they share nothing, and writes them as a data folder."""
+"""Draws the splits of a task so that they share nothing: reviews and commits from the hub's files.
+
+Source: arXiv 2604.15153; the hub datasets McAuley-Lab/Amazon-Reviews-2023 (rows with ``text`` and
+``rating``, 1.0 to 5.0) and bigcode/commitpackft (``old_contents``, ``new_contents``, ``subject``).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from kmerge_mlx.config import DATA_SEED
+from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.jsonl import BadLines, Row, parse_row, raw_lines, read_rows
 from kmerge_mlx.data.sources import SPLITS, ExampleList
@@ -22,10 +25,15 @@ from kmerge_mlx.errors import DataError, SettingsError, first_line, short
 from kmerge_mlx.hub import DATASET, fetch_file
 
 SUMMARY = "summary.json"
+POSITIVE_FROM = 3.5
+_REPORT_EVERY = 1000
 
 Progress = Callable[[int, int], None]
 """Called now and then with (work done, work in all)."""
-_REPORT_EVERY = 1000
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def fingerprint(text: str, seed: int | None = None) -> int:
@@ -40,7 +48,7 @@ class Task:
     name: ClassVar[str]
 
     def write(
-        self, path: str | Path, force: bool = False, progress: Progress | None = None
+        self, path: str | Path, force: bool = False, progress: Progress = silent
     ) -> dict[str, Any]:
         """Draws the splits and writes them as a data folder, whole or not at all.
 
@@ -65,8 +73,61 @@ class Task:
             raise DataError(f"cannot write {path}: {reason}") from error
         return summary
 
-    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
+    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         raise NotImplementedError
+
+
+class Written(NamedTuple):
+    """A row of a data folder.
+
+    ``unit`` is what no other split may hold (the tree, or the prompt), and ``counted`` what the
+    summary counts, by name.
+    """
+
+    prompt: str
+    answer: str
+    unit: str
+    counted: Mapping[str, Any]
+
+
+def write_splits(
+    folder: Path,
+    splits: Iterable[str],
+    rows: Callable[[str, set[int]], Iterable[Written]],
+    unit: str,
+) -> dict[str, Any]:
+    """Writes splits in turn, in mlx-lm's ``prompt``/``completion`` format.
+
+    ``rows`` is called with a split and the fingerprints of the units of those before it. Returns
+    each split's rows, tallies and SHA-256, and how many units any two splits share.
+    """
+    from kmerge_mlx.files import flush
+
+    found: dict[str, dict[str, Any]] = {}
+    units: dict[str, set[int]] = {}
+    for split in splits:
+        count, tallies, own, digest = 0, defaultdict(Counter), set(), hashlib.sha256()
+        path = folder / f"{split}.jsonl"
+        with path.open("wb") as file:
+            for row in rows(split, set().union(*units.values())):
+                pair = {"prompt": row.prompt, "completion": row.answer}
+                data = json.dumps(pair, ensure_ascii=False).encode() + b"\n"
+                file.write(data)
+                digest.update(data)
+                count += 1
+                own.add(fingerprint(row.unit))
+                for name, value in row.counted.items():
+                    tallies[name][value] += 1
+        flush(path)
+        units[split] = own
+        found[split] = {"rows": count, f"distinct_{unit}": len(own)}
+        for name, counts in tallies.items():  # numbers in order, names by count
+            ranked = sorted(counts, key=lambda v: v if isinstance(v, int) else (-counts[v], v))
+            found[split][name] = {str(value): counts[value] for value in ranked}
+        found[split]["sha256"] = digest.hexdigest()
+    shared = sum(len(a & b) for a, b in combinations(units.values(), 2))
+    ordered = {split: found[split] for split in SPLITS if split in found}
+    return {"splits": ordered, f"shared_{unit}": shared}
 
 
 class Pair(NamedTuple):
@@ -128,11 +189,11 @@ class HubTask(Task):
         return fetch_file(self.repo, self.path.format(part), DataError, repo_type=DATASET)
 
     def examples(
-        self, splits: Sequence[str] = SPLITS, progress: Progress | None = None
+        self, splits: Sequence[str] = SPLITS, progress: Progress = silent
     ) -> dict[str, ExampleList]:
         """Draws splits into memory; raises as :meth:`write` does."""
         drawn, read = self._draw(progress)
-        found = {}
+        found: dict[str, ExampleList] = {}
         for split in splits:
             if pairs := drawn.get(split):
                 items = [Example(pair.prompt, None, pair.answer) for pair in pairs]
@@ -140,21 +201,19 @@ class HubTask(Task):
                 found[split] = ExampleList(items, places, 0 if found else read["bad_lines"])
         return found
 
-    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
+    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         drawn, read = self._draw(progress)
-        written = {}
-        for split, pairs in drawn.items():
-            rows = (
-                (p.prompt, p.answer, p.prompt, {"labels": p.label} if p.label else {})
-                for p in pairs
-            )
-            written[split] = write_split(folder, split, rows)
+
+        def rows(split: str, earlier: set[int]) -> Iterable[Written]:
+            for prompt, answer, label in drawn[split]:
+                yield Written(prompt, answer, prompt, {"labels": label} if label else {})
+
         source = self.file or f"{self.repo} {self.part or self.default_part}"
         head = {"task": self.name, "source": source, "seed": self.seed}
-        return head | read | splits_summary(written, "prompts")
+        return head | read | write_splits(folder, drawn, rows, "prompts")
 
-    def _draw(self, progress: Progress | None) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-        """The pairs of each split, and what was read.
+    def _draw(self, progress: Progress) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+        """The pairs of each split that has any, and what was read.
 
         The file is read twice: for 16 bytes a row, and for the rows that were drawn.
         """
@@ -162,14 +221,10 @@ class HubTask(Task):
 
         source, bad = self.fetch(), BadLines(self.skip_bad)
         total = 2 * source.stat().st_size if source.is_file() else 0
-
-        def report(line: int, read: int) -> None:
-            if progress is not None and line % _REPORT_EVERY == 0:
-                progress(read, total)
-
         numbers, hashes, unanswered = array("Q"), array("Q"), 0
         for line, pair in read_rows(source, self.pair, bad):
-            report(line.number, line.position)
+            if line.number % _REPORT_EVERY == 0:
+                progress(line.position, total)
             if pair.answer:
                 numbers.append(line.number)
                 hashes.append(fingerprint(pair.prompt, self.seed))
@@ -179,10 +234,11 @@ class HubTask(Task):
         counts = self._counts(len(distinct), source)
         rows = {numbers[i]: None for i in first[: sum(counts.values())].tolist()}
         for line in raw_lines(source):
-            report(line.number, total // 2 + line.position)
+            if line.number % _REPORT_EVERY == 0:
+                progress(total // 2 + line.position, total)
             if line.number in rows:
                 rows[line.number] = self.pair(parse_row(line.data))
-        report(0, total)
+        progress(total, total)
         pairs = iter(rows.values())
         drawn = {split: [next(pairs) for _ in range(count)] for split, count in counts.items()}
         return {split: drawn[split] for split in SPLITS if drawn[split]}, {
@@ -197,10 +253,10 @@ class HubTask(Task):
         """Rows of each split, in the order of the draw, of so many distinct prompts."""
         sizes = {"test": self.test, "valid": self.valid, **self.sizes}
         left = rows - sizes["test"] - sizes["valid"]
+        named = " and ".join(f"`{split}` {size}" for split, size in sizes.items())
         train = sizes.setdefault("train", int(left * self.train_share))
         if left < train or ("train" not in self.sizes and train < 1):
-            named = [f"`{s}` {n}" for s, n in sizes.items() if s != "train" or s in self.sizes]
-            problem = f"found {rows} distinct prompts, expected more than {' and '.join(named)}"
+            problem = f"found {rows} distinct prompts, expected more than {named}"
             if self.sizes:
                 raise DataError(f"{source} is too small: {problem}")
             raise DataError(
@@ -212,53 +268,54 @@ class HubTask(Task):
         return sizes
 
 
-def write_split(
-    folder: Path, split: str, rows: Iterable[tuple[str, str, str, Mapping[str, Any]]]
-) -> tuple[dict[str, Any], set[int]]:
-    """Writes ``{split}.jsonl`` in mlx-lm's ``prompt``/``completion`` format.
+class AmazonReviews(HubTask):
+    """The paper's second task: is a review of a category ``positive`` or ``negative``?
 
-    Args:
-        folder: Where to.
-        split: The split's name.
-        rows: Prompt, answer, what no other split may hold (the tree, or the prompt), and what to
-            count, by name (``{"labels": "true"}``).
-
-    Returns:
-        Rows, tallies (numbers in order, names by count) and SHA-256; and the fingerprints of what
-        no other split may hold.
+    The paper has no validation set, and trains on a tenth of what is not in the test set.
     """
-    count, tallies, units, digest = 0, {}, set(), hashlib.sha256()
-    with (folder / f"{split}.jsonl").open("wb") as file:
-        for prompt, answer, unit, counted in rows:
-            row = {"prompt": prompt, "completion": answer}
-            data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-            file.write(data)
-            digest.update(data)
-            count += 1
-            units.add(fingerprint(unit))
-            for name, value in counted.items():
-                tallies.setdefault(name, Counter())[value] += 1
-        file.flush()
-        os.fsync(file.fileno())
-    ranked = {
-        name: {str(value): n for value, n in sorted(counts.items(), key=_rank)}
-        for name, counts in tallies.items()
-    }
-    return {"rows": count, **ranked, "sha256": digest.hexdigest()}, units
+
+    name = "amazon-reviews"
+    repo = "McAuley-Lab/Amazon-Reviews-2023"
+    path = "raw/review_categories/{}.jsonl"
+    part_name, default_part, part_pattern = "category", "Amazon_Fashion", r"\w+"
+    test, valid = 50_000, 1_000
+    train_share = 0.1
+
+    @staticmethod
+    def pair(row: Row) -> Pair:
+        """Raises a DataError for a review without text or rating."""
+        text, rating = row.get("text"), row.get("rating")
+        if not isinstance(text, str):
+            raise DataError(f"text is {short(text)}, expected the text of a review")
+        if not is_number(rating):
+            raise DataError(f"rating is {short(rating)}, expected a number")
+        label = "positive" if rating >= POSITIVE_FROM else "negative"
+        return Pair(f"Review: {text}, Label:", label, label)
 
 
-def _rank(item: tuple[Any, int]) -> tuple[int, str]:
-    value, count = item
-    return (value, "") if isinstance(value, int) else (-count, value)
+class CommitPackFT(HubTask):
+    """The paper's third task: a file after a commit, from the file before and the commit's subject.
 
+    The prompt is the paper's to the letter: "instrutions", and "python" whatever the language. The
+    paper has no validation set. A commit that leaves its file empty has no answer.
+    """
 
-def splits_summary(
-    written: Mapping[str, tuple[Mapping[str, Any], set[int]]], unit: str
-) -> dict[str, Any]:
-    """What :func:`write_split` returned, by split, and how many units any two splits share."""
-    splits = {
-        split: {"rows": found["rows"], f"distinct_{unit}": len(units), **found}
-        for split, (found, units) in written.items()
-    }
-    shared = sum(len(a & b) for (_, a), (_, b) in combinations(written.values(), 2))
-    return {"splits": splits, f"shared_{unit}": shared}
+    name = "commitpackft"
+    repo = "bigcode/commitpackft"
+    path = "data/{}/data.jsonl"
+    part_name, default_part, part_pattern = "language", "python", r"[\w+#.-]*\w[\w+#.-]*"
+    test, valid = 5_600, 500
+
+    @staticmethod
+    def pair(row: Row) -> Pair:
+        """Raises a DataError for a commit that lacks a text."""
+        for name in ("old_contents", "subject", "new_contents"):
+            if not isinstance(row.get(name), str):
+                raise DataError(f"{name} is {short(row.get(name))}, expected text")
+        prompt = (
+            "Update the old python code content based on the instrutions.\n"
+            f"Old Content: {row['old_contents']}\n"
+            f"Instructions: {row['subject']}\n"
+            "New Content:\n"
+        )
+        return Pair(prompt, row["new_contents"])

@@ -9,7 +9,7 @@ whose sequence Python guarantees for a seed: the same trees on every machine and
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +19,7 @@ from random import Random
 from typing import Any, ClassVar, TypeVar
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.sources import SPLITS
-from kmerge_mlx.data.splits import Progress, Task, fingerprint, splits_summary, write_split
+from kmerge_mlx.data.splits import Progress, Task, Written, fingerprint, write_splits
 from kmerge_mlx.errors import DataError, SettingsError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -45,16 +44,9 @@ T = TypeVar("T")
 class Stage:
     """How large the trees of a curriculum stage grow.
 
-    Args:
-        max_depth: Depth below which no node has children; the root's is 0.
-        max_nodes: Most nodes of a tree.
-        min_children: Fewest children of a node that has room for them; else it has none.
-        max_children: Most children of a node.
-        batch_size: Rows a device in the paper, for K = 2 and 3.
-        batch_size_k4: The same for K = 4.
-
-    Raises:
-        SettingsError: No tree of two nodes can grow, or there are not enough names.
+    The root's depth is 0, and a node without room for ``min_children`` has none. The batch sizes
+    are the paper's rows a device, for K = 2 and 3, and for K = 4. Raises SettingsError where no
+    tree of two nodes can grow, or there are not enough names.
     """
 
     max_depth: int
@@ -84,7 +76,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree, its nodes depth first: their names, and their parents by index (the root's is -1)."""
+    """A tree, its nodes depth first: names, and parents by index (the root's is -1)."""
 
     names: tuple[str, ...]
     parents: tuple[int, ...]
@@ -108,19 +100,18 @@ class Tree:
 
     def edges(self) -> list[tuple[int, int]]:
         """Every (parent, child), children depth first."""
-        return [(parent, child) for child, parent in enumerate(self.parents) if parent >= 0]
+        return [(parent, child) for child, parent in enumerate(self.parents) if child]
 
-    def pairs(self, kind: str) -> list[tuple[int, int]]:
-        """Every ordered pair of a kind that is reversed, grandparent or sibling."""
-        edges = self.edges()
-        if kind == REVERSED:
-            return [(child, parent) for parent, child in edges]
-        if kind == GRANDPARENT:
-            return [(self.parents[p], c) for p, c in edges if self.parents[p] >= 0]
-        families: dict[int, list[int]] = {}
+    def pairs(self) -> dict[str, list[tuple[int, int]]]:
+        """Every ordered pair that is reversed, grandparent or sibling, by kind."""
+        edges, families = self.edges(), defaultdict(list)
         for parent, child in edges:
-            families.setdefault(parent, []).append(child)
-        return [pair for family in families.values() for pair in permutations(family, 2)]
+            families[parent].append(child)
+        return {
+            REVERSED: [(child, parent) for parent, child in edges],
+            GRANDPARENT: [(self.parents[p], c) for p, c in edges if p],
+            SIBLING: [pair for family in families.values() for pair in permutations(family, 2)],
+        }
 
     def kind(self, parent: int, child: int) -> str:
         """How two different nodes are related."""
@@ -204,7 +195,7 @@ class TreeTask(Task):
 
     @property
     def limits(self) -> Stage:
-        """The stage itself, cut to ``max_nodes``."""
+        """The stage, cut to ``max_nodes``."""
         stage = self.stage if isinstance(self.stage, Stage) else STAGES[self.stage]
         return stage if self.max_nodes is None else replace(stage, max_nodes=self.max_nodes)
 
@@ -216,19 +207,11 @@ class TreeTask(Task):
         return {"train": train, "valid": valid, "test": test}
 
     def tree(self, split: str, index: int, earlier: set[int] | None = None) -> tuple[Tree, Random]:
-        """Draws one tree of a split, whatever was drawn before.
+        """Draws one tree of a split, whatever was drawn before, to be asked with its generator.
 
-        Args:
-            split: The split's name; each has trees of its own.
-            index: Which tree of the split, from 0.
-            earlier: Fingerprints of the trees of earlier splits (test first, then validation): such
-                a tree is drawn again, and so is one of a single node.
-
-        Returns:
-            The tree, and the generator that its questions are drawn with.
-
-        Raises:
-            DataError: The stage has no other trees.
+        A tree of a single node is drawn again, and so is one whose fingerprint is in ``earlier``,
+        those of earlier splits (test first, then validation). Raises DataError when the stage has
+        no other trees.
         """
         stage = self.limits
         limits = f"{stage.max_depth} {stage.max_nodes} {stage.min_children} {stage.max_children}"
@@ -258,28 +241,24 @@ class TreeTask(Task):
         self, split: str, earlier: set[int] | None = None
     ) -> Iterator[tuple[Tree, list[Question]]]:
         """Draws all trees of a split and their questions (see :meth:`draw`)."""
-        for index in range(self.trees()[split]):
-            yield self.draw(split, index, earlier)
+        return (self.draw(split, index, earlier) for index in range(self.trees()[split]))
 
-    def _write(self, folder: Path, progress: Progress | None) -> dict[str, Any]:
-        trees, written, earlier, done = self.trees(), {}, set(), 0
+    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        trees = {split: size for split, size in self.trees().items() if size}
+        done, total = 0, sum(trees.values())
 
-        def rows(split: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+        def rows(split: str, earlier: set[int]) -> Iterator[Written]:
             nonlocal done
             for tree, questions in self.draw_split(split, earlier):
                 for asked in questions:
                     label = FIND_PARENT if asked.kind == FIND_PARENT else asked.answer
                     false = {"negatives": asked.kind} if asked.answer == "false" else {}
                     counted = {"labels": label, **false, "depths": asked.depth}
-                    yield asked.prompt, asked.answer, tree.text, counted
+                    yield Written(asked.prompt, asked.answer, tree.text, counted)
                 done += 1
-                if progress is not None and (done % 100 == 0 or done == sum(trees.values())):
-                    progress(done, sum(trees.values()))
+                if done % 100 == 0 or done == total:
+                    progress(done, total)
 
-        for split in filter(trees.get, reversed(SPLITS)):
-            written[split] = write_split(folder, split, rows(split))
-            earlier |= written[split][1]
-        written = {split: written[split] for split in SPLITS if split in written}
         return {
             "task": self.name,
             "stage": self.stage if isinstance(self.stage, str) else vars(self.stage),
@@ -288,8 +267,8 @@ class TreeTask(Task):
             "reference_sampling": self.reference_sampling,
             "questions_per_tree": None if self.reference_sampling else self.questions_per_tree,
             FIND_PARENT: self.find_parent,
-            "trees": {split: trees[split] for split in written},
-            **splits_summary(written, "trees"),
+            "trees": trees,
+            **write_splits(folder, reversed(trees), rows, "trees"),
         }
 
     def _asked(self, tree: Tree, rng: Random) -> list[tuple[int | None, int]]:
@@ -311,7 +290,7 @@ def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
     Only an uncle lies one level above the child, as its parent does. If all kinds took turns alike,
     comparing two depths would answer 98% of the questions without reading the tree; so it is 76%.
     """
-    listed = {kind: tree.pairs(kind) for kind in (REVERSED, GRANDPARENT, SIBLING)}
+    listed = tree.pairs()
     known = len(tree.edges()) + tree.uncles() + sum(map(len, listed.values()))
     sizes = {UNCLE: tree.uncles(), OTHER: len(tree) * (len(tree) - 1) - known}
     left = {kind: take(rng, pairs, count) for kind, pairs in listed.items()}

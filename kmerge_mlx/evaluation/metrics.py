@@ -38,14 +38,11 @@ def wilson_interval(successes: int, n: int) -> Interval:
 
 
 def mean_interval(successes: np.ndarray, totals: np.ndarray) -> Interval:
-    """The interval of the mean of independent proportions, such as balanced accuracy.
+    """The interval of the mean of independent proportions (L,), such as balanced accuracy.
 
     Each proportion is drawn from its Jeffreys posterior, Beta(successes + 1/2, failures + 1/2), and
-    the mean of the draws is taken, with a fixed seed. The interval includes the mean itself.
-
-    Args:
-        successes: (L,) how many.
-        totals: (L,) out of how many; a proportion of none is left out.
+    the mean of the draws is taken, with a fixed seed; a proportion of none is left out. The
+    interval includes the mean itself.
     """
     successes, totals = successes[totals > 0], totals[totals > 0]
     beta = np.random.default_rng(SEED).beta
@@ -60,14 +57,9 @@ def bootstrap_interval(
     """The percentile bootstrap interval of a function of sums over examples.
 
     Examples are drawn with replacement, as many as there are, 2,000 times with a fixed seed. Which
-    ones are drawn depends on their number alone.
-
-    Args:
-        terms: (n, ...) what is summed, such as log-likelihoods and tokens (n, 2) for perplexity.
-        statistic: Takes sums (R, ...) float64, one row for each resample, and returns (R,).
-
-    Returns:
-        The interval, which need not include the statistic of the examples themselves.
+    ones are drawn depends on their number alone. ``terms`` (n, ...) are what is summed, and
+    ``statistic`` takes sums (R, ...) float64, one row for each resample, and returns (R,). The
+    interval need not include the statistic of the examples themselves.
     """
     n, rng = len(terms), np.random.default_rng(SEED)
     flat = terms.reshape(n, -1).astype(np.float64)
@@ -85,12 +77,9 @@ def _middle(values: np.ndarray) -> Interval:
 def label_outcomes(
     answers: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> np.ndarray:
-    """Compares answers with predictions, label by label.
+    """Whether each label is right, is the answer, and is predicted: (n, 3, L) bool.
 
     A prediction that is not a label is wrong, and not a false positive of any label.
-
-    Returns:
-        (n, 3, L) bool: whether the label is right, is the answer, and is predicted.
     """
     answered, predicted = (
         np.array(texts, object)[:, None] == np.array(labels, object)
@@ -113,12 +102,10 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
-    """The mean F1 of all labels.
+    """The mean F1 of all labels, (...) of counts (..., 3, L).
 
-    Args:
-        counts: (..., 3, L).
-        resampled_from: (3, L), the counts that ``counts`` are resamples of, or the counts
-            themselves. A label that occurs there and not in a resample is left out of it.
+    The counts are resamples of ``resampled_from`` (3, L), or the same; a label that occurs there
+    and not in a resample is left out of it.
     """
     occurs = counts[..., ANSWERED:, :].sum(axis=-2) > 0
     never = resampled_from[ANSWERED:].sum(axis=0) == 0
@@ -126,13 +113,9 @@ def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """The exponential of the mean negative log-likelihood of a token.
+    """The exponential of the mean negative log-likelihood of a token, infinite past float64.
 
-    Args:
-        sums: (..., 2) negative log-likelihoods in nats, and tokens.
-
-    Returns:
-        (...) float64; infinite where it is too large for that.
+    ``sums`` (..., 2) are negative log-likelihoods in nats, and tokens.
     """
     with np.errstate(over="ignore"):
         return np.exp(sums[..., 0] / sums[..., 1])

@@ -1,33 +1,57 @@
-"""What an evaluation asks: examples, in groups that are scored together."""
+"""What an evaluation asks: examples in groups that are scored together, and hidden needles.
+
+Source: the "needle in a haystack" test of long contexts (G. Kamradt, 2023), with generated text
+that no model has seen.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from kmerge_mlx.data import HUB_TASKS
+from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
+from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.data.sources import load_examples
-from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask
 from kmerge_mlx.errors import EvaluateError, short
-from kmerge_mlx.evaluation.settings import EvaluateSettings
+from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateSettings
 
 Bar = Callable[[str], Callable[[int, int], None]]
 """From a label to what is called with (work done, work in all)."""
+Count = Callable[[Example], int]
+Haystack = Callable[[int], list[Example]]
+"""From a number of sentences or rows to prompts of that size, one with the needle at each depth."""
 
 RELATIONSHIP = "relationship"
 MOST_LABELS = 20
 """Answers of up to this many kinds, each twice on average, count as labels."""
 
+_WHO = ("The baker", "A sailor", "My neighbour", "The old teacher", "A young painter", "The guard")
+_DOES = ("carried", "described", "forgot", "repaired", "sold", "counted", "cleaned", "painted")
+_WHAT = (
+    *("three chairs", "a wooden boat", "the blue lamp", "some letters", "a long map", "two bells"),
+)
+_WHERE = ("by the river", "behind the station", "in the market", "near the mill", "on the hill")
+_CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Cairo", "Perth", "Dakar", "Turin", "Kyoto", "Lima")
+_DIGITS = 5
+_DEEPEST = 4
+_CHILDREN = (3, 4, 5, 6, 7)
+"""The most children of a node, as few as will do; the fewest are two less."""
+_DRAWS = 10
+
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the right answer, and the name of the group that it is scored in."""
+    """A prompt with the right answer, the name of its group, and its ids once it is tokenized."""
 
     example: Example
     group: str
+    row: TokenizedExample | None = None
 
     @property
     def answer(self) -> str:
@@ -44,11 +68,9 @@ class Question:
 class Group:
     """Questions that are scored together.
 
-    Args:
-        name: Its name.
-        labels: The answers, where they are classes: the first is the positive one; or none.
-        anywhere: Whether an answer that contains the right one is right.
-        place: Length in tokens of a recall prompt, and the needle's depth from 0 to 1; or None.
+    ``labels`` are the answers where they are classes, the positive one first. If ``anywhere``, an
+    answer that contains the right one is right. ``place`` is the length in tokens of a recall
+    prompt, and the needle's depth from 0 to 1.
     """
 
     name: str
@@ -56,26 +78,20 @@ class Group:
     anywhere: bool = False
     place: tuple[int, float] | None = None
 
-    def is_right(self, prediction: str, answer: str) -> bool:
-        """Whether a prediction is right; both without white space around them."""
-        return answer in prediction if self.anywhere else answer == prediction
-
 
 @dataclass(frozen=True)
 class Questions:
-    """Everything that is asked.
+    """Everything that is asked, at least one question of each group; ``bad`` rows were left out.
 
-    Args:
-        items: The questions, at least one of each group.
-        groups: Their groups, in the order in which they are shown.
-        bad: How many rows were left out.
-        where: From a question's index to its place, to name it in an error.
+    ``where`` names a question's place in an error, by its index. ``limits`` are the most tokens of
+    an answer, by group.
     """
 
     items: Sequence[Question]
     groups: tuple[Group, ...]
     bad: int = 0
     where: Callable[[int], str] = lambda index: f"question {index + 1}"
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """How many questions each group has."""
@@ -85,11 +101,10 @@ class Questions:
 def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
     """Reads, draws or fetches the questions of all tasks but recall.
 
-    Raises:
-        DataError: A bad row (named), or data that cannot be had.
-        EvaluateError: Answers that are not labels, though labels were given.
+    Raises DataError for a bad row (named), or data that cannot be had; EvaluateError for answers
+    that are not labels, though labels were given.
     """
-    if settings.task == TreeTask.name:
+    if settings.task == trees.TreeTask.name:
         return _tree_questions(settings)
     splits = (settings.split,)
     if settings.data is not None:
@@ -101,13 +116,12 @@ def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
         found = task.examples(splits, bar("Reading"))
     examples, name = found[settings.split], settings.task or "data"
     items = [Question(example, name) for example in examples[: settings.limit]]
-    # The files that a task was drawn into are gone.
-    where = examples.where if settings.data is not None else Questions.where
-    return Questions(items, (Group(name, _labels(settings, items, where)),), examples.bad, where)
+    labels = _labels(settings, items, examples.where)
+    return Questions(items, (Group(name, labels),), examples.bad, examples.where)
 
 
 def _tree_questions(settings: EvaluateSettings) -> Questions:
-    task = TreeTask(
+    task = trees.TreeTask(
         settings.stage,
         seed=settings.data_seed,
         questions_per_tree=2,
@@ -119,12 +133,13 @@ def _tree_questions(settings: EvaluateSettings) -> Questions:
     items = [
         Question(
             Example(question.prompt, None, question.answer),
-            FIND_PARENT if question.kind == FIND_PARENT else RELATIONSHIP,
+            trees.FIND_PARENT if question.kind == trees.FIND_PARENT else RELATIONSHIP,
         )
         for _, questions in task.draw_split(settings.split)
         for question in questions
     ]
-    groups = (Group(RELATIONSHIP, _positive_first(settings, ["true", "false"])), Group(FIND_PARENT))
+    pairs = Group(RELATIONSHIP, _positive_first(settings, ["true", "false"]))
+    groups = (pairs, Group(trees.FIND_PARENT))
     return Questions(items, groups if settings.find_parent else groups[:1])
 
 
@@ -157,3 +172,95 @@ def _positive_first(settings: EvaluateSettings, labels: Sequence[Any]) -> tuple[
     if positive not in labels:
         raise EvaluateError(f"`positive` is {positive}, expected one of {', '.join(labels)}")
     return (positive, *(label for label in labels if label != positive))
+
+
+def recall_questions(settings: EvaluateSettings, count: Count, bar: Bar) -> Questions:
+    """Writes prompts of every length with a needle at every depth, a group for each.
+
+    A prompt has as many sentences or rows as fit into its length; they are the same at every depth.
+    A text's question stays raw, and its answer may stand among other words; a tree merges with its
+    question, as in training. Raises EvaluateError for a length for which there is no prompt.
+    """
+    lengths = sorted(set(settings.length or LENGTHS[settings.haystack]))
+    depths = sorted(set(settings.depth))
+    make = _tree if settings.haystack == TREE else _text
+    items, groups = [], []
+    progress, total = bar("Writing prompts"), len(lengths) * settings.num_needles
+    for length in lengths:
+        names = [f"{length:,} tokens, depth {100 * depth:.12g}%" for depth in depths]
+        places = [(length, depth) for depth in depths]
+        groups += [Group(n, (), make is _text, p) for n, p in zip(names, places, strict=True)]
+        for number in range(settings.num_needles):
+            rng = Random(f"recall {settings.haystack} {settings.data_seed} {length} {number}")
+            examples = make(rng, length, depths, count)
+            items += [Question(e, name) for e, name in zip(examples, names, strict=True)]
+            progress(len(items) // len(depths), total)
+    return Questions(items, tuple(groups))
+
+
+def _text(rng: Random, length: int, depths: Sequence[float], count: Count) -> list[Example]:
+    """Sentences, one of which tells a city's secret number."""
+    city, number = _pick(rng, _CITIES), "".join(str(trees.below(rng, 10)) for _ in range(_DIGITS))
+    needle = f"The secret number of {city} is {number}."
+    question = f"Question: What is the secret number of {city}?\nAnswer:"
+    sentences: list[str] = []
+
+    def haystack(size: int) -> list[Example]:
+        while len(sentences) < size:
+            parts = [_pick(rng, words) for words in (_WHO, _DOES, _WHAT, _WHERE)]
+            sentences.append(f"{' '.join(parts)}.")
+        texts = []
+        for depth in depths:
+            at = round(depth * size)
+            texts.append(" ".join([*sentences[:at], needle, *sentences[at:size]]))
+        return [Example(text, question, f" {number}") for text in texts]
+
+    return haystack(_most(haystack, length, count))
+
+
+def _tree(rng: Random, length: int, depths: Sequence[float], count: Count) -> list[Example]:
+    """A tree, and a node whose parent is asked at each depth of its rows."""
+
+    def haystack(tree: trees.Tree, size: int) -> list[Example]:
+        # The first rows of a tree are a tree.
+        tree = trees.Tree(tree.names[: size + 2], tree.parents[: size + 2])
+        children = [1 + round(depth * (len(tree) - 2)) for depth in depths]
+        return [
+            Example(
+                f"Tree: {tree.text}, Task: Find Parent, Child: {tree.names[child]}, Answer: ",
+                None,
+                tree.names[tree.parents[child]],
+            )
+            for child in children
+        ]
+
+    for most in _CHILDREN:
+        for _ in range(_DRAWS):
+            stage = trees.Stage(_DEEPEST, len(trees.NAMES), most - 2, most)
+            tree = trees.draw_tree(rng, stage)
+            if max(map(count, haystack(tree, len(tree)))) > length:
+                return haystack(tree, _most(lambda n, tree=tree: haystack(tree, n), length, count))
+    raise EvaluateError(
+        f"`length` is {length:,}, and a tree of all {len(trees.NAMES)} names has fewer tokens: use "
+        "`haystack` text"
+    )
+
+
+def _most(haystack: Haystack, length: int, count: Count) -> int:
+    """The most sentences or rows with which every prompt keeps to a length in tokens."""
+
+    def tokens(size: int) -> int:
+        return max(map(count, haystack(size)))
+
+    if (bare := tokens(0)) > length:
+        raise EvaluateError(
+            f"`length` is {length:,}, and a needle and its question alone have {bare:,} tokens"
+        )
+    size = 1
+    while tokens(size) <= length:
+        size *= 2
+    return bisect_right(range(size), length, lo=size // 2, key=tokens) - 1
+
+
+def _pick(rng: Random, words: Sequence[str]) -> str:
+    return words[trees.below(rng, len(words))]

@@ -17,10 +17,9 @@ from kmerge_mlx import __version__
 from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation import metrics
-from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.metrics import bootstrap_interval, wilson_interval
 from kmerge_mlx.evaluation.questions import Group, Questions
-from kmerge_mlx.evaluation.scoring import Prediction
+from kmerge_mlx.evaluation.scoring import Method, Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.prompts.lay_out import Layout
@@ -48,15 +47,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """The scores of one method.
+    """The scores of one method by group and name, or why it cannot read these prompts.
 
-    Args:
-        method: ``merged``, or a baseline's name.
-        k: Its merge factor.
-        label: Its name in a table.
-        sizes: By group, the tokens of its prompts and the positions that they were read in.
-        scores: By group, by name.
-        refused: Why the method cannot read these prompts, or None.
+    ``sizes`` are, by group, the tokens of its prompts and the positions that they were read in.
     """
 
     method: str
@@ -81,28 +74,18 @@ class Row:
         entry = {"method": self.method, "k": self.k, "label": self.label}
         if self.refused is not None:
             return entry | {"refused": self.refused}
+        tokens, positions = map(sum, zip(*self.sizes.values(), strict=True))
         scores = {g: {n: s.to_json() for n, s in named.items()} for g, named in self.scores.items()}
-        return entry | {
-            "prompt_tokens": sum(tokens for tokens, _ in self.sizes.values()),
-            "positions": sum(positions for _, positions in self.sizes.values()),
-            "compression_ratio": self.compression_ratio,
-            "scores": scores,
-        }
+        sizes = {"prompt_tokens": tokens, "positions": positions}
+        return entry | sizes | {"compression_ratio": self.compression_ratio, "scores": scores}
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an evaluation.
+    """The result of an evaluation; ``version`` is that of kmerge-mlx.
 
-    Args:
-        version: Of kmerge-mlx.
-        device: What it ran on.
-        settings: What was measured.
-        layout: How prompts were laid out.
-        bad_rows: How many rows were left out.
-        about: By group, its number of ``questions`` and what it has of ``labels`` (the positive
-            one first), ``length`` and ``depth``.
-        rows: The scores of each method.
+    ``about`` holds, by group, its number of ``questions`` and what it has of ``labels`` (the
+    positive one first), ``length`` and ``depth``.
     """
 
     version: str
@@ -134,15 +117,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, by name, as :func:`read_report` reads it."""
-        return {
-            "kmerge_mlx": self.version,
-            "device": self.device,
-            "settings": self.settings,
-            "layout": self.layout,
-            "bad_rows": self.bad_rows,
-            "groups": self.about,
-            "rows": [row.to_json() for row in self.rows],
-        }
+        names = {"version": "kmerge_mlx", "about": "groups"}
+        named = {names.get(name, name): value for name, value in vars(self).items()}
+        return named | {"rows": [row.to_json() for row in self.rows]}
 
 
 def make_report(
@@ -167,11 +144,7 @@ def make_report(
 
 
 def read_report(path: Path) -> Report:
-    """Reads the object that ``evaluate --json`` printed.
-
-    Raises:
-        EvaluateError: It cannot be read, or is not such an object.
-    """
+    """Reads the object that ``evaluate --json`` printed; raises EvaluateError for another."""
     data = read_json(path, EvaluateError)
     try:
         rows = [_saved_row(row) for row in data["rows"] if "refused" not in row]
@@ -191,12 +164,11 @@ def _saved_row(row: Mapping[str, Any]) -> Row:
     sizes = row["prompt_tokens"], row["positions"]
     if not all(is_int(n, 1) for n in (row["k"], *sizes)):
         raise ValueError(f"a row has k = {short(row['k'])} and sizes of {short(sizes)}")
-    scores: dict[str, dict[str, Score]] = {}
-    for group, named in row["scores"].items():
-        scores[group] = {}
-        for name, score in named.items():
-            known = {key: math.inf if v is None else float(v) for key, v in score.items()}
-            scores[group][name] = Score(**known)
+
+    def read(score: Mapping[str, Any]) -> Score:
+        return Score(**{key: math.inf if v is None else float(v) for key, v in score.items()})
+
+    scores = {g: {n: read(s) for n, s in named.items()} for g, named in row["scores"].items()}
     return Row(str(row["method"]), row["k"], str(row["label"]), {"all": sizes}, scores)
 
 
@@ -229,7 +201,9 @@ def group_scores(
     if group.labels:
         scores = _label_scores(group.labels, wanted, texts)
     else:
-        right, n = sum(map(group.is_right, texts, wanted)), len(texts)
+        pairs = zip(wanted, texts, strict=True)
+        right = sum(a in text if group.anywhere else a == text for a, text in pairs)
+        n = len(texts)
         found = Score(right / n, *wilson_interval(right, n))
         scores = {"recall" if group.place else "exact_match": found}
     if "exact_match" in scores:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
@@ -16,14 +16,19 @@ from kmerge_mlx.adapters.folder import FILES
 from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
-from kmerge_mlx.data.layout import TokenizedExample, tokenize
+from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import EvaluateError, KMergeError
-from kmerge_mlx.evaluation.baselines import METHODS, Merged, Method, Uncompressed
-from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions
-from kmerge_mlx.evaluation.recall import recall_questions
+from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer, in_batches
-from kmerge_mlx.evaluation.settings import RECALL, TEXT, TREE, EvaluateSettings
+from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer, in_batches
+from kmerge_mlx.evaluation.settings import (
+    MERGED,
+    RECALL,
+    TEXT,
+    TREE,
+    UNCOMPRESSED,
+    EvaluateSettings,
+)
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
 from kmerge_mlx.prompts.segments import Segment
@@ -36,31 +41,18 @@ Sources = Mapping[int, Source]
 """The base with the adapter for each merge factor; the base alone for 1 if there is none."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Questions, their token ids, and the most tokens of each answer."""
-
-    questions: Questions
-    rows: Sequence[TokenizedExample]
-    limits: Sequence[int]
-
-
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     """Measures what the settings ask for.
 
-    Args:
-        settings: What to measure, and on what.
-        bar: From a label to what is called with (work done, work in all).
-
-    Raises:
-        KMergeError: A model, an adapter, data or a file that is not as it should be.
+    Raises KMergeError for a model, an adapter, data or a file that is not as it should be.
     """
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
     sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
     methods = wanted(settings, [*sources])
-    if any(method.adapter_k == 1 for method in methods):
-        sources |= {1: sources.get(1) or Source.find_all(*names, (1,), trust)[0]}
-    sources = {k: sources[k] for k in sorted({method.adapter_k for method in methods})}
+    sources = {
+        k: sources.get(k) or Source.find_all(*names, (k,), trust)[0]
+        for k in sorted({method.adapter_k for method in methods})
+    }
     own = next(iter(sources.values()))
     settings = replace(
         settings,
@@ -71,10 +63,10 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     tokenizer = base.read_tokenizer(own.path, base.read_config(own.path), own.model, trust)
     layout = _layout(settings, sources)
     layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
-    asked = _ask(settings, tokenizer, layout, bar)
-    identity = _identity(settings, sources, asked, layout)
-    file = PredictionsFile(settings.predictions, identity, len(asked.rows))
-    show, done, total = bar("Evaluating"), 0, len(methods) * len(asked.rows)
+    questions = _questions(settings, tokenizer, layout, bar)
+    identity, size = _identity(settings, sources, questions, layout), len(questions.items)
+    file = PredictionsFile(settings.predictions, identity, size)
+    show, done, total = bar("Evaluating"), 0, len(methods) * size
 
     def progress(more: int) -> None:
         nonlocal done
@@ -84,33 +76,22 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     found: dict[Method, Row] = {}
     for k, source in sources.items():
         mine = [method for method in methods if method.adapter_k == k]
-        found |= _measured(source, mine, asked, file, settings.batch_size, progress)
+        found |= _measured(source, mine, questions, file, settings.batch_size, progress)
     show(total, total)
-    return make_report(settings, asked.questions, layout, [found[method] for method in methods])
+    return make_report(settings, questions, layout, [found[method] for method in methods])
 
 
 def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:
-    """The methods to measure at these merge factors, in the order in which they are shown.
-
-    Raises:
-        EvaluateError: A baseline of merging, and nothing is merged.
-    """
-    names = [Merged.name, *(n for n in settings.baselines if n != Uncompressed.name)]
+    """The methods to measure at these merge factors, in the order in which they are shown."""
+    names = [MERGED, *(n for n in settings.baselines if n != UNCOMPRESSED)]
     if len(names) > 1 and max(ks) == 1:
         raise EvaluateError(f"`baseline` {names[1]} has the budget of merging: give `k` above 1")
-    methods: list[Method] = []
-    if 1 in ks or Uncompressed.name in settings.baselines:
-        methods.append(Uncompressed(1))
-    return methods + [METHODS[name](k) for k in ks if k > 1 for name in names]
+    plain = [Method(UNCOMPRESSED, 1)] if 1 in ks or UNCOMPRESSED in settings.baselines else []
+    return plain + [Method(name, k) for k in ks if k > 1 for name in names]
 
 
 def reader(source: Source) -> tuple[nn.Module, Any]:
-    """Loads the model that methods read with, and its tokenizer; its embedding is wrapped.
-
-    Raises:
-        ModelError: The base cannot be loaded.
-        AdapterError: An adapter that is torn or does not fit.
-    """
+    """Loads the model that methods read with, and its tokenizer; its embedding is wrapped."""
     model, tokenizer, _ = load_source(source)
     if source.adapter is None:
         wire(model, MergeConfig(None), LoRAConfig(0), 0, source.model)
@@ -135,34 +116,35 @@ def _layout(settings: EvaluateSettings, sources: Sources) -> Layout:
 def _measured(
     source: Source,
     methods: Sequence[Method],
-    asked: _Asked,
+    questions: Questions,
     file: PredictionsFile,
     batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[Method, Row]:
     """The scores of methods that read with one model, which is gone from memory afterwards."""
     model, tokenizer = reader(source)
-    scorer = Scorer(model, tokenizer, batch_size)
+    scorer, rows = Scorer(model, tokenizer, batch_size), [q.row for q in questions.items]
     found = {}
     for method in methods:
         method.prepare(model)
-        cut = [replace(row, segments=method.cut(row.segments)) for row in asked.rows]
+        cut = [replace(row, segments=method.cut(row.segments)) for row in rows]
         if refusal := scorer.refusal(cut):
             found[method] = Row(method.name, method.k, method.label, refused=refusal)
             continue
         for batch in in_batches(cut, method.k, batch_size):
             if not file.has(method, batch):
-                sizes = [len(asked.rows[i].prompt_ids) for i in batch]
-                limits = [asked.limits[i] for i in batch]
+                asked = [questions.items[i] for i in batch]
+                sizes = [len(question.row.prompt_ids) for question in asked]
+                limits = [questions.limits[question.group] for question in asked]
                 predictions = scorer.score([cut[i] for i in batch], sizes, limits)
-                file.add(method, batch, [asked.questions.items[i] for i in batch], predictions)
+                file.add(method, batch, asked, predictions)
             progress(len(batch))
-        found[method] = row_of(method, asked.questions, file.of(method))
+        found[method] = row_of(method, questions, file.of(method))
     return found
 
 
-def _ask(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -> _Asked:
-    """The questions and their token ids."""
+def _questions(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -> Questions:
+    """The questions, tokenized."""
 
     def count(example: Example) -> int:
         return len(tokenize(tokenizer, replace(example, answer=None), layout).prompt_ids)
@@ -171,7 +153,7 @@ def _ask(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -
         questions = recall_questions(settings, count, bar)
     else:
         questions = load_questions(settings, bar)
-    kept, rows, problem = [], [], ""
+    kept, problem = [], ""
     progress = bar("Tokenizing")
     for i, question in enumerate(questions.items):
         try:
@@ -183,39 +165,36 @@ def _ask(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -
         else:
             # 4 bytes a token, because there may be many.
             segments = [Segment(array("i", s.ids), s.merge) for s in row.segments]
-            rows.append(replace(row, segments=segments))
-            kept.append(question)
+            kept.append(replace(question, row=replace(row, segments=segments)))
         progress(i + 1, len(questions.items))
-    if not rows:
+    if not kept:
         raise EvaluateError(f"no question is left: {problem}")
     bad = questions.bad + len(questions.items) - len(kept)
     questions = replace(questions, items=kept, bad=bad)
-    return _Asked(questions, rows, _limits(settings, questions, rows))
+    return replace(questions, limits=_limits(settings, questions))
 
 
-def _limits(
-    settings: EvaluateSettings, questions: Questions, rows: Sequence[TokenizedExample]
-) -> list[int]:
-    """Most tokens of each answer: as many as its group's longest right one, without its end.
+def _limits(settings: EvaluateSettings, questions: Questions) -> dict[str, int]:
+    """Most tokens of an answer: as many as its group's longest right one, without its end.
 
     So a label is recognised by its first tokens, as in the paper.
     """
-    longest: dict[str, int] = {}
-    for question, row in zip(questions.items, rows, strict=True):
-        size = len(row.answer_ids) - 1
-        longest[question.group] = max(longest.get(question.group, 1), size)
-    more = {group.name: MORE_TOKENS if group.anywhere else 0 for group in questions.groups}
-    return [settings.max_tokens or longest[q.group] + more[q.group] for q in questions.items]
+    limits: dict[str, int] = {}
+    for group in questions.groups:
+        sizes = [len(q.row.answer_ids) - 1 for q in questions.items if q.group == group.name]
+        longest = max([1, *sizes]) + (MORE_TOKENS if group.anywhere else 0)
+        limits[group.name] = settings.max_tokens or longest
+    return limits
 
 
 def _identity(
-    settings: EvaluateSettings, sources: Sources, asked: _Asked, layout: Layout
+    settings: EvaluateSettings, sources: Sources, questions: Questions, layout: Layout
 ) -> dict[str, str]:
     """What answers depend on, by name: files by their digest, and settings."""
     digest = hashlib.sha256()
-    for question, row in zip(asked.questions.items, asked.rows, strict=True):
-        prompt = [[segment.merge, *segment.ids] for segment in row.segments]
-        about = [question.group, question.answer, prompt, row.answer_ids]
+    for question in questions.items:
+        prompt = [[segment.merge, *segment.ids] for segment in question.row.segments]
+        about = [question.group, question.answer, prompt, question.row.answer_ids]
         digest.update(json.dumps(about).encode() + b"\n")
     path = next(iter(sources.values())).path
     identity = {
@@ -226,10 +205,9 @@ def _identity(
         "the chat template": "used" if layout.chat_template else "unused",
     }
     for k, source in sources.items():
-        files = [] if source.adapter is None else [source.adapter / name for name in FILES]
         digest = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
+        for name in FILES if source.adapter else ():
+            with (source.adapter / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        identity[f"the adapter for K={k}"] = digest.hexdigest() if files else "none"
+        identity[f"the adapter for K={k}"] = digest.hexdigest() if source.adapter else "none"
     return identity

@@ -1,4 +1,4 @@
-"""Asks a model the questions in batches, and keeps its answers in a file that a stop leaves whole.
+"""Asks a model the questions by each method, and keeps the answers in a file that survives a stop.
 
 The file (``--predictions``) is JSON lines: first ``{"evaluation": ...}``, what the answers depend
 on, then an answer each. It is appended to batch by batch. An unfinished batch is asked again,
@@ -21,8 +21,8 @@ import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import EvaluateError, PromptError, first_line
-from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
+from kmerge_mlx.evaluation.settings import MEAN, MERGED, STRIDE, TRUNCATE, UNCOMPRESSED
 from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
@@ -37,18 +37,66 @@ MOST_LOGITS = 1 << 27
 OF = "evaluation"
 MOST_SHOWN = 20
 """Longer values are digests, and an error does not show them."""
+LABELS = {
+    MERGED: "K={k}",
+    UNCOMPRESSED: "uncompressed",
+    MEAN: "mean of {k}",
+    TRUNCATE: "last 1/{k} of the tokens",
+    STRIDE: "one token in {k}",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to read a prompt in K times fewer positions, merged or one of the ``BASELINES``.
+
+    All but ``uncompressed`` read ceil(T / K) positions of T tokens that merge; what a layout keeps
+    raw stays raw. ``merged`` and ``mean`` read with the adapter for K, the others with that for 1
+    or, without one, with the base model.
+    """
+
+    name: str
+    k: int
+
+    @property
+    def label(self) -> str:
+        """Its name in a table."""
+        return LABELS[self.name].format(k=self.k)
+
+    @property
+    def adapter_k(self) -> int:
+        """The merge factor of the adapter that it reads with."""
+        return self.k if self.name in (MERGED, MEAN) else 1
+
+    def prepare(self, model: nn.Module) -> None:
+        """Changes the model for good, before any prompt: ``mean`` takes its encoder away."""
+        if self.name == MEAN:
+            merged = merged_embedding(model)
+            last = merged.encoder.w3  # a quantized one is zero where its scales and biases are
+            last.update({name: mx.zeros_like(array) for name, array in last.parameters().items()})
+            merged.forget_blocks()
+
+    def cut(self, segments: Sequence[Segment]) -> list[Segment]:
+        """What the model reads of a prompt."""
+        if self.name in (MERGED, MEAN):
+            return list(segments)
+        return [Segment(self._keep(s.ids) if s.merge else s.ids, False) for s in segments]
+
+    def _keep(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids that are read, out of a run that would merge."""
+        if self.name == TRUNCATE:
+            return ids[len(ids) - -(-len(ids) // self.k) :]
+        if self.name == STRIDE:  # the last token of each block
+            return [*ids[self.k - 1 :: self.k], *(ids[-1:] if len(ids) % self.k else [])]
+        return ids
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one question.
+    """The answer to one question: what the model wrote, and how likely it finds the right answer.
 
-    Args:
-        text: What the model wrote.
-        nll: Negative log-likelihood of the right answer and its end, summed, in nats.
-        answer_tokens: How many tokens that is.
-        prompt_tokens: Tokens of the prompt.
-        positions: How many positions they were read in.
+    ``nll`` is the negative log-likelihood of the right answer and its end, ``answer_tokens``,
+    summed, in nats. The prompt's tokens were read in ``positions``.
     """
 
     text: str
@@ -70,11 +118,11 @@ class Scorer:
 
     def refusal(self, rows: Sequence[TokenizedExample]) -> str | None:
         """Why the model cannot read some prompt, or None if it can read all."""
-        for row in rows:
-            try:
+        try:
+            for row in rows:
                 check_context(self._model, row.segments)
-            except PromptError as error:
-                return str(error)
+        except PromptError as error:
+            return str(error)
         return None
 
     def score(
@@ -82,10 +130,7 @@ class Scorer:
     ) -> list[Prediction]:
         """Answers a batch of questions.
 
-        Args:
-            rows: What is read of their prompts, and the right answers.
-            sizes: Tokens of the whole prompts.
-            max_tokens: Most tokens of each answer.
+        ``rows`` hold what is read of their prompts, of ``sizes`` tokens, and the right answers.
         """
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
@@ -143,22 +188,16 @@ def in_batches(rows: Sequence[TokenizedExample], k: int, batch_size: int) -> lis
 
 
 class PredictionsFile:
-    """Answers by method and question.
+    """Answers by method and question, in a file or, where ``path`` is None, in memory alone.
 
-    Args:
-        path: The JSONL file, or None to keep them in memory alone.
-        identity: What the answers depend on, by name; a file made of something else is refused.
-        size: How many questions there are.
-
-    Raises:
-        EvaluateError: The file cannot be read or written, is not a predictions file, or belongs to
-            another evaluation. It is not changed then.
+    Raises EvaluateError where the file cannot be read or written, is not a predictions file, or
+    was made of something else than ``identity``; it is not changed then. ``size`` is the number of
+    questions.
     """
 
     def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
-        self._path = None if path is None else Path(path)
-        self._size = size
-        self._found: dict[tuple[str, int], dict[int, Prediction]] = defaultdict(dict)
+        self._path, self._size = None if path is None else Path(path), size
+        self._found: dict[Method, dict[int, Prediction]] = defaultdict(dict)
         if self._path is None:
             return
         if self._path.exists() and not self._path.is_file():
@@ -182,7 +221,7 @@ class PredictionsFile:
 
     def has(self, method: Method, indices: Sequence[int]) -> bool:
         """Whether a method's answers to all these questions are there."""
-        return {*indices} <= self._found[method.name, method.k].keys()
+        return {*indices} <= self._found[method].keys()
 
     def add(
         self,
@@ -193,12 +232,11 @@ class PredictionsFile:
     ) -> None:
         """Adds a method's answers to some questions; they are on the disk when it returns.
 
-        Raises:
-            EvaluateError: They cannot be written.
+        Raises EvaluateError if they cannot be written.
         """
         lines = []
         for i, question, prediction in zip(indices, questions, predictions, strict=True):
-            self._found[method.name, method.k][i] = prediction
+            self._found[method][i] = prediction
             place = {"method": method.name, "k": method.k, "question": i}
             asked = {"group": question.group, "answer": question.answer}
             lines.append(place | asked | asdict(prediction))
@@ -207,8 +245,7 @@ class PredictionsFile:
 
     def of(self, method: Method) -> list[Prediction]:
         """A method's answers, in the order of the questions; all must be there."""
-        found = self._found[method.name, method.k]
-        return [found[i] for i in range(self._size)]
+        return [self._found[method][i] for i in range(self._size)]
 
     def _append(self, lines: Sequence[Mapping[str, Any]], end: int | None = None) -> None:
         """Writes lines at the end of the file, or at ``end``, where it is cut off first."""
@@ -224,11 +261,7 @@ class PredictionsFile:
             raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
 
     def _read(self) -> tuple[dict[str, str], int]:
-        """Takes the answers of every whole line.
-
-        Returns:
-            What they depend on, and where the last whole line ends, in bytes.
-        """
+        """Takes the answers of whole lines; returns what they depend on, and where those end."""
         known: dict[str, str] = {}
         end, begun = 0, f'{{"{OF}": {{'.encode()
         try:
@@ -251,7 +284,8 @@ class PredictionsFile:
                     named = {f.name: line[f.name] for f in fields(Prediction)}
                     if [type(value).__name__ for value in named.values()] != _KINDS:
                         raise ValueError("a value of another type")
-                    self._found[line["method"], line["k"]][line["question"]] = Prediction(**named)
+                    method = Method(line["method"], line["k"])
+                    self._found[method][line["question"]] = Prediction(**named)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluateError(
                     f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "

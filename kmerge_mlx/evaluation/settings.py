@@ -9,7 +9,6 @@ from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
 from kmerge_mlx.errors import short
-from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.settings import LayoutSettings, ModelSettings, option
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -20,9 +19,23 @@ TEXT, TREE = "text", "tree"
 HAYSTACKS = (TEXT, TREE)
 ALL = "all"
 
+MERGED, UNCOMPRESSED, MEAN = "merged", "uncompressed", "mean"
+TRUNCATE, STRIDE = "truncate", "stride"
+_ABOUT = {
+    UNCOMPRESSED: "all T tokens, as --k 1",
+    MEAN: "of K embeddings, without the encoder",
+    TRUNCATE: "the last T/K tokens",
+    STRIDE: "every K-th token",
+}
+BASELINES = tuple(_ABOUT)
+"""What merging is compared with, in the order in which it is shown."""
+
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
 """Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
 
+FILE_CLASH = (
+    "`category` and `language` name data of the hub, and there is a `file`: leave them out, or it"
+)
 DATA = "`data`"
 _ROWS = ("split", "limit", "labels", "positive", "skip_bad")
 OWN_OPTIONS = {
@@ -55,7 +68,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         (),
         str,
         "Measure this as well; give it again for another. "
-        + "; ".join(f"{name}: {METHODS[name].about}" for name in BASELINES)
+        + "; ".join(f"{name}: {about}" for name, about in _ABOUT.items())
         + "; all: each of them.",
         many=True,
         choices=(*BASELINES, ALL),
@@ -125,19 +138,18 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     def clashes(self) -> list[str]:
         """What is wrong with settings that are good alone, one line each."""
         texts = all(isinstance(label, str) for label in self.labels)
-        drawn = self.plot is not None and self.predictions is not None
+        drawn = self.plot and self.predictions
         rules = {
             "found both `data` and `task`, expected one of them": bool(self.data and self.task),
             f"no data: give `data`, or `task` ({', '.join(EVALUATED)})": (
                 not self.data and not self.task
             ),
-            "`category` and `language` name data of the hub, and there is a `file`: leave them "
-            "out, or it": self.file is not None and not (self.category is self.language is None),
+            FILE_CLASH: self.file is not None and (self.category or self.language) is not None,
             f"`labels` is {short(self.labels)}, expected different texts": (
                 not texts or len(set(self.labels)) < len(self.labels)
             ),
             f"`positive` is {self.positive}, expected one of `labels`": (
-                bool(self.labels) and self.positive not in (None, *self.labels)
+                self.labels and self.positive not in (None, *self.labels)
             ),
             "`plot` and `predictions` are the same file": (
                 drawn and Path(self.plot).resolve() == Path(self.predictions).resolve()

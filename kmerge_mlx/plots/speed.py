@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.plots.common import COLOURS, MARKERS, write
+from kmerge_mlx.plots import COLOURS, MARKERS, write
 
 if TYPE_CHECKING:
     from kmerge_mlx.tools.bench import Row
@@ -16,16 +16,7 @@ Spread = tuple[Sequence[float], Sequence[float]] | None
 
 
 def draw_speed(rows: Sequence[Row], title: str, path: str | Path) -> None:
-    """Draws lines over the prompt's length, or bars where there is only one length.
-
-    Args:
-        rows: What was measured, K = 1 included.
-        title: Where it was measured.
-        path: The picture.
-
-    Raises:
-        PlotError: The picture cannot be written.
-    """
+    """Draws lines over the prompt's length, or bars where there is only one length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.plots.common import COLOURS, write
+from kmerge_mlx.plots import COLOURS, write
 from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 

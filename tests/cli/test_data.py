@@ -14,7 +14,7 @@ from mlx_lm.tuner.datasets import load_local_dataset
 
 from kmerge_mlx.data.sources import load_examples
 from tests.cli_runner import assert_one_error, run, run_process
-from tests.data.test_reviews_and_commits import COMMITS, REVIEWS
+from tests.data.test_splits import COMMITS, REVIEWS
 from tests.hub_runs import QUIET
 from tests.hub_server import Repo, running_hub
 
@@ -54,10 +54,7 @@ def test_trees_are_written_and_the_summary_is_on_stderr(tmp_path):
     assert lines[-1] == "  trees in more than one split: 0"
     for word in ("  train  ", "distinct trees", "(50.0%), true", "negatives: ", "depths: "):
         assert word in result.err
-
-
-def test_json_prints_the_summary_as_one_object_and_nothing_else(tmp_path):
-    result = run("data", *TREES, "--out", tmp_path / "trees", "--json")
+    result = run("data", *TREES, "--out", tmp_path / "trees", "--force", "--json")
     assert (result.code, result.err, result.out.count("\n")) == (0, "", 1)
     summary = json.loads((tmp_path / "trees" / "summary.json").read_text())
     assert json.loads(result.out) == {"folder": str(tmp_path / "trees")} | summary

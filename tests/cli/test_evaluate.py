@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from kmerge_mlx import plots
 from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
-from kmerge_mlx.plots import common
 from tests.cli_runner import Result, assert_one_error, no_room, run
 from tests.conftest import UPSTREAM
-from tests.data.test_reviews_and_commits import REVIEWS
+from tests.data.test_splits import REVIEWS
 from tests.evaluations import Folders, labelled, questions_of, words_of, write_data, write_folders
 
 TRUTH = ["true", "false", "true", "true", "false", "true", "true", "false"]
@@ -232,11 +232,6 @@ def test_several_mistakes_are_listed():
     assert_one_error(result, 2, "evaluate: 2 problems", "  - no data", "  - --category and")
 
 
-def test_a_k_that_the_folder_does_not_hold_is_refused(folders, truth):
-    result = run("evaluate", *folders.flags(), "--data", truth, "--k", 4, "--k", 3)
-    assert_one_error(result, 1, "holds no adapter for --k 3: it has K = 1, 2, 4")
-
-
 def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
     tmp_path, monkeypatch, folders, truth
 ):
@@ -244,19 +239,20 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
     (tmp_path / "x.png").mkdir()
     given = ("evaluate", *folders.flags(), "--data", truth, "--plot")
     assert_one_error(run(*given, tmp_path / "x.png"), 1, "which cannot be written: name another")
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     said = "--plot needs matplotlib: pip install 'kmerge-mlx[plot]'"
     assert_one_error(run(*given, "x.png"), 1, said)
 
 
-def test_every_k_of_the_folder_is_measured_or_those_that_are_given(folders, truth):
+def test_each_k_that_is_given_is_measured_once_or_refused(folders, truth):
     def ks(*args: object) -> list[int]:
         rows = json.loads(evaluated(folders, "--data", truth, *args, "--json").out)["rows"]
         return [row["k"] for row in rows]
 
-    assert ks() == [1, 2, 4]
     assert ks("--k", 4, "--k", 2, "--k", 4) == [2, 4]
     assert ks("--k", 1) == [1]
+    result = run("evaluate", *folders.flags(), "--data", truth, "--k", 4, "--k", 3)
+    assert_one_error(result, 1, "holds no adapter for --k 3: it has K = 1, 2, 4")
 
 
 def test_the_base_that_the_adapter_names_is_used(adapter_path, truth):

@@ -13,7 +13,7 @@ from kmerge_mlx.evaluation.questions import Questions, load_questions
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
-from tests.data.test_reviews_and_commits import COMMITS, REVIEWS
+from tests.data.test_splits import COMMITS, REVIEWS
 from tests.evaluations import (
     labelled,
     measured,
@@ -55,22 +55,6 @@ def test_the_split_that_is_asked_for_is_read_up_to_the_limit(tmp_path):
     assert "holds no valid.jsonl" in refused(DataError, data=str(tmp_path), split="valid")
 
 
-def test_rows_of_every_format_are_asked(tmp_path):
-    rows = [
-        {"prompt": "Two?", "completion": "2"},
-        {"context": "Read.", "prompt": "Three?", "completion": "3"},
-        {"text": "Four? 4", "split": 6},
-        {"messages": [{"role": "user", "content": "5?"}, {"role": "assistant", "content": "5"}]},
-    ]
-    found = asked(data=str(write_data(tmp_path, rows))).items
-    assert [question.answer for question in found] == ["2", "3", "4", "5"]
-    assert [(q.example.context, q.example.prompt) for q in found[:3]] == [
-        ("Two?", None),
-        ("Read.", "Three?"),
-        ("Four? ", None),
-    ]
-
-
 def test_an_answer_in_parts_is_their_text_and_a_call_has_none(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
@@ -107,15 +91,6 @@ def test_an_answer_outside_the_labels_and_a_positive_that_is_not_one_are_refused
     assert "3 different answers" in refused(data=data, positive="true")
     data = str(write_data(tmp_path / "truth", labelled(TRUTH)))
     assert "`positive` is yes, expected one of true, false" in refused(data=data, positive="yes")
-
-
-def test_a_bad_row_is_named_or_skipped(tmp_path):
-    rows = [json.dumps(row) for row in labelled(["a", "b"])]
-    data = str(write_data(tmp_path, [rows[0], '{"prompt": "a"}', rows[1]]))
-    assert "test.jsonl line 2: found 'prompt'" in refused(DataError, data=data)
-    questions = asked(data=data, skip_bad=True)
-    assert ([q.answer for q in questions.items], questions.bad) == (["a", "b"], 1)
-    assert "holds no example" in refused(DataError, data=str(write_data(tmp_path / "empty", [])))
 
 
 def test_a_row_that_cannot_be_tokenized_is_named_or_skipped(tmp_path):

@@ -10,8 +10,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import EvaluateError
-from kmerge_mlx.evaluation.questions import Questions
-from kmerge_mlx.evaluation.recall import recall_questions
+from kmerge_mlx.evaluation.questions import Questions, recall_questions
 from kmerge_mlx.evaluation.report import group_scores
 from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings

@@ -13,9 +13,8 @@ import pytest
 
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import EvaluateError
-from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.questions import Question
-from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile
+from kmerge_mlx.evaluation.scoring import Method, Prediction, PredictionsFile
 from tests.cli_runner import assert_one_error, command, copy_base, environment, run
 from tests.evaluations import (
     TEMPLATE,
@@ -28,7 +27,7 @@ from tests.evaluations import (
     write_folders,
 )
 
-K4, K2 = Merged(4), Merged(2)
+K4, K2 = Method("merged", 4), Method("merged", 2)
 ASKED = Question(Example("?", None, "right"), "data")
 TOKENS = {"answer_tokens": 2, "prompt_tokens": 9, "positions": 3}
 IDENTITY = {"the base model": "a" * 64, "--batch-size": "2", "the adapter for K=4": "b" * 64}
@@ -123,13 +122,6 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path = filled(tmp_path / "answers.jsonl")
     path.write_bytes(path.read_bytes() + f"{line}\n{json.dumps(LINE)}\n".encode())
     assert "line 6 is damaged" in refused(path)
-
-
-def test_a_file_of_another_evaluation_says_what_differs(tmp_path):
-    path = filled(tmp_path / "answers.jsonl")
-    assert "(not the same: the base model)" in refused(path, **{"the base model": "c" * 64})
-    said = refused(path, **{"the adapter for K=4": "none", "--batch-size": "32"})
-    assert "(not the same: --batch-size, 2 there and 32 here; the adapter for K=4)" in said
 
 
 LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}

@@ -1,8 +1,8 @@
-"""The picture of an evaluation: which points, lines and words are in it, and where."""
+"""The pictures of an evaluation: which points, lines and words are in them, and where."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,15 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kmerge_mlx.errors import PlotError
+from kmerge_mlx.evaluation.metrics import wilson_interval
 from kmerge_mlx.evaluation.report import Report, Row, Score
-from kmerge_mlx.plots import quality
-from kmerge_mlx.plots.common import COLOURS
-from kmerge_mlx.plots.quality import draw_quality, pareto_frontier
+from kmerge_mlx.plots import APART, COLOURS, evaluation
+from kmerge_mlx.plots.evaluation import draw_report, pareto_frontier
 from tests.evaluations import words_of
 
 METHODS = ("merged", "mean", "truncate", "stride")
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FIVE = ("uncompressed", "K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4")
 
 
 def row(
@@ -29,8 +31,20 @@ def row(
     return Row(method, round(ratio), f"{method} {ratio}", sizes, dict.fromkeys(sizes, scores))
 
 
-def report(rows: list[Row], *groups: str) -> Report:
+def quality(rows: list[Row], *groups: str) -> Report:
     about = {group: {"questions": 9} for group in groups or ("one",)}
+    return Report("1", "cpu", {}, {}, 0, about, rows)
+
+
+def recall(lengths: int, names=FIVE, depths=DEPTHS) -> Report:
+    about, rows = {}, [Row(name, 4, name, {}, {}) for name in names]
+    for i in range(lengths):
+        for depth in depths:
+            about[f"{i} {depth}"] = {"questions": 20, "length": 512 * 4**i, "depth": depth}
+            for number, row in enumerate(rows):
+                found = max(20 - 4 * number - i, 0)
+                score = Score(found / 20, *wilson_interval(found, 20))
+                row.scores[f"{i} {depth}"] = {"recall": score}
     return Report("1", "cpu", {}, {}, 0, about, rows)
 
 
@@ -44,12 +58,13 @@ def thirteen() -> list[Row]:
 
 @pytest.fixture
 def figure(monkeypatch):
-    """Draws, and gives matplotlib's figure before it is a picture."""
+    """Draws a report, and gives matplotlib's figure before it is a picture."""
     figures: list[Any] = []
-    monkeypatch.setattr(quality, "write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(evaluation, "write", lambda figure, path: figures.append(figure))
 
-    def draw(rows: list[Row], *groups: str) -> Any:
-        draw_quality(report(rows, *groups), "not written.png")
+    def draw(report: Report | list[Row]) -> Any:
+        report = quality(report) if isinstance(report, list) else report
+        draw_report(report, "not written.png")
         figures[-1].canvas.draw()
         return figures[-1]
 
@@ -69,68 +84,65 @@ def ticks(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
+def bars(axes: Any) -> list[tuple[float, float]]:
+    return [tuple(s[:, 1]) for c in axes.collections for s in c.get_segments() if len(s)]
+
+
 def test_the_measure_the_ratio_and_every_method_are_named(tmp_path):
-    draw_quality(report(thirteen(), "one", "two"), tmp_path / "a.svg")
+    draw_report(quality(thirteen(), "one", "two"), tmp_path / "a.svg")
     assert words_of(tmp_path / "a.svg") >= {
         *("one: exact match", "two: exact match", "majority answer", "Pareto frontier"),
         "compression ratio (original / compressed positions)",
         *("uncompressed 1", "merged", "mean of K", "last tokens", "one token in K"),
         *("1x", "2x", "4x", "8x"),
     }
-    draw_quality(report(thirteen()[:1]), tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PlotError, match=r"cannot write `plot` .*no/such\.png"):
+        draw_report(quality(thirteen()), tmp_path / "no" / "such.png")
 
 
 def test_a_method_of_one_point_goes_by_its_label_and_of_several_by_its_name(figure):
-    drawn = figure([row("mean", 4, 0.6), row("merged", 2, 0.9), row("merged", 4, 0.8)])
+    drawn = figure([row("mean", 4, 0.6), row("merged", 4, 0.8), row("merged", 2, 0.9)])
     assert legend(drawn) == ["mean 4", "merged", "majority answer", "Pareto frontier"]
-
-
-def test_points_of_a_method_are_joined_in_order_of_ratio(figure):
-    rows = [row("merged", k, v) for k, v in ((8, 0.7), (2, 0.9), (4, 0.8))]
-    joined = line(figure(rows).axes[0], "merged")
-    assert joined.get_xdata().tolist() == [2, 4, 8]
-    assert joined.get_ydata().tolist() == [0.9, 0.8, 0.7]
+    joined = line(drawn.axes[0], "merged")
+    assert (list(joined.get_xdata()), list(joined.get_ydata())) == ([2, 4], [0.9, 0.8])
 
 
 def test_every_method_has_a_colour_and_a_marker_of_its_own_in_all_panels(figure):
     rows = [row(f"method {i}", 2 + i, 0.5) for i in range(2 * len(COLOURS))]
     looks = [
         [(to_hex(m.get_color()), m.get_marker()) for m in (line(axes, r.label) for r in rows)]
-        for axes in figure(rows, "one", "two").axes
+        for axes in figure(quality(rows, "one", "two")).axes
     ]
     assert looks[0] == looks[1]
     assert len(set(looks[0])) == len(rows)
 
 
-def test_error_bars_are_the_intervals_even_beside_the_value(figure):
+def test_error_bars_are_the_intervals_even_beside_the_value_and_cut_at_the_axes(figure):
     skewed = row("a", 4, 0.6, 0.1)
     skewed.scores["one"]["exact_match"] = Score(0.9, 0.5, 0.7)
     axes = figure([skewed, row("b", 8, 0.9, None)]).axes[0]
-    bars = [tuple(s[:, 1]) for c in axes.collections for s in c.get_segments() if len(s)]
-    assert bars == [pytest.approx((0.5, 0.7))]
+    assert bars(axes) == [pytest.approx((0.5, 0.7))]
+    endless = row("a", 2, 5.0, 1.0, name="perplexity")
+    endless.scores["one"]["perplexity"] = Score(5.0, 4.0, np.inf)
+    axes = figure([endless, row("b", 4, np.inf, None, name="perplexity")]).axes[0]
+    assert np.isfinite(axes.get_ylim()).all()
+    assert bars(axes) == [pytest.approx((4, axes.get_ylim()[1]))]
 
 
-def test_the_frontier_is_what_nothing_beats():
+def test_the_frontier_is_what_nothing_beats_up_to_a_points_ratio(figure):
     best = [(1, 0.9), (4, 0.8), (8, 0.5)]
     beaten = [(1, 0.85), (2, 0.8), (4, 0.79), (8, 0.5), (16, float("nan"))]
     assert pareto_frontier([*best, *beaten]) == best
     assert pareto_frontier([]) == []
     assert pareto_frontier([(2, 6), (4, np.inf), (1, 3), (4, 5)], sign=-1) == [(1, 3), (4, 5)]
-
-
-def test_the_frontier_falls_behind_a_points_ratio_not_before(figure):
     axes = figure(thirteen()).axes[0]
     frontier = line(axes, "Pareto frontier")
     assert frontier.get_drawstyle() == "steps-pre"
     assert list(frontier.get_xdata()) == [axes.get_xlim()[0], 1, 2, 4, 8]
     assert list(frontier.get_ydata()) == pytest.approx([0.95, 0.95, 0.88, 0.86, 0.82])
-
-
-def test_one_point_has_no_frontier(figure):
-    drawn = figure([row("merged", 4, 0.9)])
-    assert legend(drawn) == ["merged 4", "majority answer"]
-    assert ticks(drawn.axes[0].xaxis) == ["4x"]
+    alone = figure([row("merged", 4, 0.9)])
+    assert legend(alone) == ["merged 4", "majority answer"]
+    assert ticks(alone.axes[0].xaxis) == ["4x"]
 
 
 def test_ratios_are_ticks_unless_their_labels_would_touch(figure):
@@ -146,7 +158,7 @@ def test_points_of_one_ratio_are_side_by_side_and_the_best_in_their_place(figure
     names = ("merged", "mean of K", "last tokens", "one token in K")
     shown = {m: line(axes, m).get_transform().transform((4, 0.5))[0] - place for m in names}
     assert shown["merged"] == 0
-    assert np.diff(sorted(shown.values())) == pytest.approx(quality.APART * axes.figure.dpi / 72)
+    assert np.diff(sorted(shown.values())) == pytest.approx(APART * axes.figure.dpi / 72)
     assert line(axes, "uncompressed 1").get_transform().transform((4, 0.5))[0] == place
 
 
@@ -159,15 +171,35 @@ def test_everything_is_inside_the_axes_and_a_share_stays_near_0_to_1(figure):
     assert shown == pytest.approx(100 * axes.get_yticks())
 
 
-def test_infinite_ends_of_a_perplexity_are_cut_at_the_axes(figure):
-    endless = row("a", 2, 5.0, 1.0, name="perplexity")
-    endless.scores["one"]["perplexity"] = Score(5.0, 4.0, np.inf)
-    axes = figure([endless, row("b", 4, np.inf, None, name="perplexity")]).axes[0]
-    assert np.isfinite(axes.get_ylim()).all()
-    (bar,) = [s for c in axes.collections for s in c.get_segments() if len(s)]
-    assert tuple(bar[:, 1]) == pytest.approx((4, axes.get_ylim()[1]))
+def test_recall_is_drawn_with_every_length_method_and_depth(tmp_path):
+    draw_report(recall(3), tmp_path / "recall.svg")
+    assert words_of(tmp_path / "recall.svg") == {
+        *("512 tokens", "2,048 tokens", "8,192 tokens", *FIVE),
+        *("recall", "where the needle lies in the prompt"),
+        *("0%", "25%", "50%", "75%", "100%", "20%", "40%", "60%", "80%"),
+    }
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(PlotError, match=r"cannot write `plot` .*no/such\.png"):
-        draw_quality(report(thirteen()), tmp_path / "no" / "such.png")
+def test_a_line_of_recall_holds_the_values_and_their_intervals(figure):
+    for number, axes in enumerate(figure(recall(3)).axes):
+        for place, name in enumerate(FIVE):
+            assert list(line(axes, name).get_xdata()) == list(DEPTHS)
+            assert list(line(axes, name).get_ydata()) == [(20 - 4 * place - number) / 20] * 5
+            assert line(axes, name).get_color() == COLOURS[place]
+    assert bars(figure(recall(1, ("K=4",))).axes[0]) == [pytest.approx(wilson_interval(20, 20))] * 5
+
+
+def test_the_points_of_a_depth_do_not_lie_on_each_other(figure):
+    axes = figure(recall(1)).axes[0]
+    places = [line(axes, name).get_transform().transform((0.5, 0.5))[0] for name in FIVE]
+    width = axes.figure.dpi / 72
+    assert [round((b - a) / width, 1) for a, b in pairwise(places)] == [APART] * 4
+    assert sum(places) / 5 == pytest.approx(axes.transData.transform((0.5, 0.5))[0])
+
+
+def test_many_lengths_are_drawn_in_rows_and_many_depths_are_not_all_written_out(figure):
+    drawn = figure(recall(4, FIVE, tuple(i / 10 for i in range(11))))
+    assert len(drawn.axes) == 4
+    assert drawn.axes[3].get_position().y1 < drawn.axes[0].get_position().y0
+    assert len(drawn.axes[0].get_xticks()) < 11
+    assert ticks(figure(recall(1, FIVE, (0.125, 0.9))).axes[0].xaxis) == ["12.5%", "90%"]

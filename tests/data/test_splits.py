@@ -6,16 +6,13 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data.amazon_reviews import AmazonReviews
-from kmerge_mlx.data.commitpackft import CommitPackFT
-from kmerge_mlx.data.splits import Pair
+from kmerge_mlx.data.splits import AmazonReviews, CommitPackFT, Pair, silent
 from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
@@ -29,7 +26,7 @@ GOLDEN = [
 ]
 
 
-def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=None, force=False, **options):
+def draw(source, folder, task=AmazonReviews, sizes=SMALL, progress=silent, force=False, **options):
     return task(file=str(source), sizes=sizes, **options).write(folder, force, progress)
 
 
@@ -67,17 +64,6 @@ def test_a_review_is_positive_from_three_and_a_half_stars():
     for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
         row = {"text": "Love it", "rating": rating, "title": "Nice"}
         assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
-
-
-def test_a_commits_prompt_is_the_papers_to_the_letter():
-    row = {"old_contents": "a = 1\n", "subject": "Rename a", "new_contents": "b = 1\n"}
-    expected = (
-        "Update the old python code content based on the instrutions.\n"
-        "Old Content: a = 1\n\n"
-        "Instructions: Rename a\n"
-        "New Content:\n"
-    )
-    assert CommitPackFT.pair(row) == Pair(expected, "b = 1\n")
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
@@ -140,19 +126,6 @@ def test_a_larger_training_set_leaves_the_other_splits_alone_and_holds_the_small
     small, large = ({s: list(rows) for s, rows in splits.items()} for splits in found)
     assert (small["test"], small["valid"]) == (large["test"], large["valid"])
     assert large["train"][:12] == small["train"]
-
-
-def test_rows_are_written_in_random_order_and_progress_only_grows(tmp_path):
-    rows = [json.dumps({"text": str(i), "rating": 5}) for i in range(3000)]
-    (tmp_path / "raw.jsonl").write_text("\n".join(rows))
-    sizes, seen = {"test": 100, "valid": 100, "train": 100}, []
-    draw(tmp_path / "raw.jsonl", tmp_path / "data", sizes=sizes, progress=lambda *n: seen.append(n))
-    for found in splits(tmp_path / "data").values():
-        order = [int(prompt.split()[1].rstrip(",")) for prompt, _ in found]
-        assert 30 < sum(a < b for a, b in pairwise(order)) < 70
-    done, totals = zip(*seen, strict=True)
-    assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]}
 
 
 def test_rows_without_an_answer_are_counted_and_left_out(tmp_path):

@@ -1,4 +1,4 @@
-"""Draws the quality of answers over the compression ratio, with the Pareto frontier."""
+"""Draws an evaluation: quality over the compression ratio, and recall over the needle's depth."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row
-from kmerge_mlx.plots.common import APART, draw_scores, plain, write
+from kmerge_mlx.plots import APART, draw_scores, outside_legend, plain, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
@@ -21,18 +22,23 @@ GREY, LIGHT_GREY = "#707070", "#c4c4c4"
 SAME = 0.05  # doublings within which two ratios are the same
 TICKS_APART = 0.1  # of the axis: labels nearer than that would touch
 MARGIN = 2**0.35  # left and right of the points
+ABREAST = 3  # panels
+MOST_TICKS = 6  # more depths than that are not all written out
 
 Place = tuple[float, float]  # compression ratio and value
+
+
+def draw_report(report: Report, path: str | Path) -> None:
+    """Draws recall over depth where that was measured, else quality over compression."""
+    if not report.measured:
+        raise PlotError(f"`plot` {path}: there is nothing to draw, every method is left out")
+    (draw_recall if report.depths else draw_quality)(report, path)
 
 
 def draw_quality(report: Report, path: str | Path) -> None:
     """Draws quality over compression ratio, a panel for each score.
 
-    A method looks the same in every panel. Points of one ratio are drawn side by side. At least one
-    method must have been able to read the prompts.
-
-    Raises:
-        PlotError: The picture cannot be written.
+    A method looks the same in every panel. Points of one ratio are drawn side by side.
     """
     from matplotlib.figure import Figure
 
@@ -51,24 +57,12 @@ def draw_quality(report: Report, path: str | Path) -> None:
         entries |= dict(zip(words, handles, strict=True))
     # The methods, in the order in which they came, then the lines.
     order = sorted(entries, key=lambda label: label not in names.values())
-    figure.legend(
-        [entries[label] for label in order],
-        order,
-        loc="outside lower center",
-        ncols=min(len(order), 2 + len(panels)),
-        frameon=False,
-        fontsize="small",
-    )
+    outside_legend(figure, [entries[label] for label in order], order, len(panels))
     write(figure, path)
 
 
 def pareto_frontier(places: Sequence[Place], sign: int = 1) -> list[Place]:
-    """The places that no other one beats, in order of ratio.
-
-    Args:
-        places: Any number.
-        sign: 1 if a higher value is better, else -1.
-    """
+    """The places that no other one beats, in order of ratio; ``sign`` is -1 if lower is better."""
     frontier: list[Place] = []
     finite = [place for place in places if np.isfinite(place[1])]
     for place in sorted(finite, key=lambda p: (p[0], sign * p[1]), reverse=True):
@@ -86,7 +80,7 @@ def _draw_panel(
     majority = rows[0].scores[group].get(f"majority_{name}")
     drawn = [*scores, *([majority] if majority else [])]
     values = [value for score in drawn for value in vars(score).values() if value is not None]
-    _draw_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
+    _quality_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
     axes.set_ylabel(f"{group.replace('_', ' ')}: {name.replace('_', ' ')}")
     if majority is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
@@ -111,7 +105,7 @@ def _draw_panel(
         draw_scores(axes, mine, number, label, shifts.get(method, 0.0))
 
 
-def _draw_axes(axes: Any, ratios: list[float], values: list[float], is_share: bool) -> None:
+def _quality_axes(axes: Any, ratios: list[float], values: list[float], is_share: bool) -> None:
     """Sets the limits from the true places; some points are drawn beside theirs."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -140,13 +134,10 @@ def _draw_axes(axes: Any, ratios: list[float], values: list[float], is_share: bo
 
 
 def _shifts(points: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """How far beside their place a method's points are drawn, in 1/72 inch.
+    """How far beside their place a method's points (method and ratio) are drawn, in 1/72 inch.
 
     Only methods that share a ratio are moved, to the right and to the left in turn; the first one
     stays in its place.
-
-    Args:
-        points: Method and ratio of each, those of the frontier first.
     """
 
     def shares(method: str, ratio: float) -> bool:
@@ -154,3 +145,37 @@ def _shifts(points: Sequence[tuple[str, float]]) -> dict[str, float]:
 
     moved = dict.fromkeys(method for method, ratio in points if shares(method, ratio))
     return {m: APART * ((i + 1) // 2) * (1 if i % 2 else -1) for i, m in enumerate(moved)}
+
+
+def draw_recall(report: Report, path: str | Path) -> None:
+    """Draws recall over the needle's depth, a panel for each length and a line for each method."""
+    from matplotlib.figure import Figure
+
+    panels = report.depths
+    rows, columns = -(-len(panels) // ABREAST), min(len(panels), ABREAST)
+    figure = Figure(figsize=(1.4 + 4.4 * columns, 0.8 + 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (length, depths) in zip(grid.flat, panels.items(), strict=False):
+        _recall_axes(axes, f"{length:,} tokens", sorted(depths.values()))
+        for number, row in enumerate(report.measured):
+            points = [(depth, row.scores[name]["recall"]) for name, depth in depths.items()]
+            shift = APART * (number - (len(report.measured) - 1) / 2)
+            draw_scores(axes, points, number, row.label, shift)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("recall")
+    outside_legend(figure, *grid[0, 0].get_legend_handles_labels(), columns)
+    write(figure, path)
+
+
+def _recall_axes(axes: Any, title: str, depths: list[float]) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("where the needle lies in the prompt")
+    axes.set_xlim(-0.1, 1.1)
+    axes.set_ylim(-0.03, 1.03)
+    if len(depths) <= MOST_TICKS:
+        axes.set_xticks(depths)
+    axes.xaxis.set_major_formatter(lambda depth, _: f"{100 * depth:.6g}%")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    plain(axes)
