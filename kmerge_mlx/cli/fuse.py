@@ -6,13 +6,17 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.adapters.schema import BITS, MODES
+from kmerge_mlx.adapters.schema import BITS
 from kmerge_mlx.cli.inputs import command, read_prompt
 from kmerge_mlx.cli.output import bars
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.tools.fuse import Drift, Gap
+
+
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+"""MLX's ways to quantize."""
 
 
 @dataclass(frozen=True)
