@@ -102,11 +102,7 @@ def cache(settings: CacheFileSettings) -> None:
 
 
 def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[Any]]:
-    """The model of a prompt cache file, what is left to read of a prompt, and its KV cache.
-
-    Raises:
-        PromptError: The file is torn or of another model, or the prompt changes what is before it.
-    """
+    """The model of a prompt cache file, what is left to read of a prompt, and its KV cache."""
     path = Path(settings.prompt_cache_file)
     question = read_prompt([], settings.prompt)[-1]
 
@@ -156,16 +152,17 @@ def _lay_out(
 
 def _about(opened: Opened, context: str | None, prompt: str | None) -> dict[str, Any]:
     """What a file records of its prompt."""
-    source, chat, adapter = opened.source, opened.chat, opened.source.adapter_path
+    source, adapter = opened.source, opened.source.adapter_path
+    chat = opened.chat or ChatTemplate()
     if adapter not in (None, BUNDLED) and Path(adapter).is_dir():
         adapter = str(Path(adapter).resolve())  # it is read from other folders, too
     return {
         "context": context,
         "prompt": prompt,
         "layout": asdict(opened.layout),
-        "system_prompt": None if chat is None else chat.system_prompt,
-        "options": {} if chat is None else dict(chat.options),
-        "templated": chat is not None,
+        "system_prompt": chat.system_prompt,
+        "options": dict(chat.options),
+        "templated": opened.chat is not None,
         "model": source.model,
         "adapter_path": adapter,
         "k": None if source.merge is None else source.k,

@@ -43,11 +43,7 @@ class AnswerSettings(PromptSettings):
         return super().clashes() + (zero if self.max_tokens == 0 else [])
 
     def add_eos_tokens(self, tokenizer: Any) -> None:
-        """Lets ``extra_eos_token``, tokens or their numbers, end an answer too.
-
-        Raises:
-            PromptError: The tokenizer does not have one of them.
-        """
+        """Lets ``extra_eos_token``, tokens or their numbers, end an answer too."""
         known = tokenizer.get_vocab() if self.extra_eos_token else {}
         for token in self.extra_eos_token:
             # mlx-lm would take the unknown token, or a number that no token has, for any other.

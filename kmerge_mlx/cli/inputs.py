@@ -59,10 +59,8 @@ def command(
 ) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Makes a function of settings a command with a flag for each of them.
 
-    Args:
-        settings: The class. A flag that is not given leaves its setting as the class has it.
-        config_file: Whether the command takes ``-c config.yaml`` and ``--print-config``.
-        to_print: From the settings that were given to those that ``--print-config`` prints.
+    With a ``config_file`` it takes ``-c config.yaml`` and ``--print-config`` too, which prints what
+    ``to_print`` makes of the settings that were given.
     """
 
     def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
@@ -104,11 +102,11 @@ def _parameters(settings: type[Settings], config_file: bool) -> list[inspect.Par
     if config_file:
         file = typer.Option("-c", "--config", help="A YAML file with settings.", show_default=False)
         show = typer.Option("--print-config", help="Print the settings as YAML, and do no more.")
-        more = {"config": Annotated[str | None, file], "print_config": Annotated[bool, show]}
-        parameters += [
-            inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation)
-            for name, annotation in more.items()
-        ]
+        for name, kind in (
+            ("config", Annotated[str | None, file]),
+            ("print_config", Annotated[bool, show]),
+        ):
+            parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=kind))
     return parameters
 
 
@@ -136,13 +134,10 @@ def _parameter(field: Field) -> inspect.Parameter:
 
 
 def _default(field: Field, option: Option) -> str:
-    if option.shown is not None:
-        return f" Default: {option.shown}."
-    default = field.default
-    if isinstance(default, tuple) and default:
-        default = ", ".join(map(str, default))
-    plain = isinstance(default, int | float | str)
-    return f" Default: {default}." if plain and default not in (False, 0, "") else ""
+    shown = field.default if option.shown is None else option.shown
+    if isinstance(shown, tuple):
+        shown = ", ".join(map(str, shown))
+    return f" Default: {shown}." if isinstance(shown, int | float | str) and shown else ""
 
 
 def _read(field: Field, value: Any) -> Any:
@@ -161,11 +156,7 @@ def _read(field: Field, value: Any) -> Any:
 
 
 def read_yaml(path: str) -> Mapping[str, Any]:
-    """The settings in a file, numbers such as 1e-5 read as mlx-lm reads them.
-
-    Raises:
-        SettingsError: Not there, or not a mapping in YAML.
-    """
+    """The settings in a file, numbers such as 1e-5 read as mlx-lm reads them."""
     import yaml
     from mlx_lm.lora import yaml_loader
 
@@ -236,10 +227,6 @@ def read_prompt(
     """The text to merge, its spans, and the text to keep raw, with its tags.
 
     As in mlx-lm, ``-`` is stdin, and a written ``\\n`` or ``\\t`` in ``prompt`` is the character.
-
-    Raises:
-        PromptError: Nothing to read; a file that is missing, empty or not UTF-8, or whose tags do
-            not pair.
     """
     if [*files, prompt].count(STDIN) > 1:
         raise PromptError("`-` is given more than once, but stdin can be read only once")
@@ -257,11 +244,7 @@ def read_prompt(
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of stdin for ``-``, without a byte-order mark.
-
-    Raises:
-        PromptError: It cannot be read, is not UTF-8, or is empty.
-    """
+    """The text of a file, or of stdin for ``-``, without a byte-order mark."""
     shown = "stdin" if name == STDIN else name
     if name == STDIN and sys.stdin is None:
         raise PromptError("cannot read stdin: it is closed")
@@ -293,14 +276,7 @@ class Opened:
 
 
 def open_model(settings: PromptSettings) -> Opened:
-    """Finds and loads what a command's settings name, with notes about its adapter on stderr.
-
-    Raises:
-        ModelError: The base cannot be loaded.
-        AdapterError: The adapter is torn, has no such K, or is for another base.
-        PromptError: A context without a merge encoder, or options of a chat template that is not
-            applied.
-    """
+    """Finds and loads what a command's settings name, with notes about its adapter on stderr."""
     from kmerge_mlx.adapters.folder import look_up
     from kmerge_mlx.model import load_source
     from kmerge_mlx.source import Source

@@ -31,9 +31,9 @@ def one_line_refusals() -> Iterator[None]:
 
 def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:
     """Notes when prompts are laid out in another way than in training, where that is recorded."""
-    found: list[str] = []
     if stored is None:
         return
+    found = []
     if has_template and stored.chat_template != used.chat_template:
         found.append("with a chat template" if stored.chat_template else "without a chat template")
     if stored.merges != used.merges:
@@ -53,11 +53,8 @@ def prefill_bar(step_size: int) -> Callable[[int, int], None]:
 def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
     """Progress of long work: a bar on a terminal, and elsewhere a line now and then.
 
-    Args:
-        quiet: Whether another machine shows it.
-
-    Returns:
-        Called with a label; what it returns is called with (work done, work in all).
+    What is returned is called with a label, and what that returns with (work done, work in all).
+    ``quiet``: another machine shows it.
     """
 
     def begin(label: str) -> Callable[[int, int], None]:

@@ -61,26 +61,16 @@ def prefill(
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A prompt cache file.
-
-    Args:
-        path: The file.
-        identity: What it belongs to, from :func:`identity`.
-        held: What its positions stand for.
-        about: How the prompt was made, for whoever goes on with it.
-    """
+    """A prompt cache file: its model's :func:`identity`, and what its positions stand for."""
 
     path: Path
     identity: Mapping[str, Any]
     held: Sequence[Segment]
     about: Mapping[str, Any]
+    """How the prompt was made, for whoever goes on with it."""
 
     def save(self, cache: Sequence[Any]) -> None:
-        """Writes the file with mlx-lm's KV caches, whole or not at all.
-
-        Raises:
-            PromptError: It cannot be written.
-        """
+        """Writes the file with mlx-lm's KV caches, whole or not at all."""
         entry = {
             "version": VERSION,
             "identity": dict(self.identity),
@@ -102,11 +92,7 @@ class CacheFile:
 
     @classmethod
     def read(cls, path: Path) -> CacheFile:
-        """Reads what a file records, but not the KV caches.
-
-        Raises:
-            PromptError: Torn, or not of this package.
-        """
+        """Reads what a file records, but not the KV caches."""
         safetensors_shapes(path, PromptError, ALL_DTYPES)
         with safe_open(str(path), framework="numpy") as file:
             # mlx-lm numbers its parts: the user's metadata come first.

@@ -181,23 +181,22 @@ def test_faults_of_the_cache_command_are_one_message(world, tmp_path):
     said = "mlx-lm refused these options: --kv-bits and --kv-group-size"
     assert_one_error(run(*args, file, *EIGHT_BITS), 1, said)
     assert list(tmp_path.iterdir()) == []
-    names = (tmp_path / "one.txt", tmp_path / "two.txt")
-    for name, text in zip(names, ("a", "<raw>"), strict=True):
-        name.write_text(text)
-    found = run("cache", *names, *named, "--prompt-cache-file", file)
-    assert_one_error(found, 1, "the FILEs, one after the other: <raw> at line 3, column 1")
-    found = run("cache", names[1], *named, "--prompt-cache-file", file)
-    assert_one_error(found, 1, f"{names[1]}: <raw> at line 1, column 1 is never closed")
+    torn = tmp_path / "torn.txt"
+    torn.write_text("<raw>")
+    found = run("cache", root / "tree.txt", torn, *named, "--prompt-cache-file", file)
+    assert_one_error(found, 1, "the FILEs, one after the other: <raw> at line 6, column 1")
+    found = run("cache", torn, *named, "--prompt-cache-file", file)
+    assert_one_error(found, 1, f"{torn}: <raw> at line 1, column 1 is never closed")
 
 
 def test_a_quantized_cache_stays_what_it_is(world, tmp_path):
-    file, args = tmp_path / "a.safetensors", ("cache", world[0] / "tree.txt", "--k", 4)
-    done = run(*args, "--kv-bits", 8, "--prompt-cache-file", file)
-    assert done.code == 0, done.err
-    assert "note: not quantized: the 6 positions are no more than --quantized-kv-start" in done.err
-    done = run(*args, *EIGHT_BITS, "--prompt-cache-file", file)
-    assert done.code == 0, done.err
-    assert "not quantized" not in done.err
+    file = tmp_path / "a.safetensors"
+    args = ("cache", world[0] / "tree.txt", "--k", 4, "--prompt-cache-file", file)
+    said = "note: not quantized: the 6 positions are no more than --quantized-kv-start"
+    for options, noted in ((("--kv-bits", 8), True), (EIGHT_BITS, False)):
+        done = run(*args, *options)
+        assert done.code == 0, done.err
+        assert (said in done.err) == noted
     asked = ask(file)
     assert asked.code == 0, asked.err
     assert_one_error(ask(file, "--kv-bits", 4), 1, "--kv-bits is 4", "was made with 8")

@@ -6,7 +6,6 @@ import fcntl
 import os
 import pty
 import select
-import signal
 import subprocess
 import termios
 import time
@@ -67,33 +66,23 @@ class Terminal:
     """``kmerge-mlx chat`` on a terminal of its own."""
 
     def __init__(self, *args):
-        self.master, slave = pty.openpty()
+        self.seen, (self.master, slave) = "", pty.openpty()
         self.process = subprocess.Popen(
             command("chat", *args),
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), slave),
             env=environment(TERM="dumb"),
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
-        self.seen = ""
 
-    def until(self, text):
-        """Reads on until a text was seen."""
+    def until(self, found):
+        """Reads on until a text was seen, or as many characters."""
         end = time.monotonic() + 60
-        while text not in self.seen:
+        while len(self.seen) < found if isinstance(found, int) else found not in self.seen:
             assert time.monotonic() < end, self.seen
-            self.read()
-
-    def read(self):
-        """Reads what is there within a second."""
-        if select.select([self.master], [], [], 1)[0]:
-            try:
+            if select.select([self.master], [], [], 1)[0]:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
-            except OSError:  # the other end is closed
-                raise AssertionError((self.process.wait(30), self.seen)) from None
 
     def type(self, text):
         os.write(self.master, text.encode())
@@ -108,18 +97,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         terminal.type("One two three?\r")
         terminal.until("three?\r\n")
         terminal.seen = ""
-        while len(terminal.seen) < 20:  # it answers
-            terminal.read()
+        terminal.until(20)  # it answers
         terminal.type("\x03")
-        terminal.until("(stopped)")
-        terminal.until("tokens-per-sec; read ")
-        terminal.until("> ")
+        for text in ("(stopped)", "tokens-per-sec; read ", "> "):
+            terminal.until(text)
         time.sleep(0.5)  # until it waits: what comes just before is seen with the next line alone
         terminal.type("\x03")
         terminal.until("q or Ctrl-D exits")
         terminal.type("q\r")
         assert terminal.process.wait(30) == 0
     finally:
-        terminal.process.send_signal(signal.SIGKILL)
+        terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.master)

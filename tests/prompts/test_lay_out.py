@@ -63,8 +63,8 @@ def test_a_chat_template_stays_raw_around_the_context(template, context):
         {"role": "system", "content": "Answer in one word."},
         {"role": "user", "content": f"{context}{CONTEXT_SEPARATOR}Child: WO?"},
     ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert flat(segments) == tokenizer.encode(rendered, add_special_tokens=False)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert flat(segments) == ids
     assert [segment.merge for segment in segments] == [False, True, False]
     merged = merged_text(tokenizer, segments)
     assert merged in context
