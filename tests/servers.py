@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -22,8 +21,7 @@ from kmerge_mlx.serving.settings import ServeSettings
 from tests.cli_runner import command, environment
 
 FIXTURE_EOS = 0
-PATIENCE = 60
-"""Seconds to wait for what comes in a moment on an idle machine."""
+PATIENCE = 60  # seconds for what comes in a moment on an idle machine
 
 
 @dataclass
@@ -93,11 +91,8 @@ class Address:
         found = re.findall(rf"^kmerge_mlx_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         return sum(map(float, found))
 
-    def client(self, **options: Any) -> OpenAI:
-        return OpenAI(
-            base_url=self.url,
-            **{"api_key": "none", "max_retries": 0, "timeout": PATIENCE} | options,
-        )
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=PATIENCE)
 
     def open_stream(self, until: bytes = b"data: {", **body: Any) -> socket.socket:
         """Begins a streamed completion, and returns once its first token is here."""
@@ -138,12 +133,8 @@ class Process:
     address: Address
     said: list[str] = field(default_factory=list)
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal; returns the exit code."""
-        self.process.send_signal(number)
-        return self.wait()
-
     def wait(self) -> int:
+        """The exit code."""
         self.said += self.process.communicate(timeout=PATIENCE)[1].splitlines()
         return self.process.returncode
 
@@ -161,8 +152,7 @@ def serving_process(*args: object, **changes: str) -> Iterator[Process]:
             text = process.stderr.readline()
             assert text, (process.wait(), said)
             said.append(text.rstrip())
-        port = int(re.search(r":(\d+)/v1$", said[-1])[1])
-        yield Process(process, Address(port), said)
+        yield Process(process, Address(int(re.search(r":(\d+)/v1$", said[-1])[1])), said)
     finally:
         if process.poll() is None:
             process.kill()

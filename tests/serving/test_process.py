@@ -59,9 +59,8 @@ def test_a_port_in_use_is_one_message(model):
     assert_one_error(result, 1, f"cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_a_server_that_cannot_start_is_one_message():
+    for arguments, said in (
         (("--model", "/no/such"), "/no/such is neither a folder"),
         (("--adapter-path", "/no/such"), "/no/such"),
         (("--host", "203.0.113.7"), "cannot listen on 203.0.113.7:0"),
@@ -69,17 +68,10 @@ def test_a_port_in_use_is_one_message(model):
         (("--chat-template-args", '{"x": 1}'), "--chat-template-args needs a chat template"),
         (("--top-k", 99_999), " tokens: give fewer"),
         (("--kv-bits", 4, "--kv-group-size", 128), "--kv-bits and --kv-group-size: "),
-    ],
-)
-def test_a_server_that_cannot_start_is_one_message(arguments, said):
-    assert_one_error(run("serve", "--port", 0, *arguments), 1, said)
-
-
-def test_options_that_are_wrong_are_exit_code_2():
-    for name, value in (
-        *(("--port", 70_000), ("--chat-template-args", "{"), ("--kv-bits", 7)),
-        *(("--log-level", "LOUD"), ("--prompt-cache-bytes", "much")),
     ):
+        assert_one_error(run("serve", "--port", 0, *arguments), 1, said)
+    wrong = {"--port": 70_000, "--chat-template-args": "{", "--kv-bits": 7, "--log-level": "LOUD"}
+    for name, value in (wrong | {"--prompt-cache-bytes": "much"}).items():
         assert_one_error(run("serve", name, value), 2, name)
 
 
@@ -127,4 +119,5 @@ def test_the_bundled_model_is_served_without_an_argument():
         assert server.said[-1].startswith("Serving bundled (K=4, merges ")
         server.address.assert_alive()
         assert server.address.request("GET", "/v1/models").json["data"][0]["id"] == "bundled"
-        assert server.stop() == 0
+        server.process.terminate()
+        assert server.wait() == 0

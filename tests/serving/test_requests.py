@@ -30,18 +30,15 @@ def refusal(body: Any, chat: bool = False) -> ApiError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
+def test_a_body_that_is_not_a_json_object_is_a_400():
+    for raw in (
         *(b"{", b"", b"[]", b'"text"', b"[" * 100_000, b'{"prompt": "\xff"}'),
         *(b'{"prompt": "\\ud800"}', b'{"prompt": "x", "temperature": NaN}'),
         b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
-    ],
-)
-def test_a_body_that_is_not_a_json_object_is_a_400(raw):
-    error = refusal(raw)
-    assert error.status == 400
-    assert error.as_json()["error"]["type"] == "invalid_request_error"
+    ):
+        error = refusal(raw)
+        assert error.status == 400
+        assert error.as_json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_byte_order_mark_and_nulls_are_fine():
@@ -49,35 +46,31 @@ def test_a_byte_order_mark_and_nulls_are_fine():
     assert (completion.prompt, completion.seed, completion.stop) == ("x", None, [])
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("prompt", ["", [], ["a", "b"], [1, 700], [-1], [True], 5, None]),
-        ("temperature", ["hot", -1, 1e9, True]),
-        ("top_k", [700, -1, 1.5]),
-        ("top_p", [1.1]),
-        ("max_tokens", [0, True, 2**31]),
-        ("max_completion_tokens", [1.5]),
-        ("seed", [-1, 2**64]),
-        ("xtc_threshold", [0.6]),
-        ("repetition_penalty", [1e-30]),
-        ("logit_bias", [{"700": 1}, {"-1": 1}, {"1": 1e9}, {"00000000000701": 1}, []]),
-        ("stop", ["", ["a"] * 17, "x" * 300, [5]]),
-        ("n", [2]),
-        ("echo", [True]),
-        ("stream", ["yes"]),
-        ("stream_options", [{"include_usage": True}]),
-        ("logprobs", [99, "x"]),
-        ("response_format", [{"type": "json_object"}]),
-        ("merge", ["yes"]),
-        *((name, ["x"]) for name in ("suffix", "adapters", "adapter", "draft_model")),
-    ],
-)
-def test_a_field_that_is_wrong_is_a_400_that_names_it(field, values):
-    for value in values:
+def test_a_field_that_is_wrong_is_a_400_that_names_it():
+    wrong: dict[str, list[Any]] = {
+        "prompt": ["", [], ["a", "b"], [1, 700], [-1], [True], 5, None],
+        "temperature": ["hot", -1, 1e9, True],
+        "top_k": [700, -1, 1.5],
+        "top_p": [1.1],
+        "max_tokens": [0, True, 2**31],
+        "max_completion_tokens": [1.5],
+        "seed": [-1, 2**64],
+        "xtc_threshold": [0.6],
+        "repetition_penalty": [1e-30],
+        "logit_bias": [{"700": 1}, {"-1": 1}, {"1": 1e9}, {"00000000000701": 1}, []],
+        "stop": ["", ["a"] * 17, "x" * 300, [5]],
+        "stream_options": [{"include_usage": True}],
+        "logprobs": [99, "x"],
+        "response_format": [{"type": "json_object"}],
+        "n": [2],
+        "echo": [True],
+        "stream": ["yes"],
+        "merge": ["yes"],
+        **{name: ["x"] for name in ("suffix", "adapters", "adapter", "draft_model")},
+    }
+    for field, value in [(name, value) for name in wrong for value in wrong[name]]:
         error = refusal({"prompt": "x"} | {field: value})
-        assert error.status == 400
-        assert re.split(r"[.\[]", error.param)[0] == field
+        assert (error.status, re.split(r"[.\[]", error.param)[0]) == (400, field)
         assert "\n" not in str(error)
 
 
@@ -85,21 +78,16 @@ def test_fields_that_do_not_change_the_answer_are_ignored():
     read({"prompt": ["x"], "user": "me", "metadata": {}, "n": 1, "response_format": {}})
 
 
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        (None, "messages"),
-        ([], "messages"),
-        ("x", "messages"),
-        (["x"], "messages[0]"),
+def test_messages_that_are_wrong_are_a_400():
+    bad_call = [{"role": "user"}, {"role": "assistant", "tool_calls": [5]}]
+    for messages, param in (
+        *((None, "messages"), ([], "messages"), ("x", "messages"), (["x"], "messages[0]")),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([{"role": "user"}, {"role": "assistant", "tool_calls": [5]}], "messages[1].tool_calls[0]"),
-    ],
-)
-def test_messages_that_are_wrong_are_a_400(messages, param):
-    error = refusal({"messages": messages}, chat=True)
-    assert (error.status, error.param) == (400, param)
+        (bad_call, "messages[1].tool_calls[0]"),
+    ):
+        error = refusal({"messages": messages}, chat=True)
+        assert (error.status, error.param) == (400, param)
 
 
 def calling(arguments: str) -> dict[str, Any]:
@@ -116,10 +104,10 @@ def test_arguments_of_a_tool_call_are_an_object_for_the_template():
         assert refusal(calling(arguments), chat=True).param.startswith("messages[0].tool_calls[0]")
 
 
-@pytest.mark.parametrize("model", ["gpt-4", "/etc/passwd", "../base", "Qwen/Qwen2.5-0.5B", ""])
-def test_a_model_that_is_not_served_is_a_404(model):
-    error = refusal({"prompt": "x", "model": model})
-    assert (error.status, error.code) == (404, "model_not_found")
+def test_a_model_that_is_not_served_is_a_404():
+    for model in ("gpt-4", "/etc/passwd", "../base", "Qwen/Qwen2.5-0.5B", ""):
+        error = refusal({"prompt": "x", "model": model})
+        assert (error.status, error.code) == (404, "model_not_found")
 
 
 NUMBERS = [0, 1, -1, 0.5, 1.0, 2, 1e-30, 1e30, 1e308, 10**30, -0.0, 700, 699, 2**63, True]
