@@ -21,35 +21,26 @@ tied = conversions.tied
 # ---- finding it ----
 
 
-def test_a_flat_folder_is_the_checkpoint_whatever_lies_below(tmp_path):
-    source = make().write(tmp_path)
-    make(k=2).write(tmp_path / "best")
-    assert find_checkpoint(str(source)) == tmp_path
-
-
-@pytest.mark.parametrize(
-    ("folders", "found"),
-    [
-        (("best",), "best"),
-        (("last", "best", "step_best", "step_last"), "best"),
-        (("last", "step_best", "step_last"), "step_best"),
-        (("step_last", "last"), "last"),
-        (("step_last", "other"), "step_last"),
-        (("small_stage",), "small_stage"),
-    ],
-)
-def test_the_best_or_last_sub_folder_is_found(tmp_path, folders, found):
-    for i, name in enumerate(folders):
-        make(k=2 + i).write(tmp_path / name)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    assert find_checkpoint(str(tmp_path)) == tmp_path / found
-
-
-def test_several_other_sub_folders_are_listed(tmp_path):
+def test_the_best_or_last_sub_folder_is_found_where_the_folder_is_no_checkpoint(tmp_path):
+    for i, (folders, found) in enumerate(
+        (
+            (("best",), "best"),
+            (("last", "best", "step_best", "step_last"), "best"),
+            (("last", "step_best", "step_last"), "step_best"),
+            (("step_last", "last"), "last"),
+            (("step_last", "other"), "step_last"),
+            (("small_stage",), "small_stage"),
+            (("", "best"), ""),
+        )
+    ):
+        root = tmp_path / str(i)
+        for name in folders:
+            make().write(root / name)
+        (root / "logs").mkdir()
+        assert find_checkpoint(str(root)) == root / found
     for name in ("stage_b", "stage_a"):
-        make().write(tmp_path / name)
-    text = refused(tmp_path, tmp_path)
+        make().write(tmp_path / "several" / name)
+    text = refused(tmp_path, tmp_path / "several")
     assert text.endswith("holds several checkpoints (stage_a, stage_b): name one of them")
 
 
