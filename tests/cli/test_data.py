@@ -222,4 +222,4 @@ def test_what_the_hub_lacks_is_one_error(from_hub):
     result = from_hub("data", "amazon-reviews", "--category", "Socks", "--out", "data")
     assert_one_error(result, 1, "has no file raw/review_categories/Socks.jsonl")
     result = from_hub("data", "commitpackft", "--out", "data", HF_HUB_OFFLINE="1")
-    assert_one_error(result, 1, "is not in the cache, and HF_HUB_OFFLINE is set")
+    assert_one_error(result, 1, "not in the cache, or not all of it, and HF_HUB_OFFLINE is set")
