@@ -88,7 +88,7 @@ def _objections(adapter: Adapter) -> list[str]:
     if merge.encoder is not None and (context := merge.encoder.context):
         problems.append(
             f"its encoder also reads the {context} tokens before a block, which the paper's "
-            "code does not: train it without --encoder-context"
+            "code does not: train it without `encoder_context`"
         )
     if merge.encoder is not None and base.scales_embeddings(merge.base.fields):
         problems.append(

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kmerge_mlx.encoder import MergeEncoder
     from kmerge_mlx.generation.stream import batch_generate, compress, generate, stream_generate
     from kmerge_mlx.model import load
     from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, lay_out, lay_out_chat
     from kmerge_mlx.prompts.segments import Segment
-    from kmerge_mlx.virtual_tokens import MergeEncoder
 
 _HOMES = {
-    "MergeEncoder": "virtual_tokens",
+    "MergeEncoder": "encoder",
     "batch_generate": "generation.stream",
     "compress": "generation.stream",
     "generate": "generation.stream",

@@ -21,9 +21,10 @@ from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
 from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, MergeConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 from kmerge_mlx.source import Source, check_unmerged
-from kmerge_mlx.virtual_tokens import MergedEmbedding, MergeEncoder
+from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 
 def load(

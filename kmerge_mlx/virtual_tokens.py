@@ -1,10 +1,5 @@
 """Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
-:class:`MergeEncoder` makes one embedding of a block. Source: arXiv 2604.15153 section 3.2: block
-mean plus a 3-layer ReLU MLP over the K embeddings laid end to end. The paper calls it
-average-initialised; here the last layer starts at zero, so training starts at exactly the mean.
-Beyond the paper, the MLP may also read c tokens before the block.
-
 The merged embedding of a block depends only on the token ids that the encoder reads: the block's
 own K, and with an encoder context of c the c before it. So every distinct block gets an id of its
 own past the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table:
@@ -27,67 +22,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec
-from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
+from kmerge_mlx.adapters.schema import LoRASpec
+from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
 
 Block = tuple[int, ...]
-
-
-class MergeEncoder(nn.Module):
-    """``f(e_1..e_K) = mean(e) + W3 relu(W2 relu(W1 [e_1;..;e_K]))``, every W with a bias.
-
-    With a context of c, W1 reads ``[e_1-c;..;e_0;e_1;..;e_K]``; the mean is over the block alone.
-
-    Args:
-        config: K, D, H and c, and how the weights are packed, if they are.
-    """
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.config = config
-        widths = config.layers().values()
-        self.w1, self.w2, self.w3 = (nn.Linear(inner, out) for out, inner in widths)
-        self.w3.weight = mx.zeros_like(self.w3.weight)
-        self.w3.bias = mx.zeros_like(self.w3.bias)
-        if config.quantization is not None:
-            nn.quantize(self, config.quantization.group_size, config.quantization.bits)
-
-    def __call__(self, embeddings: mx.array) -> mx.array:
-        """Merges blocks.
-
-        Args:
-            embeddings: ``(N, c + K, D)``, any float dtype: c before each block, then its own K.
-
-        Returns:
-            Merged embeddings ``(N, D)`` in the encoder's dtype.
-        """
-        x = embeddings.astype(self.w3.bias.dtype)
-        hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
-        hidden = nn.relu(self.w2(hidden))
-        return x[:, self.config.context :].mean(axis=1) + self.w3(hidden)
-
-    def in_chunks(
-        self,
-        embed: Callable[[mx.array], mx.array],
-        blocks: mx.array,
-        chunk_size: int = BLOCKS_PER_CHUNK,
-    ) -> Iterator[mx.array]:
-        """Looks up and merges many blocks without holding all of their embeddings at once.
-
-        Args:
-            embed: Token ids of any shape to embeddings of that shape plus ``(D,)``.
-            blocks: Token ids ``(N, c + K)``.
-            chunk_size: Blocks per chunk.
-
-        Yields:
-            Merged embeddings ``(n, D)``, evaluated, n at most ``chunk_size``, in order.
-        """
-        for start in range(0, blocks.shape[0], chunk_size):
-            merged = self(embed(blocks[start : start + chunk_size]))
-            mx.eval(merged)
-            yield merged
 
 
 @dataclass(eq=False)

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, inner_size
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.virtual_tokens import (
-    BlockTable,
-    CompressedPrompt,
-    MergedEmbedding,
-    MergeEncoder,
-    split,
-)
+from kmerge_mlx.virtual_tokens import BlockTable, CompressedPrompt, MergedEmbedding, split
 
 V, D = 50, 8
 

@@ -42,6 +42,7 @@ STDIN = "-"
 # What the command line reads for each kind; a list is text with commas, a mapping is JSON.
 _TYPES = {int: int, float: float, str: str, bool: bool, SIZE: str, list: str, dict: str}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
 
 
 class CommandError(Exception):
@@ -91,7 +92,11 @@ def command(
 
 def with_flags(message: str, settings: type[Settings]) -> str:
     """A message in which each setting in backticks is written as the flag that sets it."""
-    flags = {f.name: flags_of(f)[0].split("/")[0] for f in fields(settings) if flags_of(f)}
+    flags: dict[str, str] = {}
+    for setting in fields(settings):
+        for flag in "/".join(flags_of(setting)).split("/"):  # also both sides of --x/--ignore-x
+            flags[flag.lstrip("-").replace("-", "_")] = flag
+            flags.setdefault(setting.name, flag)
     return re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), message)
 
 
@@ -125,7 +130,7 @@ def _parameter(field: Field) -> inspect.Parameter:
             show_default=False,
             rich_help_panel=own.group,
             # Not a choice of Typer's: the settings' own check says more, for YAML too.
-            metavar=f"<{'|'.join(map(str, own.choices))}>" if own.choices else None,
+            metavar="|".join(map(str, own.choices)) or _METAVARS.get(own.kind),
             **limits,
         )
     annotation = Annotated[kind if own.required else kind | None, info]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from tqdm import tqdm
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.train.settings import TrainSettings
@@ -100,6 +99,8 @@ class TrainingBar:
         self._say(_header(self._run))
         done, total = self._run.state.iteration, self._run.settings.iters
         more = {"unit": "it", "dynamic_ncols": True, "disable": None}
+        from tqdm import tqdm
+
         self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
@@ -121,6 +122,8 @@ class TrainingBar:
 
     def on_validation(self, done: int, total: int) -> None:
         if self._valid is None:
+            from tqdm import tqdm
+
             self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
         self._valid.update(done - self._valid.n)
         if done == total:
@@ -148,6 +151,8 @@ class TrainingBar:
 
     def _say(self, line: str) -> None:
         """Writes a line above the bar."""
+        from tqdm import tqdm
+
         tqdm.write(line, file=sys.stderr)
 
 

@@ -183,7 +183,7 @@ def lay_out(
     if runs is None:
         raise PromptError(
             "the chat template rewrites the text, so its tokens cannot be told from the "
-            "template's: use --ignore-chat-template"
+            "template's: leave it out (`ignore_chat_template`)"
         )
     return segments_of(tokenizer, text, False, runs, outside)
 
@@ -343,7 +343,7 @@ def _rendered(
         except Exception as error:  # a template is a program: it raises what it likes
             raise PromptError(
                 f"the chat template refused ({first_line(error)})",
-                "change what it is given, or use --ignore-chat-template",
+                "change what it is given, or leave it out (`ignore_chat_template`)",
             ) from error
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]

@@ -129,7 +129,7 @@ def test_prompts_are_laid_out_as_in_training_unless_another_way_is_asked_for(rea
 def test_what_a_template_does_to_the_text_or_refuses_is_one_message(bases, adapter_path, path):
     args = ("generate", "--model", bases["wraps"], "--adapter-path", adapter_path, path, "-m", 2)
     assert run(*args, "--apply-chat-template").code == 0
-    said = "the chat template rewrites the text", "use --ignore-chat-template"
+    said = "the chat template rewrites the text", "leave it out (--ignore-chat-template)"
     assert_one_error(run(*args, "-p", QUESTION, "--apply-chat-template"), 1, *said)
     assert run(*args, "-p", QUESTION).code == 0
     args = ("generate", "--model", bases["no_system"], "-p", QUESTION, "-m", 2)

@@ -85,7 +85,7 @@ def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
 
 def test_a_template_that_rewrites_the_text_is_refused_only_where_it_matters():
     tokenizer = tokenizer_with(COUNTING)
-    with pytest.raises(PromptError, match=r"rewrites the text.*--ignore-chat-template"):
+    with pytest.raises(PromptError, match=r"rewrites the text.*ignore_chat_template"):
         lay_out(tokenizer, "tree", "child", ChatTemplate())
     assert lay_out(tokenizer, "tree", None, ChatTemplate(), Layout(ALL))[0].merge
 
