@@ -19,7 +19,7 @@ LAYERS = [
     {"files", "prompts", "hub"},
     {"settings"},
     {"adapters", "data"},
-    {"base"},
+    {"base", "encoder"},
     {"virtual_tokens", "source"},
     {"model", "convert"},
     {"generation"},
