@@ -1,4 +1,4 @@
-"""Finds a base model, reads its config and tokenizer, and checks that it can take virtual ids."""
+"""Finds a base model, and reads its config, its tokenizer and the token that pads a block."""
 
 from __future__ import annotations
 

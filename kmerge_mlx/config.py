@@ -1,4 +1,4 @@
-"""Numbers and names that several parts share, and the checks for plain numbers.
+"""Constants that are not a command's options, and the checks for plain numbers.
 
 Importing it must stay cheap: ``kmerge-mlx --help`` does.
 """

@@ -21,7 +21,7 @@ from tokenizer import ANSWER, CHILD, EOS, PHRASES, TASKS, TREE
 from tokenizers import Tokenizer
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.tasks import fingerprint
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, Question, Stage, Tree, TreeTask
 
 FIRST_NODES, LAST_NODES = 4, 20

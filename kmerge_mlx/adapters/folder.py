@@ -1,4 +1,4 @@
-"""Finds, reads and writes adapter folders.
+"""Finds, reads and writes adapter folders: merge_config.json and the three files beside it.
 
 Format (docs/adapter-format.md): ``adapter_config.json`` and ``adapters.safetensors`` are mlx-lm's,
 so mlx-lm loads the LoRA, or the layers; ``merge_config.json`` and ``merge_encoder.safetensors`` are

@@ -1,4 +1,4 @@
-"""An adapter's two configs: its encoder, its base model, its layout, and what of the base changes.
+"""What merge_config.json and adapter_config.json say: encoder, base model, layout, LoRA or layers.
 
 Source: arXiv 2604.15153 section 3 (encoder sizes); docs/adapter-format.md. What changes is mlx-lm's
 ``fine_tune_type``, ``num_layers`` and ``lora_parameters`` (``mlx_lm.tuner.utils.load_adapters``).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kmerge_mlx.data.splits import AmazonReviews, CommitPackFT, HubTask, Task
+from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, HubTask, Task
 from kmerge_mlx.data.textualized_tree import TreeTask
 
 HUB_TASKS: dict[str, type[HubTask]] = {task.name: task for task in (AmazonReviews, CommitPackFT)}

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any, ClassVar, TypeVar
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.splits import Progress, Task, Written, fingerprint, write_splits
+from kmerge_mlx.data.tasks import Progress, Task, Written, fingerprint, write_splits
 from kmerge_mlx.errors import DataError, SettingsError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

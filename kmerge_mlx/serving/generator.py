@@ -1,4 +1,4 @@
-"""mlx-lm's engine with one fixed model, whose prompts are merged: everything we override of it.
+"""The server's model, and all that we override of mlx-lm's engine so that it reads merged prompts.
 
 MLX works in mlx-lm's generation thread alone. Blocks are freed there too, and only while a prompt
 is merged.

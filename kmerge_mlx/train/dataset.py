@@ -17,7 +17,7 @@ from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
-from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.tasks import fingerprint
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kmerge_mlx.base import default_pad_token_id
-from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.tasks import fingerprint
 from kmerge_mlx.data.textualized_tree import FIND_PARENT, TreeTask
 from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TREE
 

@@ -14,7 +14,7 @@ from mlx_lm.tuner.datasets import load_local_dataset
 
 from kmerge_mlx.data.sources import load_examples
 from tests.cli_runner import assert_one_error, run, run_process
-from tests.data.test_splits import COMMITS, REVIEWS
+from tests.data.test_tasks import COMMITS, REVIEWS
 from tests.hub_runs import QUIET
 from tests.hub_server import Repo, running_hub
 

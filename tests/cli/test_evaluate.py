@@ -14,7 +14,7 @@ from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
 from tests.cli_runner import Result, assert_one_error, no_room, run
 from tests.conftest import UPSTREAM
-from tests.data.test_splits import REVIEWS
+from tests.data.test_tasks import REVIEWS
 from tests.evaluations import Folders, labelled, questions_of, words_of, write_data, write_folders
 
 TRUTH = ["true", "false", "true", "true", "false", "true", "true", "false"]

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 
 from kmerge_mlx.data import textualized_tree
-from kmerge_mlx.data.splits import fingerprint
+from kmerge_mlx.data.tasks import fingerprint
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError, SettingsError
 

@@ -13,7 +13,7 @@ from kmerge_mlx.evaluation.questions import Questions, load_questions
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
-from tests.data.test_splits import COMMITS, REVIEWS
+from tests.data.test_tasks import COMMITS, REVIEWS
 from tests.evaluations import (
     labelled,
     measured,

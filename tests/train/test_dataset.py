@@ -9,13 +9,13 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx.data.sources import load_examples
-from kmerge_mlx.data.splits import AmazonReviews
+from kmerge_mlx.data.tasks import AmazonReviews
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError
 from kmerge_mlx.train.dataset import TokenizedSet, num_positions, tree_sets
 from kmerge_mlx.train.settings import TrainSettings
 from tests.cli_runner import CHATML, assert_one_error, copy_base
-from tests.data.test_splits import REVIEWS
+from tests.data.test_tasks import REVIEWS
 from tests.train_runs import BASE, log_of, rows_of, train, trained, write_data
 
 GOOD = rows_of(8)

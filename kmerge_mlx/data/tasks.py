@@ -1,4 +1,4 @@
-"""Draws the splits of a task so that they share nothing: reviews and commits from the hub's files.
+"""The paper's tasks on reviews and commits, what a task is, and splits that share nothing.
 
 Source: arXiv 2604.15153; the hub datasets McAuley-Lab/Amazon-Reviews-2023 (rows with ``text`` and
 ``rating``, 1.0 to 5.0) and bigcode/commitpackft (``old_contents``, ``new_contents``, ``subject``).

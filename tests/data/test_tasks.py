@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data.splits import AmazonReviews, CommitPackFT, Pair, silent
+from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, Pair, silent
 from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
