@@ -211,3 +211,11 @@ def test_with_everything_raw_the_output_is_mlx_lms_with_the_same_lora(tmp_path):
         found = [r.token for r in stream_generate(ours, tokenizer, segments, 12)]
         host = mlx_lm.stream_generate(theirs, tokenizer, ids, 12)
         assert found == [r.token for r in host]
+
+
+def test_a_context_of_as_many_tokens_as_the_threshold_merges(tokenizer):
+    context = f"{LONG}\n\n"
+    size = len(tokenizer.encode(context, add_special_tokens=False))
+    for threshold, merges in ((size, True), (size + 1, False)):
+        segments = lay_out_chat(tokenizer, [user(context + "Why?")], Layout(threshold=threshold))
+        assert bool(merged(tokenizer, segments)) == merges

@@ -23,8 +23,6 @@ from kmerge_mlx.train.step import Engine
 from tests.cli_runner import assert_one_error, copy_base
 from tests.train_runs import BASE, log_of, rows_of, same, tensors_of, train, trained, write_data
 
-pytestmark = pytest.mark.slow
-
 V = 700
 TAUGHT = ("--teacher", "base", "--batch-size", 8, "--learning-rate", 1e-3)
 RUN = (*TAUGHT, "--iters", 4, "--steps-per-report", 1, "--steps-per-eval", 2)
@@ -99,6 +97,7 @@ def test_divergences_are_those_of_numpy_and_of_top_tokens_never_above_the_whole(
         assert (found >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 7])
 def test_the_teacher_is_mlx_lms_plain_base_on_the_whole_row(tmp_path, top_k):
     rows = [
@@ -126,6 +125,7 @@ def test_the_teacher_is_mlx_lms_plain_base_on_the_whole_row(tmp_path, top_k):
     assert logprobs.shape[1] == (top_k or V)
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_what_it_was_while_whole_layers_are_trained(tmp_path):
     run = prepared(tmp_path, rows_of(8), teacher="base", fine_tune_type="full", learning_rate=1e-2)
     examples = [run.stages[0].train[i] for i in range(4)]
@@ -138,6 +138,7 @@ def test_the_teacher_stays_what_it_was_while_whole_layers_are_trained(tmp_path):
     assert engine.read_window()[0] > 0
 
 
+@pytest.mark.slow
 def test_the_logged_divergence_is_that_of_merged_and_plain_logits(tmp_path):
     """Before training: the merged embedding is the mean, so mlx-lm's model can be asked."""
     rows = rows_of(4)
@@ -158,6 +159,7 @@ def test_the_logged_divergence_is_that_of_merged_and_plain_logits(tmp_path):
     assert log_of(path, "val_kl")[0][1] == pytest.approx(total / tokens, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_more_top_tokens_than_the_model_has_are_refused(tmp_path):
     data = write_data(tmp_path / "data", rows_of(16))
     result = train(tmp_path / "run", "--data", data, *RUN, "--teacher-top-k", V + 1)
@@ -175,6 +177,7 @@ def stored(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
     live = tmp_path / "live"
     trained(live, "--data", stored / "data", *RUN, "--teacher-top-k", 5)
@@ -184,6 +187,7 @@ def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
     assert same(tensors_of(live), tensors_of(stored / "run"), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [("--teacher-top-k", 6), ("--k", 2), ("--data", "OTHER")])
 def test_a_file_of_something_else_is_refused(tmp_path, stored, change):
     other = write_data(tmp_path / "other", rows_of(20, 5), rows_of(9, 20))
@@ -194,6 +198,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, stored, change):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_none_of_a_teacher_is_one_line(tmp_path, stored):
     (tmp_path / "file").write_bytes(b"no tensors")
     file = ("--teacher-top-k", 5, "--teacher-file", tmp_path / "file")
@@ -212,6 +217,7 @@ def greedy_by_mlx_lm(prompt: str, tokens: int) -> list[int]:
     return [response.token for response in responses]
 
 
+@pytest.mark.slow
 def test_missing_answers_are_the_bases_own_greedy_ones(tmp_path):
     rows = rows_of(6)
     bare = [{"prompt": row["prompt"]} for row in rows]
@@ -227,6 +233,7 @@ def test_missing_answers_are_the_bases_own_greedy_ones(tmp_path):
             assert answers[split][str(i)] == greedy_by_mlx_lm(bare[i]["prompt"], 5)
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_by_itself_is_ended_by_the_eos_token(tmp_path):
     """Of two tokens that end a text, the one that the student is to learn."""
     bare = [{"prompt": row["prompt"]} for row in rows_of(4)]
@@ -239,6 +246,7 @@ def test_an_answer_that_ends_by_itself_is_ended_by_the_eos_token(tmp_path):
     assert json.loads((path / "training" / "answers.json").read_text())["train"]["0"] == [0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_answers_and_torn_ones_are_one_line(tmp_path, monkeypatch):
     bare = [{"prompt": row["prompt"]} for row in rows_of(8)]
     data = write_data(tmp_path / "data", bare)
