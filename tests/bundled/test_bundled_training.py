@@ -46,6 +46,7 @@ def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_pa
     assert {".".join(p[: 2 if p[0] == "layers" else 1]) for p in paths} == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 3, 6, 8])
 def test_resuming_gives_the_same_weights_bit_for_bit(scripts, trainer_of, tmp_path, at):
     run = scripts["train"].run

@@ -216,6 +216,7 @@ def test_kv_bits_and_max_kv_size_act_as_in_mlx_lm(tiny):
             assert mx.abs(response.logprobs - logprobs).max().item() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_20_000_token_prompt_is_read_in_bounded_memory(tiny):
     """The encoder's activations must not grow with T: 20,000 tokens against 5,000."""
     model, tokenizer = tiny

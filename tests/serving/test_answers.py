@@ -208,6 +208,7 @@ def test_a_base_without_an_adapter_is_served_unmerged(base_path):
         server.assert_alive()
 
 
+@pytest.mark.slow
 def test_a_quantized_kv_cache_serves_one_at_a_time(tmp_path):
     base = write_base(tmp_path / "base", qwen2_config())
     settings = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}

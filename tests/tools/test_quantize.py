@@ -35,6 +35,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_layers_are_mlx_lms_and_the_table_is_left_alone(tmp_path, capsys, tied, bits):

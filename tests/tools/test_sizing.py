@@ -150,6 +150,7 @@ def test_a_published_hybrid_of_80_billion_parameters_is_calculated(tmp_path):
     assert row["kv_bytes"] == linear + 12 * 2 * 2 * 256 * 2 * 1000
 
 
+@pytest.mark.slow
 def test_every_kind_of_kv_cache_is_sized_as_generation_fills_it(tmp_path):
     base = str(write_base(tmp_path / "base", qwen2_config(**BASES["qwen2"])))
     save_adapter(random_adapter(load(base)[0], 3), tmp_path / "a")
