@@ -78,6 +78,10 @@ def run(
     return Result(code, out.text(), err.text())
 
 
+PLAIN_USER = Path(__file__).parent / "plain_user"
+"""On PYTHONPATH, it hides PyTorch."""
+
+
 def command(*args: object) -> list[str]:
     """The command line that runs ``kmerge-mlx`` in a process of its own."""
     return [sys.executable, "-m", "kmerge_mlx", *map(str, args)]

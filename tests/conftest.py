@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli_runner import PLAIN_USER
+
 pytest_plugins = ("tests.bundled_scripts",)
 
 # No test may reach the hub; set before huggingface_hub is imported.
@@ -18,6 +20,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UPSTREAM = Path(__file__).parent / "fixtures" / "upstream_tied_k4"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_of_a_plain_user():
+    """The processes that tests start find no PyTorch. (pytest's own workers start before this.)"""
+    os.environ["PYTHONPATH"] = str(PLAIN_USER)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cli_runner import environment
+from tests.cli_runner import PLAIN_USER, environment
 from tests.hub_runs import settings
 from tests.hub_server import Hub
 
@@ -89,7 +89,11 @@ class Sandbox:
             script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {line} "$@"\n')
             script.chmod(0o755)
         path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._environment = environment(**settings(hub, home), PATH=path, PYTHONPATH=str(ROOT))
+        self._environment = environment(
+            **settings(hub, home),
+            PATH=path,
+            PYTHONPATH=f"{ROOT}{os.pathsep}{PLAIN_USER}",
+        )
 
     def copy(self, source: Path, name: str) -> None:
         """Puts a folder or a file there."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import command, environment
+from tests.cli_runner import PLAIN_USER, command, environment
 from tests.conftest import UPSTREAM
 from tests.doc_blocks import ROOT, blocks
 
@@ -32,7 +32,7 @@ def run(tmp_path):
         done = subprocess.run(
             [*map(str, line)],
             cwd=cwd,
-            env=environment(PATH=path, PYTHONPATH=str(ROOT)),
+            env=environment(PATH=path, PYTHONPATH=f"{ROOT}{os.pathsep}{PLAIN_USER}"),
             capture_output=True,
             encoding="utf-8",
             stdin=subprocess.DEVNULL,
@@ -92,7 +92,7 @@ def test_the_memory_table_prints_nothing_but_its_cells(tmp_path):
         [sys.executable, script, "--model", UPSTREAM / "base", "--length", "1500"],
         capture_output=True,
         encoding="utf-8",
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{PLAIN_USER}"),
         timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "")
