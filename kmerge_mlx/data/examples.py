@@ -35,16 +35,8 @@ class Example:
 class RowFormat:
     """The keys of a row (mlx-lm's, and ours for what merges and where a text is cut).
 
-    Args:
-        context_feature: Key of what merges while the prompt stays raw; a row without it merges its
-            whole prompt.
-        split_feature: Key of the character of a text at which its answer begins.
-        text_split: Share of a text, between 0 and 1, after which its answer begins, for rows
-            without a ``split``; the cut moves left to the next white space.
-        answers: Whether every row must have an answer.
-
-    Raises:
-        DataError: A key that is not text, or a share out of range.
+    A row with a ``context`` keeps its prompt raw; without one, the whole prompt merges. A text that
+    has no ``split`` is cut at the white space before ``text_split``.
     """
 
     prompt_feature: str = "prompt"
@@ -52,9 +44,9 @@ class RowFormat:
     chat_feature: str = "messages"
     text_feature: str = "text"
     context_feature: str = "context"
-    split_feature: str = "split"
-    text_split: float | None = None
-    answers: bool = True
+    split_feature: str = "split"  # the character of a text at which its answer begins
+    text_split: float | None = None  # share of a text, between 0 and 1, before its answer
+    answers: bool = True  # whether every row must have one
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,11 +57,7 @@ class RowFormat:
             raise DataError(f"text_split is {short(share)}, expected a share between 0 and 1")
 
     def read(self, row: Row) -> Example:
-        """Reads a row; keys that it does not know are ignored, as in mlx-lm.
-
-        Raises:
-            DataError: A missing key, a wrong type, an empty answer, no prompt; says which.
-        """
+        """Reads a row, or raises DataError; unknown keys are ignored, as in mlx-lm."""
         asks = self.prompt_feature in row or self.context_feature in row
         others = self.chat_feature in row or self.text_feature in row
         if asks and (self.completion_feature in row or not (others or self.answers)):

@@ -54,12 +54,8 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     With a chat template, prompt and answer are cut apart where the template's generation prompt
     ends, so their ids laid end to end are those of the whole conversation, up to the token that
     ends the answer: what a template writes after it (ChatML's line break) is never generated, and
-    is left out. Without one, prompt and answer are tokenized apart.
-
-    Raises:
-        DataError: A conversation and no template, a template that refuses, or one that changes the
-            prompt when an answer follows it; a tokenizer without an eos token.
-        PromptError: As for ``prompts.lay_out``.
+    is left out. Without one, prompt and answer are tokenized apart. Raises DataError where that
+    cannot be done, and PromptError as ``prompts.lay_out`` does.
     """
     templated = layout.chat_template and tokenizer.has_chat_template
     options = {} if example.tools is None else {"tools": list(example.tools)}

@@ -52,8 +52,7 @@ def read_examples(
 ) -> ExampleList:
     """Reads a ``.jsonl`` or ``.jsonl.gz`` file; ``skip_bad`` counts bad lines and goes on.
 
-    Raises:
-        DataError: A bad line (named), not a single good line, or a file that cannot be read.
+    DataError: a bad line (named), not a single good one, or a file that cannot be read.
     """
     path, bad = Path(path), BadLines(skip_bad)
     items, places, place = [], [], f"{path} line"
@@ -72,17 +71,10 @@ def load_examples(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """Reads those splits that a folder, or a hub dataset of JSONL files, has.
+    """Reads those of some splits that a folder has, or a hub dataset (``user/name@revision``).
 
-    Args:
-        data: A folder with ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` (or ``.jsonl.gz``), or
-            a hub repo id of one (``user/name@revision``).
-        row_format: What the rows mean.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
-        splits: Which splits are wanted.
-
-    Raises:
-        DataError: No such folder or dataset, no split in it, or a bad line.
+    They are in ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` (or ``.jsonl.gz``). Raises
+    DataError for no such folder or dataset, none of the splits in it, or a bad line.
     """
     folder = _folder(data, splits)
     files = {split: path for split in splits if (path := _split_file(folder, split))}
@@ -102,10 +94,7 @@ def load_hub_datasets(
 
     An entry has a ``path``, and as wanted ``train_split``, ``valid_split``, ``test_split``
     (``train[:80%]``, ``train[-10%:]`` and none by default) and fields of RowFormat in the place of
-    those of ``row_format``. The other arguments are those of :func:`load_examples`.
-
-    Raises:
-        DataError: An unknown key, a malformed slice, a dataset without JSONL files, a bad line.
+    those of ``row_format``. Raises as :func:`load_examples`, and for an unknown key or slice.
     """
     found: dict[str, ExampleList] = {}
     for entry in [entries] if isinstance(entries, Mapping) else entries:

@@ -17,10 +17,11 @@ from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import tokenize
+from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, KMergeError
-from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions, recall_questions
+from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer, in_batches
+from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer
 from kmerge_mlx.evaluation.settings import (
     MERGED,
     RECALL,
@@ -33,6 +34,7 @@ from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
+from kmerge_mlx.train.rows import by_length
 
 MORE_TOKENS = 8
 """How many tokens longer than a right one an answer may be that has to contain it."""
@@ -131,7 +133,7 @@ def _measured(
         if refusal := scorer.refusal(cut):
             found[method] = Row(method.name, method.k, method.label, refused=refusal)
             continue
-        for batch in in_batches(cut, method.k, batch_size):
+        for batch in by_length(cut, batch_size, method.k):
             if not file.has(method, batch):
                 asked = [questions.items[i] for i in batch]
                 sizes = [len(question.row.prompt_ids) for question in asked]

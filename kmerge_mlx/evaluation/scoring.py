@@ -26,7 +26,6 @@ from kmerge_mlx.evaluation.settings import MEAN, MERGED, STRIDE, TRUNCATE, UNCOM
 from kmerge_mlx.generation.stream import batch_generate, check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import make_batch
 
@@ -178,13 +177,6 @@ def _in_passes(
         if end == len(rows) or positions > MOST_POSITIONS or logits > MOST_LOGITS:
             yield rows[start:end]
             start = end
-
-
-def in_batches(rows: Sequence[TokenizedExample], k: int, batch_size: int) -> list[list[int]]:
-    """The indices of all rows in batches of similar length, the same ones at every call."""
-    lengths = [num_positions(row, k) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class PredictionsFile:

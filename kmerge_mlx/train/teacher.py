@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from kmerge_mlx.config import is_int
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.tasks import Progress
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.files import replacing_file, safetensors_shapes
 from kmerge_mlx.generation.stream import batch_generate
@@ -23,7 +24,6 @@ from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
 from kmerge_mlx.train.rows import Batch, by_length, make_batch
 
-Progress = Callable[[int, int], None]
 Answers = dict[str, dict[str, list[int]]]
 """Token ids by split and by the row's index (as text, for JSON)."""
 

@@ -63,7 +63,8 @@ def test_the_files_are_those_of_the_first_release_byte_for_byte(
 def test_a_review_is_positive_from_three_and_a_half_stars():
     for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
         row = {"text": "Love it", "rating": rating, "title": "Nice"}
-        assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
+        prompt = "Review: Love it, Label:"
+        assert AmazonReviews.pair(row) == Pair(prompt, label, prompt, {"labels": label})
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
