@@ -17,17 +17,13 @@ from kmerge_mlx.prompts.tags import cuts_tag
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt (a context that merges and text to read raw after it, or messages) and its answer.
+    """A prompt and its answer."""
 
-    The whole prompt is the context where a row does not tell them apart. No chat template applies
-    to a ``bare`` one, as in mlx-lm's ``text`` format. The answer of ``messages`` is the last.
-    """
-
-    context: str | None = None
-    prompt: str | None = None
+    context: str | None = None  # what merges: the whole prompt if a row does not tell them apart
+    prompt: str | None = None  # text to read raw after it
     answer: str | None = None
-    bare: bool = False
-    messages: tuple[Mapping[str, Any], ...] = ()
+    bare: bool = False  # no chat template applies, as in mlx-lm's text format
+    messages: tuple[Mapping[str, Any], ...] = ()  # instead of all that; the last is the answer
     tools: tuple[Any, ...] | None = None
 
 
@@ -151,7 +147,6 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def _text_of(row: Row, key: str) -> str:
-    """A text of a row; empty where it has none."""
     value = row.get(key)
     if not isinstance(value, str | None):
         raise DataError(f"{key} is {short(value)}, expected text")

@@ -27,14 +27,11 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class ExampleList(Sequence[Example]):
-    """The examples of a split, in memory; ``bad`` lines were left out.
-
-    Each comes from a place: a file or a task, and a number from 1.
-    """
+    """The examples of a split, in memory."""
 
     items: Sequence[Example]
-    places: Sequence[tuple[str, int]]
-    bad: int = 0
+    places: Sequence[tuple[str, int]]  # where each comes from: a file or task, a number from 1
+    bad: int = 0  # lines that were left out
 
     def __len__(self) -> int:
         return len(self.items)

@@ -89,10 +89,7 @@ class Pair(NamedTuple):
 
 
 def write_splits(
-    folder: Path,
-    splits: Iterable[str],
-    rows: Callable[[str, set[int]], Iterable[Pair]],
-    unit: str,
+    folder: Path, splits: Iterable[str], rows: Callable[[str, set[int]], Iterable[Pair]], unit: str
 ) -> dict[str, Any]:
     """Writes splits in turn, in mlx-lm's ``prompt``/``completion`` format.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,22 +31,16 @@ from kmerge_mlx.evaluation.settings import (
 )
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
-from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.train.rows import by_length
 
-MORE_TOKENS = 8
-"""How many tokens longer than a right one an answer may be that has to contain it."""
-
+MORE_TOKENS = 8  # an answer that has to contain the right one may be so much longer
 Sources = Mapping[int, Source]
 """The base with the adapter for each merge factor; the base alone for 1 if there is none."""
 
 
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
-    """Measures what the settings ask for.
-
-    Raises KMergeError for a model, an adapter, data or a file that is not as it should be.
-    """
+    """Measures what the settings ask for."""
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
     sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
     methods = wanted(settings, [*sources])
@@ -165,9 +158,7 @@ def _questions(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: 
             if not settings.skip_bad:
                 raise EvaluateError(problem) from error
         else:
-            # 4 bytes a token, because there may be many.
-            segments = [Segment(array("i", s.ids), s.merge) for s in row.segments]
-            kept.append(replace(question, row=replace(row, segments=segments)))
+            kept.append(replace(question, row=row.packed()))
         progress(i + 1, len(questions.items))
     if not kept:
         raise EvaluateError(f"no question is left: {problem}")
@@ -196,7 +187,7 @@ def _identity(
     digest = hashlib.sha256()
     for question in questions.items:
         prompt = [[segment.merge, *segment.ids] for segment in question.row.segments]
-        about = [question.group, question.answer, prompt, question.row.answer_ids]
+        about = [question.group, question.answer, prompt, [*question.row.answer_ids]]
         digest.update(json.dumps(about).encode() + b"\n")
     path = next(iter(sources.values())).path
     identity = {

@@ -162,7 +162,7 @@ def read_progress(path: Path) -> State:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings from which a resumed run begins, if any; only this command's allow remote code."""
+    """The settings from which a resumed run begins, if any; they never allow remote code."""
     if not (path / TRAINING / STATE).is_file():
         return {}
     return {n: v for n, v in _about(path)["settings"].items() if n != "trust_remote_code"}

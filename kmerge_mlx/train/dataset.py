@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
@@ -21,7 +19,6 @@ from kmerge_mlx.data.tasks import Bar, Progress, fingerprint, silent
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
-from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.settings import TrainSettings
 
 TRAIN_SPLITS = ("train", "valid")
@@ -76,19 +73,16 @@ class TokenizedSet(Sequence[TokenizedExample]):
     ):
         self._settings = settings
         self.bad = examples.bad  # rows that were left out, unreadable lines included
-        self._rows: list[tuple[list[tuple[np.ndarray, bool]], np.ndarray]] = []
+        self._rows: list[TokenizedExample] = []
         problem = "the split is empty"
         for i in range(len(examples)):
             try:
-                row = _row(settings, tokenizer, examples[i])
+                self._rows.append(_row(settings, tokenizer, examples[i]).packed())
             except KMergeError as error:
                 problem = f"{examples.where(i)}: {error}"
                 if not settings.skip_bad:
                     raise DataError(problem) from None
                 self.bad += 1
-            else:
-                segments = [(np.array(s.ids, np.int32), s.merge) for s in row.segments]
-                self._rows.append((segments, np.array(row.answer_ids, np.int32)))
             if i % 100 == 99 or i + 1 == len(examples):
                 progress(i + 1, len(examples))
         if not self._rows:
@@ -98,29 +92,23 @@ class TokenizedSet(Sequence[TokenizedExample]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        segments, answer = self._rows[index]
-        read = [Segment(ids.tolist(), merge) for ids, merge in segments]
-        return TokenizedExample(read, answer.tolist())
+        return self._rows[index]
 
     @property
     def digest(self) -> str:
         """SHA-256 of all ids, by which a resumed run knows its data, tokenizer and template."""
         digest = hashlib.sha256()
-        for segments, answer in self._rows:
-            for ids, merge in segments:
-                digest.update(f"{len(ids)} {merge} ".encode() + ids.tobytes())
-            digest.update(f"{len(answer)}\n".encode() + answer.tobytes())
+        for row in self._rows:
+            for part in row.segments:
+                digest.update(f"{len(part.ids)} {part.merge} ".encode() + part.ids.tobytes())
+            digest.update(f"{len(row.answer_ids)}\n".encode() + row.answer_ids.tobytes())
         return digest.hexdigest()
-
-    def num_answer_tokens(self, index: int) -> int:
-        """How many tokens an example's answer has."""
-        return len(self._rows[index][1])
 
     def set_answer(self, index: int, answer_ids: Sequence[int]) -> None:
         """Gives an example the answer it lacks, cut to the longest row."""
-        positions = num_positions(self[index], self._settings.k)
-        room = max(self._settings.max_seq_length - positions, 1)
-        self._rows[index] = (self._rows[index][0], np.array(answer_ids[:room], np.int32))
+        row = self._rows[index]
+        room = max(self._settings.max_seq_length - num_positions(row, self._settings.k), 1)
+        self._rows[index] = TokenizedExample(row.segments, answer_ids[:room]).packed()
 
 
 class TreeSet(Sequence[TokenizedExample]):

@@ -14,14 +14,7 @@ from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
 from tests.data.test_tasks import COMMITS, REVIEWS
-from tests.evaluations import (
-    labelled,
-    measured,
-    questions_of,
-    silent,
-    write_data,
-    write_folders,
-)
+from tests.evaluations import labelled, measured, questions_of, silent, write_data, write_folders
 
 BASE = str(UPSTREAM / "base")
 TRUTH = ["true", "false", "true", "true", "false", "true"]
@@ -114,7 +107,7 @@ def test_a_row_that_cannot_be_tokenized_is_named_or_skipped(tmp_path):
 def test_every_tree_is_asked_a_true_and_a_false_question_and_for_a_parent():
     questions = trees()
     assert [(group.name, group.labels) for group in questions.groups] == [
-        *(("relationship", ("true", "false")), ("find_parent", ())),
+        *(("relationship", ("true", "false")), ("find_parent", ()))
     ]
     assert questions.sizes() == {"relationship": 60, "find_parent": 30}
     of_tree: dict[str, Counter] = {}

@@ -116,7 +116,7 @@ def test_lengths_and_depths_are_shown_in_order_and_once():
         (length, depth) for length in (150, 200) for depth in (0.125, 0.1251, 1)
     ]
     assert [group.name for group in questions.groups[:3]] == [
-        *("150 tokens, depth 12.5%", "150 tokens, depth 12.51%", "150 tokens, depth 100%"),
+        *("150 tokens, depth 12.5%", "150 tokens, depth 12.51%", "150 tokens, depth 100%")
     ]
     assert set(questions.sizes().values()) == {4}
 
@@ -176,7 +176,7 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
         heads, *rows = (re.split(r" {2,}", line.strip()) for line in lines)
         assert heads == ["ratio", "depth 0%", "depth 50%"]
         assert [row[0] for row in rows] == [
-            *("K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4"),
+            *("K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4")
         ]
         ratios.append({float(row[1].removesuffix("x")) for row in rows})
         assert all(re.fullmatch(r"[\d.]+% \([\d.]+-[\d.]+\)", cell) for r in rows for cell in r[2:])

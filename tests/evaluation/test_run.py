@@ -289,13 +289,6 @@ def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders,
     assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
 
 
-def test_batches_are_of_similar_lengths_and_the_same_whenever_they_are_made():
-    sizes = [9, 3, 40, 1, 3, 17, 2]
-    rows = [TokenizedExample([Segment(range(size))], [1, 0]) for size in sizes]
-    assert scoring.in_batches(rows, 1, 3) == [[3, 6, 1], [4, 0, 5], [2]]
-    assert scoring.in_batches(rows, 40, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 def test_long_answers_are_likely_alike_however_few_logits_are_held(
     monkeypatch, folders, data, batched
 ):

@@ -12,8 +12,8 @@ from matplotlib.colors import to_hex
 from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.metrics import wilson_interval
 from kmerge_mlx.evaluation.report import Report, Row, Score
-from kmerge_mlx.plots import APART, COLOURS, evaluation
-from kmerge_mlx.plots.evaluation import draw_report, pareto_frontier
+from kmerge_mlx.plots import COLOURS, evaluation
+from kmerge_mlx.plots.evaluation import APART, draw_report, pareto_frontier
 from tests.evaluations import words_of
 
 METHODS = ("merged", "mean", "truncate", "stride")

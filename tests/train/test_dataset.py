@@ -39,7 +39,7 @@ def test_a_row_is_prompt_and_answer_and_the_end(tmp_path, tokenizer):
     for row, example in zip(GOOD, data, strict=True):
         assert example.prompt_ids == tokenizer.encode(row["prompt"], add_special_tokens=False)
         answer = tokenizer.encode(row["completion"], add_special_tokens=False)
-        assert example.answer_ids == [*answer, tokenizer.eos_token_id]
+        assert [*example.answer_ids] == [*answer, tokenizer.eos_token_id]
 
 
 def test_positions_are_those_of_merged_prompt_and_answer(tmp_path, tokenizer):
