@@ -1,6 +1,6 @@
 """Killed and resumed runs: every weight, the optimizer and the log equal an unbroken run's.
 
-Fifteen kills at random moments in one run, and then kills at the steps of a save, by an audit hook
+Eight kills at random moments in one run, and then kills at the steps of a save, by an audit hook
 that kills the process at the n-th one. Every run has dropout, accumulation and a curriculum.
 """
 
@@ -46,7 +46,7 @@ if at:
 sys.argv = ["kmerge-mlx", *sys.argv[3:]]
 main()
 """
-ITERS = 30
+ITERS, KILLS = 24, 8
 OPTIONS = (
     *("--model", UPSTREAM / "base", "--task", "textualized-tree", "--k", 4),
     *("--curriculum", "small,xsmall", "--stage-threshold", 0, "--last-threshold", 1),
@@ -114,7 +114,7 @@ def logged(path: Path) -> int:
     return json.loads(lines[-1])["iteration"] if lines else 0
 
 
-def test_fifteen_kills_at_random_moments_change_nothing(tmp_path, unbroken):
+def test_kills_at_random_moments_change_nothing(tmp_path, unbroken):
     path, draw, kills = tmp_path / "run", random.Random(5), 0
     waiting = Child(path)
     while True:
@@ -122,8 +122,8 @@ def test_fifteen_kills_at_random_moments_change_nothing(tmp_path, unbroken):
         before, more = logged(path), draw.choice([1, 2, 3, 4])
         child.go()
         # On the way to some iteration, and then at a moment of its own.
-        while kills < 15 and child.process.poll() is None:
-            if logged(path) >= min(before + more, ITERS - 15 + kills):
+        while kills < KILLS and child.process.poll() is None:
+            if logged(path) >= min(before + more, ITERS - KILLS + kills):
                 time.sleep(draw.uniform(0, 0.1))
                 child.process.kill()
                 break
@@ -138,20 +138,17 @@ def test_fifteen_kills_at_random_moments_change_nothing(tmp_path, unbroken):
             read_state(path)
     waiting.process.kill()
     waiting.finish()
-    assert kills >= 15
+    assert kills == KILLS
     assert content(path) == content(unbroken)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 # Before the first save is there; while the second is written; between its two renames; before the
-# old folder is removed; while the log goes on.
-@pytest.mark.parametrize("step", [12, 36, 40, 42, 50])
+# old folder is removed.
+@pytest.mark.parametrize("step", [12, 36, 40, 42])
 def test_killed_at_a_step_of_a_save_the_run_goes_on_to_the_same_bits(tmp_path, unbroken, step):
     path = tmp_path / "run"
-    children = [Child(path, step), Child(path)]
-    codes = []
-    for child in children:
+    for child, code in ((Child(path, step), -9), (Child(path), 0)):
         child.go()
-        codes.append(child.finish())
-    assert codes == [-9, 0], children[-1].errors
+        assert child.finish() == code, child.errors
     assert content(path) == content(unbroken)
