@@ -122,24 +122,32 @@ def test_a_compiled_update_is_that_of_mlxs_optimizer_with_its_defaults(name):
     assert mx.abs(module.weight - layer().weight).max().item() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ("optimizer_config: {lion: {}}", "optimizer_config names 'lion', expected one of adam, "),
-        ("optimizer_config: {adamw: {nope: 1}}", "optimizer_config.adamw is {'nope': 1}: "),
-        ("optimizer_config: {adamw: 3}", "optimizer_config.adamw is 3: "),
-        ("optimizer_config: {adamw: {weight_decay: x}}", "optimizer_config.adamw is {'weight_d"),
-        ("optimizer_config: {adamw: {learning_rate: 3}}", "optimizer_config.adamw is {'learn"),
-        ("lr_schedule: {}", "lr_schedule is {}, expected a name (cosine_decay, "),
-        ("lr_schedule: {name: cosine_decay}", "a list of arguments"),
-        ("lr_schedule: {name: join_schedules, arguments: [1]}", "expected a name (cosine_decay"),
-        ("lr_schedule: {name: cosine_decay, arguments: []}", "lr_schedule {'name': "),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 0]}", "must be greater than 0"),
-        ("lr_schedule: {name: cosine_decay, arguments: [.nan, 9]}", "it gives no number"),
-    ],
-)
-def test_arguments_that_cannot_be_are_one_line_before_anything_is_written(tmp_path, settings, said):
-    result = train(tmp_path / "run", *SMALL_TREES, yaml=settings)
-    assert_one_error(result, 1, said)
-    assert len(result.err.splitlines()) == 1
+def test_arguments_that_cannot_be_are_one_line_before_anything_is_written(tmp_path):
+    decay = {"name": "cosine_decay"}
+    for config, said in (
+        ({"lion": {}}, "optimizer_config names 'lion', expected one of adam, "),
+        ({"adamw": {"nope": 1}}, "optimizer_config.adamw is {'nope': 1}: "),
+        ({"adamw": 3}, "optimizer_config.adamw is 3: "),
+        ({"adamw": {"weight_decay": "x"}}, "optimizer_config.adamw is {'weight_d"),
+        ({"adamw": {"learning_rate": 3}}, "optimizer_config.adamw is {'learn"),
+    ):
+        assert refused(optimizer_config=config).startswith(said)
+    for schedule, said in (
+        ({}, "lr_schedule is {}, expected a name (cosine_decay, "),
+        (decay, "a list of arguments"),
+        ({"name": "join_schedules", "arguments": [1]}, "expected a name (cosine_decay"),
+        (decay | {"arguments": []}, "lr_schedule {'name': "),
+        (decay | {"arguments": [1, 0]}, "must be greater than 0"),
+        (decay | {"arguments": [math.nan, 9]}, "it gives no number"),
+    ):
+        assert said in refused(lr_schedule=schedule)
+    result = train(tmp_path / "run", *SMALL_TREES, yaml="lr_schedule: {}")
+    assert_one_error(result, 1, "lr_schedule is {}")
     assert not (tmp_path / "run").exists()
+
+
+def refused(**settings: object) -> str:
+    with pytest.raises(TrainError) as caught:
+        make_optimizer(TrainSettings.of(settings))
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
