@@ -33,14 +33,8 @@ def test_a_node_takes_four_tokens_and_every_phrase_one(loaded_tokenizer):
     ]
     tokens = [loaded_tokenizer.decode([i]) for i in loaded_tokenizer.encode(TREE + NAMED)]
     assert tokens[15:] == [", Task: Find Parent, Child", ": ", "G", "H", ", Answer: "]
-
-
-def test_a_space_is_one_token_and_the_end_of_text_is_special(loaded_tokenizer):
-    assert default_pad_token_id(loaded_tokenizer) == loaded_tokenizer.encode(" ")[0]
-    assert len(loaded_tokenizer.encode(" ", add_special_tokens=False)) == 1
-    end = loaded_tokenizer.eos_token_id
-    assert loaded_tokenizer.decode([end], skip_special_tokens=True) == ""
-    assert loaded_tokenizer.eos_token_ids == {end}
+    assert loaded_tokenizer.encode(" ") == [default_pad_token_id(loaded_tokenizer)]
+    assert loaded_tokenizer.eos_token_ids == {loaded_tokenizer.eos_token_id}
 
 
 def test_a_row_weighs_text_and_answers_and_pads_the_tree_on_the_left(row_of, loaded_tokenizer):
