@@ -43,7 +43,7 @@ from tests.evaluations import (
 )
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
-QUESTIONS = 34
+QUESTIONS = 12
 MAX_TOKENS = 4
 
 
@@ -59,12 +59,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def batched(tmp_path_factory, folders, data):
-    """Every method's answers, 32 at a time, and the report."""
+    """Every method's answers, 8 at a time, and the report."""
     file = tmp_path_factory.mktemp("batched") / "answers.jsonl"
     report = measured(
         **folders.settings(k=(2, 4), baseline=BASELINES, data=str(data)),
         max_tokens=MAX_TOKENS,
         predictions=str(file),
+        batch_size=8,
     )
     return answers_of(file), report
 
@@ -167,7 +168,7 @@ def rows(folders, data) -> list[TokenizedExample]:
 @pytest.mark.parametrize(("method", "k"), READ)
 def test_each_method_reads_what_its_name_says(folders, rows, batched, method, k):
     assert set(batched[0]) == set(READ)
-    for number in (0, 1, 2, 30):  # with a raw part, and without
+    for number in (0, 1, 2, 9):  # with a raw part, and without
         row = rows[number]
         nll, positions = by_hand(folders, row, method, k)
         line = batched[0][method, k][number]
@@ -313,7 +314,7 @@ def test_long_answers_are_likely_alike_however_few_logits_are_held(
     wanted = next(row for row in batched[1].rows if (row.method, row.k) == ("merged", 4))
     found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
-    assert len(passes) > 20
+    assert len(passes) > 6
     assert all(sum(len(row.answer_ids) for row in rows) <= 20 for rows in passes)
 
 

@@ -229,45 +229,29 @@ def test_another_evaluation_is_refused_by_name(tmp_path, folders, data, flags, u
         assert path.read_bytes() == unbroken[1]
 
 
-def started(flags: tuple, path: Path) -> subprocess.Popen:
-    """Begins an evaluation in a process of its own, and waits for its first answers."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(*flags, "--predictions", path), env=environment(), **pipes)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 9):
-        time.sleep(0.005)
-    return process
-
-
-SLOW_ROWS = 60
-SLOW_LINES = 1 + 2 * 3 * SLOW_ROWS  # of two methods, after the header
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory, folders) -> tuple[tuple, str]:
-    """An evaluation that takes a while, and what it prints."""
-    data = write_data(
-        tmp_path_factory.mktemp("slow"), labelled(["true", "false", "so so"] * SLOW_ROWS)
-    )
-    flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
-    flags += ("--batch-size", 1, "--json")
-    return flags, run(*flags).out
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_started_again_it_prints_the_same(tmp_path, slow, number):
-    (flags, unbroken), path = slow, tmp_path / "answers.jsonl"
-    with started(flags, path) as process:
-        process.send_signal(number)
-        out, err = process.communicate(timeout=600)
-    assert 9 <= path.read_bytes().count(b"\n") < SLOW_LINES, err
-    assert out == ""
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.splitlines()[-1] == f"Stopped: the same command goes on with {path}"
-        assert "Traceback" not in err
-    else:
-        assert process.returncode == -signal.SIGKILL
+def test_killed_and_started_again_it_prints_the_same(tmp_path, folders):
+    """Killed, and then ended by Ctrl-C, each after some answers."""
+    data = write_data(tmp_path / "data", labelled(["true", "false", "so so"] * 40))
+    flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
+    flags += ("--batch-size", 1, "--json")
+    path, lines = tmp_path / "answers.jsonl", 1 + 2 * 3 * 40  # of two methods, after the header
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        goal, arguments = lines_in(path) + 9, command(*flags, "--predictions", path)
+        with subprocess.Popen(arguments, env=environment(), **pipes) as process:
+            while process.poll() is None and lines_in(path) < goal:
+                time.sleep(0.005)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=600)
+        assert (process.returncode, out) == (code, ""), err
+        assert goal <= lines_in(path) < lines
+    assert err.splitlines()[-1] == f"Stopped: the same command goes on with {path}"
+    assert "Traceback" not in err
     resumed = run(*flags, "--predictions", path)
-    assert (resumed.code, resumed.out) == (0, unbroken), resumed.err
-    assert path.read_bytes().count(b"\n") == SLOW_LINES
+    assert (resumed.code, resumed.out) == (0, run(*flags).out), resumed.err
+    assert lines_in(path) == lines

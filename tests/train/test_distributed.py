@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,32 +15,27 @@ from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import TrainSettings
-from tests.conftest import UPSTREAM
 from tests.rank_processes import finish, start
-from tests.train_runs import NO_DROPOUT, tensors_of
+from tests.train_runs import BASE, NO_DROPOUT, rows_of, tensors_of, write_data
 
 pytestmark = pytest.mark.slow
 
 OPTIONS = (
-    *("--model", UPSTREAM / "base", "--task", "textualized-tree", "--stage", "small", "--k", 4),
-    *("--num-trees", 500, "--batch-size", 8, "--val-batches", 3, "--steps-per-report", 10),
+    *("--model", BASE, "--k", 4, "--batch-size", 8, "--val-batches", 3, "--steps-per-report", 10),
     # By SGD: Adam divides by a gradient's size, and where that is rounding, by rounding.
     *("--optimizer", "sgd", "--learning-rate", 0.1),
 )
 
 
-def train(
-    path: Path, ranks: int, *options: object, each: Sequence[tuple] = ((), ())
-) -> list[subprocess.Popen]:
+def train(path: Path, ranks: int, *options: object) -> list[subprocess.Popen]:
     """The processes of a run; rank 1 has a folder of its own to write to, in vain."""
     # Dropout draws other masks for other batches: without it, both ways compute the same.
     config = path.with_suffix(".yaml")
     config.write_text(NO_DROPOUT)
-    command = [sys.executable, "-m", "kmerge_mlx", "train", "-c", config, *OPTIONS, *options]
+    data = write_data(path.parent / "data", rows_of(200), rows_of(24, 200))
+    command = [sys.executable, "-m", "kmerge_mlx", "train", "-c", config, "--data", data]
     folders = [path, path.with_name(f"{path.name}-rank1")][:ranks]
-    commands = [
-        [*command, *each[rank], "--adapter-path", where] for rank, where in enumerate(folders)
-    ]
+    commands = [[*command, *OPTIONS, *options, "--adapter-path", where] for where in folders]
     return start(commands, path.parent)
 
 
@@ -85,20 +79,19 @@ def test_a_killed_run_of_two_ranks_is_resumed_by_the_first_ones_folder(tmp_path)
         assert mx.abs(array - ours[name]).max().item() < 1e-6, name
 
 
-def test_ranks_with_other_settings_do_not_begin(tmp_path):
-    seeds = [("--seed", rank) for rank in range(2)]
-    for code, _, errors in finish(train(tmp_path / "run", 2, "--iters", 5, each=seeds)):
-        assert code == 1
-        assert "--seed is 1 instead of 0" in errors
-    assert not list(tmp_path.glob("run*/"))
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+def test_ranks_with_other_settings_or_a_batch_that_they_cannot_share_do_not_begin(tmp_path):
+    """As the other rank tells it: it has another seed, base and data."""
     ranks = Ranks()
-    ranks.size = 2
-    settings = {"model": str(UPSTREAM / "base"), "batch_size": 3, "adapter_path": f"{tmp_path}/run"}
-    with pytest.raises(TrainError, match="`batch_size` 3 is not divisible by 2 machines"):
+    ranks.size, ranks.gather = 2, lambda mine: [mine, dict.fromkeys(mine, "other")]
+    data = str(write_data(tmp_path / "data", rows_of(8)))
+    settings = {"model": str(BASE), "data": data, "adapter_path": f"{tmp_path}/run"}
+    with pytest.raises(TrainError, match="settings of rank 1 are not those of rank 0") as caught:
         prepare(TrainSettings.of(settings), ranks=ranks)
+    for name in ("seed", "model", "data"):
+        assert f"`{name}` is 'other' instead of " in str(caught.value)
+    with pytest.raises(TrainError, match="`batch_size` 3 is not divisible by 2 machines"):
+        prepare(TrainSettings.of(settings | {"batch_size": 3}), ranks=ranks)
+    assert not list(tmp_path.glob("run*"))
 
 
 def saved_iteration(path: Path) -> int:
