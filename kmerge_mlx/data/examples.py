@@ -72,23 +72,21 @@ class RowFormat:
         answer = _text_of(row, self.completion_feature)
         if not answer and self.answers:
             raise DataError(f"{self.completion_feature} is empty, expected an answer")
-        context, prompt = self._parts(row, _text_of(row, self.prompt_feature))
-        return Example(context, prompt, answer or None, tools=_tools_of(row))
+        parts = self._parts(row, _text_of(row, self.prompt_feature))
+        return Example(*parts, answer or None, tools=_tools_of(row))
 
     def _text(self, row: Row) -> Example:
         text = _text_of(row, self.text_feature)
         at = self._split(row, text)
-        context, prompt = self._parts(row, text[:at])
-        return Example(context, prompt, text[at:] or None, bare=True)
+        return Example(*self._parts(row, text[:at]), text[at:] or None, bare=True)
 
     def _parts(self, row: Row, prompt: str) -> tuple[str | None, str | None]:
         """What merges and what stays raw: without a ``context`` key, all of the prompt merges."""
-        context, raw = prompt, ""
-        if self.context_feature in row:
-            context, raw = _text_of(row, self.context_feature), prompt
-        if not context and not raw:
+        context = _text_of(row, self.context_feature) if self.context_feature in row else None
+        parts = (prompt, None) if context is None else (context or None, prompt or None)
+        if not any(parts):
             raise DataError(f"{self.prompt_feature} is empty, expected a prompt")
-        return context or None, raw or None
+        return parts
 
     def _split(self, row: Row, text: str) -> int:
         """The character at which the answer of a text begins."""

@@ -108,13 +108,12 @@ def parse_row(data: bytes | None) -> Row:
         if _SURROGATE.search(data):
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
-        raise DataError(f"not UTF-8: {byte}") from None
+        raise DataError(f"not UTF-8: {first_line(error)}") from None
     except UnicodeEncodeError:
         raise DataError("found half of a surrogate pair (\\ud800-\\udfff), expected text") from None
     except json.JSONDecodeError as error:
-        reason = error.msg.removesuffix(" at")
-        raise DataError(f"not JSON: {reason} at character {error.colno}") from None
+        reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+        raise DataError(f"not JSON: {reason}") from None
     except (ValueError, RecursionError):
         raise DataError("not JSON that can be read: too deep, or a number too long") from None
     if not isinstance(row, dict):

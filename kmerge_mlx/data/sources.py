@@ -99,13 +99,12 @@ def load_hub_datasets(
         folder = _folder(path, [name for name, _, _ in slices.values()])
         files: dict[str, ExampleList] = {}
         for split, (name, start, stop) in slices.items():
+            if (file := _split_file(folder, name)) is None:
+                raise DataError(
+                    f"{path} holds no {name}.jsonl: hub datasets are read as JSONL; fetch one of "
+                    "another format with its own tools and give the folder as `data`"
+                )
             if name not in files:
-                file = _split_file(folder, name)
-                if file is None:
-                    raise DataError(
-                        f"{path} holds no {name}.jsonl: hub datasets are read as JSONL; fetch one "
-                        "of another format with its own tools and give the folder as `data`"
-                    )
                 files[name] = read_examples(file, formats, skip_bad)
             whole = files[name]
             part = slice(_bound(start, len(whole)), _bound(stop, len(whole)))
@@ -125,15 +124,15 @@ def _read_entry(
         raise DataError(f"hf_dataset is {short(entry)}, expected an entry with a path")
     if unknown := sorted(map(str, set(entry) - known)):
         raise DataError(f"hf_dataset: unknown {', '.join(unknown)}, expected {sorted(known)}")
-    given = {name: entry[name] for name in names if name in entry}
     slices = {}
     for split in splits:
         text = entry.get(f"{split}_split", _DEFAULT_SLICES.get(split))
-        if text is not None:
-            match = _SLICE.fullmatch(text) if isinstance(text, str) else None
-            if match is None:
-                raise DataError(f"{split}_split is {short(text)}, expected NAME or NAME[:80%]")
-            slices[split] = (match[1], match[2], match[3])
+        match = _SLICE.fullmatch(text) if isinstance(text, str) else None
+        if match is not None:
+            slices[split] = match.groups()
+        elif text is not None:
+            raise DataError(f"{split}_split is {short(text)}, expected NAME or NAME[:80%]")
+    given = {name: entry[name] for name in names & entry.keys()}
     return entry["path"], RowFormat(**(vars(base) | given)), slices
 
 

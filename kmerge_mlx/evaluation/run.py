@@ -17,7 +17,7 @@ from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.data.tasks import Bar
-from kmerge_mlx.errors import EvaluateError, KMergeError
+from kmerge_mlx.errors import EvaluateError, KMergeError, PromptError
 from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
 from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer
@@ -29,6 +29,7 @@ from kmerge_mlx.evaluation.settings import (
     UNCOMPRESSED,
     EvaluateSettings,
 )
+from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
 from kmerge_mlx.source import Source
@@ -123,8 +124,11 @@ def _measured(
     for method in methods:
         method.prepare(model)
         cut = [replace(row, segments=method.cut(row.segments)) for row in rows]
-        if refusal := scorer.refusal(cut):
-            found[method] = Row(method.name, method.k, method.label, refused=refusal)
+        try:
+            for row in cut:
+                check_context(model, row.segments)
+        except PromptError as error:
+            found[method] = Row(method.name, method.k, method.label, refused=str(error))
             continue
         for batch in by_length(cut, batch_size, method.k):
             if not file.has(method, batch):

@@ -20,10 +20,10 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import EvaluateError, PromptError, first_line
+from kmerge_mlx.errors import EvaluateError, first_line
 from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.evaluation.settings import MEAN, MERGED, STRIDE, TRUNCATE, UNCOMPRESSED
-from kmerge_mlx.generation.stream import batch_generate, check_context
+from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
@@ -108,15 +108,6 @@ class Scorer:
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int):
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._embedding = merged_embedding(model)
-
-    def refusal(self, rows: Sequence[TokenizedExample]) -> str | None:
-        """Why the model cannot read some prompt, or None if it can read all."""
-        try:
-            for row in rows:
-                check_context(self._model, row.segments)
-        except PromptError as error:
-            return str(error)
-        return None
 
     def score(
         self, rows: Sequence[TokenizedExample], sizes: Sequence[int], max_tokens: Sequence[int]

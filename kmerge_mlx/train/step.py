@@ -201,7 +201,7 @@ class Engine:
     def tensors(self) -> dict[str, mx.array]:
         """Everything but the adapter that the next step depends on, by flat names."""
         found = self._parts()
-        if self._totals is not None:
+        if GRADIENTS in found:
             found[GRADIENTS] = self._ranks.sum(self._totals)
         return dict(tree_flatten(found))
 
