@@ -97,14 +97,3 @@ def test_the_text_loss_is_the_weighted_mean_over_the_text(scripts, row_of, train
     counted = np.arange(len(plain)) != 14  # the first token of the question is not asked for
     expected = np.average(plain[counted], weights=weights[counted])
     assert loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_first_layer_that_writes_the_codes_has_no_loss(
-    scripts, row_of, trainer_of, tmp_path, monkeypatch
-):
-    train, base = scripts["train"], trainer_of(tmp_path / "base").base
-    batch = train.arrays(row_of((ASKED, "true"), (NAMED, "AB"), nodes=5))
-    assert train.code_loss(base, batch).item() > 0.01
-    written = base.codes(*batch[:4])
-    monkeypatch.setattr(type(base), "through", lambda *_: written)
-    assert train.code_loss(base, batch).item() == 0

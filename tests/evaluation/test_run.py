@@ -61,12 +61,8 @@ def data(tmp_path_factory) -> Path:
 def batched(tmp_path_factory, folders, data):
     """Every method's answers, 8 at a time, and the report."""
     file = tmp_path_factory.mktemp("batched") / "answers.jsonl"
-    report = measured(
-        **folders.settings(k=(2, 4), baseline=BASELINES, data=str(data)),
-        max_tokens=MAX_TOKENS,
-        predictions=str(file),
-        batch_size=8,
-    )
+    settings = folders.settings(k=(2, 4), baseline=BASELINES, data=str(data), batch_size=8)
+    report = measured(**settings, max_tokens=MAX_TOKENS, predictions=str(file))
     return answers_of(file), report
 
 
@@ -88,15 +84,10 @@ def host_perplexity(model: nn.Module, tokenizer, rows: list[dict]) -> float:
 @pytest.mark.parametrize("adapted", [False, True])
 def test_perplexity_uncompressed_is_mlx_lms(tmp_path, folders, adapted):
     base = copy_base(folders.base, tmp_path / "base", TEMPLATE)
-    rows = [{k: row[k] for k in ("prompt", "completion")} for row in questions_of(20, seed=1)]
+    rows = [{k: row[k] for k in ("prompt", "completion")} for row in questions_of(12, seed=1)]
     adapter = str(folders.adapters / "k1") if adapted else None
-    report = measured(
-        model=str(base),
-        adapter_path=adapter,
-        data=str(write_data(tmp_path / "data", rows)),
-        max_tokens=1,
-        batch_size=8,
-    )
+    settings = {"data": str(write_data(tmp_path / "data", rows)), "max_tokens": 1, "batch_size": 5}
+    report = measured(model=str(base), adapter_path=adapter, **settings)
     assert report.layout["chat_template"]
     found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(
@@ -212,12 +203,8 @@ def test_the_answers_are_those_of_generate(folders, rows, batched):
 @pytest.mark.slow
 def test_one_by_one_the_answers_are_the_same(tmp_path, folders, data, batched):
     file = tmp_path / "answers.jsonl"
-    measured(
-        **folders.settings(k=(4,), baseline=BASELINES, data=str(data)),
-        max_tokens=MAX_TOKENS,
-        predictions=str(file),
-        batch_size=1,
-    )
+    settings = folders.settings(k=(4,), baseline=BASELINES, data=str(data), batch_size=1)
+    measured(**settings, max_tokens=MAX_TOKENS, predictions=str(file))
     found = answers_of(file)
     assert {method for method, _ in found} == {"merged", *BASELINES}
     for method, lines in found.items():
@@ -240,13 +227,10 @@ def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw():
 
 
 def test_uncompressed_is_the_base_where_there_is_no_adapter_for_1(tmp_path, folders, data, batched):
-    report = measured(
-        **folders.settings(adapter_path=str(folders.adapters / "k4"), baseline=("uncompressed",)),
-        data=str(data),
-        limit=8,
-        max_tokens=1,
-    )
-    alone = measured(model=str(folders.base), data=str(data), limit=8, max_tokens=1)
+    asked = {"model": str(folders.base), "data": str(data), "limit": 8, "max_tokens": 1}
+    k4 = str(folders.adapters / "k4")
+    report = measured(**asked, adapter_path=k4, baseline=("uncompressed",))
+    alone = measured(**asked)
     first, second = report.rows
     assert [(row.method, row.k) for row in report.rows] == [("uncompressed", 1), ("merged", 4)]
     assert first == alone.rows[0] != second
@@ -298,24 +282,24 @@ def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders,
     assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
 
 
-def test_long_answers_are_likely_alike_however_few_logits_are_held(
-    monkeypatch, folders, data, batched
+@pytest.mark.parametrize(("limit", "most"), [("MOST_LOGITS", 700 * 20), ("MOST_POSITIONS", 60)])
+def test_long_answers_are_likely_alike_however_little_is_held(
+    monkeypatch, folders, data, batched, limit, most
 ):
-    monkeypatch.setattr(scoring, "MOST_LOGITS", 700 * 20)
-    monkeypatch.setattr(scoring, "MOST_POSITIONS", 200)
-    passes, plain = [], scoring._in_passes
+    monkeypatch.setattr(scoring, limit, most)
+    sizes, plain = [], scoring.answer_logits
 
-    def in_passes(*args):
-        passes.extend(found := list(plain(*args)))
-        return found
+    def logits(model, batch):
+        sizes.append(batch.targets.size)
+        return plain(model, batch)
 
-    monkeypatch.setattr(scoring, "_in_passes", in_passes)
+    monkeypatch.setattr(scoring, "answer_logits", logits)
     report = measured(**folders.settings(k=(4,), data=str(data)), max_tokens=1)
     wanted = next(row for row in batched[1].rows if (row.method, row.k) == ("merged", 4))
     found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
-    assert len(passes) > 6
-    assert all(sum(len(row.answer_ids) for row in rows) <= 20 for rows in passes)
+    assert len(sizes) > 4
+    assert max(sizes) <= 32
 
 
 def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
