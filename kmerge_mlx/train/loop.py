@@ -71,9 +71,8 @@ class Validator:
         self._ranks = ranks
         batches = by_length(self._examples, batch_size, merge_factor)
         self._batches = [part for batch in batches if (part := batch[ranks.rank :: ranks.size])]
-        kinds: dict[tuple[int, ...], int] = {}
-        answers = (tuple(example.answer_ids) for example in self._examples)
-        self._kind = np.array([kinds.setdefault(answer, len(kinds)) for answer in answers])
+        answers = [str([*example.answer_ids]) for example in self._examples]
+        self._kind = np.unique(answers, return_inverse=True)[1]  # a number for each distinct one
 
         @partial(mx.compile, inputs=[model.state])
         def measure(arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:

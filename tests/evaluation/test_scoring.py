@@ -32,6 +32,7 @@ ASKED = Question(Example("?", None, "right"), "data")
 TOKENS = {"answer_tokens": 2, "prompt_tokens": 9, "positions": 3}
 IDENTITY = {"the base model": "a" * 64, "--batch-size": "2", "the adapter for K=4": "b" * 64}
 QUICK = ("--batch-size", 4, "--max-tokens", 2, "--json")
+LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
 
 
 def answer(number: int, **changes) -> Prediction:
@@ -94,37 +95,32 @@ def test_an_answer_given_again_counts(tmp_path):
     assert opened(path).of(K4)[3] == answer(3, **later)
 
 
-@pytest.mark.parametrize("size", [0, 1, 16, 17, 100])
-def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path, size):
+def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
     whole = path.read_bytes()
     assert json.loads(whole.splitlines()[0]) == {"evaluation": IDENTITY}
-    path.write_bytes(whole[:size])
-    assert filled(path).read_bytes() == whole
+    for size in (0, 1, 16, 17, 100):
+        path.write_bytes(whole[:size])
+        assert filled(path).read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_what_is_not_a_predictions_file_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    for content in (
         *(b"my notes", b"my notes\n", b'{"prompt": "a"}\n', b'{"evaluation": 1}\n', b"[1]\n"),
         *(b"\x00\xff\x00", b"\n", b"[" * 100_000, b"e", b'{"evaluations"'),
-    ],
-)
-def test_what_is_not_a_predictions_file_is_left_alone(tmp_path, content):
-    path = tmp_path / "notes.txt"
-    path.write_bytes(content)
-    assert "is not a predictions file: name another" in refused(path)
+    ):
+        path.write_bytes(content)
+        assert "is not a predictions file: name another" in refused(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', None])
-def test_a_damaged_line_is_named(tmp_path, line):
-    line = json.dumps(LINE | {"text": None}) if line is None else line
+def test_a_damaged_line_is_named(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
-    path.write_bytes(path.read_bytes() + f"{line}\n{json.dumps(LINE)}\n".encode())
-    assert "line 6 is damaged" in refused(path)
-
-
-LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
+    whole = path.read_bytes()
+    untyped = json.dumps(LINE | {"text": None})
+    for line in ("{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', untyped):
+        path.write_bytes(whole + f"{line}\n{json.dumps(LINE)}\n".encode())
+        assert "line 6 is damaged" in refused(path)
 
 
 def test_a_folder_a_device_and_a_missing_folder_are_refused(tmp_path):
