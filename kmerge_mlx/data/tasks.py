@@ -228,12 +228,9 @@ class HubTask(Task):
         named = " and ".join(f"`{split}` {size}" for split, size in sizes.items())
         train = sizes.setdefault("train", int(left * self.train_share))
         if left < train or ("train" not in self.sizes and train < 1):
-            problem = f"found {rows} distinct prompts, expected more than {named}"
-            if self.sizes:
-                raise DataError(f"{source} is too small: {problem}")
             raise DataError(
-                f"{source} is too small for the paper's splits ({problem}): `kmerge-mlx data "
-                f"{self.name} --file {source} --test N --valid N` draws others, for `data`"
+                f"{source} is too small: found {rows} distinct prompts, expected more than {named} "
+                f"(`kmerge-mlx data {self.name} --file {source} --test N --valid N` draws fewer)"
             )
         if not any(sizes.values()):
             raise SettingsError("`train`, `valid` and `test` are all 0: nothing to write")

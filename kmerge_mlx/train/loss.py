@@ -78,8 +78,12 @@ def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Summed cross-entropy over a batch's answer tokens; see :data:`Loss`."""
-    losses, _ = cross_entropy(answer_logits(model, batch).astype(mx.float32), batch.targets)
+    """Summed cross-entropy over a batch's answer tokens, or their divergence from a teacher."""
+    logits = answer_logits(model, batch).astype(mx.float32)
+    if batch.teacher_ids is None:
+        losses, _ = cross_entropy(logits, batch.targets)
+    else:
+        losses = divergence(logits, batch)
     return (losses * batch.weights).sum(), batch.weights.sum()
 
 
@@ -88,9 +92,9 @@ def divergence(logits: mx.array, batch: Batch) -> mx.array:
 
     Of a teacher's top tokens, the probability that is left is one further outcome, "any other
     token", so the sum is never above the whole divergence and is zero only where both agree.
-    ``logits`` are the student's, ``(A, V)``.
+    ``logits`` are the student's, ``(A, V)`` float32.
     """
-    student, teacher = nn.log_softmax(logits.astype(mx.float32)), batch.teacher_logprobs
+    student, teacher = nn.log_softmax(logits), batch.teacher_logprobs
     if not batch.teacher_ids.size:
         return (mx.exp(teacher) * (teacher - student)).sum(-1)
     student = mx.take_along_axis(student, batch.teacher_ids, axis=-1)
@@ -98,12 +102,6 @@ def divergence(logits: mx.array, batch: Batch) -> mx.array:
     # What the probabilities leave of one. Below 1e-6 it is rounding: its logarithm would drown all.
     rest, left = (mx.maximum(1 - mx.exp(part).sum(-1), 1e-6) for part in (teacher, student))
     return shared + rest * (mx.log(rest) - mx.log(left))
-
-
-def distill_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Summed divergence over a batch's answer tokens; see :data:`Loss`."""
-    losses = divergence(answer_logits(model, batch), batch)
-    return (losses * batch.weights).sum(), batch.weights.sum()
 
 
 def add_decoder(merged: MergedEmbedding) -> None:

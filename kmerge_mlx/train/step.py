@@ -220,7 +220,7 @@ class Engine:
         self._reconstructs = warming and settings.encoder_warmup_loss == RECONSTRUCTION
         unfreeze(run.model, run.tuning, encoder_only=warming)
         self._merged.pop(losses.DECODER, None)
-        loss = losses.answer_loss if run.teacher is None else losses.distill_loss
+        loss = losses.answer_loss
         if self._reconstructs:
             losses.add_decoder(self._merged)
             loss = losses.reconstruction_loss

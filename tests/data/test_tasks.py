@@ -151,7 +151,7 @@ def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
 
 def test_more_rows_than_there_are_is_an_error(tmp_path):
     for sizes, message in (
-        ({}, "too small for the paper's splits .found 37 distinct prompts, .* `test` 50000"),
+        ({}, "too small: found 37 distinct prompts, .* `test` 50000 .*--test N --valid N"),
         ({"test": 10, "valid": 10, "train": 18}, "`test` 10 and `valid` 10 and `train` 18"),
         ({"test": 37, "valid": 0}, "found 37 distinct prompts"),
         ({"test": 0, "valid": 0, "train": 0}, "all 0: nothing to write"),
