@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import FILES
-from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.model import unfreeze
-from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loop import Figures, Validator
 from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.prepare import prepare
@@ -96,27 +96,19 @@ def test_the_folder_is_an_adapter_with_the_best_one_and_the_training_in_it(whole
     assert {path.name for path in whole.parent.iterdir()} == {"data", "run"}
 
 
-@pytest.mark.parametrize(("folder", "which"), [(".", "last"), ("best", "best")])
-def test_what_is_saved_is_what_was_validated(whole, folder, which):
+def test_what_is_saved_is_what_was_validated(whole):
     """Loaded again and measured again, the weights give the logged loss."""
-    losses = log_of(whole, "val_loss")
-    iteration, wanted = losses[-1] if which == "last" else min(losses, key=lambda at: at[1])
-    assert which == "last" or iteration == state_of(whole)["best_iteration"]
-    model, tokenizer = load(str(BASE), whole / folder, 4)
+    losses = dict(log_of(whole, "val_loss"))
+    best = state_of(whole)["best_iteration"]
+    assert losses[best] == min(losses.values())
     pad = json.loads((whole / "merge_config.json").read_text())["pad_token_id"]
-    rows = [
-        TokenizedExample(
-            [Segment(tokenizer.encode(row["prompt"], add_special_tokens=False))],
-            [*tokenizer.encode(row["completion"], add_special_tokens=False), 0],
-        )
-        for row in labelled(20, 64)
-    ]
-    measure = Validator(
-        *(model, rows, 4, 4),
-        make_batch=lambda indices, found: make_batch(found, 4, pad, 700),
-        ranks=Ranks(),
-    )
-    assert measure().loss == pytest.approx(wanted, rel=1e-5)
+    for folder, iteration in ((".", ITERS), ("best", best)):
+        model, tokenizer = load(str(BASE), whole / folder, 4)
+        examples = load_examples(whole.parent / "data")["valid"]
+        rows = TokenizedSet(examples, tokenizer, TrainSettings())
+        batch = lambda indices, found: make_batch(found, 4, pad, 700)  # noqa: E731
+        measure = Validator(model, rows, 4, 4, batch, Ranks())
+        assert measure().loss == pytest.approx(losses[iteration], rel=1e-5)
 
 
 def test_mlx_lm_itself_loads_the_lora(whole):
@@ -142,12 +134,8 @@ def test_early_stop_ends_at_the_validation_that_makes_it_enough(tmp_path):
 
 def test_a_stage_is_learnt_by_both_accuracies_and_best_is_of_the_stage(tmp_path, monkeypatch):
     """Scripted figures (loss, accuracy, balanced accuracy) of each validation."""
-    script = iter(
-        [
-            *[(9.0, 0.0, 0.0), (2.0, 0.9, 0.4), (3.0, 0.5, 0.5)],
-            *[(8.5, 0.9, 0.9), (8.0, 0.4, 0.9), (7.0, 0.6, 0.6)],
-        ]
-    )
+    first = [(9.0, 0.0, 0.0), (2.0, 0.9, 0.4), (3.0, 0.5, 0.5)]
+    script = iter([*first, (8.5, 0.9, 0.9), (8.0, 0.4, 0.9), (7.0, 0.6, 0.6)])
     monkeypatch.setattr(Validator, "__call__", lambda *given: Figures(*next(script)))
     limits = ("--stage-threshold", 0.5, "--last-threshold", 0.7, "--curriculum", "small,xsmall")
     path = tmp_path / "run"
@@ -165,12 +153,9 @@ DIVERGING = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--iters", 9)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((*QUIET, "--steps-per-report", 1), "training diverged: the loss is nan, the gradient's"),
-        (
-            (*QUIET, "--save-every", 3),
-            "training diverged: a weight or a gradient is not a number any more",
-        ),
-        (("--steps-per-eval", 2), "training diverged: the validation loss is nan at iteration 2"),
+        ((*QUIET, "--steps-per-report", 1), "the loss is nan, the gradient's"),
+        ((*QUIET, "--save-every", 3), "a weight or a gradient is not a number any more"),
+        (("--steps-per-eval", 2), "the validation loss is nan at iteration 2"),
     ],
 )
 def test_a_run_that_diverges_stops_before_a_bad_weight_is_saved(tmp_path, options, said):
@@ -178,7 +163,7 @@ def test_a_run_that_diverges_stops_before_a_bad_weight_is_saved(tmp_path, option
     result = train(path, *SMALL_TREES, *DIVERGING, *options)
     assert result.code == 1
     (error,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert error.startswith(f"error: {said}")
+    assert error.startswith(f"error: training diverged: {said}")
     assert f"the save of iteration 0 in {path} is whole: lower --learning-rate" in error
     assert state_of(path)["iteration"] == 0
     assert all(mx.isfinite(array).all().item() for array in tensors_of(path).values())
