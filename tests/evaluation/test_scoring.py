@@ -232,10 +232,10 @@ def lines_in(path: Path) -> int:
 @pytest.mark.slow
 def test_killed_and_started_again_it_prints_the_same(tmp_path, folders):
     """Killed, and then ended by Ctrl-C, each after some answers."""
-    data = write_data(tmp_path / "data", labelled(["true", "false", "so so"] * 40))
+    data = write_data(tmp_path / "data", labelled(["true", "false", "so so"] * 30))
     flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
     flags += ("--batch-size", 1, "--json")
-    path, lines = tmp_path / "answers.jsonl", 1 + 2 * 3 * 40  # of two methods, after the header
+    path, lines = tmp_path / "answers.jsonl", 1 + 2 * 3 * 30  # of two methods, after the header
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         goal, arguments = lines_in(path) + 9, command(*flags, "--predictions", path)

@@ -16,7 +16,7 @@ from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import TrainSettings
 from tests.rank_processes import finish, start
-from tests.train_runs import BASE, NO_DROPOUT, rows_of, tensors_of, write_data
+from tests.train_runs import BASE, NO_DROPOUT, kmerge, rows_of, tensors_of, write_data
 
 pytestmark = pytest.mark.slow
 
@@ -27,27 +27,40 @@ OPTIONS = (
 )
 
 
-def train(path: Path, ranks: int, *options: object) -> list[subprocess.Popen]:
-    """The processes of a run; rank 1 has a folder of its own to write to, in vain."""
-    # Dropout draws other masks for other batches: without it, both ways compute the same.
-    config = path.with_suffix(".yaml")
-    config.write_text(NO_DROPOUT)
-    data = write_data(path.parent / "data", rows_of(200), rows_of(24, 200))
-    command = [sys.executable, "-m", "kmerge_mlx", "train", "-c", config, "--data", data]
-    folders = [path, path.with_name(f"{path.name}-rank1")][:ranks]
-    commands = [[*command, *OPTIONS, *options, "--adapter-path", where] for where in folders]
-    return start(commands, path.parent)
+@pytest.fixture
+def more(tmp_path) -> list[object]:
+    """The other options of a run: its data, and no dropout, which draws a mask for each batch."""
+    (tmp_path / "config.yaml").write_text(NO_DROPOUT)
+    data = write_data(tmp_path / "data", rows_of(200), rows_of(24, 200))
+    return ["-c", tmp_path / "config.yaml", "--data", data, *OPTIONS]
 
 
-def test_two_ranks_with_half_the_rows_each_train_as_one_does(tmp_path):
-    more = ("--iters", 16, "--steps-per-eval", 8, "--save-every", 16)
-    one, two = tmp_path / "one", tmp_path / "two"
-    for code, _, errors in finish(train(one, 1, *more) + train(two, 2, *more)):
-        assert code == 0, errors
+def train_alone(path: Path, *options: object) -> None:
+    result = kmerge("train", "--adapter-path", path, *options)
+    assert result.code == 0, result.err
+
+
+def train(path: Path, *options: object) -> list[subprocess.Popen]:
+    """The two processes of a run; rank 1 has a folder of its own to write to, in vain."""
+    command = [sys.executable, "-m", "kmerge_mlx", "train", *options, "--adapter-path"]
+    return start([[*command, path], [*command, path.with_name("rank1")]], path.parent)
+
+
+def assert_near(one: Path, two: Path) -> None:
     ours, theirs = tensors_of(two), tensors_of(one)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         assert mx.abs(array - ours[name]).max().item() < 1e-5, name
+
+
+def test_two_ranks_with_half_the_rows_each_train_as_one_does(tmp_path, more):
+    more += ["--iters", 16, "--steps-per-eval", 8, "--save-every", 16]
+    one, two = tmp_path / "one", tmp_path / "two"
+    pair = train(two, *more)
+    train_alone(one, *more)
+    for code, _, errors in finish(pair):
+        assert code == 0, errors
+    assert_near(one, two)
     logs = [
         [json.loads(line) for line in (path / "training" / "log.jsonl").read_text().splitlines()]
         for path in (one, two)
@@ -56,27 +69,28 @@ def test_two_ranks_with_half_the_rows_each_train_as_one_does(tmp_path):
         for name, value in single.items():
             near = value if name == "stage" else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert double[name] == near, name
-    assert not (tmp_path / "two-rank1").exists()
+    assert not (tmp_path / "rank1").exists()
 
 
-def test_a_killed_run_of_two_ranks_is_resumed_by_the_first_ones_folder(tmp_path):
+def test_a_killed_run_of_two_ranks_is_resumed_by_the_first_ones_folder(tmp_path, more):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ("--steps-per-eval", 10, "--save-every", 5, "--grad-accumulation-steps", 2)
-    assert finish(train(one, 2, *more, "--iters", 12))[0][0] == 0
-    pair = train(two, 2, *more, "--iters", 12)
-    while not (two / "training" / "log.jsonl").exists() or saved_iteration(two) < 5:
+    more += ["--steps-per-eval", 10, "--save-every", 5, "--grad-accumulation-steps", 2]
+    more += ["--learning-rate", 0.01]  # near to one process, whenever it is killed
+    pair = train(two, *more, "--iters", 100_000)
+    while saved_iteration(two) < 5 and pair[0].poll() is None:
         time.sleep(0.01)
     pair[1].kill()
     code, _, errors = finish(pair)[0]
     assert code == 1
     assert "error: rank 0 lost another rank (" in errors
     assert "Traceback" not in errors
-    ends = finish(train(two, 2, "--resume"))
+    iters = saved_iteration(two) + 3
+    pair = train(two, "--resume", "--iters", iters)
+    train_alone(one, *more, "--iters", iters)
+    ends = finish(pair)
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "Resuming at iteration" in ends[0][2]
-    ours, theirs = tensors_of(two), tensors_of(one)
-    for name, array in theirs.items():
-        assert mx.abs(array - ours[name]).max().item() < 1e-6, name
+    assert_near(one, two)
 
 
 def test_ranks_with_other_settings_or_a_batch_that_they_cannot_share_do_not_begin(tmp_path):
