@@ -32,12 +32,7 @@ def scripts():
         import train_base
         import tree_rows
 
-        yield {
-            "tokenizer": tokenizer,
-            "rows": tree_rows,
-            "model": base_model,
-            "train": train_base,
-        }
+        yield {"tokenizer": tokenizer, "rows": tree_rows, "model": base_model, "train": train_base}
     finally:
         sys.path.remove(str(SCRIPTS))
         for name in ("tokenizer", "tree_rows", "base_model", "train_base"):

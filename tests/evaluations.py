@@ -30,12 +30,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the model is.
-
-    Args:
-        base: The base.
-        adapters: Adapters for K = 1, 2 and 4.
-    """
+    """Where the base and its adapters for K = 1, 2 and 4 are."""
 
     base: Path
     adapters: Path
@@ -50,13 +45,7 @@ class Folders:
 
 
 def write_folders(folder: Path, ks: Sequence[int] = (1, 2, 4), **config: Any) -> Folders:
-    """Writes a random base, and a random adapter for each K.
-
-    Args:
-        folder: Where to.
-        ks: Merge factors.
-        config: Changes of the base's config.
-    """
+    """Writes a random base, with changes of its config, and a random adapter for each K."""
     base = write_base(folder / "base", qwen2_config(**config))
     for k in ks:
         # mlx-lm, the oracle, has no place for a tied head's LoRA.

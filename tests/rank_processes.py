@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -71,11 +72,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tupl
         for process in processes:
             process.kill()
             process.wait()
-    errors = [
-        "".join(li for li in err.splitlines(keepends=True) if not li.startswith("[ring]"))
-        for _, err in texts
-    ]
     return [
-        (process.returncode, out, err)
-        for process, (out, _), err in zip(processes, texts, errors, strict=True)
+        (process.returncode, out, re.sub(r"(?m)^\[ring\].*\n?", "", err))
+        for process, (out, err) in zip(processes, texts, strict=True)
     ]

@@ -17,17 +17,13 @@ from kmerge_mlx.prompts.tags import cuts_tag
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt (a context that merges and text to read raw after it, or messages) and its answer.
+    """A prompt and its answer."""
 
-    The whole prompt is the context where a row does not tell them apart. No chat template applies
-    to a ``bare`` one, as in mlx-lm's ``text`` format. The answer of ``messages`` is the last.
-    """
-
-    context: str | None = None
-    prompt: str | None = None
+    context: str | None = None  # what merges: the whole prompt if a row does not tell them apart
+    prompt: str | None = None  # text to read raw after it
     answer: str | None = None
-    bare: bool = False
-    messages: tuple[Mapping[str, Any], ...] = ()
+    bare: bool = False  # no chat template applies, as in mlx-lm's text format
+    messages: tuple[Mapping[str, Any], ...] = ()  # instead of all that; the last is the answer
     tools: tuple[Any, ...] | None = None
 
 
@@ -35,16 +31,8 @@ class Example:
 class RowFormat:
     """The keys of a row (mlx-lm's, and ours for what merges and where a text is cut).
 
-    Args:
-        context_feature: Key of what merges while the prompt stays raw; a row without it merges its
-            whole prompt.
-        split_feature: Key of the character of a text at which its answer begins.
-        text_split: Share of a text, between 0 and 1, after which its answer begins, for rows
-            without a ``split``; the cut moves left to the next white space.
-        answers: Whether every row must have an answer.
-
-    Raises:
-        DataError: A key that is not text, or a share out of range.
+    A row with a ``context`` keeps its prompt raw; without one, the whole prompt merges. A text that
+    has no ``split`` is cut at the white space before ``text_split``.
     """
 
     prompt_feature: str = "prompt"
@@ -52,9 +40,9 @@ class RowFormat:
     chat_feature: str = "messages"
     text_feature: str = "text"
     context_feature: str = "context"
-    split_feature: str = "split"
-    text_split: float | None = None
-    answers: bool = True
+    split_feature: str = "split"  # the character of a text at which its answer begins
+    text_split: float | None = None  # share of a text, between 0 and 1, before its answer
+    answers: bool = True  # whether every row must have one
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,11 +53,7 @@ class RowFormat:
             raise DataError(f"text_split is {short(share)}, expected a share between 0 and 1")
 
     def read(self, row: Row) -> Example:
-        """Reads a row; keys that it does not know are ignored, as in mlx-lm.
-
-        Raises:
-            DataError: A missing key, a wrong type, an empty answer, no prompt; says which.
-        """
+        """Reads a row, or raises DataError; unknown keys are ignored, as in mlx-lm."""
         asks = self.prompt_feature in row or self.context_feature in row
         others = self.chat_feature in row or self.text_feature in row
         if asks and (self.completion_feature in row or not (others or self.answers)):
@@ -88,23 +72,21 @@ class RowFormat:
         answer = _text_of(row, self.completion_feature)
         if not answer and self.answers:
             raise DataError(f"{self.completion_feature} is empty, expected an answer")
-        context, prompt = self._parts(row, _text_of(row, self.prompt_feature))
-        return Example(context, prompt, answer or None, tools=_tools_of(row))
+        parts = self._parts(row, _text_of(row, self.prompt_feature))
+        return Example(*parts, answer or None, tools=_tools_of(row))
 
     def _text(self, row: Row) -> Example:
         text = _text_of(row, self.text_feature)
         at = self._split(row, text)
-        context, prompt = self._parts(row, text[:at])
-        return Example(context, prompt, text[at:] or None, bare=True)
+        return Example(*self._parts(row, text[:at]), text[at:] or None, bare=True)
 
     def _parts(self, row: Row, prompt: str) -> tuple[str | None, str | None]:
         """What merges and what stays raw: without a ``context`` key, all of the prompt merges."""
-        context, raw = prompt, ""
-        if self.context_feature in row:
-            context, raw = _text_of(row, self.context_feature), prompt
-        if not context and not raw:
+        context = _text_of(row, self.context_feature) if self.context_feature in row else None
+        parts = (prompt, None) if context is None else (context or None, prompt or None)
+        if not any(parts):
             raise DataError(f"{self.prompt_feature} is empty, expected a prompt")
-        return context or None, raw or None
+        return parts
 
     def _split(self, row: Row, text: str) -> int:
         """The character at which the answer of a text begins."""
@@ -163,7 +145,6 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def _text_of(row: Row, key: str) -> str:
-    """A text of a row; empty where it has none."""
     value = row.get(key)
     if not isinstance(value, str | None):
         raise DataError(f"{key} is {short(value)}, expected text")

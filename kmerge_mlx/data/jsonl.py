@@ -30,14 +30,11 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Line(NamedTuple):
-    """A line of a file: its number from 1, its bytes, and the bytes of the file read so far.
+    """A line of a file."""
 
-    ``data`` is None for a line of more than ``MAX_LINE_BYTES``.
-    """
-
-    number: int
-    data: bytes | None
-    position: int
+    number: int  # from 1
+    data: bytes | None  # None: it is longer than MAX_LINE_BYTES
+    position: int  # bytes of the file read so far
 
 
 @dataclass
@@ -76,8 +73,7 @@ def read_rows(path: Path, convert: Callable[[Row], T], bad: BadLines) -> Iterato
 def raw_lines(path: Path) -> Iterator[Line]:
     """Yields the lines of a file, unparsed; at most one of them is in memory.
 
-    Raises DataError if it is missing, unreadable, not a file, or a ``.gz`` that is torn or too
-    large.
+    DataError: it is missing, unreadable, not a file, or a ``.gz`` that is torn or too large.
     """
     if not path.is_file():  # a pipe or a device may never end
         reason = "it is not a file" if path.exists() else "there is no such file"
@@ -101,10 +97,9 @@ def raw_lines(path: Path) -> Iterator[Line]:
 
 
 def parse_row(data: bytes | None) -> Row:
-    """Parses a line.
+    """Parses a line; DataError if it is too long, not UTF-8, or not a JSON object.
 
-    Raises DataError if it is too long (None), not UTF-8, not JSON, not an object, or holds half of
-    a surrogate pair, which no tokenizer takes.
+    Or if it holds half of a surrogate pair, which no tokenizer takes.
     """
     if data is None:
         raise DataError(f"longer than {MAX_LINE_BYTES >> 20} MiB, expected one example a line")
@@ -113,13 +108,12 @@ def parse_row(data: bytes | None) -> Row:
         if _SURROGATE.search(data):
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
-        raise DataError(f"not UTF-8: {byte}") from None
+        raise DataError(f"not UTF-8: {first_line(error)}") from None
     except UnicodeEncodeError:
         raise DataError("found half of a surrogate pair (\\ud800-\\udfff), expected text") from None
     except json.JSONDecodeError as error:
-        reason = error.msg.removesuffix(" at")
-        raise DataError(f"not JSON: {reason} at character {error.colno}") from None
+        reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+        raise DataError(f"not JSON: {reason}") from None
     except (ValueError, RecursionError):
         raise DataError("not JSON that can be read: too deep, or a number too long") from None
     if not isinstance(row, dict):

@@ -6,6 +6,7 @@ arXiv 2604.15153 (prompt and answer tokenized apart, no template).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,18 +30,20 @@ _BARE = "use prompt and completion rows and leave the chat template out"
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example as ids: the prompt's, in runs that merge and runs that do not, and the answer's.
+    """An example as ids."""
 
-    An answer ends with an end-of-text token; ``answer_ids`` is empty where there is none.
-    """
-
-    segments: list[Segment]
-    answer_ids: list[int]
+    segments: list[Segment]  # of the prompt: runs that merge and runs that do not
+    answer_ids: Sequence[int]  # an end-of-text token is last; empty where there is no answer
 
     @property
     def num_tokens(self) -> int:
         """How many ids prompt and answer have together."""
         return sum(len(segment.ids) for segment in self.segments) + len(self.answer_ids)
+
+    def packed(self) -> TokenizedExample:
+        """The same in 4 bytes a token, for there may be many."""
+        segments = [Segment(array("i", s.ids), s.merge) for s in self.segments]
+        return TokenizedExample(segments, array("i", self.answer_ids))
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -54,12 +57,8 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     With a chat template, prompt and answer are cut apart where the template's generation prompt
     ends, so their ids laid end to end are those of the whole conversation, up to the token that
     ends the answer: what a template writes after it (ChatML's line break) is never generated, and
-    is left out. Without one, prompt and answer are tokenized apart.
-
-    Raises:
-        DataError: A conversation and no template, a template that refuses, or one that changes the
-            prompt when an answer follows it; a tokenizer without an eos token.
-        PromptError: As for ``prompts.lay_out``.
+    is left out. Without one, prompt and answer are tokenized apart. Raises DataError where that
+    cannot be done, and PromptError as ``prompts.lay_out`` does.
     """
     templated = layout.chat_template and tokenizer.has_chat_template
     options = {} if example.tools is None else {"tools": list(example.tools)}
@@ -96,10 +95,7 @@ def _after_prompt(
     whole: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
 ) -> list[int]:
-    """The ids of a conversation that follow its prompt.
-
-    Where a token of the conversation would straddle the border, the answer is tokenized apart.
-    """
+    """The ids of a conversation that follow its prompt; tokenized apart if a token straddles it."""
 
     def render(messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         messages = [dict(message) for message in messages]
@@ -127,10 +123,7 @@ def _after_prompt(
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """An answer's ids with one end-of-text token, last.
-
-    If the ids already end with one, white space and other such tokens aside, they are cut after it.
-    """
+    """An answer's ids with one end-of-text token, last; what follows its own is left out."""
     end = None
     for i in reversed(range(len(ids))):
         if ids[i] in tokenizer.eos_token_ids:

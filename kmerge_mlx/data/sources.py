@@ -27,14 +27,11 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class ExampleList(Sequence[Example]):
-    """The examples of a split, in memory; ``bad`` lines were left out.
-
-    Each comes from a place: a file or a task, and a number from 1.
-    """
+    """The examples of a split, in memory."""
 
     items: Sequence[Example]
-    places: Sequence[tuple[str, int]]
-    bad: int = 0
+    places: Sequence[tuple[str, int]]  # where each comes from: a file or task, a number from 1
+    bad: int = 0  # lines that were left out
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,8 +49,7 @@ def read_examples(
 ) -> ExampleList:
     """Reads a ``.jsonl`` or ``.jsonl.gz`` file; ``skip_bad`` counts bad lines and goes on.
 
-    Raises:
-        DataError: A bad line (named), not a single good line, or a file that cannot be read.
+    DataError: a bad line (named), not a single good one, or a file that cannot be read.
     """
     path, bad = Path(path), BadLines(skip_bad)
     items, places, place = [], [], f"{path} line"
@@ -72,17 +68,10 @@ def load_examples(
     skip_bad: bool = False,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, ExampleList]:
-    """Reads those splits that a folder, or a hub dataset of JSONL files, has.
+    """Reads those of some splits that a folder has, or a hub dataset (``user/name@revision``).
 
-    Args:
-        data: A folder with ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` (or ``.jsonl.gz``), or
-            a hub repo id of one (``user/name@revision``).
-        row_format: What the rows mean.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
-        splits: Which splits are wanted.
-
-    Raises:
-        DataError: No such folder or dataset, no split in it, or a bad line.
+    They are in ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` (or ``.jsonl.gz``). Raises
+    DataError for no such folder or dataset, none of the splits in it, or a bad line.
     """
     folder = _folder(data, splits)
     files = {split: path for split in splits if (path := _split_file(folder, split))}
@@ -102,10 +91,7 @@ def load_hub_datasets(
 
     An entry has a ``path``, and as wanted ``train_split``, ``valid_split``, ``test_split``
     (``train[:80%]``, ``train[-10%:]`` and none by default) and fields of RowFormat in the place of
-    those of ``row_format``. The other arguments are those of :func:`load_examples`.
-
-    Raises:
-        DataError: An unknown key, a malformed slice, a dataset without JSONL files, a bad line.
+    those of ``row_format``. Raises as :func:`load_examples`, and for an unknown key or slice.
     """
     found: dict[str, ExampleList] = {}
     for entry in [entries] if isinstance(entries, Mapping) else entries:
@@ -113,13 +99,12 @@ def load_hub_datasets(
         folder = _folder(path, [name for name, _, _ in slices.values()])
         files: dict[str, ExampleList] = {}
         for split, (name, start, stop) in slices.items():
+            if (file := _split_file(folder, name)) is None:
+                raise DataError(
+                    f"{path} holds no {name}.jsonl: hub datasets are read as JSONL; fetch one of "
+                    "another format with its own tools and give the folder as `data`"
+                )
             if name not in files:
-                file = _split_file(folder, name)
-                if file is None:
-                    raise DataError(
-                        f"{path} holds no {name}.jsonl: hub datasets are read as JSONL; fetch one "
-                        "of another format with its own tools and give the folder as `data`"
-                    )
                 files[name] = read_examples(file, formats, skip_bad)
             whole = files[name]
             part = slice(_bound(start, len(whole)), _bound(stop, len(whole)))
@@ -139,15 +124,15 @@ def _read_entry(
         raise DataError(f"hf_dataset is {short(entry)}, expected an entry with a path")
     if unknown := sorted(map(str, set(entry) - known)):
         raise DataError(f"hf_dataset: unknown {', '.join(unknown)}, expected {sorted(known)}")
-    given = {name: entry[name] for name in names if name in entry}
     slices = {}
     for split in splits:
         text = entry.get(f"{split}_split", _DEFAULT_SLICES.get(split))
-        if text is not None:
-            match = _SLICE.fullmatch(text) if isinstance(text, str) else None
-            if match is None:
-                raise DataError(f"{split}_split is {short(text)}, expected NAME or NAME[:80%]")
-            slices[split] = (match[1], match[2], match[3])
+        match = _SLICE.fullmatch(text) if isinstance(text, str) else None
+        if match is not None:
+            slices[split] = match.groups()
+        elif text is not None:
+            raise DataError(f"{split}_split is {short(text)}, expected NAME or NAME[:80%]")
+    given = {name: entry[name] for name in names & entry.keys()}
     return entry["path"], RowFormat(**(vars(base) | given)), slices
 
 

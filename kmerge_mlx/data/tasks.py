@@ -30,6 +30,8 @@ _REPORT_EVERY = 1000
 
 Progress = Callable[[int, int], None]
 """Called now and then with (work done, work in all)."""
+Bar = Callable[[str], Progress]
+"""Begins a piece of work, by its label."""
 
 
 def silent(done: int, total: int) -> None:
@@ -52,13 +54,9 @@ class Task:
     ) -> dict[str, Any]:
         """Draws the splits and writes them as a data folder, whole or not at all.
 
-        ``force`` replaces a data folder that is there, and nothing else.
-
-        Returns:
-            The summary, which is also left in the folder, where mlx-lm does not look.
-
-        Raises:
-            DataError: A bad line, too little to draw from, or a place that cannot be written.
+        ``force`` replaces a data folder that is there, and nothing else. Returns the summary, which
+        is also left in the folder. Raises DataError for a bad line, too little to draw from, or a
+        place that cannot be written.
         """
         from kmerge_mlx.files import check_destination, replacing_folder, write_json
 
@@ -77,8 +75,8 @@ class Task:
         raise NotImplementedError
 
 
-class Written(NamedTuple):
-    """A row of a data folder.
+class Pair(NamedTuple):
+    """A prompt and its answer; a row without one is left out.
 
     ``unit`` is what no other split may hold (the tree, or the prompt), and ``counted`` what the
     summary counts, by name.
@@ -91,10 +89,7 @@ class Written(NamedTuple):
 
 
 def write_splits(
-    folder: Path,
-    splits: Iterable[str],
-    rows: Callable[[str, set[int]], Iterable[Written]],
-    unit: str,
+    folder: Path, splits: Iterable[str], rows: Callable[[str, set[int]], Iterable[Pair]], unit: str
 ) -> dict[str, Any]:
     """Writes splits in turn, in mlx-lm's ``prompt``/``completion`` format.
 
@@ -130,14 +125,6 @@ def write_splits(
     return {"splits": ordered, f"shared_{unit}": shared}
 
 
-class Pair(NamedTuple):
-    """A prompt, its answer (a row without one is left out) and what the summary counts it as."""
-
-    prompt: str
-    answer: str
-    label: str | None = None
-
-
 @dataclass(frozen=True)
 class HubTask(Task):
     """A task whose rows are in one large JSONL file of the hub; a subclass says what a row means.
@@ -145,32 +132,22 @@ class HubTask(Task):
     Each distinct prompt stands for one row (its first), and the rows in the order of a hash of
     their prompts are the test, validation and training set. So no prompt is in two splits, the
     order of the file does not matter, and a larger set holds the smaller ones.
-
-    Args:
-        part: Category or language of the dataset; None is the paper's.
-        file: A local file in the dataset's schema instead of the hub's.
-        seed: The same one gives the same splits.
-        skip_bad: Count bad lines and go on, instead of stopping at the first.
-        sizes: Rows by split, for those that should not be as in the paper.
     """
 
-    part: str | None = None
-    file: str | None = None
+    part: str | None = None  # category or language of the dataset; None is the paper's
+    file: str | None = None  # a local one in the dataset's schema instead of the hub's
     seed: int = DATA_SEED
-    skip_bad: bool = False
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    skip_bad: bool = False  # count bad lines and go on, instead of stopping at the first
+    sizes: Mapping[str, int] = field(default_factory=dict)  # by split, where not the paper's
 
     repo: ClassVar[str]
-    path: ClassVar[str]
-    """Path in the repo, with ``{}`` for the part."""
-    part_name: ClassVar[str]
-    """The setting that chooses the part."""
+    path: ClassVar[str]  # in the repo, with {} for the part
+    part_name: ClassVar[str]  # the setting that chooses the part
     default_part: ClassVar[str]
     part_pattern: ClassVar[str]
     test: ClassVar[int]
     valid: ClassVar[int]
-    train_share: ClassVar[float] = 1.0
-    """What the training set gets of the rows that are in neither of the others."""
+    train_share: ClassVar[float] = 1.0  # of the rows that are in neither of the others
 
     @staticmethod
     def pair(row: Row) -> Pair:
@@ -203,14 +180,9 @@ class HubTask(Task):
 
     def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         drawn, read = self._draw(progress)
-
-        def rows(split: str, earlier: set[int]) -> Iterable[Written]:
-            for prompt, answer, label in drawn[split]:
-                yield Written(prompt, answer, prompt, {"labels": label} if label else {})
-
         source = self.file or f"{self.repo} {self.part or self.default_part}"
         head = {"task": self.name, "source": source, "seed": self.seed}
-        return head | read | write_splits(folder, drawn, rows, "prompts")
+        return head | read | write_splits(folder, drawn, lambda split, _: drawn[split], "prompts")
 
     def _draw(self, progress: Progress) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
         """The pairs of each split that has any, and what was read.
@@ -256,12 +228,9 @@ class HubTask(Task):
         named = " and ".join(f"`{split}` {size}" for split, size in sizes.items())
         train = sizes.setdefault("train", int(left * self.train_share))
         if left < train or ("train" not in self.sizes and train < 1):
-            problem = f"found {rows} distinct prompts, expected more than {named}"
-            if self.sizes:
-                raise DataError(f"{source} is too small: {problem}")
             raise DataError(
-                f"{source} is too small for the paper's splits ({problem}): `kmerge-mlx data "
-                f"{self.name} --file {source} --test N --valid N` draws others, for `data`"
+                f"{source} is too small: found {rows} distinct prompts, expected more than {named} "
+                f"(`kmerge-mlx data {self.name} --file {source} --test N --valid N` draws fewer)"
             )
         if not any(sizes.values()):
             raise SettingsError("`train`, `valid` and `test` are all 0: nothing to write")
@@ -290,7 +259,8 @@ class AmazonReviews(HubTask):
         if not is_number(rating):
             raise DataError(f"rating is {short(rating)}, expected a number")
         label = "positive" if rating >= POSITIVE_FROM else "negative"
-        return Pair(f"Review: {text}, Label:", label, label)
+        prompt = f"Review: {text}, Label:"
+        return Pair(prompt, label, prompt, {"labels": label})
 
 
 class CommitPackFT(HubTask):
@@ -318,4 +288,4 @@ class CommitPackFT(HubTask):
             f"Instructions: {row['subject']}\n"
             "New Content:\n"
         )
-        return Pair(prompt, row["new_contents"])
+        return Pair(prompt, row["new_contents"], prompt, {})

@@ -16,14 +16,14 @@ from functools import cached_property
 from itertools import cycle, permutations
 from pathlib import Path
 from random import Random
+from string import ascii_uppercase
 from typing import Any, ClassVar, TypeVar
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.tasks import Progress, Task, Written, fingerprint, write_splits
+from kmerge_mlx.data.tasks import Pair, Progress, Task, fingerprint, write_splits
 from kmerge_mlx.errors import DataError, SettingsError
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-NAMES = tuple(a + b for a in LETTERS for b in LETTERS)
+NAMES = tuple(a + b for a in ascii_uppercase for b in ascii_uppercase)
 
 EDGE = "edge"
 REVERSED = "reversed"  # asked the wrong way round
@@ -33,20 +33,17 @@ UNCLE = "uncle"  # on the parent's level, but not the parent
 OTHER = "other"
 NEGATIVES = (REVERSED, GRANDPARENT, SIBLING, UNCLE, OTHER)
 FIND_PARENT = "find_parent"
-
-# The smallest space of trees, `small`, holds 600 million that can be asked about.
-_MOST_DRAWS = 10_000
+_MOST_DRAWS = 10_000  # the smallest space of trees, `small`, holds 600 million
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How large the trees of a curriculum stage grow.
+    """How large the trees of a curriculum stage grow; SettingsError where none of two nodes can.
 
     The root's depth is 0, and a node without room for ``min_children`` has none. The batch sizes
-    are the paper's rows a device, for K = 2 and 3, and for K = 4. Raises SettingsError where no
-    tree of two nodes can grow, or there are not enough names.
+    are the paper's rows a device, for K = 2 and 3, and for K = 4.
     """
 
     max_depth: int
@@ -134,15 +131,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a tree, its answer, how the nodes are related, and the child's depth.
-
-    ``answer`` is ``true`` or ``false``; where ``kind`` is ``find_parent``, the parent's name.
-    """
+    """A question about a tree."""
 
     prompt: str
-    answer: str
-    kind: str
-    depth: int
+    answer: str  # true or false, or the parent's name
+    kind: str  # how the nodes are related, or find_parent
+    depth: int  # of the child
 
 
 @dataclass(frozen=True)
@@ -150,31 +144,17 @@ class TreeTask(Task):
     """Trees of a stage and the questions about them.
 
     A training run knows its data by this class's ``repr``: a field more, and it cannot be resumed.
-
-    Args:
-        stage: Name of one of the six stages, or a stage of one's own.
-        num_trees: Trees in all splits together.
-        seed: The same one gives the same bytes.
-        questions_per_tree: Most true/false questions of a tree, half of each.
-        find_parent: Most questions of the other kind that a tree gets as well.
-        reference_sampling: Ask every ordered pair of distinct nodes, as the paper's code does.
-        splits: Trees by split, for those that should not follow from ``num_trees``: a hundredth
-            each for ``valid`` and ``test``, the rest for ``train``.
-        max_nodes: Most nodes of a tree, in place of the stage's.
-
-    Raises:
-        SettingsError: A stage in which no tree grows, too few trees, an odd number of questions.
-        DataError: An unknown stage.
+    By default ``valid`` and ``test`` get a hundredth of the trees each, and ``train`` the rest.
     """
 
-    stage: str | Stage = "medium"
-    num_trees: int = 10_000
+    stage: str | Stage = "medium"  # one of the six by name, or a stage of one's own
+    num_trees: int = 10_000  # in all splits together
     seed: int = DATA_SEED
-    questions_per_tree: int = 8
-    find_parent: int = 0
-    reference_sampling: bool = False
-    splits: Mapping[str, int] = field(default_factory=dict)
-    max_nodes: int | None = None
+    questions_per_tree: int = 8  # most true/false questions of a tree, half of each
+    find_parent: int = 0  # most questions for a parent's name that a tree gets as well
+    reference_sampling: bool = False  # ask every ordered pair of nodes, as the paper's code does
+    splits: Mapping[str, int] = field(default_factory=dict)  # trees of those not as by default
+    max_nodes: int | None = None  # of a tree, in place of the stage's
 
     name: ClassVar[str] = "textualized-tree"
 
@@ -237,24 +217,19 @@ class TreeTask(Task):
         asked = self._asked(tree, rng)
         return _question(tree, *asked[number % len(asked)])
 
-    def draw_split(
-        self, split: str, earlier: set[int] | None = None
-    ) -> Iterator[tuple[Tree, list[Question]]]:
-        """Draws all trees of a split and their questions (see :meth:`draw`)."""
-        return (self.draw(split, index, earlier) for index in range(self.trees()[split]))
-
     def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         trees = {split: size for split, size in self.trees().items() if size}
         done, total = 0, sum(trees.values())
 
-        def rows(split: str, earlier: set[int]) -> Iterator[Written]:
+        def rows(split: str, earlier: set[int]) -> Iterator[Pair]:
             nonlocal done
-            for tree, questions in self.draw_split(split, earlier):
+            for index in range(trees[split]):
+                tree, questions = self.draw(split, index, earlier)
                 for asked in questions:
                     label = FIND_PARENT if asked.kind == FIND_PARENT else asked.answer
                     false = {"negatives": asked.kind} if asked.answer == "false" else {}
                     counted = {"labels": label, **false, "depths": asked.depth}
-                    yield Written(asked.prompt, asked.answer, tree.text, counted)
+                    yield Pair(asked.prompt, asked.answer, tree.text, counted)
                 done += 1
                 if done % 100 == 0 or done == total:
                     progress(done, total)
@@ -287,14 +262,20 @@ class TreeTask(Task):
 def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
     """False pairs: every second one an uncle, between them the other kinds by turns.
 
-    Only an uncle lies one level above the child, as its parent does. If all kinds took turns alike,
-    comparing two depths would answer 98% of the questions without reading the tree; so it is 76%.
+    An uncle lies one level above the child, as its parent does: with fewer of them, comparing two
+    depths would answer 98% of the questions without reading the tree; so it is 76%.
     """
     listed = tree.pairs()
     known = len(tree.edges()) + tree.uncles() + sum(map(len, listed.values()))
     sizes = {UNCLE: tree.uncles(), OTHER: len(tree) * (len(tree) - 1) - known}
     left = {kind: take(rng, pairs, count) for kind, pairs in listed.items()}
-    left |= {kind: _pairs_of(tree, rng, kind, min(count, n)) for kind, n in sizes.items()}
+    for kind, n in sizes.items():
+        found: dict[tuple[int, int], None] = {}  # as many different pairs as there are, or asked
+        while len(found) < min(count, n):
+            parent, child = below(rng, len(tree)), below(rng, len(tree))
+            if parent != child and tree.kind(parent, child) == kind:
+                found[parent, child] = None
+        left[kind] = list(found)
     turns = [kind for other in take(rng, NEGATIVES) if other != UNCLE for kind in (UNCLE, other)]
     chosen: list[tuple[int, int]] = []
     for kind in cycle(turns):
@@ -303,16 +284,6 @@ def _negatives(tree: Tree, rng: Random, count: int) -> list[tuple[int, int]]:
         if left[kind]:
             chosen.append(left[kind].pop())
     return chosen
-
-
-def _pairs_of(tree: Tree, rng: Random, kind: str, count: int) -> list[tuple[int, int]]:
-    """So many different pairs of a kind, of which there must be as many."""
-    chosen: dict[tuple[int, int], None] = {}
-    while len(chosen) < count:
-        parent, child = below(rng, len(tree)), below(rng, len(tree))
-        if parent != child and tree.kind(parent, child) == kind:
-            chosen[parent, child] = None
-    return list(chosen)
 
 
 def _question(tree: Tree, parent: int | None, child: int) -> Question:

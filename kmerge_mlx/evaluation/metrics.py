@@ -22,8 +22,7 @@ DRAWS = 20_000
 SEED = 0
 
 
-Interval = tuple[float, float]
-"""The low and the high end of where a value lies with 95% confidence."""
+Interval = tuple[float, float]  # the ends of where a value lies with 95% confidence
 
 
 def wilson_interval(successes: int, n: int) -> Interval:
@@ -40,9 +39,8 @@ def wilson_interval(successes: int, n: int) -> Interval:
 def mean_interval(successes: np.ndarray, totals: np.ndarray) -> Interval:
     """The interval of the mean of independent proportions (L,), such as balanced accuracy.
 
-    Each proportion is drawn from its Jeffreys posterior, Beta(successes + 1/2, failures + 1/2), and
-    the mean of the draws is taken, with a fixed seed; a proportion of none is left out. The
-    interval includes the mean itself.
+    Each proportion is drawn from its Jeffreys posterior, Beta(successes + 1/2, failures + 1/2); one
+    of nothing is left out. The interval includes the mean itself.
     """
     successes, totals = successes[totals > 0], totals[totals > 0]
     beta = np.random.default_rng(SEED).beta
@@ -56,10 +54,8 @@ def bootstrap_interval(
 ) -> Interval:
     """The percentile bootstrap interval of a function of sums over examples.
 
-    Examples are drawn with replacement, as many as there are, 2,000 times with a fixed seed. Which
-    ones are drawn depends on their number alone. ``terms`` (n, ...) are what is summed, and
-    ``statistic`` takes sums (R, ...) float64, one row for each resample, and returns (R,). The
-    interval need not include the statistic of the examples themselves.
+    ``terms`` (n, ...) are what is summed, and ``statistic`` takes sums (R, ...) float64, one row
+    for each resample, and returns (R,). It need not lie in the interval itself.
     """
     n, rng = len(terms), np.random.default_rng(SEED)
     flat = terms.reshape(n, -1).astype(np.float64)
@@ -77,10 +73,7 @@ def _middle(values: np.ndarray) -> Interval:
 def label_outcomes(
     answers: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> np.ndarray:
-    """Whether each label is right, is the answer, and is predicted: (n, 3, L) bool.
-
-    A prediction that is not a label is wrong, and not a false positive of any label.
-    """
+    """Whether each label is right, is the answer, and is predicted: (n, 3, L) bool."""
     answered, predicted = (
         np.array(texts, object)[:, None] == np.array(labels, object)
         for texts in (answers, predictions)
@@ -102,10 +95,9 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
-    """The mean F1 of all labels, (...) of counts (..., 3, L).
+    """The mean F1 of all labels, (...) of counts (..., 3, L) resampled from others (3, L).
 
-    The counts are resamples of ``resampled_from`` (3, L), or the same; a label that occurs there
-    and not in a resample is left out of it.
+    A label that occurs in those and not in a resample is left out of it.
     """
     occurs = counts[..., ANSWERED:, :].sum(axis=-2) > 0
     never = resampled_from[ANSWERED:].sum(axis=0) == 0
@@ -113,9 +105,6 @@ def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """The exponential of the mean negative log-likelihood of a token, infinite past float64.
-
-    ``sums`` (..., 2) are negative log-likelihoods in nats, and tokens.
-    """
+    """Perplexity of sums (..., 2) of nats and tokens, infinite past float64."""
     with np.errstate(over="ignore"):
         return np.exp(sums[..., 0] / sums[..., 1])

@@ -18,11 +18,10 @@ from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.data.sources import load_examples
+from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateSettings
 
-Bar = Callable[[str], Callable[[int, int], None]]
-"""From a label to what is called with (work done, work in all)."""
 Count = Callable[[Example], int]
 Haystack = Callable[[int], list[Example]]
 """From a number of sentences or rows to prompts of that size, one with the needle at each depth."""
@@ -38,20 +37,15 @@ _WHAT = (
 )
 _WHERE = ("by the river", "behind the station", "in the market", "near the mill", "on the hill")
 _CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Cairo", "Perth", "Dakar", "Turin", "Kyoto", "Lima")
-_DIGITS = 5
-_DEEPEST = 4
-_CHILDREN = (3, 4, 5, 6, 7)
-"""The most children of a node, as few as will do; the fewest are two less."""
-_DRAWS = 10
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the right answer, the name of its group, and its ids once it is tokenized."""
+    """A prompt with the right answer, and the group in which it is scored."""
 
     example: Example
     group: str
-    row: TokenizedExample | None = None
+    row: TokenizedExample | None = None  # its ids, once it is tokenized
 
     @property
     def answer(self) -> str:
@@ -66,32 +60,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Group:
-    """Questions that are scored together.
-
-    ``labels`` are the answers where they are classes, the positive one first. If ``anywhere``, an
-    answer that contains the right one is right. ``place`` is the length in tokens of a recall
-    prompt, and the needle's depth from 0 to 1.
-    """
+    """Questions that are scored together."""
 
     name: str
-    labels: tuple[str, ...] = ()
-    anywhere: bool = False
-    place: tuple[int, float] | None = None
+    labels: tuple[str, ...] = ()  # answers that are classes, the positive one first
+    anywhere: bool = False  # an answer that contains the right one is right
+    place: tuple[int, float] | None = None  # recall: tokens of the prompt, depth from 0 to 1
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Everything that is asked, at least one question of each group; ``bad`` rows were left out.
-
-    ``where`` names a question's place in an error, by its index. ``limits`` are the most tokens of
-    an answer, by group.
-    """
+    """Everything that is asked, at least one question of each group."""
 
     items: Sequence[Question]
     groups: tuple[Group, ...]
-    bad: int = 0
-    where: Callable[[int], str] = lambda index: f"question {index + 1}"
-    limits: Mapping[str, int] = field(default_factory=dict)
+    bad: int = 0  # rows that were left out
+    where: Callable[[int], str] = lambda index: f"question {index + 1}"  # its name in an error
+    limits: Mapping[str, int] = field(default_factory=dict)  # most tokens of an answer, by group
 
     def sizes(self) -> dict[str, int]:
         """How many questions each group has."""
@@ -99,11 +84,7 @@ class Questions:
 
 
 def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
-    """Reads, draws or fetches the questions of all tasks but recall.
-
-    Raises DataError for a bad row (named), or data that cannot be had; EvaluateError for answers
-    that are not labels, though labels were given.
-    """
+    """Reads, draws or fetches the questions of all tasks but recall."""
     if settings.task == trees.TreeTask.name:
         return _tree_questions(settings)
     splits = (settings.split,)
@@ -135,8 +116,8 @@ def _tree_questions(settings: EvaluateSettings) -> Questions:
             Example(question.prompt, None, question.answer),
             trees.FIND_PARENT if question.kind == trees.FIND_PARENT else RELATIONSHIP,
         )
-        for _, questions in task.draw_split(settings.split)
-        for question in questions
+        for index in range(settings.num_trees)
+        for question in task.draw(settings.split, index)[1]
     ]
     pairs = Group(RELATIONSHIP, _positive_first(settings, ["true", "false"]))
     groups = (pairs, Group(trees.FIND_PARENT))
@@ -200,7 +181,7 @@ def recall_questions(settings: EvaluateSettings, count: Count, bar: Bar) -> Ques
 
 def _text(rng: Random, length: int, depths: Sequence[float], count: Count) -> list[Example]:
     """Sentences, one of which tells a city's secret number."""
-    city, number = _pick(rng, _CITIES), "".join(str(trees.below(rng, 10)) for _ in range(_DIGITS))
+    city, number = _pick(rng, _CITIES), "".join(str(trees.below(rng, 10)) for _ in range(5))
     needle = f"The secret number of {city} is {number}."
     question = f"Question: What is the secret number of {city}?\nAnswer:"
     sentences: list[str] = []
@@ -234,10 +215,9 @@ def _tree(rng: Random, length: int, depths: Sequence[float], count: Count) -> li
             for child in children
         ]
 
-    for most in _CHILDREN:
-        for _ in range(_DRAWS):
-            stage = trees.Stage(_DEEPEST, len(trees.NAMES), most - 2, most)
-            tree = trees.draw_tree(rng, stage)
+    for most in (3, 4, 5, 6, 7):  # children of a node, as few as will do
+        for _ in range(10):
+            tree = trees.draw_tree(rng, trees.Stage(4, len(trees.NAMES), most - 2, most))
             if max(map(count, haystack(tree, len(tree)))) > length:
                 return haystack(tree, _most(lambda n, tree=tree: haystack(tree, n), length, count))
     raise EvaluateError(

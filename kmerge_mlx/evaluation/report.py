@@ -47,16 +47,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """The scores of one method by group and name, or why it cannot read these prompts.
-
-    ``sizes`` are, by group, the tokens of its prompts and the positions that they were read in.
-    """
+    """The scores of one method, or why it cannot read these prompts."""
 
     method: str
     k: int
     label: str
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # tokens, positions by group
+    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)  # by group and name
     refused: str | None = None
 
     def ratio(self, groups: Iterable[str]) -> float:
@@ -82,18 +79,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an evaluation; ``version`` is that of kmerge-mlx.
+    """The result of an evaluation."""
 
-    ``about`` holds, by group, its number of ``questions`` and what it has of ``labels`` (the
-    positive one first), ``length`` and ``depth``.
-    """
-
-    version: str
+    version: str  # of kmerge-mlx
     device: str
     settings: Mapping[str, Any]
     layout: Mapping[str, Any]
     bad_rows: int
-    about: Mapping[str, Mapping[str, Any]]
+    about: Mapping[str, Mapping[str, Any]]  # by group: questions; labels, length, depth if any
     rows: Sequence[Row]
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +16,11 @@ from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import tokenize
-from kmerge_mlx.errors import EvaluateError, KMergeError
-from kmerge_mlx.evaluation.questions import Bar, Questions, load_questions, recall_questions
+from kmerge_mlx.data.tasks import Bar
+from kmerge_mlx.errors import EvaluateError, KMergeError, PromptError
+from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer, in_batches
+from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer
 from kmerge_mlx.evaluation.settings import (
     MERGED,
     RECALL,
@@ -29,23 +29,19 @@ from kmerge_mlx.evaluation.settings import (
     UNCOMPRESSED,
     EvaluateSettings,
 )
+from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
-from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
+from kmerge_mlx.train.rows import by_length
 
-MORE_TOKENS = 8
-"""How many tokens longer than a right one an answer may be that has to contain it."""
-
+MORE_TOKENS = 8  # an answer that has to contain the right one may be so much longer
 Sources = Mapping[int, Source]
 """The base with the adapter for each merge factor; the base alone for 1 if there is none."""
 
 
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
-    """Measures what the settings ask for.
-
-    Raises KMergeError for a model, an adapter, data or a file that is not as it should be.
-    """
+    """Measures what the settings ask for."""
     names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
     sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
     methods = wanted(settings, [*sources])
@@ -128,10 +124,13 @@ def _measured(
     for method in methods:
         method.prepare(model)
         cut = [replace(row, segments=method.cut(row.segments)) for row in rows]
-        if refusal := scorer.refusal(cut):
-            found[method] = Row(method.name, method.k, method.label, refused=refusal)
+        try:
+            for row in cut:
+                check_context(model, row.segments)
+        except PromptError as error:
+            found[method] = Row(method.name, method.k, method.label, refused=str(error))
             continue
-        for batch in in_batches(cut, method.k, batch_size):
+        for batch in by_length(cut, batch_size, method.k):
             if not file.has(method, batch):
                 asked = [questions.items[i] for i in batch]
                 sizes = [len(question.row.prompt_ids) for question in asked]
@@ -163,9 +162,7 @@ def _questions(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: 
             if not settings.skip_bad:
                 raise EvaluateError(problem) from error
         else:
-            # 4 bytes a token, because there may be many.
-            segments = [Segment(array("i", s.ids), s.merge) for s in row.segments]
-            kept.append(replace(question, row=replace(row, segments=segments)))
+            kept.append(replace(question, row=row.packed()))
         progress(i + 1, len(questions.items))
     if not kept:
         raise EvaluateError(f"no question is left: {problem}")
@@ -194,7 +191,7 @@ def _identity(
     digest = hashlib.sha256()
     for question in questions.items:
         prompt = [[segment.merge, *segment.ids] for segment in question.row.segments]
-        about = [question.group, question.answer, prompt, question.row.answer_ids]
+        about = [question.group, question.answer, prompt, [*question.row.answer_ids]]
         digest.update(json.dumps(about).encode() + b"\n")
     path = next(iter(sources.values())).path
     identity = {

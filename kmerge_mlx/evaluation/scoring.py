@@ -20,23 +20,20 @@ import mlx.nn as nn
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.errors import EvaluateError, PromptError, first_line
+from kmerge_mlx.errors import EvaluateError, first_line
 from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.evaluation.settings import MEAN, MERGED, STRIDE, TRUNCATE, UNCOMPRESSED
-from kmerge_mlx.generation.stream import batch_generate, check_context
+from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import make_batch
 
-MOST_POSITIONS = 1 << 14
-"""Positions read at once for likelihoods: at D = 896, some 300 MB."""
-MOST_LOGITS = 1 << 27
-"""Logits held at once for likelihoods: 512 MiB."""
+# What is read, and held, at once for likelihoods.
+MOST_POSITIONS = 1 << 14  # at D = 896, some 300 MB
+MOST_LOGITS = 1 << 27  # 512 MiB
 OF = "evaluation"
-MOST_SHOWN = 20
-"""Longer values are digests, and an error does not show them."""
+MOST_SHOWN = 20  # longer values are digests, and an error does not show them
 LABELS = {
     MERGED: "K={k}",
     UNCOMPRESSED: "uncompressed",
@@ -93,17 +90,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one question: what the model wrote, and how likely it finds the right answer.
-
-    ``nll`` is the negative log-likelihood of the right answer and its end, ``answer_tokens``,
-    summed, in nats. The prompt's tokens were read in ``positions``.
-    """
+    """What a model wrote to answer a question, and how likely it finds the right answer."""
 
     text: str
-    nll: float
+    nll: float  # of the right answer and its end, summed over its tokens, in nats
     answer_tokens: int
     prompt_tokens: int
-    positions: int
+    positions: int  # that the prompt was read in
 
 
 _KINDS = [field.type for field in fields(Prediction)]
@@ -116,22 +109,10 @@ class Scorer:
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._embedding = merged_embedding(model)
 
-    def refusal(self, rows: Sequence[TokenizedExample]) -> str | None:
-        """Why the model cannot read some prompt, or None if it can read all."""
-        try:
-            for row in rows:
-                check_context(self._model, row.segments)
-        except PromptError as error:
-            return str(error)
-        return None
-
     def score(
         self, rows: Sequence[TokenizedExample], sizes: Sequence[int], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch of questions.
-
-        ``rows`` hold what is read of their prompts, of ``sizes`` tokens, and the right answers.
-        """
+        """Answers a batch: ``rows`` hold what is read of prompts of ``sizes`` tokens."""
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(row.segments) for row in rows]
@@ -180,19 +161,10 @@ def _in_passes(
             start = end
 
 
-def in_batches(rows: Sequence[TokenizedExample], k: int, batch_size: int) -> list[list[int]]:
-    """The indices of all rows in batches of similar length, the same ones at every call."""
-    lengths = [num_positions(row, k) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
 class PredictionsFile:
     """Answers by method and question, in a file or, where ``path`` is None, in memory alone.
 
-    Raises EvaluateError where the file cannot be read or written, is not a predictions file, or
-    was made of something else than ``identity``; it is not changed then. ``size`` is the number of
-    questions.
+    A file that is not a predictions file, or of something else than ``identity``, is left alone.
     """
 
     def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
@@ -230,10 +202,7 @@ class PredictionsFile:
         questions: Sequence[Question],
         predictions: Sequence[Prediction],
     ) -> None:
-        """Adds a method's answers to some questions; they are on the disk when it returns.
-
-        Raises EvaluateError if they cannot be written.
-        """
+        """Adds a method's answers to some questions; they are on the disk when it returns."""
         lines = []
         for i, question, prediction in zip(indices, questions, predictions, strict=True):
             self._found[method][i] = prediction

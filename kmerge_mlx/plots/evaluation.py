@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kmerge_mlx.errors import PlotError
-from kmerge_mlx.evaluation.report import COLUMNS, Report, Row
-from kmerge_mlx.plots import APART, draw_scores, outside_legend, plain, write
+from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, Score
+from kmerge_mlx.plots import COLOURS, MARKERS, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
@@ -19,6 +19,7 @@ DRAWN_ALONE = ("balanced_accuracy", "exact_match", "edit_similarity", "perplexit
 NAMES = {"truncate": "last tokens", "stride": "one token in K", "mean": "mean of K"}
 """The legend's words for a method that was measured at several K."""
 GREY, LIGHT_GREY = "#707070", "#c4c4c4"
+APART = 5.0  # 1/72 inch between points of one place, so that their error bars can be seen
 SAME = 0.05  # doublings within which two ratios are the same
 TICKS_APART = 0.1  # of the axis: labels nearer than that would touch
 MARGIN = 2**0.35  # left and right of the points
@@ -57,7 +58,7 @@ def draw_quality(report: Report, path: str | Path) -> None:
         entries |= dict(zip(words, handles, strict=True))
     # The methods, in the order in which they came, then the lines.
     order = sorted(entries, key=lambda label: label not in names.values())
-    outside_legend(figure, [entries[label] for label in order], order, len(panels))
+    _outside_legend(figure, [entries[label] for label in order], order, len(panels))
     write(figure, path)
 
 
@@ -102,7 +103,7 @@ def _draw_panel(
     for number, (method, label) in enumerate(names.items()):
         mine = [(places[i][0], scores[i]) for i, row in enumerate(rows) if row.method == method]
         mine.sort(key=lambda point: point[0])
-        draw_scores(axes, mine, number, label, shifts.get(method, 0.0))
+        _draw_scores(axes, mine, number, label, shifts.get(method, 0.0))
 
 
 def _quality_axes(axes: Any, ratios: list[float], values: list[float], is_share: bool) -> None:
@@ -130,7 +131,7 @@ def _quality_axes(axes: Any, ratios: list[float], values: list[float], is_share:
     else:
         margin = margin or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
-    plain(axes)
+    _plain(axes)
 
 
 def _shifts(points: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -162,10 +163,10 @@ def draw_recall(report: Report, path: str | Path) -> None:
         for number, row in enumerate(report.measured):
             points = [(depth, row.scores[name]["recall"]) for name, depth in depths.items()]
             shift = APART * (number - (len(report.measured) - 1) / 2)
-            draw_scores(axes, points, number, row.label, shift)
+            _draw_scores(axes, points, number, row.label, shift)
     for axes in grid[:, 0]:
         axes.set_ylabel("recall")
-    outside_legend(figure, *grid[0, 0].get_legend_handles_labels(), columns)
+    _outside_legend(figure, *grid[0, 0].get_legend_handles_labels(), columns)
     write(figure, path)
 
 
@@ -178,4 +179,53 @@ def _recall_axes(axes: Any, title: str, depths: list[float]) -> None:
         axes.set_xticks(depths)
     axes.xaxis.set_major_formatter(lambda depth, _: f"{100 * depth:.6g}%")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    plain(axes)
+    _plain(axes)
+
+
+def _draw_scores(
+    axes: Any, points: Sequence[tuple[float, Score]], number: int, name: str, shift: float
+) -> None:
+    """Draws scores (place along the axis and score of each, in order) and their intervals.
+
+    The axes' limits are set before. ``number`` chooses colour and marker, and points are drawn
+    ``shift`` 1/72 inch beside their place.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    colour = COLOURS[number % len(COLOURS)]
+    place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    axes.plot(
+        [x for x, _ in points],
+        [score.value for _, score in points],
+        color=colour,
+        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        linestyle="-" if len(points) > 1 else "none",
+        linewidth=1.2,
+        transform=place,
+        zorder=3,
+        label=name,
+    )
+    known = [(x, score.low, score.high) for x, score in points if score.low is not None]
+    x, *ends = np.array(known).reshape(-1, 3).T
+    low, high = np.clip(ends, *axes.get_ylim())  # one may be infinite
+    # Bars around the middle, because a bootstrap's interval need not include the value.
+    style = {"ecolor": colour, "elinewidth": 1.2, "capsize": 2.5, "transform": place, "zorder": 2}
+    axes.errorbar(x, (low + high) / 2, yerr=(high - low) / 2, fmt="none", **style)
+
+
+def _outside_legend(
+    figure: Any, handles: Sequence[Any], labels: Sequence[str], panels: int
+) -> None:
+    """One legend for all panels, below them."""
+    style = {"frameon": False, "fontsize": "small"}
+    columns = min(len(labels), 2 + panels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+
+
+def _plain(axes: Any) -> None:
+    """Draws a light grid, and no frame above and to the right."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,11 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in measured):
             balanced = f"{label}balanced accuracy"
             _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
-        _mark_stages(accuracies, log, colour)
+        for record in log:  # where each stage of a curriculum begins
+            if "begins" in record:
+                at, style = record["iteration"], {"color": colour, "rotation": 90}
+                accuracies.axvline(at, color=colour, linewidth=0.8, alpha=0.6)
+                accuracies.text(at, 0.02, record["begins"], fontsize="x-small", **style)
     losses.set_ylabel("loss (nats per answer token)")
     low, high = losses.dataLim.intervaly
     if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
@@ -49,19 +53,3 @@ def _line(axes: Any, log: Sequence[dict[str, Any]], name: str, label: str, **sty
     if points:
         marker = "o" if len(points) == 1 else None  # a line of one point is not seen
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker, **style)
-
-
-def _mark_stages(axes: Any, log: Sequence[dict[str, Any]], colour: str) -> None:
-    """A line where each stage of a curriculum begins, and its name beside it."""
-    for record in log:
-        if "begins" in record:
-            axes.axvline(record["iteration"], color=colour, linewidth=0.8, alpha=0.6)
-            axes.annotate(
-                record["begins"],
-                (record["iteration"], 0.02),
-                xytext=(2, 0),
-                textcoords="offset points",
-                rotation=90,
-                fontsize="x-small",
-                color=colour,
-            )

@@ -117,8 +117,7 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
 def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
     """Writes a run's folder; the previous one stays until this one is whole.
 
-    ``tensors`` are whatever else the next step depends on, and ``best`` is the adapter of the best
-    validation, or None where it is what it was.
+    ``best`` is the adapter of the best validation, or None where it is what it was.
     """
     path, state, old = run.path, run.state, run.path / TRAINING
     try:
@@ -163,10 +162,7 @@ def read_progress(path: Path) -> State:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, from which a resumed run begins; empty without a run.
-
-    Running the base model's own Python files is never among them: only this command may allow it.
-    """
+    """The settings from which a resumed run begins, if any; they never allow remote code."""
     if not (path / TRAINING / STATE).is_file():
         return {}
     return {n: v for n, v in _about(path)["settings"].items() if n != "trust_remote_code"}

@@ -6,35 +6,25 @@ Source: arXiv 2604.15153 (a stage of the curriculum ends at 85% accuracy, the la
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
-
-import numpy as np
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
-from kmerge_mlx.data.tasks import fingerprint
+from kmerge_mlx.data.tasks import Bar, Progress, fingerprint, silent
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, KMergeError, TrainError, short
-from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.settings import TrainSettings
 
 TRAIN_SPLITS = ("train", "valid")
-HELD_OUT_TREES = 1000
-"""Trees of the validation split, and of the test split."""
-REFERENCE_QUESTIONS = 8
-"""Questions about each tree when all pairs of its nodes might be asked."""
-PROMPTS_SEEN = 200
-"""Prompts that :func:`prompt_compression` looks at."""
+HELD_OUT_TREES = 1000  # trees of the validation split, and of the test split
+REFERENCE_QUESTIONS = 8  # about each tree when all pairs of its nodes might be asked
 STAGE_SIZES = ("max_depth", "max_nodes", "min_children", "max_children")
-
-Bar = Callable[[str], Callable[[int, int], None]]
-"""A label to a function of (work done, work in all)."""
 
 
 def _row(settings: TrainSettings, tokenizer: Any, example: Example) -> TokenizedExample:
@@ -63,7 +53,7 @@ def num_positions(row: TokenizedExample, merge_factor: int) -> int:
 
 def prompt_compression(rows: Sequence[TokenizedExample], merge_factor: int) -> float:
     """Compression ratio of the prompts of a set, measured on up to 200 of them."""
-    seen = [rows[i] for i in range(0, len(rows), -(-len(rows) // PROMPTS_SEEN))]
+    seen = [rows[i] for i in range(0, len(rows), -(-len(rows) // 200))]
     prompts = [replace(row, answer_ids=[]) for row in seen]
     return sum(p.num_tokens for p in prompts) / sum(num_positions(p, merge_factor) for p in prompts)
 
@@ -71,8 +61,7 @@ def prompt_compression(rows: Sequence[TokenizedExample], merge_factor: int) -> f
 class TokenizedSet(Sequence[TokenizedExample]):
     """The examples of a split as ids, all tokenized and checked at once, 4 bytes a token.
 
-    Raises:
-        DataError: A bad row, named with its file and line; or no row is left.
+    Raises DataError for a bad row, named with its file and line, or if no row is left.
     """
 
     def __init__(
@@ -80,23 +69,20 @@ class TokenizedSet(Sequence[TokenizedExample]):
         examples: ExampleList,
         tokenizer: Any,
         settings: TrainSettings,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = silent,
     ):
         self._settings = settings
         self.bad = examples.bad  # rows that were left out, unreadable lines included
-        self._rows: list[tuple[list[tuple[np.ndarray, bool]], np.ndarray]] = []
+        self._rows: list[TokenizedExample] = []
         problem = "the split is empty"
         for i in range(len(examples)):
             try:
-                row = _row(settings, tokenizer, examples[i])
+                self._rows.append(_row(settings, tokenizer, examples[i]).packed())
             except KMergeError as error:
                 problem = f"{examples.where(i)}: {error}"
                 if not settings.skip_bad:
                     raise DataError(problem) from None
                 self.bad += 1
-            else:
-                segments = [(np.array(s.ids, np.int32), s.merge) for s in row.segments]
-                self._rows.append((segments, np.array(row.answer_ids, np.int32)))
             if i % 100 == 99 or i + 1 == len(examples):
                 progress(i + 1, len(examples))
         if not self._rows:
@@ -106,38 +92,29 @@ class TokenizedSet(Sequence[TokenizedExample]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        """An example's ids."""
-        segments, answer = self._rows[index]
-        read = [Segment(ids.tolist(), merge) for ids, merge in segments]
-        return TokenizedExample(read, answer.tolist())
+        return self._rows[index]
 
     @property
     def digest(self) -> str:
         """SHA-256 of all ids, by which a resumed run knows its data, tokenizer and template."""
         digest = hashlib.sha256()
-        for segments, answer in self._rows:
-            for ids, merge in segments:
-                digest.update(f"{len(ids)} {merge} ".encode() + ids.tobytes())
-            digest.update(f"{len(answer)}\n".encode() + answer.tobytes())
+        for row in self._rows:
+            for part in row.segments:
+                digest.update(f"{len(part.ids)} {part.merge} ".encode() + part.ids.tobytes())
+            digest.update(f"{len(row.answer_ids)}\n".encode() + row.answer_ids.tobytes())
         return digest.hexdigest()
-
-    def num_answer_tokens(self, index: int) -> int:
-        """How many tokens an example's answer has."""
-        return len(self._rows[index][1])
 
     def set_answer(self, index: int, answer_ids: Sequence[int]) -> None:
         """Gives an example the answer it lacks, cut to the longest row."""
-        positions = num_positions(self[index], self._settings.k)
-        room = max(self._settings.max_seq_length - positions, 1)
-        self._rows[index] = (self._rows[index][0], np.array(answer_ids[:room], np.int32))
+        row = self._rows[index]
+        room = max(self._settings.max_seq_length - num_positions(row, self._settings.k), 1)
+        self._rows[index] = TokenizedExample(row.segments, answer_ids[:room]).packed()
 
 
 class TreeSet(Sequence[TokenizedExample]):
     """Questions about trees, drawn when they are read, so that none is stored.
 
-    Every tree has one question whose answer is true and one whose answer is false, and, where the
-    task wants it, one for the name of a node's parent. The trees of earlier splits, of which there
-    are fingerprints, are not drawn again.
+    The trees of earlier splits, of which there are fingerprints, are not drawn again.
     """
 
     bad = 0
@@ -156,7 +133,6 @@ class TreeSet(Sequence[TokenizedExample]):
         return self._task.trees()[self._split] * self._questions
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        """Draws a question; raises DataError if it does not keep to the limits."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         tree, number = divmod(index, self._questions)
@@ -175,9 +151,9 @@ def tree_sets(task: TreeTask, tokenizer: Any, settings: TrainSettings) -> dict[s
     earlier: set[int] = set()
     for split in reversed(SPLITS):
         sets[split] = TreeSet(task, split, earlier, tokenizer, settings)
-        if split != "train":
-            trees = (task.tree(split, i, earlier)[0] for i in range(task.trees()[split]))
-            earlier = earlier | {fingerprint(tree.text) for tree in trees}
+        size = 0 if split == "train" else task.trees()[split]
+        trees = (task.tree(split, i, earlier)[0] for i in range(size))
+        earlier = earlier | {fingerprint(tree.text) for tree in trees}
     return sets
 
 

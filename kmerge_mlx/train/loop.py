@@ -20,6 +20,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from kmerge_mlx.adapters.folder import Adapter
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.tasks import Progress, silent
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.model import adapter_of
 from kmerge_mlx.train.checkpoint import append_log, cut_logs, save
@@ -35,9 +36,8 @@ from kmerge_mlx.train.step import Engine
 class Figures:
     """What a validation measured.
 
-    An answer counts as right if each of its tokens, the end included, is the likeliest after those
-    before it; that is exactly when greedy decoding would write it. Balanced, each distinct answer
-    weighs the same, so that always giving the most frequent one earns nothing.
+    An answer is right if greedy decoding would write it, its end included. Balanced, each distinct
+    answer weighs the same, so that always giving the most frequent one earns nothing.
     """
 
     loss: float  # nats, mean of an answer token
@@ -71,9 +71,8 @@ class Validator:
         self._ranks = ranks
         batches = by_length(self._examples, batch_size, merge_factor)
         self._batches = [part for batch in batches if (part := batch[ranks.rank :: ranks.size])]
-        kinds: dict[tuple[int, ...], int] = {}
-        answers = (tuple(example.answer_ids) for example in self._examples)
-        self._kind = np.array([kinds.setdefault(answer, len(kinds)) for answer in answers])
+        answers = [str([*example.answer_ids]) for example in self._examples]
+        self._kind = np.unique(answers, return_inverse=True)[1]  # a number for each distinct one
 
         @partial(mx.compile, inputs=[model.state])
         def measure(arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
@@ -85,7 +84,7 @@ class Validator:
 
         self._measure = measure
 
-    def __call__(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Figures:
+    def __call__(self, progress: Progress = silent) -> Figures:
         """Measures the model as it is now, without dropout; reports (batches done, in all)."""
         training = self._model.training
         self._model.eval()
@@ -120,16 +119,11 @@ def reporters(settings: TrainSettings) -> list[TrainingCallback]:
 
 
 class Trainer:
-    """Trains a run.
+    """Trains a run; set ``stop_requested`` to end it with a save after the present iteration.
 
-    Args:
-        run: From ``prepare``.
-        watchers: mlx-lm's callbacks, called on the first rank alone. Those of this project may
-            also have ``on_iteration(iteration)``, ``on_validation(done, total)``,
-            ``on_stage(record)`` and ``on_save(iteration)``.
-
-    Attributes:
-        stop_requested: Set it to end the run with a save after the present iteration.
+    ``watchers`` are mlx-lm's callbacks, called on the first rank alone, and may also have
+    ``on_iteration(iteration)``, ``on_validation(done, total)``, ``on_stage(record)`` and
+    ``on_save(iteration)``.
     """
 
     def __init__(self, run: Run, watchers: Sequence[Any] = ()):

@@ -32,9 +32,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
 
     Autograd would take the V exponentials of a row twice, and add up the gradient from three arrays
     of the logits' size. The likeliest token's probability is at least 1/V, so the normaliser is
-    exact, whatever the target's probability is.
-
-    Of logits ``(A, V)`` float32 and targets ``(A,)`` int32 it makes losses ``(A,)`` in nats, and
+    exact. Of logits ``(A, V)`` float32 and targets ``(A,)`` it makes losses ``(A,)`` in nats, and
     probabilities ``(A, V)``, which take no gradient.
     """
     probabilities = mx.softmax(logits, axis=-1)
@@ -52,10 +50,7 @@ def _cross_entropy_vjp(primals, cotangents, outputs):
 
 @contextmanager
 def _answers_alone(model: nn.Module, at: mx.array) -> Iterator[None]:
-    """Cuts hidden states to some positions before the output head.
-
-    Logits at every position are what training memory would go to: V is 151,936 in Qwen2.5.
-    """
+    """Cuts hidden states to some positions before the output head: logits take most memory."""
     if (found := output_head(model)) is None:  # tied: the head is a method of the embedding
         merged = merged_embedding(model)
         place, name, head = vars(merged), "as_linear", merged.as_linear
@@ -73,10 +68,7 @@ def _answers_alone(model: nn.Module, at: mx.array) -> Iterator[None]:
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
-    """The logits of a batch at its answer positions: ``(A, V)``, in the model's dtype.
-
-    The blocks are merged inside, so gradients reach the encoder.
-    """
+    """Logits at a batch's answer positions: ``(A, V)``, in the model's dtype; blocks merge here."""
     merged = merged_embedding(model)
     with _answers_alone(model, batch.answer_at):
         if merged is None or not batch.blocks.size:
@@ -86,8 +78,12 @@ def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Summed cross-entropy over a batch's answer tokens; see :data:`Loss`."""
-    losses, _ = cross_entropy(answer_logits(model, batch).astype(mx.float32), batch.targets)
+    """Summed cross-entropy over a batch's answer tokens, or their divergence from a teacher."""
+    logits = answer_logits(model, batch).astype(mx.float32)
+    if batch.teacher_ids is None:
+        losses, _ = cross_entropy(logits, batch.targets)
+    else:
+        losses = divergence(logits, batch)
     return (losses * batch.weights).sum(), batch.weights.sum()
 
 
@@ -96,9 +92,9 @@ def divergence(logits: mx.array, batch: Batch) -> mx.array:
 
     Of a teacher's top tokens, the probability that is left is one further outcome, "any other
     token", so the sum is never above the whole divergence and is zero only where both agree.
-    ``logits`` are the student's, ``(A, V)``.
+    ``logits`` are the student's, ``(A, V)`` float32.
     """
-    student, teacher = nn.log_softmax(logits.astype(mx.float32)), batch.teacher_logprobs
+    student, teacher = nn.log_softmax(logits), batch.teacher_logprobs
     if not batch.teacher_ids.size:
         return (mx.exp(teacher) * (teacher - student)).sum(-1)
     student = mx.take_along_axis(student, batch.teacher_ids, axis=-1)
@@ -106,12 +102,6 @@ def divergence(logits: mx.array, batch: Batch) -> mx.array:
     # What the probabilities leave of one. Below 1e-6 it is rounding: its logarithm would drown all.
     rest, left = (mx.maximum(1 - mx.exp(part).sum(-1), 1e-6) for part in (teacher, student))
     return shared + rest * (mx.log(rest) - mx.log(left))
-
-
-def distill_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Summed divergence over a batch's answer tokens; see :data:`Loss`."""
-    losses = divergence(answer_logits(model, batch), batch)
-    return (losses * batch.weights).sum(), batch.weights.sum()
 
 
 def add_decoder(merged: MergedEmbedding) -> None:
@@ -124,8 +114,7 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
     """Summed cross-entropy of a batch's block tokens, read from their merged embeddings.
 
     A linear decoder turns a merged embedding into K vectors, each compared with the embeddings of
-    the batch's own tokens: a softmax over those few instead of the whole vocabulary. The batch is
-    from ``rows.with_candidates``; at least 1 token is counted, to divide by.
+    the batch's own tokens (from ``rows.with_candidates``); at least 1 is counted, to divide by.
     """
     merged = merged_embedding(model)
     vectors = merged.encoder(merged.embedding(batch.blocks))  # (M, D)
@@ -141,8 +130,7 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
 def recomputing(loss: Loss) -> Loss:
     """The same loss, with each layer's activations recomputed in the backward pass.
 
-    mlx-lm's ``grad_checkpoint`` changes the class of the layers, which other models of this process
-    share. So it is changed back as soon as the loss has been traced.
+    mlx-lm's ``grad_checkpoint`` changes a class that other models share: it is changed back.
     """
 
     def recomputed(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

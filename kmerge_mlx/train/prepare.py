@@ -18,13 +18,14 @@ from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters import lora, schema
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
 from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig, Tuning
+from kmerge_mlx.data.tasks import Bar, silent
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
 from kmerge_mlx.train import teacher as teaching
 from kmerge_mlx.train.checkpoint import State
-from kmerge_mlx.train.dataset import Bar, Stage, load_stages
+from kmerge_mlx.train.dataset import Stage, load_stages
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
 from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
@@ -51,9 +52,7 @@ class Run:
 
 
 def prepare(
-    settings: TrainSettings,
-    bar: Bar = lambda label: lambda done, total: None,
-    ranks: Ranks | None = None,
+    settings: TrainSettings, bar: Bar = lambda label: silent, ranks: Ranks | None = None
 ) -> Run:
     """Loads and checks everything, so that only the disk and the arithmetic can fail later.
 
@@ -83,8 +82,8 @@ def prepare(
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
     merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
-    adapted = (model, tokenizer, merge, tuning)
-    run = Run(settings, path, *adapted, stages, weights, digests, ranks, teacher)
+    made = (settings, path, model, tokenizer, merge, tuning)
+    run = Run(*made, stages, weights, digests, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
         checkpoint.check_same(run, saved)

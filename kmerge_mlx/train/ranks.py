@@ -20,17 +20,12 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from kmerge_mlx.errors import TrainError, findings, first_line, short
 
-START_SECONDS = 30
-"""How long the ranks wait for each other at the start, as in MLX itself."""
-BUNDLE_BYTES = 32 << 20
-"""Arrays are sent together up to this size, as in ``mlx.nn.average_gradients``."""
+START_SECONDS = 30  # how long the ranks wait for each other at the start, as in MLX itself
+BUNDLE_BYTES = 32 << 20  # what is sent at once, as in mlx.nn.average_gradients
 
 
 def connect() -> Ranks:
-    """Joins the other processes of this run (``mlx.launch`` starts them), if there are any.
-
-    The launcher's settings may be wrong, or the others not there within 30 s: TrainError.
-    """
+    """Joins the other processes of this run (``mlx.launch`` starts them), if there are any."""
     hosts, rank = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK")
     if hosts and Path(hosts).is_file() and not Path(hosts).read_text().strip():
         return Ranks()  # `mlx.launch -n 1` writes an empty file
@@ -113,11 +108,7 @@ class Ranks:
         return [json.loads(bytes(text)) for text in texts]
 
     def same(self, values: Mapping[str, Any], what: str) -> None:
-        """Makes sure that every rank has the same values, by name; ``what`` is what they are.
-
-        Raises:
-            TrainError: Names what differs; the same text on every rank.
-        """
+        """Raises the same TrainError on every rank if values differ, naming them as ``what``."""
         first, *others = self.gather(dict(values))
         for rank, other in enumerate(others, 1):
             wrong = [

@@ -20,9 +20,7 @@ from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
 from kmerge_mlx.virtual_tokens import Block, split
 
-WINDOW = 16
-"""Batches that are sorted by length together."""
-
+WINDOW = 16  # batches that are sorted by length together
 ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))
 """Rows of up to so many positions are padded to a multiple of so many: 32 as in mlx-lm, and less
 for short rows, a third of which would be padding."""
@@ -30,10 +28,10 @@ for short rows, a third of which would be padding."""
 
 @dataclass(frozen=True)
 class Place:
-    """How far a run has read: its epoch from 0, and the batches of it that have been read."""
+    """How far a run has read."""
 
     epoch: int = 0
-    batch: int = 0
+    batch: int = 0  # of the epoch, read so far
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,9 @@ def shuffled(
     seed: Sequence[int],
     place: Place,
 ) -> Iterator[Rows]:
-    """Batches without end, from a place on.
+    """Batches without end, from a place on; their order follows from the seed and the place alone.
 
-    The order follows from the seed and the place alone, so a resumed run reads the next batch. The
-    examples that an epoch leaves over, too few for a batch, are others in every epoch.
+    The examples that an epoch leaves over, too few for a batch, are others in every epoch.
     """
     per_epoch = len(data) // batch_size
     epoch, batch = place.epoch, place.batch
@@ -116,8 +113,8 @@ def make_batch(
 ) -> Batch:
     """Lays examples, each with an answer, out as one batch.
 
-    With K = 1 every prompt token is a position. The pad token fills the last block of a segment,
-    and the context of its first: the c tokens before its block that the encoder reads.
+    The pad token fills the last block of a segment, and the context (the c tokens before a block
+    that the encoder reads) of its first.
     """
     known: dict[Block, int] = {}
 
@@ -129,7 +126,7 @@ def make_batch(
 
     prompts = [[i for s in example.segments for i in positions(s)] for example in examples]
     # The last token of a row is only ever predicted.
-    rows = [p + e.answer_ids[:-1] for p, e in zip(prompts, examples, strict=True)]
+    rows = [[*p, *e.answer_ids[:-1]] for p, e in zip(prompts, examples, strict=True)]
     length = max(map(len, rows))
     step = next(step for most, step in ROW_STEPS if length <= most)
     length = -(-length // step) * step
@@ -183,10 +180,8 @@ def bucket(n: int) -> int:
 
 
 def _padded(values: Sequence[int], size: int) -> mx.array:
-    """Values as int32, filled up with zeros: ``(size,)``."""
     return mx.array(np.pad(np.array(values, np.int32), (0, size - len(values))))
 
 
 def _mask(real: int, size: int) -> mx.array:
-    """1 for what is real and 0 for padding: ``(size,)`` float32."""
     return mx.array((np.arange(size) < real).astype(np.float32))

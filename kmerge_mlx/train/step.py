@@ -1,7 +1,6 @@
 """One training step: gradients summed, divided by the tokens once, clipped, and applied.
 
-What a step returns are arrays that are still being computed: with one rank nothing here waits for
-the device.
+With one rank nothing here waits for the device.
 
 Source: mlx-lm's trainer for the shape of the step; unlike it, a token weighs the same whatever
 batch, accumulation step or rank it is in, and gradients are clipped by their global norm. Optimizer
@@ -36,14 +35,10 @@ Totals = dict[str, Any]
 """Sums since the last update: loss ``()``, tokens ``()``, gradients (a tree), all float32."""
 
 OPTIMIZER, GRADIENTS, WINDOW = "optimizer", "gradients", "window"
-SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
-
 EMPTY_WINDOW = {name: mx.array(0.0) for name in ("loss", "tokens", "norm")}
 """What is summed between two reports."""
-
-_CLASSES = dict(
-    zip(OPTIMIZERS, (optim.Adam, optim.AdamW, optim.Muon, optim.SGD, optim.Adafactor), strict=True)
-)
+SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
+_CLASSES = {kind.__name__.lower(): kind for kind in vars(optim).values() if isinstance(kind, type)}
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
@@ -84,9 +79,8 @@ def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
 
 def refill(tree: Any, saved: dict[str, mx.array]) -> Any:
     """A tree of the same form, its arrays replaced by saved ones, by flat name."""
-    shapes = {name: array.shape for name, array in tree_flatten(tree)}
-    found = {name: array.shape for name, array in saved.items()}
-    if wrong := [n for n in {**shapes, **found} if shapes.get(n) != found.get(n)]:
+    parts = {(name, array.shape) for name, array in tree_flatten(tree)}
+    if wrong := {name for name, _ in parts ^ {(n, array.shape) for n, array in saved.items()}}:
         raise TrainError(
             f"the saved state does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
             "more): start anew in another `adapter_path`"
@@ -135,7 +129,7 @@ class Stepper:
         return found
 
     def update(self, totals: Totals) -> tuple[mx.array, mx.array, mx.array]:
-        """Applies what was added up; returns it over all ranks, each ``()`` float32.
+        """Applies what was added up over all ranks; returns arrays ``()`` float32.
 
         Summed loss in nats, answer tokens, and the norm of a token's gradient before clipping.
         """
@@ -207,7 +201,7 @@ class Engine:
     def tensors(self) -> dict[str, mx.array]:
         """Everything but the adapter that the next step depends on, by flat names."""
         found = self._parts()
-        if self._totals is not None:
+        if GRADIENTS in found:
             found[GRADIENTS] = self._ranks.sum(self._totals)
         return dict(tree_flatten(found))
 
@@ -226,7 +220,7 @@ class Engine:
         self._reconstructs = warming and settings.encoder_warmup_loss == RECONSTRUCTION
         unfreeze(run.model, run.tuning, encoder_only=warming)
         self._merged.pop(losses.DECODER, None)
-        loss = losses.answer_loss if run.teacher is None else losses.distill_loss
+        loss = losses.answer_loss
         if self._reconstructs:
             losses.add_decoder(self._merged)
             loss = losses.reconstruction_loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from kmerge_mlx.config import is_int
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.tasks import Progress
 from kmerge_mlx.errors import TrainError, first_line
 from kmerge_mlx.files import replacing_file, safetensors_shapes
 from kmerge_mlx.generation.stream import batch_generate
@@ -23,7 +24,6 @@ from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
 from kmerge_mlx.train.rows import Batch, by_length, make_batch
 
-Progress = Callable[[int, int], None]
 Answers = dict[str, dict[str, list[int]]]
 """Token ids by split and by the row's index (as text, for JSON)."""
 
@@ -65,10 +65,7 @@ class Teacher:
 
 
 class StoredTeacher:
-    """Takes a teacher's place with the file of its top tokens that :func:`store` made.
-
-    ``digest`` is of the base, data and settings that the file must be of.
-    """
+    """Takes a teacher's place with the file of its top tokens that :func:`store` made."""
 
     def __init__(self, path: Path, digest: str, teacher: Teacher, sets: Mapping[str, TokenizedSet]):
         from safetensors import safe_open
@@ -110,10 +107,7 @@ def store(
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Writes a file of the teacher's top tokens at every answer token, whole or not at all.
-
-    It has their ids and log-probabilities for each split, in the order of the examples.
-    """
+    """Writes a file of the teacher's top tokens at every answer token, whole or not at all."""
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
@@ -138,7 +132,7 @@ def store(
 
 def _starts(data: TokenizedSet) -> np.ndarray:
     """Where each example's answer begins among all answer tokens: ``(len + 1,)``."""
-    return np.cumsum([0, *(data.num_answer_tokens(i) for i in range(len(data)))])
+    return np.cumsum([0, *(len(row.answer_ids) for row in data)])
 
 
 def write_answers(
@@ -195,6 +189,6 @@ def read_answers(
 def _missing(sets: Mapping[str, TokenizedSet]) -> dict[str, list[int]]:
     """The rows without an answer, by split."""
     return {
-        split: [i for i in range(len(data)) if not data.num_answer_tokens(i)]
+        split: [i for i, row in enumerate(data) if not row.answer_ids]
         for split, data in sets.items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -33,14 +32,8 @@ def test_a_node_takes_four_tokens_and_every_phrase_one(loaded_tokenizer):
     ]
     tokens = [loaded_tokenizer.decode([i]) for i in loaded_tokenizer.encode(TREE + NAMED)]
     assert tokens[15:] == [", Task: Find Parent, Child", ": ", "G", "H", ", Answer: "]
-
-
-def test_a_space_is_one_token_and_the_end_of_text_is_special(loaded_tokenizer):
-    assert default_pad_token_id(loaded_tokenizer) == loaded_tokenizer.encode(" ")[0]
-    assert len(loaded_tokenizer.encode(" ", add_special_tokens=False)) == 1
-    end = loaded_tokenizer.eos_token_id
-    assert loaded_tokenizer.decode([end], skip_special_tokens=True) == ""
-    assert loaded_tokenizer.eos_token_ids == {end}
+    assert loaded_tokenizer.encode(" ") == [default_pad_token_id(loaded_tokenizer)]
+    assert loaded_tokenizer.eos_token_ids == {loaded_tokenizer.eos_token_id}
 
 
 def test_a_row_weighs_text_and_answers_and_pads_the_tree_on_the_left(row_of, loaded_tokenizer):
@@ -54,16 +47,6 @@ def test_a_row_weighs_text_and_answers_and_pads_the_tree_on_the_left(row_of, loa
         assert decode(rows.asked[0, row][asked[row] == np.float32(0.1)]) == question
         assert decode(rows.asked[0, row][asked[row] == 1]) == answer + END
         assert decode(rows.asked[0, row][rows.answers[0, row]]) == answer + END
-
-
-def test_a_training_row_asks_both_kinds_and_about_as_many_true_as_false(scripts, make):
-    rows = scripts["rows"].training_rows(make, 10, 0, 16, 42, set())
-    # A tree with fewer questions than places is asked some again.
-    assert (rows.kinds == "true").sum() == pytest.approx((rows.kinds == "false").sum(), abs=2)
-    assert (rows.kinds == FIND_PARENT).sum(axis=1).max() == 4
-    again = scripts["rows"].training_rows(make, 10, 0, 16, 42, set())
-    assert np.array_equal(rows.asked, again.asked)
-    assert np.array_equal(rows.tree, again.tree)
 
 
 def test_no_training_tree_is_held_out(scripts, make, loaded_tokenizer, monkeypatch):
@@ -105,24 +88,3 @@ def test_scores_count_whole_answers_and_balance_true_and_false(scripts, make, lo
     false = loaded_tokenizer.encode("false")[0]
     always_false = np.where(right == loaded_tokenizer.eos_token_id, right, false)
     assert scores(rows, always_false) == {"balanced_accuracy": 0.5, "find_parent": 0}
-
-
-def test_aimed_heads_look_back_from_what_ends_a_block_and_at_themselves_from_the_rest(
-    scripts, make, loaded_tokenizer
-):
-    base_model = scripts["model"]
-    base = base_model.Base(base_model.model_config(284, 283), seed=3)
-    base.aim(make.ends, make.tokens)
-    ids = loaded_tokenizer.encode(PROMPT)
-    attention = base.model.layers[0].self_attn
-    x = base.model.layers[0].input_layernorm(base.model.model.embed_tokens(mx.array([ids])))
-    q, k = (
-        attention.rope(projected(x).reshape(1, len(ids), 4, 32).swapaxes(1, 2))[0]
-        for projected in (attention.q_proj, attention.k_proj)
-    )
-    scores = mx.where(mx.tri(len(ids), dtype=mx.bool_), q @ k.swapaxes(1, 2), -mx.inf)
-    back = np.arange(len(ids)) - np.array(scores.argmax(-1))
-    ends = np.isin(ids, make.ends)
-    for head, distance in base_model.LOOKS_BACK.items():
-        assert set(back[head][ends]) == {distance}
-        assert set(back[head][~ends]) == {0}

@@ -13,14 +13,6 @@ import kmerge_mlx
 from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TREE
 
 
-def test_the_rate_warms_up_and_ends_near_two_percent(scripts):
-    phase = scripts["train"].Phase("all", 1000, 2e-3, 100)
-    rates = [phase.rate(step) for step in range(1000)]
-    assert rates[0] == pytest.approx(2e-5, rel=0.01)
-    assert max(rates) == rates[99]
-    assert rates[-1] == pytest.approx(0.02 * 2e-3, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("name", "trained"),
     [
@@ -47,7 +39,7 @@ def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [2, 3, 6, 8])
+@pytest.mark.parametrize("at", [3, 8])
 def test_resuming_gives_the_same_weights_bit_for_bit(scripts, trainer_of, tmp_path, at):
     run = scripts["train"].run
     whole, records = trainer_of(tmp_path / "whole"), []
@@ -105,17 +97,3 @@ def test_the_text_loss_is_the_weighted_mean_over_the_text(scripts, row_of, train
     counted = np.arange(len(plain)) != 14  # the first token of the question is not asked for
     expected = np.average(plain[counted], weights=weights[counted])
     assert loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_first_layer_that_writes_the_codes_has_no_loss(
-    scripts, row_of, trainer_of, tmp_path, monkeypatch
-):
-    train, base = scripts["train"], trainer_of(tmp_path / "base").base
-    batch = train.arrays(row_of((ASKED, "true"), (NAMED, "AB"), nodes=5))
-    assert train.code_loss(base, batch).item() > 0.01
-    written = base.codes(*batch[:4])
-    monkeypatch.setattr(type(base), "through", lambda *_: written)
-    assert train.code_loss(base, batch).item() == 0
-    off = mx.zeros(written.shape).at[:, 7].add(1.0)  # a line end's
-    monkeypatch.setattr(type(base), "through", lambda *_: written + off)
-    assert train.code_loss(base, batch).item() > 0.01

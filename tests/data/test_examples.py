@@ -49,17 +49,13 @@ def test_beside_a_context_field_the_prompt_stays_raw_and_merges_without_one(row,
 
 def test_messages_are_kept_as_they_are():
     example = read({"messages": CHAT, "tools": [{"type": "function"}]})
-    assert example.messages == tuple(CHAT)
-    assert example.tools == ({"type": "function"},)
+    assert example == Example(messages=tuple(CHAT), tools=({"type": "function"},))
 
 
-def test_a_text_is_cut_at_its_rows_split():
+def test_a_text_is_cut_at_its_rows_split_or_before_a_word_at_one_share():
     example = read({"text": "Tree: JN, Answer: true", "split": 18})
-    assert (example.context, example.answer, example.bare) == ("Tree: JN, Answer: ", "true", True)
+    assert example == Example("Tree: JN, Answer: ", None, "true", bare=True)
     assert read({"text": "漢字é🙂xy", "split": 4}).answer == "xy"  # characters, not bytes
-
-
-def test_one_share_cuts_every_text_before_a_word():
     example = read({"text": "one two three four"}, text_split=0.6)
     assert (example.context, example.answer) == ("one two", " three four")
     assert read({"text": "漢字漢字"}, text_split=0.5).answer == "漢字"
@@ -102,9 +98,7 @@ def test_answers_may_be_left_out_only_when_none_are_asked_for():
 BAD = [
     (b"{'prompt': 1}", r"not JSON: Expecting .* at character 2"),
     (b'{"prompt": "a", "compl', r"not JSON: Unterminated string"),
-    (b'{"prompt": "a"} {"prompt": "b"}', r"not JSON: Extra data at character 17"),
-    (b'{"prompt": "caf\xe9", "completion": "b"}', r"not UTF-8: byte 16 .* 0xe9"),
-    (json.dumps(GOOD).encode("utf-16"), r"not UTF-8: byte 1 of the line is 0xff"),
+    (b'{"prompt": "caf\xe9", "completion": "b"}', r"not UTF-8: .* byte 0xe9 in position 15"),
     (["a", "b"], r"found \['a', 'b'\], expected an object"),
     (b"[" * 100_000, r"not JSON that can be read"),
     (b'{"prompt": ' + b"9" * 5000 + b"}", r"not JSON that can be read"),
@@ -112,11 +106,8 @@ BAD = [
     ({"question": "a", "answer": "b"}, r"found 'question, answer', expected prompt"),
     ({}, r"found 'no key', expected prompt and completion, or messages, or text"),
     ({"prompt": "a"}, r"found 'prompt', expected prompt and completion"),
-    ({"completion": "a"}, r"found 'completion', expected prompt and completion"),
-    ({"prompt": "a", "completion": 3}, r"completion is 3, expected text"),
     ({"prompt": ["a"], "completion": "b"}, r"prompt is \['a'\], expected"),
     (GOOD | {"context": 1}, r"context is 1, expected text"),
-    ({"prompt": "a", "completion": ""}, r"completion is empty, expected an"),
     ({"prompt": "a", "completion": None}, r"completion is empty, expected an"),
     ({"prompt": "", "completion": "a"}, r"prompt is empty, expected a prompt"),
     (GOOD | {"tools": "x"}, r"tools is 'x', expected a list"),
@@ -163,7 +154,7 @@ KEYS = ("prompt", "completion", "messages", "text", "context", "split", "tools")
     st.booleans(),
     st.none() | st.floats(0.1, 0.9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_a_row_holds_it_is_an_example_or_one_error(row, answers, share):
     with contextlib.suppress(DataError):
         example = read(row, answers=answers, text_split=share)

@@ -13,7 +13,7 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import tokenize
-from kmerge_mlx.errors import DataError, KMergeError, PromptError
+from kmerge_mlx.errors import DataError, KMergeError
 from kmerge_mlx.prompts.lay_out import ALL, ChatTemplate, Layout, lay_out
 from tests.conftest import UPSTREAM
 from tests.prompts.test_lay_out import CHATML, COUNTING
@@ -34,15 +34,11 @@ def tokenizer_with(template: str | None = None, eos: str = "<|endoftext|>"):
     return wrapped
 
 
-def ids_of(segments):
-    return [i for segment in segments for i in segment.ids]
-
-
 TEXT = st.text(alphabet="Tre: JNWO+\n é漢🙂.,x", min_size=1, max_size=30).filter(str.strip)
 
 
 @given(TEXT, TEXT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_without_a_template_prompt_and_answer_are_tokenized_apart(prompt, answer):
     tokenizer = tokenizer_with()
     found = tokenize(tokenizer, Example(prompt, None, answer))
@@ -52,7 +48,7 @@ def test_without_a_template_prompt_and_answer_are_tokenized_apart(prompt, answer
 
 
 @given(TEXT, st.none() | TEXT, TEXT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_completions_are_cut_where_mlx_lm_cuts_them(context, prompt, answer):
     tokenizer = tokenizer_with(CHATML)
     text = context if prompt is None else f"{context}\n\n{prompt}"
@@ -69,7 +65,7 @@ TURNS = st.lists(TEXT, min_size=2, max_size=6).filter(lambda turns: len(turns) %
 
 
 @given(TURNS, st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_conversations_are_cut_where_mlx_lm_cuts_them_and_merge_whole(turns, system):
     tokenizer = tokenizer_with(CHATML)
     roles = ["user", "assistant"] * (len(turns) // 2)
@@ -114,9 +110,8 @@ def test_an_example_without_an_answer_is_its_prompt():
     assert found.answer_ids == []
     assert found.segments == lay_out(tokenizer, "Tree", "Child?", ChatTemplate())
     asked = RowFormat(answers=False).read({"messages": [message("user", "Tree")]})
-    assert tokenize(tokenizer, asked).prompt_ids == ids_of(
-        lay_out(tokenizer, None, "Tree", ChatTemplate())
-    )
+    alone = tokenize(tokenizer, Example(None, "Tree"))
+    assert tokenize(tokenizer, asked).prompt_ids == alone.prompt_ids
 
 
 def test_tools_reach_the_template():
@@ -140,27 +135,20 @@ def test_a_token_across_the_border_is_cut_there_and_no_character_lost():
     assert found.answer_ids == [*tokenizer.encode("N"), END_OF_TEXT]
 
 
-@pytest.mark.parametrize(
-    ("template", "example", "message"),
-    [
-        (REWRITING, Example("Tree", None, "true"), "writes the prompt otherwise"),
-        (REFUSING, Example(messages=(message("user", "a"), message("assistant", "b"))), "one turn"),
-        (None, Example(messages=(message("user", "a"), message("assistant", "b"))), "has none"),
-        ("{{ messages[0].content }}", Example("Tree", None, "true"), "leaves the answer out"),
-    ],
-)
-def test_a_template_that_cannot_do_it_is_refused_by_what_it_does(template, example, message):
-    with pytest.raises(KMergeError, match=message) as caught:
-        tokenize(tokenizer_with(template), example)
-    assert re.search("leave the chat template out|leave it out", str(caught.value))
-
-
-def test_what_generation_refuses_training_refuses():
+def test_a_template_that_cannot_do_it_is_refused_by_what_it_does():
     example = Example("tree", "child", "true")
-    with pytest.raises(PromptError, match="rewrites the text"):
-        tokenize(tokenizer_with(COUNTING), example)
-    assert tokenize(tokenizer_with(COUNTING), example, Layout(chat_template=False)).answer_ids
     chat = Example(messages=(message("user", "a"), message("assistant", "b")))
+    for template, refused, said in (
+        (REWRITING, example, "writes the prompt otherwise"),
+        (REFUSING, chat, "one turn"),
+        (None, chat, "has none"),
+        ("{{ messages[0].content }}", Example("Tree", None, "true"), "leaves the answer out"),
+        (COUNTING, example, "rewrites the text"),  # as generation refuses it
+    ):
+        with pytest.raises(KMergeError, match=said) as caught:
+            tokenize(tokenizer_with(template), refused)
+        assert re.search("leave .* out|leave it out", str(caught.value))
+    assert tokenize(tokenizer_with(COUNTING), example, Layout(chat_template=False)).answer_ids
     with pytest.raises(DataError, match="it is left out"):
         tokenize(tokenizer_with(CHATML), chat, Layout(chat_template=False))
 

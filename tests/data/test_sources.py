@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import subprocess
 import sys
 
@@ -65,11 +63,13 @@ def test_a_folder_without_a_split_or_with_two_of_one_is_refused(tmp_path):
     assert load_examples(tmp_path, skip_bad=True, splits=("valid",))["valid"].bad == 1
 
 
-def test_without_slices_the_validation_set_is_the_end_of_the_training_file(datasets):
+def test_a_validation_set_is_the_end_of_the_training_file_or_a_file_of_its_own(datasets):
     found = load_hub_datasets({"path": "user/one", **KEYS})
     assert prompts(found["train"]) == [f"o{i}" for i in range(8)]
     assert prompts(found["valid"]) == ["o9"]
     assert "test" not in found  # as in mlx-lm
+    entry = {"path": "user/one", "train_split": "train", "valid_split": "dev[:2]", **KEYS}
+    assert prompts(load_hub_datasets(entry)["valid"]) == ["d0", "d1"]
 
 
 def test_slices_are_read_as_the_datasets_library_reads_them(datasets):
@@ -87,11 +87,6 @@ def test_slices_are_read_as_the_datasets_library_reads_them(datasets):
         entry = {"path": "user/one", "train_split": text, **KEYS}
         found = load_hub_datasets(entry, splits=("train",))
         assert prompts(found["train"]) == [f"o{i}" for i in expected], text
-
-
-def test_a_split_may_come_from_a_file_of_another_name(datasets):
-    entry = {"path": "user/one", "train_split": "train", "valid_split": "dev[:2]", **KEYS}
-    assert prompts(load_hub_datasets(entry)["valid"]) == ["d0", "d1"]
 
 
 def test_several_datasets_follow_one_another_each_with_its_own_keys(datasets, tmp_path):
@@ -127,34 +122,26 @@ def test_an_entry_that_cannot_be_read_is_refused_by_name(datasets):
 def test_a_hub_repo_of_jsonl_files_is_a_folder_like_any_other(tmp_path):
     made = tmp_path / "made"
     made.mkdir()
-    write(made / "train.jsonl", *numbered("o", 10))
-    (made / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps(numbered("t", 1)[0]).encode()))
+    write(made / "train.jsonl", *[GOOD] * 10)
+    write(made / "test.jsonl.gz", GOOD)
     (made / "weights.bin").write_bytes(b"0" * 1000)
     code = (
         "import sys\n"
-        "from kmerge_mlx.data.examples import RowFormat\n"
         "from kmerge_mlx.data.sources import load_examples\n"
         "from kmerge_mlx.errors import DataError\n"
         "for name in sys.argv[1:]:\n"
-        "    try:\n"
-        "        rows = RowFormat(prompt_feature='q', completion_feature='a')\n"
-        "        print({k: len(v) for k, v in load_examples(name, rows).items()})\n"
+        "    try: print({k: len(v) for k, v in load_examples(name).items()})\n"
         "    except DataError as error: print(error)\n"
     )
-    with running_hub(made=made, locked=made) as hub:
-        hub.locked.add("user/locked")
+    with running_hub(made=made) as hub:
         settings = QUIET | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
         done = subprocess.run(
-            [sys.executable, "-c", code, "user/made", "user/none", "user/locked", "a b"],
-            env=environment(**settings),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+            [sys.executable, "-c", code, "user/made", "user/none", "a b"],
+            env=environment(**settings), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
         fetched = {r.rsplit("/", 1)[-1] for r in hub.requests if "resolve" in r}
-    found, missing, gated, no_name = done.stdout.splitlines()
+    found, missing, no_name = done.stdout.splitlines()
     assert found == "{'train': 10, 'test': 1}"
     assert missing.startswith("user/none is not a folder here, and the hub has no such dataset")
-    assert gated.startswith("user/locked is gated: accept its terms")
     assert no_name == "a b is neither a folder nor the name of a hub dataset"
     assert fetched == {"train.jsonl", "test.jsonl.gz"}  # and not what is no example

@@ -47,23 +47,21 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(("task", "file", "seed", "sizes", "expected"), GOLDEN)
-def test_the_files_are_those_of_the_first_release_byte_for_byte(
-    tmp_path, task, file, seed, sizes, expected
-):
-    draw(file, tmp_path / "data", task, sizes, seed=seed)
+def test_the_files_are_those_of_the_first_release_byte_for_byte(tmp_path):
     packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(file.read_bytes()))
-    draw(packed, tmp_path / "packed", task, sizes, seed=seed)
-    found = digests(tmp_path / "data")
-    assert " ".join(digest[:12] for digest in found.values()) == expected
-    assert digests(tmp_path / "packed") == found
+    for task, file, seed, sizes, expected in GOLDEN:
+        packed.write_bytes(gzip.compress(file.read_bytes()))
+        for source in (file, packed):
+            draw(source, tmp_path / "data", task, sizes, force=True, seed=seed)
+            found = digests(tmp_path / "data").values()
+            assert " ".join(digest[:12] for digest in found) == expected
 
 
 def test_a_review_is_positive_from_three_and_a_half_stars():
     for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
         row = {"text": "Love it", "rating": rating, "title": "Nice"}
-        assert AmazonReviews.pair(row) == Pair("Review: Love it, Label:", label, label)
+        prompt = "Review: Love it, Label:"
+        assert AmazonReviews.pair(row) == Pair(prompt, label, prompt, {"labels": label})
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
@@ -110,20 +108,14 @@ def test_no_prompt_is_in_two_splits_or_twice_in_one(tmp_path_factory, reviews, s
     assert summary["repeated_prompts"] == len(reviews) - distinct
 
 
-def test_the_draw_does_not_depend_on_the_order_of_the_file(tmp_path):
+def test_splits_depend_on_neither_the_order_of_the_file_nor_the_size_of_the_others(tmp_path):
     rows = [row for row in COMMITS.read_text().splitlines() if "Wait longer" not in row]
     for name, order in (("one", rows), ("two", sorted(rows))):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(order))
         draw(tmp_path / f"{name}.jsonl", tmp_path / name, CommitPackFT)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
-def test_a_larger_training_set_leaves_the_other_splits_alone_and_holds_the_smaller(tmp_path):
-    found = [
-        AmazonReviews(file=str(REVIEWS), sizes=SMALL | {"train": rows}).examples()
-        for rows in (12, 20)
-    ]
-    small, large = ({s: list(rows) for s, rows in splits.items()} for splits in found)
+    draw(tmp_path / "one.jsonl", tmp_path / "large", CommitPackFT, SMALL | {"train": 20})
+    small, large = splits(tmp_path / "one"), splits(tmp_path / "large")
     assert (small["test"], small["valid"]) == (large["test"], large["valid"])
     assert large["train"][:12] == small["train"]
 
@@ -157,18 +149,15 @@ def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
         CommitPackFT.pair({"old_contents": "", "subject": None, "new_contents": "a"})
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({}, "too small for the paper's splits .found 37 distinct prompts, .* `test` 50000"),
+def test_more_rows_than_there_are_is_an_error(tmp_path):
+    for sizes, message in (
+        ({}, "too small: found 37 distinct prompts, .* `test` 50000 .*--test N --valid N"),
         ({"test": 10, "valid": 10, "train": 18}, "`test` 10 and `valid` 10 and `train` 18"),
         ({"test": 37, "valid": 0}, "found 37 distinct prompts"),
         ({"test": 0, "valid": 0, "train": 0}, "all 0: nothing to write"),
-    ],
-)
-def test_more_rows_than_there_are_is_an_error(tmp_path, sizes, message):
-    with pytest.raises((DataError, SettingsError), match=message):
-        draw(REVIEWS, tmp_path / "data", sizes=sizes)
+    ):
+        with pytest.raises((DataError, SettingsError), match=message):
+            draw(REVIEWS, tmp_path / "data", sizes=sizes)
 
 
 def test_a_name_that_is_none_never_reaches_the_hub():

@@ -14,14 +14,7 @@ from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
 from tests.data.test_tasks import COMMITS, REVIEWS
-from tests.evaluations import (
-    labelled,
-    measured,
-    questions_of,
-    silent,
-    write_data,
-    write_folders,
-)
+from tests.evaluations import labelled, measured, questions_of, silent, write_data, write_folders
 
 BASE = str(UPSTREAM / "base")
 TRUTH = ["true", "false", "true", "true", "false", "true"]
@@ -63,9 +56,8 @@ def test_an_answer_in_parts_is_their_text_and_a_call_has_none(tmp_path):
     assert [q.answer for q in asked(data=str(write_data(tmp_path, rows))).items] == ["ab", ""]
 
 
-@pytest.mark.parametrize(
-    ("answers", "settings", "labels"),
-    [
+def test_labels_are_few_answers_that_come_often_or_those_given(tmp_path):
+    for answers, settings, labels in (
         (TRUTH, {}, ("true", "false")),
         ([" true", "true\n", "true", "false"], {}, ("true", "false")),
         (["b", "a", "a", "b"], {}, ("a", "b")),
@@ -75,19 +67,15 @@ def test_an_answer_in_parts_is_their_text_and_a_call_has_none(tmp_path):
         (["true"], {"labels": ["false", "true"]}, ("false", "true")),
         (TRUTH, {"positive": "false"}, ("false", "true")),
         (TRUTH, {"labels": ["no", "true", "false"], "positive": "false"}, ("false", "no", "true")),
-    ],
-)
-def test_labels_are_few_answers_that_come_often_or_those_given(tmp_path, answers, settings, labels):
-    data = str(write_data(tmp_path, labelled(answers)))
-    assert asked(data=data, **settings).groups[0].labels == labels
+    ):
+        data = str(write_data(tmp_path, labelled(answers)))
+        assert asked(data=data, **settings).groups[0].labels == labels
 
 
 def test_an_answer_outside_the_labels_and_a_positive_that_is_not_one_are_refused(tmp_path):
     data = str(write_data(tmp_path, ["", *map(json.dumps, labelled(["true", "maybe", "false"]))]))
-    said = refused(data=data, labels=["true", "false"])
-    assert (
-        "test.jsonl line 3: the answer is 'maybe', expected one of `labels` (true, false)" in said
-    )
+    said = "test.jsonl line 3: the answer is 'maybe', expected one of `labels` (true, false)"
+    assert said in refused(data=data, labels=["true", "false"])
     assert "3 different answers" in refused(data=data, positive="true")
     data = str(write_data(tmp_path / "truth", labelled(TRUTH)))
     assert "`positive` is yes, expected one of true, false" in refused(data=data, positive="yes")
@@ -114,7 +102,7 @@ def test_a_row_that_cannot_be_tokenized_is_named_or_skipped(tmp_path):
 def test_every_tree_is_asked_a_true_and_a_false_question_and_for_a_parent():
     questions = trees()
     assert [(group.name, group.labels) for group in questions.groups] == [
-        *(("relationship", ("true", "false")), ("find_parent", ())),
+        *(("relationship", ("true", "false")), ("find_parent", ()))
     ]
     assert questions.sizes() == {"relationship": 60, "find_parent": 30}
     of_tree: dict[str, Counter] = {}
@@ -140,25 +128,17 @@ def test_the_options_of_trees_are_used():
     assert every["false"] > every["true"]
     assert trees(positive="false").groups[0].labels == ("false", "true")
     assert "expected one of true, false" in refused(task="textualized-tree", positive="AB")
-    assert texts_of(trees()) == texts_of(trees())
     for other in (trees(data_seed=43), trees(split="valid"), trees(stage="medium")):
         assert not set(texts_of(trees())) & set(texts_of(other))
 
 
-@pytest.mark.parametrize(
-    ("task", "file", "begins"),
-    [
-        ("amazon-reviews", REVIEWS, "Review: "),
-        ("commitpackft", COMMITS, "Update the old python code"),
-    ],
-)
-def test_reviews_and_commits_come_from_a_file(monkeypatch, task, file, begins):
+@pytest.mark.parametrize(("task", "file"), [("amazon-reviews", REVIEWS), ("commitpackft", COMMITS)])
+def test_reviews_and_commits_come_from_a_file(monkeypatch, task, file):
     for name, size in {"test": 8, "valid": 5}.items():
         monkeypatch.setattr(HUB_TASKS[task], name, size)
     found = {"task": task, "file": str(file)}
     test, valid = asked(**found), asked(**found, split="valid")
     assert (len(test.items), len(valid.items)) == (8, 5)
-    assert all(q.example.context.startswith(begins) and q.answer for q in test.items)
     assert not set(texts_of(test)) & set(texts_of(valid))
     assert texts_of(asked(**found, data_seed=1)) != texts_of(test)
     assert texts_of(asked(**found, limit=3)) == texts_of(test)[:3]

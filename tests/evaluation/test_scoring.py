@@ -32,6 +32,7 @@ ASKED = Question(Example("?", None, "right"), "data")
 TOKENS = {"answer_tokens": 2, "prompt_tokens": 9, "positions": 3}
 IDENTITY = {"the base model": "a" * 64, "--batch-size": "2", "the adapter for K=4": "b" * 64}
 QUICK = ("--batch-size", 4, "--max-tokens", 2, "--json")
+LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
 
 
 def answer(number: int, **changes) -> Prediction:
@@ -94,37 +95,32 @@ def test_an_answer_given_again_counts(tmp_path):
     assert opened(path).of(K4)[3] == answer(3, **later)
 
 
-@pytest.mark.parametrize("size", [0, 1, 16, 17, 100])
-def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path, size):
+def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
     whole = path.read_bytes()
     assert json.loads(whole.splitlines()[0]) == {"evaluation": IDENTITY}
-    path.write_bytes(whole[:size])
-    assert filled(path).read_bytes() == whole
+    for size in (0, 1, 16, 17, 100):
+        path.write_bytes(whole[:size])
+        assert filled(path).read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_what_is_not_a_predictions_file_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    for content in (
         *(b"my notes", b"my notes\n", b'{"prompt": "a"}\n', b'{"evaluation": 1}\n', b"[1]\n"),
         *(b"\x00\xff\x00", b"\n", b"[" * 100_000, b"e", b'{"evaluations"'),
-    ],
-)
-def test_what_is_not_a_predictions_file_is_left_alone(tmp_path, content):
-    path = tmp_path / "notes.txt"
-    path.write_bytes(content)
-    assert "is not a predictions file: name another" in refused(path)
+    ):
+        path.write_bytes(content)
+        assert "is not a predictions file: name another" in refused(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', None])
-def test_a_damaged_line_is_named(tmp_path, line):
-    line = json.dumps(LINE | {"text": None}) if line is None else line
+def test_a_damaged_line_is_named(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
-    path.write_bytes(path.read_bytes() + f"{line}\n{json.dumps(LINE)}\n".encode())
-    assert "line 6 is damaged" in refused(path)
-
-
-LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
+    whole = path.read_bytes()
+    untyped = json.dumps(LINE | {"text": None})
+    for line in ("{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', untyped):
+        path.write_bytes(whole + f"{line}\n{json.dumps(LINE)}\n".encode())
+        assert "line 6 is damaged" in refused(path)
 
 
 def test_a_folder_a_device_and_a_missing_folder_are_refused(tmp_path):
@@ -229,45 +225,29 @@ def test_another_evaluation_is_refused_by_name(tmp_path, folders, data, flags, u
         assert path.read_bytes() == unbroken[1]
 
 
-def started(flags: tuple, path: Path) -> subprocess.Popen:
-    """Begins an evaluation in a process of its own, and waits for its first answers."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(*flags, "--predictions", path), env=environment(), **pipes)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 9):
-        time.sleep(0.005)
-    return process
-
-
-SLOW_ROWS = 60
-SLOW_LINES = 1 + 2 * 3 * SLOW_ROWS  # of two methods, after the header
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory, folders) -> tuple[tuple, str]:
-    """An evaluation that takes a while, and what it prints."""
-    data = write_data(
-        tmp_path_factory.mktemp("slow"), labelled(["true", "false", "so so"] * SLOW_ROWS)
-    )
-    flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
-    flags += ("--batch-size", 1, "--json")
-    return flags, run(*flags).out
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_started_again_it_prints_the_same(tmp_path, slow, number):
-    (flags, unbroken), path = slow, tmp_path / "answers.jsonl"
-    with started(flags, path) as process:
-        process.send_signal(number)
-        out, err = process.communicate(timeout=600)
-    assert 9 <= path.read_bytes().count(b"\n") < SLOW_LINES, err
-    assert out == ""
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.splitlines()[-1] == f"Stopped: the same command goes on with {path}"
-        assert "Traceback" not in err
-    else:
-        assert process.returncode == -signal.SIGKILL
+def test_killed_and_started_again_it_prints_the_same(tmp_path, folders):
+    """Killed, and then ended by Ctrl-C, each after some answers."""
+    data = write_data(tmp_path / "data", labelled(["true", "false", "so so"] * 30))
+    flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
+    flags += ("--batch-size", 1, "--json")
+    path, lines = tmp_path / "answers.jsonl", 1 + 2 * 3 * 30  # of two methods, after the header
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        goal, arguments = lines_in(path) + 9, command(*flags, "--predictions", path)
+        with subprocess.Popen(arguments, env=environment(), **pipes) as process:
+            while process.poll() is None and lines_in(path) < goal:
+                time.sleep(0.005)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=600)
+        assert (process.returncode, out) == (code, ""), err
+        assert goal <= lines_in(path) < lines
+    assert err.splitlines()[-1] == f"Stopped: the same command goes on with {path}"
+    assert "Traceback" not in err
     resumed = run(*flags, "--predictions", path)
-    assert (resumed.code, resumed.out) == (0, unbroken), resumed.err
-    assert path.read_bytes().count(b"\n") == SLOW_LINES
+    assert (resumed.code, resumed.out) == (0, run(*flags).out), resumed.err
+    assert lines_in(path) == lines

@@ -41,15 +41,11 @@ def test_a_run_draws_itself(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.png"}
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_the_name_says_which_format(tmp_path, suffix, start):
-    (tmp_path / f"run{suffix}").write_text("an older one")
-    draw_training([write_log(tmp_path / "run", report(1))], tmp_path / f"run{suffix}")
-    assert (tmp_path / f"run{suffix}").read_bytes().startswith(start)
-
-
-def test_loss_accuracy_and_their_axes_are_named(tmp_path):
+def test_loss_accuracy_and_their_axes_are_named_in_the_format_of_the_name(tmp_path):
     run = write_log(tmp_path / "run", validation(0), report(1), report(2), validation(2))
+    (tmp_path / "a.pdf").write_text("an older one")
+    draw_training([run], tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     draw_training([run], tmp_path / "a.svg")
     assert words_of(tmp_path / "a.svg") >= {
         *("training", "validation", "accuracy", "balanced accuracy", "iteration"),
@@ -71,12 +67,12 @@ def test_divergence_and_stages_are_drawn_where_there_are_any(tmp_path):
 
 
 def test_several_runs_are_told_apart(tmp_path):
-    runs = [write_log(tmp_path / f"run{i}", report(1), validation(1)) for i in range(6)]
-    draw_training(runs, tmp_path / "a.svg", [f"c = {i}" for i in range(6)])
-    wanted = {f"c = {i}: {what}" for i in range(6) for what in ("training", "accuracy")}
+    runs = [write_log(tmp_path / f"run{i}", report(1), validation(1)) for i in range(3)]
+    draw_training(runs, tmp_path / "a.svg", [f"c = {i}" for i in range(3)])
+    wanted = {f"c = {i}: {what}" for i in range(3) for what in ("training", "accuracy")}
     assert words_of(tmp_path / "a.svg") >= wanted
     lines = r"stroke: (#[0-9a-f]{6}); stroke-opacity: 0.35"
-    assert len(set(re.findall(lines, (tmp_path / "a.svg").read_text()))) == 6
+    assert len(set(re.findall(lines, (tmp_path / "a.svg").read_text()))) == 3
 
 
 def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):

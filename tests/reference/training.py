@@ -1,10 +1,7 @@
 """Training in PyTorch and PEFT: the loss and the gradients that ours must have.
 
-Owns one batch's forward and backward pass, written as plainly as it can be: every row is run alone,
-without padding, as embeddings laid end to end, with logits at every position. No MLX, no import
-from `kmerge_mlx`, no optimizer. Float32, LoRA dropout off.
-
-Shapes: as in `torch_reference`.
+Every row is run alone, without padding, as embeddings laid end to end, with logits at every
+position. No MLX, no import from `kmerge_mlx`. Float32, LoRA dropout off.
 
 Source: arXiv 2604.15153 (the loss is on the answer's tokens and the EOS after each answer).
 """
@@ -30,17 +27,11 @@ from tests.reference.torch_reference import (
 
 @dataclass(frozen=True)
 class Row:
-    """One example as token ids.
+    """One example as token ids."""
 
-    Attributes:
-        merged: The part of the prompt that is merged, at least one token.
-        answer: The answer and the EOS after it; all of them are scored.
-        raw: The part of the prompt that follows, read token by token.
-    """
-
-    merged: list[int]
-    answer: list[int]
-    raw: list[int] = field(default_factory=list)
+    merged: list[int]  # the part of the prompt that is merged, at least one token
+    answer: list[int]  # and the EOS after it; all of them are scored
+    raw: list[int] = field(default_factory=list)  # the part of the prompt that follows
 
 
 def load_trainable(base: Path, checkpoint: Path) -> Reference:
@@ -55,16 +46,9 @@ def load_trainable(base: Path, checkpoint: Path) -> Reference:
 def loss_and_gradients(
     reference: Reference, rows: Sequence[Row]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of a batch and its gradients by autograd.
+    """The mean cross entropy of a batch's answer tokens, and the gradient of what is trained.
 
-    Args:
-        reference: From `load_trainable`.
-        rows: The batch.
-
-    Returns:
-        The cross entropy summed over the batch's answer tokens and divided by their number, and
-        the gradient of every tensor that is trained: PEFT's parameter names, and the encoder's
-        ("net.0.weight" and so on).
+    By PEFT's parameter names, and the encoder's ("net.0.weight" and so on).
     """
     model, encoder = reference.model, reference.encoder
     embedding, pad_id = model.get_input_embeddings(), pad_token_id(reference.tokenizer)

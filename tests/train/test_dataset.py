@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from kmerge_mlx.data import textualized_tree
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.tasks import AmazonReviews
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
-from kmerge_mlx.errors import DataError
-from kmerge_mlx.train.dataset import TokenizedSet, num_positions, tree_sets
+from kmerge_mlx.errors import DataError, TrainError
+from kmerge_mlx.train.dataset import TokenizedSet, load_stages, num_positions, tree_sets
 from kmerge_mlx.train.settings import TrainSettings
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_tasks import REVIEWS
@@ -39,7 +40,7 @@ def test_a_row_is_prompt_and_answer_and_the_end(tmp_path, tokenizer):
     for row, example in zip(GOOD, data, strict=True):
         assert example.prompt_ids == tokenizer.encode(row["prompt"], add_special_tokens=False)
         answer = tokenizer.encode(row["completion"], add_special_tokens=False)
-        assert example.answer_ids == [*answer, tokenizer.eos_token_id]
+        assert [*example.answer_ids] == [*answer, tokenizer.eos_token_id]
 
 
 def test_positions_are_those_of_merged_prompt_and_answer(tmp_path, tokenizer):
@@ -66,32 +67,23 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     assert TokenizedSet(rows, chat, bare).digest in digests
 
 
-@pytest.mark.slow
-def test_no_tree_is_in_two_splits(tokenizer):
-    """Of trees of two nodes, so many that without care some would be in two."""
-    stage, size = Stage(1, 2, 1, 1), 1200
-    splits = dict.fromkeys(("train", "valid", "test"), size)
-    task = TreeTask(stage, questions_per_tree=2, splits=splits)
-    unchecked = [{task.draw(split, i)[0].text for i in range(size)} for split in splits]
-    assert unchecked[0] & unchecked[1]
+def test_every_tree_is_asked_both_ways_and_is_in_one_split_alone(tokenizer, monkeypatch):
+    """Of six trees of two nodes: without care some would be in two splits."""
+    monkeypatch.setattr(textualized_tree, "NAMES", ("AB", "CD", "EF"))
+    splits = {"train": 30, "valid": 1, "test": 1}
+    task = TreeTask(Stage(1, 2, 1, 1), questions_per_tree=2, splits=splits)
     sets = tree_sets(task, tokenizer, TrainSettings())
-    train, valid, test = (
-        {tokenizer.decode(data[2 * i].prompt_ids).split(",")[0] for i in range(size)}
-        for data in sets.values()
-    )
-    assert min(map(len, (train, valid, test))) > size - 10
-    assert not train & valid
-    assert not train & test
-    assert not valid & test
-
-
-def test_every_tree_is_asked_as_many_true_as_false_questions(tokenizer):
-    task = TreeTask("xsmall", questions_per_tree=2, splits={"train": 50, "valid": 1, "test": 1})
-    data = tree_sets(task, tokenizer, TrainSettings())["train"]
-    assert len(data) == 100
-    for tree in range(50):
-        answers = {tokenizer.decode(data[2 * tree + i].answer_ids[:-1]) for i in range(2)}
-        assert answers == {"true", "false"}
+    trees = {}
+    for split, data in sets.items():
+        assert len(data) == 2 * splits[split]
+        for tree in range(splits[split]):
+            pair = data[2 * tree], data[2 * tree + 1]
+            answers = {tokenizer.decode(list(row.answer_ids[:-1])) for row in pair}
+            assert answers == {"true", "false"}
+            text = tokenizer.decode(pair[0].prompt_ids).split(",")[0]
+            trees.setdefault(split, set()).add(text)
+    assert [len(trees[split]) for split in ("test", "valid", "train")] == [1, 1, 4]
+    assert len(set().union(*trees.values())) == 6
 
 
 def test_a_tree_that_does_not_fit_is_named(tokenizer):
@@ -100,21 +92,22 @@ def test_a_tree_that_does_not_fit_is_named(tokenizer):
         tree_sets(task, tokenizer, TrainSettings(max_seq_length=9))
 
 
-CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+def chat_of(row: dict) -> dict:
+    turns = ("user", row["prompt"]), ("assistant", row["completion"])
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 @pytest.mark.parametrize(
     ("rows", "valid", "said"),
     [
-        ([*GOOD, b'{"prompt": '], [], "train.jsonl line 9: not JSON: "),
         ([*GOOD[:2], {"x": "x"}], [], "line 3: found 'x', expected prompt and completion"),
         ([*GOOD[:5], LONG, *GOOD], [], "train.jsonl line 6: found "),
         ([SHORT], [], "line 1: found 1 tokens to merge, expected at least --k = 4"),
-        ([CHAT], [], "train.jsonl line 1: messages need a chat template"),
+        ([chat_of(SHORT)], [], "train.jsonl line 1: messages need a chat template"),
         (GOOD, [*GOOD, b"{"], "valid.jsonl line 9: not JSON"),
-        (GOOD, [LONG], "valid.jsonl line 1: found "),
         (GOOD[:3], [], "found 3 examples to train on, expected at least --batch-size = 4"),
         ([], GOOD, "holds no training split (train.jsonl)"),
+        ([], [], "holds no train.jsonl or valid.jsonl"),
     ],
 )
 def test_a_bad_row_is_one_line_before_anything_is_written(tmp_path, rows, valid, said):
@@ -152,16 +145,7 @@ def test_mlx_lms_hf_dataset_entries_name_slices(tmp_path):
 
 def test_conversations_train_where_there_is_a_template(tmp_path):
     base = copy_base(BASE, tmp_path / "chat", template=CHATML)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-            ]
-        }
-        for row in GOOD
-    ]
-    data = write_data(tmp_path / "data", rows)
+    data = write_data(tmp_path / "data", map(chat_of, GOOD))
     result = trained(tmp_path / "run", "--data", data, *OPTIONS, model=base)
     layout = json.loads((tmp_path / "run" / "merge_config.json").read_text())["layout"]
     assert layout == {"merges": "contexts", "threshold": 32, "chat_template": True}
@@ -172,21 +156,18 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
     assert layout["merges"] == "all"
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ("curriculum: [nope]", "stage is 'nope', expected one of small, xsmall"),
-        ("curriculum: [5]", "curriculum holds 5, expected the name of a stage"),
-        ("curriculum: [{max_depth: 2}]", "or a mapping of stage (or max_depth, max_nodes"),
-        ("curriculum: [{stage: small, max_nodes: 7}]", "expected the name of a stage, or"),
-        ("curriculum: [{stage: small, threshold: 2}]", "threshold is 2, expected an accuracy"),
-        ("stage: nope", "stage is 'nope', expected one of"),
-    ],
-)
-def test_a_curriculum_that_is_none_is_one_line(tmp_path, settings, said):
-    result = train(tmp_path / "run", "--task", "textualized-tree", *OPTIONS, yaml=settings)
-    assert_one_error(result, 1, said)
-    assert not (tmp_path / "run").exists()
+def test_a_curriculum_that_is_none_is_one_line(tokenizer):
+    for settings, said in (
+        ({"curriculum": ["nope"]}, "stage is 'nope', expected one of small, xsmall"),
+        ({"curriculum": [5]}, "curriculum holds 5, expected the name of a stage"),
+        ({"curriculum": [{"max_depth": 2}]}, "or a mapping of stage (or max_depth, max_nodes"),
+        ({"curriculum": [{"stage": "small", "max_nodes": 7}]}, "expected the name of a stage, or"),
+        ({"curriculum": [{"stage": "small", "threshold": 2}]}, "threshold is 2, expected an acc"),
+        ({"stage": "nope"}, "stage is 'nope', expected one of"),
+    ):
+        with pytest.raises((DataError, TrainError)) as caught:
+            load_stages(TrainSettings.of(settings | {"task": "textualized-tree"}), tokenizer, None)
+        assert said in str(caught.value)
 
 
 def test_the_papers_other_tasks_train_from_a_local_file(tmp_path, monkeypatch):

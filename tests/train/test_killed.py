@@ -1,7 +1,7 @@
-"""Killed and resumed runs: every weight, the optimizer and the log equal an unbroken run's.
+"""A killed and resumed run: every weight, the optimizer and the log equal an unbroken run's.
 
-Fifteen kills at random moments in one run, and then kills at the steps of a save, by an audit hook
-that kills the process at the n-th one. Every run has dropout, accumulation and a curriculum.
+It is killed at the steps of a save, by an audit hook, and then at random moments. It has dropout,
+accumulation, a warm-up and a curriculum.
 """
 
 from __future__ import annotations
@@ -22,31 +22,27 @@ from tests.conftest import UPSTREAM
 
 pytestmark = pytest.mark.slow
 
-# Trains, once told to; at the n-th step on the disk in the run's folder it kills itself (0: never).
+# Trains, and kills itself at the n-th event of a kind on the disk in the run's folder.
 CHILD = """
 import os, signal, sys
-import kmerge_mlx.train.loop
 from kmerge_mlx.cli import main
+from kmerge_mlx.train import dataset
 
-folder, at = sys.argv[1], int(sys.argv[2])
-steps = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link"}
-left = at
+folder, kind, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dataset.HELD_OUT_TREES = 20
 
 def count(event, arguments):
     global left
-    if event in steps and folder in str(arguments[0]):
+    if event == kind and folder in str(arguments[0]):
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-print("ready", flush=True)
-sys.stdin.readline()
-if at:
-    sys.addaudithook(count)
-sys.argv = ["kmerge-mlx", *sys.argv[3:]]
+sys.addaudithook(count)
+sys.argv = ["kmerge-mlx", *sys.argv[4:]]
 main()
 """
-ITERS = 30
+ITERS, RANDOM_KILLS = 30, 4
 OPTIONS = (
     *("--model", UPSTREAM / "base", "--task", "textualized-tree", "--k", 4),
     *("--curriculum", "small,xsmall", "--stage-threshold", 0, "--last-threshold", 1),
@@ -55,40 +51,29 @@ OPTIONS = (
     *("--steps-per-report", 3, "--seed", 3, "--encoder-context", 1, "--encoder-warmup", 10),
     *("--encoder-warmup-loss", "reconstruction", "--learning-rate", 1e-3),
 )
+STEPS = [
+    ("os.rename", 1),  # the first save is written, and not yet there
+    ("open", 30),  # the second is being written
+    ("os.rename", 1),  # it is written, and the first is there
+    ("os.rename", 2),  # between its two renames
+    ("shutil.rmtree", 3),  # the first was given back, a second is there, the old one as well
+]
 
 
-class Child:
-    """A training process that has imported everything and waits to be told to begin."""
-
-    def __init__(self, path: Path, at: int = 0):
-        command = [sys.executable, "-c", CHILD, str(path.parent), str(at), "train"]
-        command += [*map(str, OPTIONS), "--adapter-path", str(path), "--resume"]
-        # Bit for bit takes one thread: sums in another order are other sums.
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=environment,
-        )  # fmt: skip
-
-    def go(self) -> None:
-        assert self.process.stdout.readline() == "ready\n"
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def finish(self) -> int:
-        with self.process:
-            _, self.errors = self.process.communicate(timeout=120)
-        return self.process.returncode
+def start(path: Path, kind: str = "", number: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, path.parent, kind, number, "train"]
+    command += [*OPTIONS, "--adapter-path", path, "--resume"]
+    # Bit for bit takes one thread: sums in another order are other sums.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    """A run that nobody interferes with."""
-    path = tmp_path_factory.mktemp("unbroken") / "run"
-    child = Child(path)
-    child.go()
-    assert child.finish() == 0, child.errors
-    return path
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    with process:
+        _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
 
 
 def content(path: Path) -> dict[str, object]:
@@ -114,44 +99,26 @@ def logged(path: Path) -> int:
     return json.loads(lines[-1])["iteration"] if lines else 0
 
 
-def test_fifteen_kills_at_random_moments_change_nothing(tmp_path, unbroken):
-    path, draw, kills = tmp_path / "run", random.Random(5), 0
-    waiting = Child(path)
-    while True:
-        child, waiting = waiting, Child(path)
-        before, more = logged(path), draw.choice([1, 2, 3, 4])
-        child.go()
+def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+    path, unbroken, draw = tmp_path / "run", tmp_path / "unbroken" / "run", random.Random(5)
+    unbroken.parent.mkdir()
+    whole = start(unbroken)
+    for kind, number in STEPS:
+        code, errors = finish(start(path, kind, number))
+        assert code == -9, errors
+    for _ in range(RANDOM_KILLS):
         # On the way to some iteration, and then at a moment of its own.
-        while kills < 15 and child.process.poll() is None:
-            if logged(path) >= min(before + more, ITERS - 15 + kills):
-                time.sleep(draw.uniform(0, 0.1))
-                child.process.kill()
-                break
+        child, goal = start(path), min(logged(path) + draw.choice([1, 3, 6]), ITERS - 3)
+        while logged(path) < goal and child.poll() is None:
             time.sleep(0.002)
-        code = child.finish()
-        assert code in (0, -9), child.errors
-        if code == 0:
-            break
-        kills += 1
-        if path.exists():
-            assert load_adapter(path).merge.merge_factor == 4
-            read_state(path)
-    waiting.process.kill()
-    waiting.finish()
-    assert kills >= 15
+        time.sleep(draw.uniform(0, 0.1))
+        child.kill()
+        code, errors = finish(child)
+        assert code in (0, -9), errors
+        assert load_adapter(path).merge.merge_factor == 4
+        read_state(path)
+    for child in (start(path), whole):
+        code, errors = finish(child)
+        assert code == 0, errors
     assert content(path) == content(unbroken)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-# Before the first save is there; while the second is written; between its two renames; before the
-# old folder is removed; while the log goes on.
-@pytest.mark.parametrize("step", [12, 36, 40, 42, 50])
-def test_killed_at_a_step_of_a_save_the_run_goes_on_to_the_same_bits(tmp_path, unbroken, step):
-    path = tmp_path / "run"
-    children = [Child(path, step), Child(path)]
-    codes = []
-    for child in children:
-        child.go()
-        codes.append(child.finish())
-    assert codes == [-9, 0], children[-1].errors
-    assert content(path) == content(unbroken)
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "unbroken"}

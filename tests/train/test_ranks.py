@@ -34,7 +34,10 @@ names = ["layers.0.a", "layers.0.b"][:: 1 - 2 * (rank % 2)]
 named = ranks.sum({name: mx.array(float(name[-1] == "a")) for name in names})
 secret = [1.5, -0.0, float("nan")] if rank == 0 else [0.0, 0.0, 0.0]
 ranks.same({"k": 4, "data": "abc"}, "the settings")
+try: ranks.same({"k": rank}, "the settings")
+except KMergeError as error: refused = str(error)
 say({
+    "refused": refused,
     "mine": tree["w"].tolist(),
     "sum": sums["w"].tolist(),
     "half": sums["half"].view(mx.uint16).tolist(),
@@ -69,6 +72,10 @@ def test_values_are_shared_and_gathered_and_any_is_any(spoken):
         assert one["text"] == "a text that not all can read: é"
         assert one["gathered"] == [{"rank": rank, "text": "x" * rank} for rank in range(3)]
         assert one["any"] == [True, False]
+        assert (
+            one["refused"]
+            == "the settings of rank 1 are not those of rank 0: `k` is 1 instead of 0"
+        )
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "1 / 0"])

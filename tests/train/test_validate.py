@@ -32,19 +32,14 @@ def greedy(model, rows: list[TokenizedExample], tokens: int) -> list[list[int]]:
     return [[int(token) for token, _ in steps(model, prompt, tokens)] for prompt in prompts]
 
 
-def spoiled(ids: list[int], i: int) -> list[int]:
-    """Every third answer with another last token, every fourth with another first one."""
-    ids = list(ids)
-    ids[-1] = (ids[-1] + (i % 3 == 0)) % V
-    ids[0] = (ids[0] + (i % 4 == 1)) % V
-    return ids
-
-
 def test_an_answer_is_right_if_greedy_generation_would_have_written_it():
+    """Every third answer has another last token, every fourth another first one."""
     model, rows = model_of(True), examples(12, seed=3)
-    lengths = [1 + i % 4 for i in range(12)]
-    written = [ids[:n] for ids, n in zip(greedy(model, rows, 4), lengths, strict=True)]
-    changed = [spoiled(ids, i) for i, ids in enumerate(written)]
+    written = [ids[: 1 + i % 4] for i, ids in enumerate(greedy(model, rows, 4))]
+    changed = [list(ids) for ids in written]
+    for i, ids in enumerate(changed):
+        ids[-1] = (ids[-1] + (i % 3 == 0)) % V
+        ids[0] = (ids[0] + (i % 4 == 1)) % V
     rows = [TokenizedExample(row.segments, ids) for row, ids in zip(rows, changed, strict=True)]
     right = np.array([ids == was for ids, was in zip(changed, written, strict=True)])
     assert 3 < right.sum() < 9
