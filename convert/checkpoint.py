@@ -93,11 +93,7 @@ def convert_checkpoint(
 
 
 def find_checkpoint(source: str) -> Path:
-    """The folder of a checkpoint in a folder or hub repo, whose best/last sub-folders count too.
-
-    Raises:
-        CheckpointError: Not there, or holding no checkpoint, or several.
-    """
+    """The folder of a checkpoint in a folder or hub repo, whose best/last sub-folders count too."""
     root = Path(source)
     try:
         if root.is_file():
@@ -134,12 +130,9 @@ def _read_base(model: str) -> MergeConfig:
 
 
 def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, source: str) -> Adapter:
-    """Reads a checkpoint folder, which the user called ``source``, into memory.
+    """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed.
 
     ``known`` holds base model and padding token, where the user named the base.
-
-    Raises:
-        CheckpointError: Everything wrong with it, listed.
     """
     problems: list[str] = []
     stated, scales = _collect(problems, _read_companion, folder) or (None, [])

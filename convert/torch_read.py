@@ -104,14 +104,10 @@ class Tensor:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    """Reads the flat state dict that ``torch.save`` wrote to a file.
+    """Reads the flat state dict that ``torch.save`` wrote: name -> array, in the file's order.
 
-    Returns:
-        Name -> array, in the file's order and bit for bit, infinite values and NaN too: float32,
-        float16, bfloat16, bool, integers of 8 to 64 bits. Tied weights become separate arrays.
-
-    Raises:
-        CheckpointError: In one line: no such file, or damaged, hostile, or of another content.
+    Bit for bit, infinite values and NaN too: float32, float16, bfloat16, bool, integers of 8 to 64
+    bits. Tied weights become separate arrays. All that is wrong is one line of CheckpointError.
     """
     path = Path(path)
     name = str(path) if str(path).isprintable() else ascii(str(path))

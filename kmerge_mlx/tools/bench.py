@@ -135,12 +135,6 @@ def load_sides(
 
     ``merged`` has for each K, above 1, its adapter, or None: an untrained encoder of the default
     size. The reference comes first, then for each K the floor and the merged side.
-
-    Raises:
-        PromptError: A length that does not fit the model or a K (all of them listed); nothing is
-            loaded then.
-        ModelError: The base cannot be loaded or given virtual ids.
-        AdapterError: An adapter does not fit the base.
     """
     _check_lengths(lengths, merged, base.context_length(source.config))
     adapters = {

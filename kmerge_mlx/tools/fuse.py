@@ -93,11 +93,6 @@ def fuse(
 
     Layers that are quantized are quantized again, each by its own parameters, unless ``dequantize``
     is on. The drift is measured on ``text``, or on random token ids.
-
-    Raises:
-        AdapterError: There is no adapter, or it is torn or for another base.
-        ModelError: The base cannot be loaded or fused, or the folder cannot be written.
-        PromptError: The text has no token.
     """
     if source.adapter is None:
         raise AdapterError(f"{source.model} carries no adapter to fuse: give `adapter_path`")
@@ -124,10 +119,6 @@ def fused(
 
     The model is not to be used afterwards. What comes back is a plain mlx-lm model, its new weights
     not evaluated yet, and its config.
-
-    Raises:
-        ModelError: A tied head has LoRA and the class cannot have another head, or mlx-lm cannot
-            fuse the experts' quantization.
     """
     config, merged = deepcopy(dict(config)), merged_embedding(model)
     path, _ = next((p, m) for p, m in model.named_modules() if m is merged)
@@ -194,12 +185,11 @@ def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
     if isinstance(table, nn.QuantizedEmbedding):
         packing = (table.group_size, table.bits, table.mode)
         linear = nn.QuantizedLinear(table.dims, table.num_embeddings, bias, *packing)
-        linear.scales, linear.biases = table.scales, table.biases
     else:
         linear = nn.Linear(*table.weight.shape[::-1], bias)
+    linear.update(table.parameters())
     if bias:
         linear.bias = mx.zeros_like(linear.bias)
-    linear.weight = table.weight
     return linear
 
 
@@ -238,9 +228,6 @@ def write_model(
 
     The source's Python files and generation settings come along. The model, which has no adapter,
     is empty afterwards, so that its memory is free. ``adapter`` is what the folder is to carry.
-
-    Raises:
-        ModelError: It cannot be written or loaded. Nothing is left at ``path`` then.
     """
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     try:

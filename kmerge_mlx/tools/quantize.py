@@ -74,11 +74,6 @@ def quantize(
 
     The merge encoder stays as it is unless ``encoder_bits`` is given. The drift is measured on
     ``text``, or on random token ids.
-
-    Raises:
-        AdapterError: The adapter is torn, for another base, or cannot be used with a quantized one.
-        ModelError: The base cannot be loaded or quantized, or the folder cannot be written.
-        PromptError: The text has no token.
     """
     check_model_destination(mlx_path, "mlx_path", force, source)
     _check(source, packing)
