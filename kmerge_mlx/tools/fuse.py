@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -206,13 +205,10 @@ def check_model_destination(path: str | Path, setting: str, force: bool, source:
         for read in (source.path, source.adapter):
             if read is not None and here in (read.resolve(), *read.resolve().parents):
                 raise ModelError(f"`{setting}` {path} would replace {read}, which is read")
-        inside = [child.name for child in path.iterdir()] if path.is_dir() else []
     except OSError as e:
         raise ModelError(f"cannot write {path}: {e.strerror}") from None
-    names = [n for n in inside if any(fnmatch(n, pattern) for pattern in OWN_PATTERNS)]
-    check_destination(path, force, "model", names, ModelError, marker="config.json")
-    if CARRIED in names:
-        check_adapter_destination(path / CARRIED, force)
+    check_destination(path, force, "model", OWN_PATTERNS, ModelError, marker="config.json")
+    check_adapter_destination(path / CARRIED, force)
 
 
 def write_model(
