@@ -1,7 +1,7 @@
 """K-Token Merging in PyTorch, Transformers and PEFT: the oracle of the parity tests.
 
-Owns the method and the tree task as published (DESIGN sections 1 and 9), written as plainly as they
-can be so that they are right by reading, and the files of expected outputs. No MLX, no import from
+The method and the tree task as published (DESIGN sections 1 and 9), written as plainly as they can
+be so that they are right by reading, and the files of expected outputs. No MLX, no import from
 `kmerge_mlx`, no speed: batch 1, float32 and no KV cache throughout.
 
 Shapes: T prompt tokens, K merge factor, N = ceil(T / K) blocks, D hidden size, H inner size,
@@ -27,6 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.set_num_threads(1)  # sums are added in one order, and tiny models gain nothing from more
+
 INNER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 INNER_FACTOR_PAST_4 = 1.5
 GREEDY_TOKENS = 16
@@ -42,11 +44,6 @@ class ReferenceEncoder(nn.Module):
 
     PyTorch's default initialisation throughout, like the reference. The state dict's keys,
     `net.0.weight` to `net.4.bias`, are those of the authors' `encoder.pth`.
-
-    Args:
-        k: Merge factor K.
-        hidden_size: D.
-        inner_size: H; None for the reference's default.
     """
 
     def __init__(self, k: int, hidden_size: int, inner_size: int | None = None):
@@ -62,14 +59,7 @@ class ReferenceEncoder(nn.Module):
         )
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Merges each block.
-
-        Args:
-            blocks: (N, K, D) float embeddings.
-
-        Returns:
-            (N, D) merged embeddings.
-        """
+        """Merges each block: (N, K, D) embeddings to (N, D)."""
         return blocks.mean(dim=1) + self.net(blocks.flatten(start_dim=1))
 
 
@@ -84,17 +74,10 @@ def load_encoder(path: Path) -> ReferenceEncoder:
 
 
 def pad_token_id(tokenizer) -> int:
-    """The id that fills a prompt up to a multiple of K: a space, else the pad, else the EOS token.
-
-    Raises:
-        ValueError: The tokenizer has none of the three.
-    """
+    """The id that fills up the last block: a space, else the pad, else the EOS token."""
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
     candidates = [*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id]
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate
-    raise ValueError("The tokenizer has no token for a space, no pad token and no EOS token.")
+    return next(candidate for candidate in candidates if candidate is not None)
 
 
 def merge_prompt(
@@ -104,33 +87,17 @@ def merge_prompt(
     k: int,
     pad_id: int,
 ) -> torch.Tensor:
-    """Pads a prompt on the right, groups its base embeddings by K and merges each group.
-
-    Args:
-        embedding: The base model's input embedding (`model.get_input_embeddings()`).
-        encoder: Merges (N, K, D) to (N, D).
-        ids: T >= 1 prompt token ids.
-        k: Merge factor K.
-        pad_id: Fills the last block.
-
-    Returns:
-        (N, D) merged embeddings.
-    """
+    """Pads T prompt ids on the right with `pad_id`, and merges their embeddings by K: (N, D)."""
     padded = [*ids, *[pad_id] * (-len(ids) % k)]
     table_rows = embedding(torch.tensor(padded))  # (N * K, D)
     return encoder(table_rows.unflatten(0, (-1, k)))
 
 
 def answer_loss(model: nn.Module, merged: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-    """The training loss of one example: cross entropy of the answer after its merged prompt.
+    """The training loss of one example: the mean cross entropy of the answer after its prompt.
 
-    Args:
-        model: A causal LM of transformers, under PEFT or not.
-        merged: (N, D) merged prompt; its positions are read and never scored.
-        answer: Token ids of the answer and the EOS after it, all of them scored.
-
-    Returns:
-        The mean over the answer's tokens, a scalar.
+    `merged` is the (N, D) prompt, whose positions are read and never scored; `answer` ends with the
+    EOS token, and all of it is scored.
     """
     answer = torch.tensor(answer)
     answer_rows = model.get_input_embeddings()(answer[:-1])  # the last token is only predicted
@@ -141,18 +108,11 @@ def answer_loss(model: nn.Module, merged: torch.Tensor, answer: Sequence[int]) -
 
 @torch.no_grad()
 def decode(model: nn.Module, merged: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
-    """Generates greedily after a merged prompt; the EOS token does not stop it.
+    """Generates greedily after a merged (N, D) prompt; the EOS token does not stop it.
 
     Each new token is embedded by the base table and appended as it is. Every step reads all
-    positions again: slower than a KV cache, and nothing to get wrong.
-
-    Args:
-        model: A causal LM of transformers, under PEFT or not, in eval mode.
-        merged: (N, D) merged prompt.
-        count: G, how many tokens to generate.
-
-    Returns:
-        The G token ids, and the (G, V) logits from which they were taken.
+    positions again: slower than a KV cache, and nothing to get wrong. Returns `count` token ids,
+    and the (G, V) logits from which they were taken.
     """
     embedding = model.get_input_embeddings()
     positions = merged  # (N + tokens so far, D)
@@ -165,27 +125,13 @@ def decode(model: nn.Module, merged: torch.Tensor, count: int) -> tuple[list[int
     return tokens, torch.stack(steps)
 
 
-def greedy(
-    model: nn.Module, merged: torch.Tensor, max_new_tokens: int
-) -> tuple[list[int], torch.Tensor]:
-    """`decode`, with the (V,) logits of the first token alone."""
-    tokens, logits = decode(model, merged, max_new_tokens)
-    return tokens, logits[0]
-
-
 @dataclass
 class Reference:
-    """A trained checkpoint of the authors' layout, ready to answer.
+    """A trained checkpoint of the authors' layout, ready to answer."""
 
-    Attributes:
-        model: The base model under its PEFT adapter, in eval mode.
-        encoder: The checkpoint's encoder.
-        tokenizer: The base model's tokenizer.
-    """
-
-    model: PeftModel
+    model: PeftModel  # the base model under its adapter, in eval mode
     encoder: ReferenceEncoder
-    tokenizer: object
+    tokenizer: object  # the base model's
 
     @property
     def k(self) -> int:
@@ -226,16 +172,10 @@ def load_reference(base: Path, checkpoint: Path) -> Reference:
 def draw_tree(
     rng: random.Random, max_depth: int, max_nodes: int, children: tuple[int, int]
 ) -> list[tuple[int, str, str | None]]:
-    """Draws a tree depth first.
+    """Draws a tree depth first: (depth, name, parent's name) of each node, the root's parent None.
 
-    Args:
-        rng: The only source of chance.
-        max_depth: Nodes at this depth have no children; the root's is 0.
-        max_nodes: 1 to 676, the number of names.
-        children: Fewest and most children of a node above `max_depth`, while nodes are left.
-
-    Returns:
-        (depth, name, parent's name) of each node; the root's parent is None.
+    A node at `max_depth` (the root's depth is 0) has no children, any other one `children` (fewest
+    and most), while nodes are left.
     """
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     names = rng.sample([first + second for first in letters for second in letters], max_nodes)
@@ -282,10 +222,6 @@ def write_expected(folder: Path, rng: random.Random) -> None:
     `expected.json` holds k, pad_token_id and cases: [{prompt, ids, greedy}]. For case i,
     `expected.safetensors` holds "{i}.merged" (N, D), "{i}.logits" (V,) of the first token, and
     "{i}.steps" (G, V) of all `greedy` tokens.
-
-    Args:
-        folder: Holds base/ and checkpoint/; receives the two files.
-        rng: Decides the prompts that are trees.
     """
     reference = load_reference(folder / "base", folder / "checkpoint")
     cases, tensors = [], {}
