@@ -130,12 +130,6 @@ ROWS = Record("archive/data.pkl", GOOD), Record("archive/data/0", DATA)
 BOMB = zlib.compressobj(9, zlib.DEFLATED, -15)
 DEFLATED = BOMB.compress(bytes(50 << 20)) + BOMB.flush()
 WIDE = 0xFFFFFFFF
-INNER = pack([Record("archive/data/1", DATA)])[: -22 - 60]  # a header and its data, no directory
-BEFORE = pack(ROWS[:1])[: -22 - 62]
-
-
-def rows(*more: Record, **lies) -> bytes:
-    return pack([*ROWS, *more], **lies)
 
 
 ZIPS = {
@@ -153,25 +147,13 @@ ZIPS = {
     "a_zip64_header_offset_of_exabytes": with_entry(
         header=WIDE, extra=struct.pack("<2HQ", 1, 8, 1 << 63)
     ),
-    "an_entry_inside_the_data_of_another": pack(
-        [
-            ROWS[0],
-            Record("archive/data/0", INNER),
-            *[Record("archive/data/1", DATA, header=len(BEFORE) + 44)],
-        ]
-    ),
-    "a_name_with_a_nul": rows(Record("archive/data/0\0", b"")),
-    "a_name_twice": rows(Record("archive/data/0", DATA)),
+    "a_name_with_a_nul": pack([*ROWS, Record("archive/data/0\0", b"")]),
+    "a_name_twice": pack([*ROWS, ROWS[1]]),
     "a_wrong_byte_order": pack([*ROWS, Record("archive/byteorder", b"middle")]),
     "no_pickle": pack([ROWS[1]]),
     "no_storage": pack([ROWS[0]]),
-    "a_directory_moved_back": rows(shift=-1),
-    "bytes_before_the_zip": b"#!/bin/sh\n" + rows(),
-    "a_zip64_record_without_its_magic": rows(zip64=(2, 122, 0)).replace(b"PK\6\6", b"PK\6\0"),
-    "a_zip64_locator_of_another_disk": rows(zip64=(2, 122, 0)).replace(
-        b"PK\6\7\0\0\0\0", b"PK\6\7\1\0\0\0"
-    ),
-    "torchscript": rows(Record("archive/constants.pkl", b"\x80\x02).")),
+    "bytes_before_the_zip": b"#!/bin/sh\n" + pack(ROWS),
+    "torchscript": pack([*ROWS, Record("archive/constants.pkl", b"\x80\x02).")]),
     "sixty_thousand_entries": pack(
         [*ROWS, *(Record(f"archive/data/{i}", b"") for i in range(1, 60_000))]
     ),
