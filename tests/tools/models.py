@@ -43,7 +43,7 @@ def fuse_folders(base: Path, adapter: Path, new: Path, **options: object) -> Fus
 
 
 def quantize_folders(
-    base: Path, new: Path, adapter: Path | None = None, *packing: Packing, **options: object
+    base: Path, adapter: Path | None, new: Path, *packing: Packing, **options: object
 ) -> Quantized:
     return quantize(Source.find(str(base), adapter), new, *packing, **options)
 

@@ -340,9 +340,12 @@ def test_every_layer_keeps_parameters_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("free", "said"), [(0, "No space left on device"), (1 << 40, "MLX could not write it")]
+    ("part", "free", "said"),
+    [
+        ("model.safetensors", 0, "No space left on device"),
+        ("merge_encoder.safetensors", 1 << 40, "MLX could not write it"),
+    ],
 )
-@pytest.mark.parametrize("part", ["model.safetensors", "merge_encoder.safetensors"])
 def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, free, said, part):
     base, adapter = made(tmp_path)
     real = mx.save_safetensors
@@ -354,7 +357,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(mx, "save_safetensors", save)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    for make in (fuse_folders, lambda base, adapter, new: quantize_folders(base, new, adapter)):
+    for make in (fuse_folders, quantize_folders):
         with pytest.raises(ModelError, match=f"^cannot write .*new: .*{said}") as error:
             make(base, adapter, tmp_path / "new")
         assert "\n" not in str(error.value)
