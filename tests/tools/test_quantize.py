@@ -24,7 +24,7 @@ from kmerge_mlx.tools.fuse import Comparison
 from kmerge_mlx.tools.quantize import Packing
 from tests.adapters.test_full import full_adapter
 from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_base
-from tests.tools.models import fuse_folders, made, quantize_folders
+from tests.tools.models import TEXT, fuse_folders, made, quantize_folders
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +80,13 @@ def test_the_adapter_comes_along_bit_for_bit_and_a_base_alone_needs_none(tmp_pat
 @pytest.mark.parametrize("embedding", [True, False], ids=["table", "no table"])
 def test_the_drift_is_what_numpy_says(tmp_path, embedding):
     base, adapter = made(tmp_path)
-    text, packing = "Tree: JN\n+WO\n++UP\n" * 12, Packing(4, embedding=embedding)
-    done = quantize_folders(base, adapter, tmp_path / "new", packing, encoder_bits=8, text=text)
+    packing = Packing(4, embedding=embedding)
+    done = quantize_folders(base, adapter, tmp_path / "new", packing, encoder_bits=8)
     rows, said = [], []
     for folder, other in ((base, adapter), (tmp_path / "new", tmp_path / "new")):
         model, tokenizer = load(str(folder), other)
         embedding_of = merged_embedding(model)
-        ids = embedding_of.compress([Segment(tokenizer.encode(text))]).ids
+        ids = embedding_of.compress([Segment(tokenizer.encode(TEXT))]).ids
         rows.append(np.array(embedding_of(mx.array(ids)), np.float64))
         logits = np.array(model(mx.array([ids]))[0], np.float64)
         said.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
