@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,9 +47,8 @@ class EncoderQuantization:
     group_size: int
 
     @classmethod
-    def of_width(cls, bits: int, widths: Iterable[int]) -> EncoderQuantization:
+    def of_width(cls, bits: int, widths: Sequence[int]) -> EncoderQuantization:
         """The packing for weights whose rows have these widths, which a group size must divide."""
-        widths = sorted(set(widths))
         for size in GROUP_SIZES:
             if not any(width % size for width in widths):
                 return cls(bits, size)

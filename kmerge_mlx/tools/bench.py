@@ -105,14 +105,11 @@ class Figures:
     @classmethod
     def of(cls, trials: Sequence[Trial]) -> Figures:
         """The figures of at least one run."""
+        seconds = Spread.of(t.time_to_first_token for t in trials)
+        read = Spread.of(t.tokens / t.time_to_first_token for t in trials)
         speeds = [t.generation_tps for t in trials if t.generation_tps is not None]
-        return cls(
-            Spread.of(t.time_to_first_token for t in trials),
-            Spread.of(t.tokens / t.time_to_first_token for t in trials),
-            Spread.of(speeds) if speeds else None,
-            Spread.of(t.peak_bytes for t in trials),
-            trials[0].kv_bytes,
-        )
+        peak = Spread.of(t.peak_bytes for t in trials)
+        return cls(seconds, read, Spread.of(speeds) if speeds else None, peak, trials[0].kv_bytes)
 
 
 @dataclass(frozen=True)
@@ -180,12 +177,9 @@ def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None)
         for length in lengths
         if limit is not None and length > limit
     ]
-    problems += [
-        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
-        for length in lengths
-        for k in ks
-        if k > length
-    ]
+    over = [(k, length) for length in lengths for k in ks if k > length]
+    why = "a block would hold more than the prompt"
+    problems += [f"`k` {k} is more than `length` {length}: {why}" for k, length in over]
     if problems:
         raise PromptError(findings("nothing was measured", problems))
 
@@ -241,14 +235,9 @@ def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
         prompt = None if side.embedding is None else side.embedding.compress([Segment(tokens)])
         read = tokens if prompt is None else prompt.ids
         cache = make_prompt_cache(side.llm)
-        steps = generate_step(
-            mx.array(read),
-            side.llm,
-            max_tokens=config.generation_tokens,
-            sampler=greedy,
-            prompt_cache=cache,
-            prefill_step_size=config.prefill_step_size,
-        )
+        how = {"max_tokens": config.generation_tokens, "sampler": greedy, "prompt_cache": cache}
+        how["prefill_step_size"] = config.prefill_step_size
+        steps = generate_step(mx.array(read), side.llm, **how)
         times = [time.perf_counter() for _ in steps]
         # mlx-lm queues a step more than it gives: it must not run into the next side's time.
         mx.synchronize(generation_stream)

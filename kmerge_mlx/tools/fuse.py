@@ -125,13 +125,10 @@ def fused(
     layers = lora.layers(model)
     experts = [layer.linear for _, layer in layers if isinstance(layer, LoRASwitchLinear)]
     if any(linear.get("global_scale") is not None for linear in experts):
-        raise ModelError(
-            f"{name} has experts quantized with a scale for each, which mlx-lm does not fuse: "
-            "take a base that is not quantized so"
-        )
-    model.update_modules(
-        tree_unflatten([(path, layer.fuse(dequantize=dequantize)) for path, layer in layers])
-    )
+        found = f"{name} has experts quantized with a scale for each"
+        raise ModelError(f"{found}, which mlx-lm does not fuse: take a base without")
+    plain = [(path, layer.fuse(dequantize=dequantize)) for path, layer in layers]
+    model.update_modules(tree_unflatten(plain))
     if "lora_a" in merged:
         model, config = _untied(model, config, merged, name, dequantize)
     if dequantize:
@@ -173,10 +170,9 @@ def _untied(
 
 def _headless(model: nn.Module, name: str, why: str) -> ModelError:
     kind = getattr(model, "model_type", type(model).__module__.rsplit(".", 1)[-1])
-    return ModelError(
-        f"the adapter has LoRA on the output head of {name}, which is its embedding table, and "
-        f"mlx-lm's {kind} models {why}: use the adapter unfused, or one without {HEAD}"
-    )
+    found = f"the adapter has LoRA on the output head of {name}, which is its embedding table"
+    advice = f"use the adapter unfused, or one without {HEAD}"
+    return ModelError(f"{found}, and mlx-lm's {kind} models {why}: {advice}")
 
 
 def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
@@ -235,9 +231,8 @@ def write_model(
             if adapter is not None:
                 (folder / CARRIED).mkdir()
                 write_adapter(adapter, folder / CARRIED)
-            for file in folder.iterdir():
-                if file.is_file():
-                    flush(file)
+            for file in filter(Path.is_file, folder.iterdir()):
+                flush(file)
             written = Source.find(str(folder), trust_remote_code=source.trust_remote_code)
             return comparison.with_model(load_source(written)[0])
     except OSError as e:
@@ -249,12 +244,8 @@ def carried_merge(how: str, source: Source, config: Mapping[str, Any], pad: int)
 
     The base is the folder around it, wherever that is, so it has no id.
     """
-    provenance = {
-        f"{how}_by": f"kmerge-mlx {__version__}",
-        "base_model": source.model,
-        "adapter": source.adapter_path,
-        "before": dict(source.merge.provenance),
-    }
+    provenance = {f"{how}_by": f"kmerge-mlx {__version__}", "base_model": source.model}
+    provenance |= {"adapter": source.adapter_path, "before": dict(source.merge.provenance)}
     made_on = BaseModelConfig(None, base.fingerprint(config))
     return replace(source.merge, base=made_on, pad_token_id=pad, provenance=provenance)
 
@@ -332,8 +323,6 @@ def _gap(before: Sequence[mx.array], after: Sequence[mx.array]) -> Gap:
         same += (old.argmax(-1) == new.argmax(-1)).sum().item()
         positions, numbers = positions + old.shape[0], numbers + gap.size
     if not isfinite(total):
-        raise ModelError(
-            "the model that was made gives log-probabilities that are not finite: its dtype "
-            "cannot hold what the adapter adds"
-        )
+        found = "the model that was made gives log-probabilities that are not finite"
+        raise ModelError(f"{found}: its dtype cannot hold what the adapter adds")
     return Gap(positions, largest, total / numbers, same / positions)

@@ -114,10 +114,8 @@ def quantized(
     with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
         model, config = quantize_model(model, config, packing.group_size, packing.bits, **how)
     if not has_quantized_layers(model):
-        raise ModelError(
-            f"no layer of {name} has rows that groups of {config['quantization']['group_size']} "
-            "divide: give another `q_group_size`"
-        )
+        found = f"no layer of {name} has rows that groups of {config['quantization']['group_size']}"
+        raise ModelError(f"{found} divide: give another `q_group_size`")
     return model, config
 
 
@@ -133,19 +131,16 @@ def _check(source: Source, packing: Packing) -> None:
 
 def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuantization | None:
     if adapter is not None and isinstance(adapter.tuning, FullConfig):
-        raise AdapterError(
-            "the adapter holds whole layers, which a quantized base cannot take: run "
-            "`kmerge-mlx fuse` first, and quantize what it writes"
-        )
+        found = "the adapter holds whole layers, which a quantized base cannot take"
+        raise AdapterError(f"{found}: run `kmerge-mlx fuse` first, and quantize what it writes")
     if bits is None:
         return None
     if adapter is None or adapter.merge.encoder is None:
         what = "no adapter" if adapter is None else "an adapter for K = 1, which has none"
         raise AdapterError(f"`encoder_bits` needs a merge encoder, found {what}")
     check_not_quantized(adapter.merge, "quantized again")
-    return EncoderQuantization.of_width(
-        bits, [width for _, width in adapter.merge.encoder.layers().values()]
-    )
+    widths = {width for _, width in adapter.merge.encoder.layers().values()}
+    return EncoderQuantization.of_width(bits, sorted(widths))
 
 
 def _packed(adapter: Adapter, packing: EncoderQuantization) -> Adapter:
