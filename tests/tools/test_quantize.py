@@ -23,6 +23,7 @@ from kmerge_mlx.tools import fuse as fusing
 from kmerge_mlx.tools.fuse import Comparison
 from kmerge_mlx.tools.quantize import Packing
 from tests.adapters.test_full import full_adapter
+from tests.conversions import assert_same_tensors
 from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_base
 from tests.tools.models import TEXT, fuse_folders, made, quantize_folders
 
@@ -68,8 +69,7 @@ def test_the_adapter_comes_along_bit_for_bit_and_a_base_alone_needs_none(tmp_pat
     base, adapter = made(tmp_path)
     quantize_folders(base, adapter, tmp_path / "new")
     before, after = load_adapter(adapter), load_adapter(tmp_path / "new")
-    for part in ("tuning_weights", "encoder_weights", "head_weights"):
-        assert same(getattr(before, part), getattr(after, part))
+    assert_same_tensors(after, before)
     assert (after.tuning, after.merge.encoder) == (before.tuning, before.merge.encoder)
     assert after.merge.provenance["quantized_by"].startswith("kmerge-mlx ")
     done = quantize_folders(base, None, tmp_path / "alone")
