@@ -261,11 +261,7 @@ class MergeConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> MergeConfig:
-        """Reads ``merge_config.json``.
-
-        Raises:
-            AdapterError: Not an object, a newer format, or entries of the wrong type (all listed).
-        """
+        """Reads ``merge_config.json``; an AdapterError lists the entries of a wrong type."""
         if not isinstance(data, dict):
             raise AdapterError(f"{_MERGE} holds {short(data)}, expected an object")
         version = data.get("format_version")

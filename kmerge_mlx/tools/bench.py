@@ -20,19 +20,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from kmerge_mlx import base
+from kmerge_mlx import base, model
 from kmerge_mlx.adapters.folder import read_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, MergeConfig, inner_size
 from kmerge_mlx.errors import PromptError, findings
-from kmerge_mlx.model import (
-    attach,
-    check_fit,
-    load_source,
-    merged_embedding,
-    padding_of,
-    widen,
-    wire,
-)
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
@@ -138,13 +129,13 @@ def load_sides(
         k: one and read_adapter(one.adapter, one.merge) for k, one in sorted(merged.items())
     }
     for adapter in filter(None, adapters.values()):
-        check_fit(adapter, source.config, source.model)
+        model.check_fit(adapter, source.config, source.model)
     alone = replace(source, adapter_path=None, adapter=None, merge=None)
-    plain, tokenizer, _ = load_source(alone)
+    plain, tokenizer, _ = model.load_source(alone)
     readers = [(1, plain)]
     for k, adapter in adapters.items():
         # Only its modules are wanted: the lazy weights are never read.
-        llm, _, _ = load_source(alone, lazy=True)
+        llm, _, _ = model.load_source(alone, lazy=True)
         llm.update(plain.parameters())
         max_blocks = Side(k, llm).positions(max(lengths))
         if adapter is None:
@@ -152,11 +143,12 @@ def load_sides(
             d = table(mx.array([0])).shape[-1]
             untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)))
             pad = base.default_pad_token_id(tokenizer)
-            wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
+            model.wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
             llm.eval()
         else:
-            attach(llm, adapter, padding_of(adapter, tokenizer), source.model, max_blocks)
-        widen(llm, source.path)  # the adapter: the base's own arrays were cast above
+            pad = model.padding_of(adapter, tokenizer)
+            model.attach(llm, adapter, pad, source.model, max_blocks)
+        model.widen(llm, source.path)  # the adapter: the base's own arrays were cast above
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [
@@ -165,7 +157,7 @@ def load_sides(
     ]
     total = sum({key: size for each in weights for key, size in each.items()}.values())
     return [
-        Side(k, llm, merged_embedding(llm), total - sum(own.values()))
+        Side(k, llm, model.merged_embedding(llm), total - sum(own.values()))
         for (k, llm), own in zip(readers, weights, strict=True)
     ]
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
     def loaded(*args, **options):
         raise AdapterError("loading")
 
-    monkeypatch.setattr(benchmark, "load_source", loaded)
+    monkeypatch.setattr(benchmark.model, "load_source", loaded)
     with pytest.raises(AdapterError, match="loading"):
         load_sides(str(base_path), {4: None}, (2048,))
     for lengths, said in (
