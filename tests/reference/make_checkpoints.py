@@ -51,21 +51,13 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny model of one kind: its Transformers config class and what it says beyond the shapes.
+    """A tiny model of one kind: what it says beyond the shapes."""
 
-    Attributes:
-        config_class: Name of the config class in `transformers`.
-        tied: Whether the kind's small models tie lm_head to the embedding.
-        layers: Enough for every kind of layer to occur.
-        rope: `rope_parameters`; one dictionary, or one for each kind of layer.
-        options: Further arguments of the config class.
-    """
-
-    config_class: str
-    tied: bool
-    layers: int = 3
-    rope: Mapping = field(default_factory=lambda: _rope(ROPE_THETA))
-    options: Mapping = field(default_factory=dict)
+    config_class: str  # in `transformers`
+    tied: bool  # lm_head to the embedding, in the kind's small models
+    layers: int = 3  # enough for every kind of layer to occur
+    rope: Mapping = field(default_factory=lambda: _rope(ROPE_THETA))  # or one a kind of layer
+    options: Mapping = field(default_factory=dict)  # further arguments of the config class
 
 
 def _rope(theta: float, **scaling) -> dict:
@@ -171,24 +163,16 @@ LORA |= {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm
 
 @dataclass(frozen=True)
 class Spec:
-    """What a checkpoint is to be.
+    """What a checkpoint is to be."""
 
-    Attributes:
-        k: Merge factor K.
-        seed: Decides weights, prompts and training.
-        tied: Whether the base model's lm_head is its embedding.
-        lora: What differs from `LORA`, in PEFT's terms. Patterns are in alphabetical order, because
-            PEFT saves them in that order and the first one that fits wins.
-        architecture: A name in `ARCHITECTURES`.
-        bin_file: Save adapter_model.bin (a pickle) instead of adapter_model.safetensors.
-    """
-
-    k: int
-    seed: int
-    tied: bool = True
+    k: int  # merge factor
+    seed: int  # decides weights, prompts and training
+    tied: bool = True  # the base's lm_head is its embedding
+    # What differs from LORA, in PEFT's terms; patterns in alphabetical order, because PEFT saves
+    # them in that order and the first one that fits wins.
     lora: Mapping[str, object] = field(default_factory=dict)
     architecture: str = "qwen2"
-    bin_file: bool = False
+    bin_file: bool = False  # save adapter_model.bin (a pickle) instead of adapter_model.safetensors
 
 
 PATTERNS = {
@@ -258,7 +242,7 @@ def _train(model: PeftModel, encoder: ReferenceEncoder, tokenizer, spec: Spec) -
     model.train()
     for _ in range(STEPS):
         for _ in range(4):
-            prompt, answer = draw_example(rng, 3, 8, (0, 3))
+            prompt, answer = draw_example(rng, rng.randint(2, 8))
             ids, answer_ids = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
             merged = merge_prompt(embedding, encoder, ids, spec.k, pad_id)
             loss = answer_loss(model, merged, [*answer_ids, tokenizer.eos_token_id])

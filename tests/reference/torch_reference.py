@@ -19,6 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from peft import PeftModel
@@ -166,50 +167,19 @@ def load_reference(base: Path, checkpoint: Path) -> Reference:
     )
 
 
-# Textualized trees (DESIGN section 9)
-
-
-def draw_tree(
-    rng: random.Random, max_depth: int, max_nodes: int, children: tuple[int, int]
-) -> list[tuple[int, str, str | None]]:
-    """Draws a tree depth first: (depth, name, parent's name) of each node, the root's parent None.
-
-    A node at `max_depth` (the root's depth is 0) has no children, any other one `children` (fewest
-    and most), while nodes are left.
-    """
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = rng.sample([first + second for first in letters for second in letters], max_nodes)
-    rows: list[tuple[int, str, str | None]] = []
-
-    def grow(depth: int, parent: str | None) -> None:
-        name = names[len(rows)]
-        rows.append((depth, name, parent))
-        fewest, most = children
-        most = min(most, max_nodes - len(rows))
-        if depth == max_depth or most < fewest:
-            return
-        for _ in range(rng.randint(fewest, most)):
-            if len(rows) < max_nodes:  # a child's own children may have used the nodes up
-                grow(depth + 1, name)
-
-    grow(0, None)
-    return rows
-
-
-def draw_example(rng: random.Random, *shape) -> tuple[str, str]:
-    """Draws a tree of a shape (see `draw_tree`) and a question: its prompt and its answer."""
-    rows = draw_tree(rng, *shape)
-    while len(rows) < 2:  # a lone root has nothing to ask about
-        rows = draw_tree(rng, *shape)
-    edges = [(parent, name) for _, name, parent in rows if parent is not None]
-    if rng.random() < 0.5:
-        parent, child = rng.choice(edges)
-    else:
-        parent, child = rng.sample([name for _, name, _ in rows], 2)
-    tree = "\n".join("+" * depth + name for depth, name, _ in rows)
-    prompt = (
-        f"Tree: {tree}, Task: Parent/Child Relationship, Parent: {parent}, Child: {child}, Answer: "
-    )
+def draw_example(rng: random.Random, nodes: int) -> tuple[str, str]:
+    """Draws a textualized tree of two or more nodes and a question: its prompt and its answer."""
+    names = rng.sample([a + b for a in ascii_uppercase for b in ascii_uppercase], nodes)
+    path: list[str] = []  # from the root to the last node
+    lines, edges = [], []
+    for name in names:
+        depth = rng.randint(1, len(path)) if path else 0  # below the last node, or one above it
+        path[depth:] = [name]
+        lines.append("+" * depth + name)
+        edges += [(path[depth - 1], name)] if depth else []
+    parent, child = rng.choice(edges) if rng.random() < 0.5 else rng.sample(names, 2)
+    prompt = "Tree: " + "\n".join(lines) + ", Task: Parent/Child Relationship, "
+    prompt += f"Parent: {parent}, Child: {child}, Answer: "
     return prompt, "true" if (parent, child) in edges else "false"
 
 
@@ -242,16 +212,15 @@ def _case_prompts(rng: random.Random, reference: Reference) -> list[str]:
 
     def tree_with_remainder(remainder: int) -> str:
         while True:
-            prompt, _ = draw_example(rng, 3, 10, (0, 3))
+            prompt, _ = draw_example(rng, rng.randint(2, 10))
             if len(reference.ids(prompt)) % reference.k == remainder:
                 return prompt
 
-    long_prompt, _ = draw_example(rng, 4, 80, (3, 5))
     return [
         tree_with_remainder(0),
         tree_with_remainder(reference.k - 1),
         tree_with_remainder(1),
         "A",
         "Tree: é → 漢字 🙂, Parent: ZZ",
-        long_prompt,
+        draw_example(rng, 80)[0],
     ]

@@ -85,10 +85,10 @@ def batch_rows(tokenizer, k: int) -> list[Row]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     rows = [
-        Row(ids(draw_example(rng, 4, nodes, (1, 3))[0]), [*ids(answer), tokenizer.eos_token_id])
+        Row(ids(draw_example(rng, nodes)[0]), [*ids(answer), tokenizer.eos_token_id])
         for nodes, answer in zip((2, 3, 6, 10, 18), ANSWERS, strict=True)
     ]
-    tree, _, question = draw_example(rng, 3, 8, (1, 3))[0].partition(", Task")
+    tree, _, question = draw_example(rng, 8)[0].partition(", Task")
     rows.append(Row(ids("A")[:1], [*ids("B"), tokenizer.eos_token_id]))
     rows.append(Row(ids(tree), [*ids("true"), tokenizer.eos_token_id], ids(question)))
     assert len({len(row.merged) for row in rows}) >= 5
