@@ -203,11 +203,11 @@ def read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
     problems += [f"{MERGE_WEIGHTS}: {p}" for p in _merge_problems(merge, merged)]
     if problems:
         raise AdapterError(findings(str(folder), problems))
-    encoder, head = (
-        {name.removeprefix(part): array for name, array in merged.items() if name.startswith(part)}
-        for part in (f"{ENCODER}.", f"{HEAD}.")
-    )
-    return Adapter(merge, tuning, tuned, encoder, head)
+    parts: dict[str, dict[str, mx.array]] = {ENCODER: {}, HEAD: {}}
+    for name, array in merged.items():
+        part, _, inner = name.partition(".")
+        parts[part][inner] = array
+    return Adapter(merge, tuning, tuned, parts[ENCODER], parts[HEAD])
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -276,15 +276,14 @@ def name_ends(module: str) -> set[str]:
 
 
 def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[str]:
-    encoder = merge.encoder
-    sizes = {} if encoder is None else encoder.shapes()
-    expected = {f"{ENCODER}.{name}": shape for name, shape in sizes.items()}
+    expected, packed = {}, set()
     if merge.head_lora is not None:
-        rank = merge.head_lora.rank
-        expected |= _lora_shapes(HEAD, rank, stored)
-        if encoder is not None:
-            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, rank)
-    packed = () if encoder is None else {f"{ENCODER}.{name}" for name in encoder.packed}
+        expected = _lora_shapes(HEAD, merge.head_lora.rank, stored)
+    if (encoder := merge.encoder) is not None:
+        packed = {f"{ENCODER}.{name}" for name in encoder.packed}
+        if merge.head_lora is not None:
+            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, merge.head_lora.rank)
+        expected |= {f"{ENCODER}.{name}": shape for name, shape in encoder.shapes().items()}
     return tensor_problems(expected, stored, packed)
 
 

@@ -103,12 +103,11 @@ class EncoderConfig:
         """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (out, inner) in self.layers().items():
-            shapes[f"{layer}.weight"] = (out, inner)
+            shapes |= {f"{layer}.weight": (out, inner), f"{layer}.bias": (out,)}
             if (packing := self.quantization) is not None:
                 shapes[f"{layer}.weight"] = (out, inner * packing.bits // 32)
-                shapes[f"{layer}.scales"] = (out, inner // packing.group_size)
-                shapes[f"{layer}.biases"] = (out, inner // packing.group_size)
-            shapes[f"{layer}.bias"] = (out,)
+                groups = (out, inner // packing.group_size)
+                shapes |= {f"{layer}.scales": groups, f"{layer}.biases": groups}
         return shapes
 
     @property
