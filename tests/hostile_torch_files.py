@@ -82,9 +82,6 @@ BAD = {
     "a_negative_stride": view(3, (4,), (-1,)),
     "a_stride_of_exabytes": view(0, (2,), (1 << 62,)),
     "nine_dimensions": view(0, (1,) * 9, (1,) * 9),
-    "one_storage_under_a_thousand_names": state(
-        *(part for i in range(1000) for part in (text(f"w{i}"), tensor()))
-    ),
     "a_deep_tuple_as_a_key": state(b")" + pickle.TUPLE1 * 50_000, tensor()),
     "a_number_as_a_name": state(number(1), tensor()),
     "a_name_with_half_a_surrogate": state(text("\ud800"), tensor()),
