@@ -257,19 +257,13 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:
-    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for.
-
-    Keys and values, plain or quantized, are cut to their positions; other entries count whole.
-    """
+    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for."""
     total = 0
     for entry in cache:
-        keys, offset = getattr(entry, "keys", None), getattr(entry, "offset", None)
         if isinstance(entry, CacheList):
             total += kv_bytes(entry.caches)
-        elif keys is None or not isinstance(offset, int):
+        elif entry.empty() or not hasattr(entry, "keys_and_values"):
             total += entry.nbytes
-        else:  # a chunked cache drops what is before its start
-            held = offset - getattr(entry, "start_position", 0)
-            arrays = [array for _, array in tree_flatten((keys, entry.values))]
-            total += sum(a.nbytes // a.shape[-2] * min(held, a.shape[-2]) for a in arrays)
+        else:  # the slices are never evaluated
+            total += sum(array.nbytes for _, array in tree_flatten(entry.keys_and_values()))
     return total
