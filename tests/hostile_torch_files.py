@@ -31,8 +31,6 @@ from tests.hostile_torch_parts import (
     with_entry,
 )
 
-# ---- pickles that execute something when pickle itself runs them ----
-
 TOUCH = "touch EXECUTED"  # relative: a test looks for it in its own working directory
 EVAL = text(f"__import__('os').system({TOUCH!r})")
 SYSTEM = call("os.system", text(TOUCH))
@@ -51,8 +49,6 @@ EXECUTING = {
     "os_system_in_the_metadata": proto(HOOKS + b"}" + text("_metadata") + SYSTEM + b"sb"),
     "os_system_in_a_shape": state(text("w"), tuple_of(SYSTEM)),
 }
-
-# ---- pickles that are wrong in another way ----
 
 V2, V3 = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 UNTYPED = storage("torch.storage.UntypedStorage", count=16)
@@ -97,8 +93,6 @@ BAD = {
 }
 
 
-# ---- pickles that fill memory ----
-
 CAP = 1 << 20  # the most bytes of pickle that the reader takes
 
 
@@ -119,8 +113,6 @@ BOMBS = {
     ),
 }
 
-
-# ---- zips that lie ----
 
 GOOD = state()
 ROWS = Record("archive/data.pkl", GOOD), Record("archive/data/0", DATA)
@@ -158,9 +150,6 @@ ZIPS = {
         Record(f"archive/data/{i}", b"") for i in range(10_000)
     ),
 }
-
-
-# ---- files of another kind ----
 
 
 MAGIC = 0x1950A86A20F9469CFC6C

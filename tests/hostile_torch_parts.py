@@ -14,9 +14,6 @@ from dataclasses import dataclass
 DATA = struct.pack("<4f", 1, 2, 3, 4)
 
 
-# ---- zip records ----
-
-
 @dataclass
 class Record:
     """One zip entry; every field but the first two is a lie when it is set.
@@ -70,9 +67,6 @@ def with_entry(**lies) -> bytes:
     for name, value in lies.items():
         setattr(record, name, value)
     return pack([Record("archive/data.pkl", state()), record])
-
-
-# ---- pickle opcodes ----
 
 
 def text(value: str) -> bytes:

@@ -25,8 +25,6 @@ from tests.cli_runner import change_json
 from tests.conversions import assert_same_tensors
 from tests.saved_adapters import UP, D, Q, R, V, make, refused, saved
 
-# ---- save, then load ----
-
 
 @pytest.mark.parametrize(
     ("head", "by_module", "dtype"),
@@ -59,9 +57,6 @@ def test_the_folder_holds_the_four_files_and_standard_safetensors(tmp_path):
     assert config["fine_tune_type"] == "lora"
     assert config["lora_parameters"]["scale"] == 8.0
     assert config["model"] == "some/base"
-
-
-# ---- strict loading ----
 
 
 def test_every_tensor_that_is_missing_extra_or_misshapen_is_listed_with_its_shapes(tmp_path):
@@ -164,9 +159,6 @@ def test_configs_with_wrong_entries_are_refused_by_the_name_of_their_folder(tmp_
         (path / name).write_text(kept)
 
 
-# ---- several K in one folder ----
-
-
 def test_a_folder_of_several_k_asks_which_and_gives_each(tmp_path):
     for k in (10, 2, 4):
         saved(tmp_path / f"k{k}", k=k)
@@ -204,9 +196,6 @@ def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
         (tmp_path / ("x" * 300), "File name too long"),
     ):
         assert what in refused(path)
-
-
-# ---- where an adapter may be written ----
 
 
 def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):

@@ -50,9 +50,6 @@ def expected(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return tensors
 
 
-# ---- what is written ----
-
-
 def test_the_hand_made_encoder_file_is_what_torch_reads():
     torch = pytest.importorskip("torch")
     made = make(k=2, d=8, dtype="float16").encoder
@@ -148,9 +145,6 @@ def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path):
     assert convert(tmp_path, made, dtype="bfloat16").is_dir()
 
 
-# ---- encoder.pth ----
-
-
 def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
     made = make()
     wanted = expected(made)
@@ -204,9 +198,6 @@ def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
         assert sum(part in line for line in lines[1:]) == 1
 
 
-# ---- finding it ----
-
-
 def test_the_best_or_last_sub_folder_is_found_where_the_folder_is_no_checkpoint(tmp_path):
     for i, (folders, found) in enumerate(
         (
@@ -250,9 +241,6 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, tied):
         text = refused(tmp_path, source, force=True)
         assert why in text
         assert "\n" not in text
-
-
-# ---- the destination ----
 
 
 def test_an_adapter_is_replaced_only_by_force_and_by_a_whole_one(tmp_path):

@@ -32,9 +32,6 @@ def config_of(path) -> dict:
     return json.loads((path / "adapter_config.json").read_text())
 
 
-# ---- adapter -> checkpoint -> adapter ----
-
-
 @pytest.mark.parametrize(
     ("k", "dtype", "head", "by_module"),
     [(2, mx.float32, True, True), (3, mx.float16, False, False), (4, mx.bfloat16, True, False)],
@@ -129,9 +126,6 @@ def test_metrics_are_a_file_again_and_kept_even_where_that_is_too_large(tmp_path
     assert found == provenance | {"converter": found["converter"]}
 
 
-# ---- checkpoint -> adapter -> checkpoint ----
-
-
 @pytest.mark.parametrize(("k", "dtype", "bin_file"), [(3, "float16", False), (4, "float32", True)])
 def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, bin_file):
     torch = pytest.importorskip("torch")
@@ -149,9 +143,6 @@ def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, b
     assert json.loads((tmp_path / "z" / "metrics.json").read_text()) == made.metrics
     with safe_open(tmp_path / "z" / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-# ---- the PEFT config ----
 
 
 def test_a_plain_adapter_has_a_plain_config(tmp_path):

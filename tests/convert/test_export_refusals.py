@@ -34,9 +34,6 @@ from tests.tiny import qwen2_config, write_base
 tied = conversions.tied
 
 
-# ---- adapters that PyTorch has no equal of ----
-
-
 def changed_adapter(kind: str) -> Adapter:
     """An adapter that PyTorch has no equal of."""
     made, table = make(head=kind not in ("full", "without_lora")), "model.embed_tokens"
@@ -95,9 +92,6 @@ def test_a_gemma_adapter_without_merging_is_exported_and_converts_back(tmp_path)
     assert back(tmp_path).merge.base == merge.base
 
 
-# ---- the destination ----
-
-
 def test_only_an_export_is_replaced_and_only_by_force(tmp_path):
     path = exported(make(), tmp_path)
     saved(tmp_path / "other", k=2)
@@ -127,9 +121,6 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch
         export_adapter(tmp_path / "other", path, force=True)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "x", "y"]
-
-
-# ---- kmerge.json, read back ----
 
 
 @pytest.mark.parametrize(
@@ -198,9 +189,6 @@ def test_the_companions_padding_outlives_the_bases_default(tmp_path, tied):
     change_json(tmp_path / "x" / "merge_config.json", pad_token_id=5)
     export_adapter(tmp_path / "x", tmp_path / "y")
     assert back(tmp_path, model=str(tied)).merge.pad_token_id == 5
-
-
-# ---- the command ----
 
 
 def test_export_prints_one_line_and_convert_takes_it_back(adapter_path, base_path, tmp_path):

@@ -24,9 +24,6 @@ from tests.peft_adapters import DOWN, Q, config, converted, layered, refused, te
 AUTHORS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
-# ---- what PEFT trains and saves ----
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """Makes real PEFT adapters: a function from LoraConfig options to (config, tensors, model)."""
@@ -155,9 +152,6 @@ def test_tensors_of_refused_kinds_are_named_even_where_the_config_hides_them():
         assert why in problem
 
 
-# ---- options, by hand ----
-
-
 BAD_VALUES = {
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "init_lora_weights": ["olora", "corda", "loftq", "lora_ga", "pissa_niter_16", "of_2031", []],
@@ -220,8 +214,6 @@ def test_a_pattern_and_layers_do_not_go_together_as_in_peft():
     with pytest.raises(ValueError, match="cannot be used when `target_modules` is a str"):
         pytest.importorskip("peft").LoraConfig(target_modules=".*q", layers_to_transform=[0])
 
-
-# ---- names, with PEFT's two matching functions as the oracle ----
 
 NAMES = [
     "lm_head",

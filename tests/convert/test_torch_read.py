@@ -58,9 +58,6 @@ def save(path: Path, value: object, **options: object) -> Path:
     return path
 
 
-# ---- what torch.save writes is read as torch.load reads it ----
-
-
 def test_the_reference_checkpoint_is_read_bit_for_bit():
     assert_same(read_state_dict(FIXTURE), torch.load(FIXTURE, weights_only=True))
 
@@ -99,9 +96,6 @@ def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
         assert_same(read_state_dict(str(path)), tensors)
 
 
-# ---- what torch.save also writes is refused by name ----
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
     ones, module = torch.ones(2), torch.nn.Linear(2, 2)
@@ -133,9 +127,6 @@ def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
         message = refusal(path)
         assert found in message
         assert remedy in message
-
-
-# ---- in bulk ----
 
 
 @pytest.mark.slow

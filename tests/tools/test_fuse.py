@@ -207,8 +207,6 @@ def test_mlx_lm_runs_a_fused_folder_as_it_is(tmp_path):
     assert done.stdout.split("==========")[1].strip() == wanted.strip()
 
 
-# Beyond one Qwen2
-
 EXPERTS = {
     "model_type": "qwen3_moe",
     "num_experts": 4,
@@ -265,9 +263,6 @@ def test_a_nested_config_is_untied_where_the_model_reads_it(tmp_path):
 def test_lora_on_experts_is_fused_too(tmp_path, quantization):
     base = write_base(tmp_path / "base", qwen2_config(**EXPERTS, **quantization))
     assert_same(fused_with_everything(base, tmp_path, dequantize=bool(quantization)))
-
-
-# Quantized bases
 
 
 def packings(folder: Path) -> dict[str, tuple[int, int, str]]:
@@ -334,9 +329,6 @@ def test_every_layer_keeps_parameters_of_its_own(tmp_path):
     assert found == packings(base)
     assert found[mixed] == (8, 32, "affine")
     assert "lm_head" not in found  # made of a table that is not quantized
-
-
-# A disk that is full or not writable
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,6 @@ def test_a_fused_model_is_quantized_with_its_encoder_and_the_other_way_round(hom
     assert done.drift.embeddings_max == 0
 
 
-# The merge encoder at 8 bits
-
-
 def test_a_packed_encoder_computes_with_its_packed_numbers(home):
     weights = load_adapter(home / "q").encoder_weights
     model, _ = load(str(home / "q"), home / "q")
@@ -160,9 +157,6 @@ def test_an_entry_that_does_not_fit_the_tensors_is_refused(home, tmp_path):
         path.write_text(json.dumps(config | {"encoder_quantization": entry}))
         with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
             load_adapter(tmp_path / "a")
-
-
-# What is refused
 
 
 def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(home, tmp_path):
