@@ -1,6 +1,6 @@
 """Training in PyTorch and PEFT: the loss and the gradients that ours must have.
 
-One batch's forward and backward pass, written as plainly as it can be: every row is run alone,
+Owns one batch's forward and backward pass, written as plainly as it can be: every row is run alone,
 without padding, as embeddings laid end to end, with logits at every position. No MLX, no import
 from `kmerge_mlx`, no optimizer. Float32, LoRA dropout off.
 
@@ -30,11 +30,17 @@ from tests.reference.torch_reference import (
 
 @dataclass(frozen=True)
 class Row:
-    """One example as token ids."""
+    """One example as token ids.
 
-    merged: list[int]  # of the prompt, at least one
-    answer: list[int]  # with the EOS after it; all of them are scored
-    raw: list[int] = field(default_factory=list)  # the prompt's rest, read token by token
+    Attributes:
+        merged: The part of the prompt that is merged, at least one token.
+        answer: The answer and the EOS after it; all of them are scored.
+        raw: The part of the prompt that follows, read token by token.
+    """
+
+    merged: list[int]
+    answer: list[int]
+    raw: list[int] = field(default_factory=list)
 
 
 def load_trainable(base: Path, checkpoint: Path) -> Reference:
@@ -49,10 +55,16 @@ def load_trainable(base: Path, checkpoint: Path) -> Reference:
 def loss_and_gradients(
     reference: Reference, rows: Sequence[Row]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean cross entropy of a batch's answer tokens, and the gradients by autograd.
+    """The loss of a batch and its gradients by autograd.
 
-    They are of every tensor that is trained: PEFT's parameter names, and the encoder's
-    ("net.0.weight" and so on).
+    Args:
+        reference: From `load_trainable`.
+        rows: The batch.
+
+    Returns:
+        The cross entropy summed over the batch's answer tokens and divided by their number, and
+        the gradient of every tensor that is trained: PEFT's parameter names, and the encoder's
+        ("net.0.weight" and so on).
     """
     model, encoder = reference.model, reference.encoder
     embedding, pad_id = model.get_input_embeddings(), pad_token_id(reference.tokenizer)
