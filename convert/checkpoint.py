@@ -93,11 +93,7 @@ def convert_checkpoint(
 
 
 def find_checkpoint(source: str) -> Path:
-    """The folder of a checkpoint in a folder or hub repo, whose best/last sub-folders count too.
-
-    Raises:
-        CheckpointError: Not there, or holding no checkpoint, or several.
-    """
+    """The folder of a checkpoint in a folder or hub repo, whose best/last sub-folders count too."""
     root = Path(source)
     try:
         if root.is_file():
@@ -111,12 +107,12 @@ def find_checkpoint(source: str) -> Path:
         inside = {path.parent.name for path in root.glob(f"*/{ENCODER}")}
     except OSError as error:
         raise CheckpointError(f"cannot read {source}: {error.strerror}") from None
-    preferred = [name for name in SUBFOLDERS if name in inside] or sorted(inside)
-    if preferred and (len(inside) == 1 or preferred[0] in SUBFOLDERS):
-        return root / preferred[0]
-    if inside:
-        names = ", ".join(preferred)
-        raise CheckpointError(f"{source} holds several checkpoints ({names}): name one of them")
+    names = [name for name in SUBFOLDERS if name in inside][:1] or sorted(inside)
+    if len(names) == 1:
+        return root / names[0]
+    if names:
+        several = f"{source} holds several checkpoints ({', '.join(names)})"
+        raise CheckpointError(f"{several}: name one of them")
     raise CheckpointError(
         f"{source} holds no {ENCODER} and no {PEFT_CONFIG}: expected a checkpoint folder "
         "as the K-Token-Merging code writes it"
@@ -134,12 +130,9 @@ def _read_base(model: str) -> MergeConfig:
 
 
 def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, source: str) -> Adapter:
-    """Reads a checkpoint folder, which the user called ``source``, into memory.
+    """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed.
 
     ``known`` holds base model and padding token, where the user named the base.
-
-    Raises:
-        CheckpointError: Everything wrong with it, listed.
     """
     problems: list[str] = []
     stated, scales = _collect(problems, _read_companion, folder) or (None, [])
@@ -215,14 +208,11 @@ def _companion_problems(
     differences = []
     if encoder is not None and stated.encoder is None:
         k = encoder.merge_factor
-        differences.append(f"found an encoder for K = {k}, the adapter was made for none")
+        differences = [f"found an encoder for K = {k}, the adapter was made for none"]
     elif encoder is not None:
-        found = encoder.to_json()
-        differences += [
-            f"the encoder has {name} {found.get(name)}, not {said}"
-            for name, said in stated.encoder.to_json().items()
-            if found.get(name) != said
-        ]
+        found, said = encoder.to_json(), stated.encoder.to_json()
+        wrong = [name for name in said if found.get(name) != said[name]]
+        differences = [f"the encoder has {n} {found.get(n)}, not {said[n]}" for n in wrong]
     if known is not None:
         by = f"`model` {known.base.id}"
         differences += [f"{by}: {d}" for d in stated.base.differences(known.base.fields)]
@@ -243,9 +233,8 @@ def _read_encoder(
     # DistributedDataParallel puts a prefix before every name.
     plain = {name.removeprefix("module."): array for name, array in state.items()}
     if len(plain) < len(state):
-        problems.append(
-            f"{ENCODER}: some tensors are there with and without the prefix module. (keep one)"
-        )
+        twice = "some tensors are there with and without the prefix module. (keep one)"
+        problems.append(f"{ENCODER}: {twice}")
     sizes = _collect(problems, _encoder_sizes, plain)
     if sizes is None:
         return None, {}

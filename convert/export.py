@@ -10,6 +10,7 @@ Source: as for ``peft.py``.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
@@ -29,23 +30,15 @@ from kmerge_mlx.adapters.folder import (
     name_ends,
 )
 from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
-from kmerge_mlx.convert.checkpoint import (
-    COMPANION,
-    ENCODER,
-    ENCODER_NAMES,
-    MAX_PROVENANCE_BYTES,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    PROVENANCE,
-    named_head,
-    not_finite,
-)
+from kmerge_mlx.convert import checkpoint
+from kmerge_mlx.convert.checkpoint import COMPANION, PROVENANCE, named_head
 from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
 
-FILES = (ENCODER, PEFT_CONFIG, PEFT_WEIGHTS[0], COMPANION, *PROVENANCE)
+PEFT_CONFIG, PEFT_WEIGHTS = checkpoint.PEFT_CONFIG, checkpoint.PEFT_WEIGHTS[0]
+FILES = (checkpoint.ENCODER, PEFT_CONFIG, PEFT_WEIGHTS, COMPANION, *PROVENANCE)
 _MOST_EXACT = 2**53  # integers up to this are float64s as well
 
 
@@ -55,17 +48,9 @@ def export_adapter(
     """Writes an adapter as the paper's code and PEFT read it; ``convert`` brings it back.
 
     Tensors keep their dtypes and bits, and the same adapter gives the same bytes. An adapter with
-    K = 1 has no encoder, and gets no ``encoder.pth``.
-
-    The arguments are those of ``convert_checkpoint``; ``source`` may be a folder of several K.
-
-    Raises:
-        AdapterError: The adapter cannot be read, or has no equal in PyTorch (all reasons listed).
-        CheckpointError: The destination exists, or cannot be written. Nothing is left there then.
+    K = 1 has no encoder, and gets no ``encoder.pth``. ``source`` may be a folder of several K.
     """
-    check_destination(
-        destination, force, "exported adapter", FILES, CheckpointError, marker=COMPANION
-    )
+    check_destination(destination, force, "exported adapter", FILES, CheckpointError, COMPANION)
     adapter = load_adapter(source, k)
     if problems := _objections(adapter):
         raise AdapterError(findings(f"{source} cannot be exported", problems))
@@ -73,8 +58,7 @@ def export_adapter(
         with replacing_folder(Path(destination)) as folder:
             _write(adapter, folder)
     except OSError as e:
-        reason = e.strerror or first_line(e)
-        raise CheckpointError(f"cannot write {destination}: {reason}") from e
+        raise CheckpointError(f"cannot write {destination}: {e.strerror or first_line(e)}") from e
     return adapter
 
 
@@ -82,24 +66,25 @@ def _objections(adapter: Adapter) -> list[str]:
     """Why an adapter means nothing to PEFT or to the paper's code, one line each."""
     merge, weights = adapter.merge, adapter.tuning_weights
     check_not_quantized(merge, "exported")
-    problems = not_finite(adapter.encoder_weights | weights | named_head(adapter))
+    problems = checkpoint.not_finite(adapter.encoder_weights | weights | named_head(adapter))
     if not isinstance(adapter.tuning, LoRAConfig):
         return [*problems, "full fine-tuning is not LoRA: `kmerge-mlx fuse` writes a whole model"]
-    if merge.encoder is not None and (context := merge.encoder.context):
-        problems.append(
-            f"its encoder also reads the {context} tokens before a block, which the paper's "
-            "code does not: train it without `encoder_context`"
-        )
-    if merge.encoder is not None and base.scales_embeddings(merge.base.fields):
-        problems.append(
-            "its base scales embeddings inside the model, and the paper's code feeds it unscaled "
-            "ones (docs/method.md, Gemma): there is no equal"
-        )
-    if not weights and not adapter.head_weights and merge.encoder is not None:
-        problems.append(
-            "it has no LoRA: `kmerge-mlx fuse` put it into the model's weights; export the adapter "
-            "that it was made from"
-        )
+    if merge.encoder is not None:
+        if context := merge.encoder.context:
+            problems.append(
+                f"its encoder also reads the {context} tokens before a block, which the paper's "
+                "code does not: train it without `encoder_context`"
+            )
+        if base.scales_embeddings(merge.base.fields):
+            problems.append(
+                "its base scales embeddings inside the model, and the paper's code feeds it "
+                "unscaled ones (docs/method.md, Gemma): there is no equal"
+            )
+        if not weights and not adapter.head_weights:
+            problems.append(
+                "it has no LoRA: `kmerge-mlx fuse` put it into the model's weights; export the "
+                "adapter that it was made from"
+            )
     if named_head(adapter).keys() & weights.keys():
         problems.append("lm_head has two LoRAs, one beside the encoder")
     homeless = {}
@@ -122,25 +107,23 @@ def _base_model(adapter: Adapter) -> str | None:
     name = adapter.merge.base.id
     if name == bundled.BUNDLED:
         return str(bundled.BASE)
-    try:
-        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-    except OSError:  # no disk has such a name
-        return name
+    is_folder = name and os.path.isdir(name)  # noqa: PTH112 (Path's fails on a name too long)
+    return str(Path(name).resolve()) if is_folder else name
 
 
 def _write(adapter: Adapter, folder: Path) -> None:
     config, tensors, scales = lora_to_peft(adapter, _base_model(adapter))
     write_json(folder / PEFT_CONFIG, config)
-    write_safetensors(folder / PEFT_WEIGHTS[0], tensors, "pt")
-    if adapter.encoder_weights:
-        state = {theirs: adapter.encoder_weights[ours] for theirs, ours in ENCODER_NAMES.items()}
-        write_state_dict(folder / ENCODER, state)
+    write_safetensors(folder / PEFT_WEIGHTS, tensors, "pt")
+    if encoder := adapter.encoder_weights:
+        state = {theirs: encoder[ours] for theirs, ours in checkpoint.ENCODER_NAMES.items()}
+        write_state_dict(folder / checkpoint.ENCODER, state)
     provenance = dict(adapter.merge.provenance)
     for path in (folder / name for name in PROVENANCE):
         if isinstance(content := provenance.get(path.stem), dict):
             write_json(path, content)
             # Past this, `convert` would not take it from there.
-            if path.stat().st_size <= MAX_PROVENANCE_BYTES:
+            if path.stat().st_size <= checkpoint.MAX_PROVENANCE_BYTES:
                 del provenance[path.stem]
     merge = replace(adapter.merge, provenance=provenance)
     write_json(folder / COMPANION, {MERGE_CONFIG: merge.to_json(), "scales": scales})
@@ -149,11 +132,9 @@ def _write(adapter: Adapter, folder: Path) -> None:
 def lora_to_peft(
     adapter: Adapter, base_model: str | None
 ) -> tuple[dict[str, Any], dict[str, mx.array], list[float]]:
-    """Says an adapter's LoRA in PEFT's terms, with ``base_model`` as the name of its base.
+    """Says an adapter's LoRA in PEFT's terms: its config, its tensors, and its inexact scales.
 
-    Returns:
-        The content of ``adapter_config.json``, that of ``adapter_model.safetensors``, and the
-        scales that no ``lora_alpha`` gives to the last bit, ascending.
+    Those are the ones that no ``lora_alpha`` gives to the last bit, ascending.
     """
     tuning, weights = adapter.tuning, adapter.tuning_weights
     modules = {name.rpartition(".")[0] for name in weights}

@@ -102,14 +102,10 @@ def lora_from_peft(
 ) -> Adapter | None:
     """A PEFT adapter's LoRA as an adapter without an encoder, or None if anything is wrong.
 
-    Args:
-        config: The content of ``adapter_config.json``.
-        tensors: The content of ``adapter_model.safetensors`` or ``.bin``.
-        problems: Receives everything wrong, one line each.
-        head_is_a_layer: The base is known to have an ``lm_head`` of its own, so that the head's
-            LoRA goes with the others and mlx-lm loads it too.
-        num_layers: L, how many layers the base has, or None where it is not known.
-        scales: Exact scales; one that the config gives to within the last bit is meant.
+    ``problems`` receives everything wrong, one line each. ``head_is_a_layer``: the base is known to
+    have an ``lm_head`` of its own, so that the head's LoRA goes with the others and mlx-lm loads it
+    too. ``num_layers`` is the base's, None where it is not known. ``scales`` are exact ones: where
+    the config gives one of them to within the last bit, it is meant.
     """
     before = len(problems)
     problems += _config_problems(config)
@@ -124,11 +120,8 @@ def lora_from_peft(
     specs = {
         name: _spec(name, pair, config, rules, scales, problems) for name, pair in pairs.items()
     }
-    problems += [
-        f"{name} has LoRA tensors, but {objection}"
-        for name in pairs
-        if (objection := rules.objection(name)) is not None
-    ]
+    objections = {name: rules.objection(name) for name in pairs}
+    problems += [f"{name} has LoRA tensors, but {why}" for name, why in objections.items() if why]
     problems += [
         f"target_modules names {short(target)}, but no tensor belongs to it (if the base has no "
         "such module, remove it from adapter_config.json)"
@@ -142,11 +135,8 @@ def lora_from_peft(
     weights = {
         f"{name}.{part}": array for name, pair in pairs.items() for part, array in pair.items()
     }
-    merge, tuning = (
-        MergeConfig(None, head_lora=head),
-        _lora_config(specs, config, rules, num_layers),
-    )
-    return Adapter(merge, tuning, weights, {}, head_weights)
+    tuning = _lora_config(specs, config, rules, num_layers)
+    return Adapter(MergeConfig(None, head_lora=head), tuning, weights, {}, head_weights)
 
 
 def _config_problems(config: Any) -> list[str]:
@@ -174,10 +164,8 @@ def _config_problems(config: Any) -> list[str]:
         value = config.get(name)
         if not good(value) and (value is not None or name in NEEDED):
             problems.append(f"{name} = {short(value)}, expected {expected}")
-    if (
-        isinstance(config.get("target_modules"), str)
-        and config.get("layers_to_transform") is not None
-    ):
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(targets, str) and layers is not None:
         problems.append("layers_to_transform does not go with target_modules as one pattern")
     return [f"adapter_config.json: {problem}" for problem in problems]
 
@@ -270,22 +258,15 @@ def _lora_config(
     everywhere = len(stacks) <= 1 and all(
         where == {None} or (None not in where and len(where) == count) for where in keys.values()
     )
-    uniform = set(specs.values())
-    if everywhere and last and len(uniform) <= 1:
-        spec = (
-            uniform.pop() if uniform else LoRASpec(config["r"], config["lora_alpha"] / config["r"])
-        )
+    uniform = set(specs.values()) or {LoRASpec(config["r"], config["lora_alpha"] / config["r"])}
+    if everywhere and last and len(uniform) == 1:
         # mlx-lm reads 0 layers as all of them; a module outside the layers needs none.
-        return LoRAConfig(max(count, min(len(keys), 1)), dropout, spec, tuple(keys))
+        return LoRAConfig(max(count, min(len(keys), 1)), dropout, *uniform, tuple(keys))
     return LoRAConfig(covered, dropout, modules=dict(specs))
 
 
 class NameRules:
-    """What the name options of a PEFT config, of the right types, say of a module.
-
-    Raises:
-        CheckpointError: An option holds an invalid regular expression.
-    """
+    """What the name options of a PEFT config say of a module; refuses bad regular expressions."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -360,5 +341,5 @@ def _compiled(option: str, expression: str) -> re.Pattern[str]:
             raise re.error("its repeats are too large")
         return re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        found = f"adapter_config.json: {option}: {expression!a:.80} is not valid ({error})"
-        raise CheckpointError(found) from None
+        what = f"adapter_config.json: {option}: {expression!a:.80} is not valid ({error})"
+        raise CheckpointError(what) from None

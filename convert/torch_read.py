@@ -16,7 +16,9 @@ import os
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +32,7 @@ _MAX_PICKLE = 1 << 20  # bytes; some 7,000 tensors
 _MAX_DIRECTORY = 1 << 20  # bytes; some 12,000 entries, of which zipfile keeps 10 times as much
 _MAX_OBJECTS = 1 << 18  # on the stack and in the memo; torch.save remembers about 10 a tensor
 _MAX_SPAN = 2**48  # elements of a tensor, if its empty dimensions were 1 long
-_MAX_ALIASES = 4  # tied weights: how often, on average, a stored byte may appear in the tensors
+_MAX_COPIES = 4  # tied weights: bytes of the tensors over bytes of the file, at most
 
 _RESAVE = "re-save it in PyTorch: torch.save(torch.load(path, weights_only=True), new_path)"
 _AGAIN = f"download it again, or {_RESAVE}"
@@ -80,38 +82,25 @@ class Global(str):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One run of numbers in the zip: its entry, and what it should hold."""
+    """One run of numbers in the zip."""
 
-    entry: str
+    raw: bytes
     dtype: mx.Dtype
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A checked view of a storage; offset and strides are in elements."""
+    """A checked view of a storage, as unsigned integers: NaNs keep their bits."""
 
-    storage: Storage
+    bits: np.ndarray
     dtype: mx.Dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its numbers."""
-        return math.prod(self.shape) * self.dtype.size
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    """Reads the flat state dict that ``torch.save`` wrote to a file.
+    """Reads the flat state dict that ``torch.save`` wrote: name -> array, in the file's order.
 
-    Returns:
-        Name -> array, in the file's order and bit for bit, infinite values and NaN too: float32,
-        float16, bfloat16, bool, integers of 8 to 64 bits. Tied weights become separate arrays.
-
-    Raises:
-        CheckpointError: In one line: no such file, or damaged, hostile, or of another content.
+    Bit for bit, infinite values and NaN too: float32, float16, bfloat16, bool, integers of 8 to 64
+    bits. Tied weights become separate arrays. All that is wrong is one line of CheckpointError.
     """
     path = Path(path)
     name = str(path) if str(path).isprintable() else ascii(str(path))
@@ -120,7 +109,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, mx.array]:
             found = "found a directory, a device or a pipe, expected a .pth file"
             raise _bad(found, "give the file itself")
         with path.open("rb") as file:
-            return _read(file, path.stat().st_size)
+            tensors = _read(file, path.stat().st_size)
+        arrays = {each: _array(tensors.pop(each)) for each in [*tensors]}
+        mx.eval(arrays)  # a view that waits keeps its source
+        return arrays
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
     except (OSError, MemoryError) as error:
@@ -136,7 +128,7 @@ def _reason(error: Exception) -> str:
     return ascii(first_line(error))[1:-1][:100]
 
 
-def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
+def _read(file: BinaryIO, length: int) -> dict[str, Tensor]:
     _check_format(file.read(512))
     archive, entries = _open_zip(file, length)
     if any(name == "constants.pkl" or name.startswith("code/") for name in entries):
@@ -150,17 +142,19 @@ def _read(file: BinaryIO, length: int) -> dict[str, mx.array]:
     order = _content(archive, entries["byteorder"]) if "byteorder" in entries else b"little"
     if order != b"little":
         raise _bad(f"found the byte order {order[:16]}, expected b'little'")
+
+    @cache
+    def read(entry: str) -> bytes:
+        return _content(archive, entries[entry]) if entry in entries else b""
+
     try:
-        tensors = _flat(_unpickle(_content(archive, entries["data.pkl"])))
+        tensors = _flat(_unpickle(_content(archive, entries["data.pkl"]), read))
     except (ValueError, LookupError, AttributeError) as error:  # of genops, stack, memo, container
         raise _bad(f"found a damaged pickle ({_reason(error)})") from None
-    arrays = {}
-    for entry, names in _users(tensors, entries).items():
-        raw = _content(archive, entries[entry])
-        for name in names:
-            arrays[name] = _array(raw, tensors[name])
-    mx.eval(arrays)  # a view that waits keeps its source
-    return {name: arrays[name] for name in tensors}
+    if (made := sum(tensor.bits.nbytes for tensor in tensors.values())) > _MAX_COPIES * length:
+        found = f"found {made} bytes of tensors in a file of {length}"
+        raise _bad(f"{found}, expected at most {_MAX_COPIES} times", "save tensor.contiguous()")
+    return tensors
 
 
 def _check_format(head: bytes) -> None:
@@ -198,7 +192,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise _bad(f"found {info.filename!a:.60} damaged ({_reason(error)})") from None
 
 
-def _unpickle(data: bytes) -> Any:
+def _unpickle(data: bytes, read: Callable[[str], bytes]) -> Any:
     """Runs a pickle over stand-ins: dict, list, tuple, str, int, float, bool, None, tensors."""
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stack under each open mark
@@ -232,7 +226,7 @@ def _unpickle(data: bytes) -> Any:
                 attribute = stack.pop()
                 stack.append(_global(f"{stack.pop()}.{attribute}"))
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+                stack.append(_storage(stack.pop(), read))
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_reduce(stack.pop(), arguments))
@@ -275,11 +269,14 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63  # a bool is not a size
 
 
-def _storage(persistent_id: Any) -> Storage:
+def _storage(persistent_id: Any, read: Callable[[str], bytes]) -> Storage:
     match persistent_id:
         case ("storage", Global(kind), str(key), str(), count) if kind in STORAGES:
-            if _is_size(count):
-                return Storage(f"data/{key}", STORAGES[kind], count * STORAGES[kind].size)
+            raw, width = read(f"data/{key}"), STORAGES[kind].size
+            if not _is_size(count) or len(raw) != count * width:
+                found = f"found {len(raw)} bytes in data/{key!a:.60}"
+                raise _bad(f"{found}, expected {count!a:.20} numbers of {width} bytes")
+            return Storage(raw, STORAGES[kind])
     raise _bad("found a persistent id that is not a storage of numbers")
 
 
@@ -309,12 +306,16 @@ def _tensor(storage: Storage, dtype: mx.Dtype, offset: Any, shape: Any, strides:
         or math.prod(n or 1 for n in shape) > _MAX_SPAN
     ):
         raise _bad("found a tensor whose shape, strides and offset are not sizes that MLX can hold")
-    tensor = Tensor(storage, dtype, offset, shape, strides)
+    width = dtype.size
+    if 0 in shape:
+        return Tensor(np.zeros(shape, f"<u{width}"), dtype)
     last = offset + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True))
-    if tensor.nbytes and (last + 1) * dtype.size > storage.nbytes:
+    if (last + 1) * width > len(storage.raw):
         found = f"found a tensor of shape {shape} that does not fit its storage"
-        raise _bad(f"{found} of {storage.nbytes} bytes")
-    return tensor
+        raise _bad(f"{found} of {len(storage.raw)} bytes")
+    # A stride is never taken along a dimension of one, and torch leaves any value there.
+    steps = [s * width if n > 1 else 0 for s, n in zip(strides, shape, strict=True)]
+    return Tensor(np.ndarray(shape, f"<u{width}", storage.raw, offset * width, steps), dtype)
 
 
 def _flat(value: Any) -> dict[str, Tensor]:
@@ -334,34 +335,7 @@ def _flat(value: Any) -> dict[str, Tensor]:
     return value
 
 
-def _users(tensors: dict[str, Tensor], entries: dict[str, zipfile.ZipInfo]) -> dict[str, list[str]]:
-    """Maps each entry that holds a storage to the names of its tensors, once their sizes agree."""
-    users: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        entry, expected = tensor.storage.entry, tensor.storage.nbytes
-        size = entries[entry].file_size if entry in entries else None
-        if size != expected:
-            raise _bad(
-                f"found {size or 0} bytes in {entry!a:.60}, expected {expected} for its tensors"
-            )
-        users.setdefault(entry, []).append(name)
-    made = sum(tensor.nbytes for tensor in tensors.values())
-    stored = sum(entries[entry].file_size for entry in users)
-    if made > _MAX_ALIASES * stored:
-        found = f"found {made} bytes of tensors over {stored} bytes of storage"
-        raise _bad(
-            f"{found}, expected at most {_MAX_ALIASES} times as many", "save tensor.contiguous()"
-        )
-    return users
-
-
-def _array(raw: bytes, tensor: Tensor) -> mx.array:
-    """Copies one view out of its storage's bytes."""
-    if not tensor.nbytes:
-        return mx.zeros(tensor.shape, tensor.dtype)
-    width = tensor.dtype.size
-    # A stride is never taken along a dimension of one, and torch leaves any value there.
-    strides = [s * width if n > 1 else 0 for s, n in zip(tensor.strides, tensor.shape, strict=True)]
-    bits = np.ndarray(tensor.shape, f"<u{width}", raw, tensor.offset * width, strides)
-    array = mx.array(bits)  # as integers: NaNs keep their bits
+def _array(tensor: Tensor) -> mx.array:
+    """Copies a view out of its storage."""
+    array = mx.array(tensor.bits)
     return array != 0 if tensor.dtype == mx.bool_ else array.view(tensor.dtype)

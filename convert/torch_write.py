@@ -32,9 +32,8 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 def write_state_dict(path: Path, tensors: Mapping[str, mx.array]) -> None:
     """Writes a file that ``torch.load`` reads, with ``weights_only`` and ``mmap`` too.
 
-    Args:
-        path: The file; no copy of the tensors is held in memory while it is written.
-        tensors: Some thousand float32, float16 or bfloat16 arrays at most. Their bits are kept.
+    It holds some thousand float32, float16 or bfloat16 arrays at most, whose bits are kept; no copy
+    of them is made on the way.
     """
     with zipfile.ZipFile(path, "w") as archive:
         _add(archive, "data.pkl", _pickled(tensors))

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,8 @@ def check_destination(
     """Refuses to write a folder over something, before any work is done.
 
     A folder that a killed run was about to replace is given back first. With ``force``, a folder of
-    the same ``kind`` may be replaced: it holds the ``marker``, and no other files than ``names``.
+    the same ``kind`` may be replaced: it holds the ``marker``, and no other files than ``names``,
+    which may be shell patterns.
     """
     path = Path(path)
     try:
@@ -235,7 +237,8 @@ def check_destination(
             raise error(f"{path} is a symbolic link, and `force` replaces only a folder")
         if not path.is_dir() or (marker is not None and not (path / marker).is_file()):
             raise error(f"{path} is not a folder of {kind} files: `force` replaces nothing else")
-        more = sorted(child.name for child in path.iterdir() if child.name not in names)
+        inside = sorted(child.name for child in path.iterdir())
+        more = [name for name in inside if not any(fnmatch(name, own) for own in names)]
     except OSError as e:
         raise error(f"cannot write {path}: {e.strerror}") from None
     if more:

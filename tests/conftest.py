@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,26 @@ def adapter_path(tmp_path_factory, base_path, checkpoint_path) -> Path:
     path = tmp_path_factory.mktemp("converted") / "adapter"
     convert_checkpoint(str(checkpoint_path), path, model=str(base_path), k=4)
     return path
+
+
+@pytest.fixture(scope="session")
+def live_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives a checkpoint's folder by its name: ``upstream``, or one that PyTorch trains now, once.
+
+    It holds ``base/``, ``checkpoint/`` and the answers that PyTorch gives (``expected.*``).
+    """
+
+    @cache
+    def made(name: str) -> Path:
+        if name == "upstream":
+            return UPSTREAM
+        from tests.reference.make_checkpoints import SPECS, make_checkpoint
+
+        folder = tmp_path_factory.mktemp(name)
+        make_checkpoint(folder, SPECS[name])
+        return folder
+
+    return made
 
 
 @pytest.fixture

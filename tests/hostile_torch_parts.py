@@ -14,9 +14,6 @@ from dataclasses import dataclass
 DATA = struct.pack("<4f", 1, 2, 3, 4)
 
 
-# ---- zip records ----
-
-
 @dataclass
 class Record:
     """One zip entry; every field but the first two is a lie when it is set.
@@ -36,13 +33,8 @@ class Record:
     extra: bytes = b""
 
 
-def pack(
-    records: Iterable[Record],
-    *,
-    shift: int = 0,
-    zip64: tuple[int, int, int] | None = None,
-) -> bytes:
-    """Writes a zip file; ``shift`` (of the directory) and ``zip64`` lie."""
+def pack(records: Iterable[Record]) -> bytes:
+    """Writes a zip file."""
     body, directory, total = bytearray(), bytearray(), 0
     for total, record in enumerate(records, 1):  # noqa: B007 (used after the loop)
         name = record.name.encode() if isinstance(record.name, str) else record.name
@@ -51,33 +43,22 @@ def pack(
         crc = zlib.crc32(record.data) if record.crc is None else record.crc
         header = len(body) if record.header is None else record.header
         local_name = name if record.local_name is None else record.local_name.encode()
-        fields = (0, record.flags, record.method, 0, 0, crc)
-        sizes = (packed, size)
+        fields = (0, record.flags, record.method, 0, 0, crc, packed, size)
         if record.header is None:
-            body += struct.pack("<4s5H3L", b"PK\3\4", *fields, *sizes)
-            body += struct.pack("<2H", len(local_name), 0) + local_name + record.data
-        directory += struct.pack("<4s6H3L", b"PK\1\2", 0, *fields, packed, size)
+            body += struct.pack("<4s5H3L2H", b"PK\3\4", *fields, len(local_name), 0)
+            body += local_name + record.data
+        directory += struct.pack("<4s6H3L", b"PK\1\2", 0, *fields)
         directory += struct.pack("<5H2L", len(name), len(record.extra), 0, 0, 0, 0, header)
         directory += name + record.extra
-    at, end = len(body) + shift, b""
-    if zip64:
-        n, size, offset = zip64
-        wide_at = len(body) + len(directory)
-        end += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0, 0, 0, 0, n, n, size, offset)
-        end += struct.pack("<4sLQL", b"PK\6\7", 0, wide_at, 1)
-        end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
-        return bytes(body + directory + end)
     counts = (0, 0, total & 0xFFFF, total & 0xFFFF)
-    end += struct.pack("<4s4H2LH", b"PK\5\6", *counts, len(directory), at, 0)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", *counts, len(directory), len(body), 0)
     return bytes(body + directory + end)
 
 
-def checkpoint(
-    pickled: bytes, *more: Record, data: bytes = DATA, root: str = "archive", **lies
-) -> bytes:
-    """A file as ``torch.save`` lays it out, around any pickle; ``lies`` go to :func:`pack`."""
-    first = [Record(f"{root}/data.pkl", pickled), Record(f"{root}/version", b"3\n")]
-    return pack([*first, Record(f"{root}/data/0", data), *more], **lies)
+def checkpoint(pickled: bytes) -> bytes:
+    """A file as ``torch.save`` lays it out, around any pickle."""
+    first = [Record("archive/data.pkl", pickled), Record("archive/version", b"3\n")]
+    return pack([*first, Record("archive/data/0", DATA)])
 
 
 def with_entry(**lies) -> bytes:
@@ -86,9 +67,6 @@ def with_entry(**lies) -> bytes:
     for name, value in lies.items():
         setattr(record, name, value)
     return pack([Record("archive/data.pkl", state()), record])
-
-
-# ---- pickle opcodes ----
 
 
 def text(value: str) -> bytes:

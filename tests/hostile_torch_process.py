@@ -79,8 +79,7 @@ def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
     """One to three bytes changed, deleted, repeated, or the rest cut off."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(out))
-        size = rng.choice((1, 2, 4, 16, 64))
+        at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 16, 64))
         match rng.choice(("flip", "flip", "byte", "byte", "delete", "repeat", "cut")):
             case "flip":
                 out[at] ^= 1 << rng.randrange(8)
@@ -91,32 +90,31 @@ def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
             case "repeat":
                 out[at:at] = out[at : at + size]
             case _:
-                return bytes(out[:at])
+                del out[at:]
+        if not out:
+            break
     return bytes(out)
 
 
 def mutated_opcodes(rng: random.Random, seed: Seed) -> bytes:
-    """One to three whole opcodes swapped for others, dropped, moved or changed in the operand."""
+    """One to three whole opcodes swapped for others, dropped or repeated elsewhere."""
     out = bytearray(seed.pickle)
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(seed.starts) - 1)
-        at, stop = seed.starts[i], seed.starts[i + 1]
-        match rng.choice(("opcode", "opcode", "operand", "operand", "drop", "move")):
+        at, stop, to = *seed.starts[i : i + 2], rng.choice(seed.starts)
+        match rng.choice(("opcode", "opcode", "drop", "move")):
             case "opcode":
                 out[at : at + 1] = rng.choice(OPCODES).to_bytes()
-            case "operand" if stop - at > 1 and stop <= len(out):
-                out[rng.randrange(at + 1, stop)] = rng.randrange(256)
             case "drop":
                 del out[at:stop]
             case _:
-                j = rng.choice(seed.starts)
-                out[j:j] = out[at:stop]
+                out[to:to] = out[at:stop]
     return bytes(out)
 
 
 def mutation(rng: random.Random, seeds: list[Seed]) -> bytes:
     seed = rng.choice(seeds)
-    match rng.choice(("file", "file", "pickle", "opcodes", "opcodes")):
+    match rng.choice(("file", "file", "pickle", "pickle", "opcodes")):
         case "file":
             return mutated_bytes(rng, seed.raw)
         case "pickle":

@@ -16,22 +16,16 @@ from mlx_lm.generate import generate_step
 from kmerge_mlx import batch_generate, compress, load
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.model import merged_embedding
-from tests.conftest import UPSTREAM
-from tests.reference.make_checkpoints import SPECS, make_checkpoint
-
-LIVE = {spec.name: spec for spec in SPECS}
+from tests.reference.make_checkpoints import SPECS
 
 
 @pytest.fixture(
     scope="module",
-    params=["upstream", *(pytest.param(name, marks=pytest.mark.slow) for name in LIVE)],
+    params=["upstream", *(pytest.param(name, marks=pytest.mark.slow) for name in SPECS)],
 )
-def case(request, tmp_path_factory):
+def case(request, tmp_path_factory, live_checkpoint):
     """A checkpoint folder with its expected outputs, converted and loaded."""
-    folder = UPSTREAM
-    if request.param != "upstream":
-        folder = tmp_path_factory.mktemp(request.param)
-        make_checkpoint(folder, LIVE[request.param])
+    folder = live_checkpoint(request.param)
     expected = json.loads((folder / "expected.json").read_text())
     adapter = tmp_path_factory.mktemp("adapter") / request.param
     convert_checkpoint(str(folder / "checkpoint"), adapter, str(folder / "base"), expected["k"])

@@ -101,30 +101,25 @@ class AdapterFolders:
 
 
 def look_up(path: str | Path) -> AdapterFolders:
-    """Finds the adapters in a folder or a hub repo, and reads their ``merge_config.json``.
+    """Finds the adapters that a path means, and reads their ``merge_config.json``.
 
-    Args:
-        path: An adapter folder, a folder of them (``k2/``, ``k4/``), a model folder that carries
-            one, a hub repo of any of these (``user/name@revision``), or ``bundled``.
-
-    Raises:
-        AdapterError: Not there, not an adapter (says what it is instead), or two of one K.
+    It is an adapter folder, a folder of them (``k2/``, ``k4/``), a model folder that carries one, a
+    hub repo of any of these (``user/name@revision``), or ``bundled``. Two of one K are refused.
     """
     found: dict[int, tuple[Path, MergeConfig]] = {}
     try:
         root, repo = _local(path)
-        # A hidden folder is one that a killed run was still writing. A repo may hold nothing of us.
-        inside = sorted(root.iterdir()) if root.is_dir() else []
-        folders = [child for child in inside if not child.name.startswith(".")]
-        folders = [root] if (root / MERGE_CONFIG).is_file() else folders
+        folders = [root]
+        if root.is_dir() and not (root / MERGE_CONFIG).is_file():
+            # A hidden folder is one that a killed run was still writing.
+            folders = sorted(child for child in root.iterdir() if not child.name.startswith("."))
         for folder in folders:
             if (folder / MERGE_CONFIG).is_file():
                 merge = _read_config(folder, MERGE_CONFIG, MergeConfig.from_json)
                 if (k := merge.merge_factor) in found:
+                    several = f"{path} holds several adapters for K = {k}"
                     names = f"{found[k][0].name}, {folder.name}"
-                    raise AdapterError(
-                        f"{path} holds several adapters for K = {k}: name one of {names}"
-                    )
+                    raise AdapterError(f"{several}: name one of {names}")
                 found[k] = folder, merge
     except OSError as e:
         raise AdapterError(f"cannot read {path}: {e.strerror}") from None
@@ -208,11 +203,11 @@ def read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
     problems += [f"{MERGE_WEIGHTS}: {p}" for p in _merge_problems(merge, merged)]
     if problems:
         raise AdapterError(findings(str(folder), problems))
-    encoder, head = (
-        {name.removeprefix(part): array for name, array in merged.items() if name.startswith(part)}
-        for part in (f"{ENCODER}.", f"{HEAD}.")
-    )
-    return Adapter(merge, tuning, tuned, encoder, head)
+    parts: dict[str, dict[str, mx.array]] = {ENCODER: {}, HEAD: {}}
+    for name, array in merged.items():
+        part, _, inner = name.partition(".")
+        parts[part][inner] = array
+    return Adapter(merge, tuning, tuned, parts[ENCODER], parts[HEAD])
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -281,15 +276,14 @@ def name_ends(module: str) -> set[str]:
 
 
 def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[str]:
-    encoder = merge.encoder
-    sizes = {} if encoder is None else encoder.shapes()
-    expected = {f"{ENCODER}.{name}": shape for name, shape in sizes.items()}
+    expected, packed = {}, set()
     if merge.head_lora is not None:
-        rank = merge.head_lora.rank
-        expected |= _lora_shapes(HEAD, rank, stored)
-        if encoder is not None:
-            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, rank)
-    packed = () if encoder is None else {f"{ENCODER}.{name}" for name in encoder.packed}
+        expected = _lora_shapes(HEAD, merge.head_lora.rank, stored)
+    if (encoder := merge.encoder) is not None:
+        packed = {f"{ENCODER}.{name}" for name in encoder.packed}
+        if merge.head_lora is not None:
+            expected[f"{HEAD}.lora_a"] = (encoder.hidden_size, merge.head_lora.rank)
+        expected |= {f"{ENCODER}.{name}": shape for name, shape in encoder.shapes().items()}
     return tensor_problems(expected, stored, packed)
 
 

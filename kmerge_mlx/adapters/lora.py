@@ -54,9 +54,8 @@ def default_keys(model: nn.Module, num_layers: int = -1) -> tuple[str, ...]:
 def attach(model: nn.Module, config: LoRAConfig) -> None:
     """Replaces the modules that ``config`` names by mlx-lm's LoRA layers, in place."""
     if missing := _missing(model, config):
-        raise AdapterError(
-            findings("the base model does not have what the adapter changes", missing)
-        )
+        summary = "the base model does not have what the adapter changes"
+        raise AdapterError(findings(summary, missing))
     if config.uniform is not None and config.keys:
         _convert(model, config.num_layers, config.uniform, config.dropout, list(config.keys))
     groups: dict[LoRASpec, list[str]] = defaultdict(list)
@@ -123,10 +122,8 @@ def check_full(model: nn.Module, config: FullConfig, name: str) -> None:
         )
     for parameter, array in full_parameters(model, config).items():
         if not mx.issubdtype(array.dtype, mx.floating):
-            raise AdapterError(
-                f"full fine-tuning changes {parameter}, which is quantized in {name}: use LoRA, "
-                "or a base that is not quantized"
-            )
+            found = f"full fine-tuning changes {parameter}, which is quantized in {name}"
+            raise AdapterError(f"{found}: use LoRA, or a base that is not quantized")
 
 
 def tensor_problems(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,9 +47,8 @@ class EncoderQuantization:
     group_size: int
 
     @classmethod
-    def of_width(cls, bits: int, widths: Iterable[int]) -> EncoderQuantization:
+    def of_width(cls, bits: int, widths: Sequence[int]) -> EncoderQuantization:
         """The packing for weights whose rows have these widths, which a group size must divide."""
-        widths = sorted(set(widths))
         for size in GROUP_SIZES:
             if not any(width % size for width in widths):
                 return cls(bits, size)
@@ -104,12 +103,11 @@ class EncoderConfig:
         """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (out, inner) in self.layers().items():
-            shapes[f"{layer}.weight"] = (out, inner)
+            shapes |= {f"{layer}.weight": (out, inner), f"{layer}.bias": (out,)}
             if (packing := self.quantization) is not None:
                 shapes[f"{layer}.weight"] = (out, inner * packing.bits // 32)
-                shapes[f"{layer}.scales"] = (out, inner // packing.group_size)
-                shapes[f"{layer}.biases"] = (out, inner // packing.group_size)
-            shapes[f"{layer}.bias"] = (out,)
+                groups = (out, inner // packing.group_size)
+                shapes |= {f"{layer}.scales": groups, f"{layer}.biases": groups}
         return shapes
 
     @property
@@ -262,11 +260,7 @@ class MergeConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> MergeConfig:
-        """Reads ``merge_config.json``.
-
-        Raises:
-            AdapterError: Not an object, a newer format, or entries of the wrong type (all listed).
-        """
+        """Reads ``merge_config.json``; an AdapterError lists the entries of a wrong type."""
         if not isinstance(data, dict):
             raise AdapterError(f"{_MERGE} holds {short(data)}, expected an object")
         version = data.get("format_version")

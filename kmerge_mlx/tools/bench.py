@@ -20,19 +20,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from kmerge_mlx import base
+from kmerge_mlx import base, model
 from kmerge_mlx.adapters.folder import read_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, MergeConfig, inner_size
 from kmerge_mlx.errors import PromptError, findings
-from kmerge_mlx.model import (
-    attach,
-    check_fit,
-    load_source,
-    merged_embedding,
-    padding_of,
-    widen,
-    wire,
-)
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
@@ -105,14 +96,11 @@ class Figures:
     @classmethod
     def of(cls, trials: Sequence[Trial]) -> Figures:
         """The figures of at least one run."""
+        seconds = Spread.of(t.time_to_first_token for t in trials)
+        read = Spread.of(t.tokens / t.time_to_first_token for t in trials)
         speeds = [t.generation_tps for t in trials if t.generation_tps is not None]
-        return cls(
-            Spread.of(t.time_to_first_token for t in trials),
-            Spread.of(t.tokens / t.time_to_first_token for t in trials),
-            Spread.of(speeds) if speeds else None,
-            Spread.of(t.peak_bytes for t in trials),
-            trials[0].kv_bytes,
-        )
+        peak = Spread.of(t.peak_bytes for t in trials)
+        return cls(seconds, read, Spread.of(speeds) if speeds else None, peak, trials[0].kv_bytes)
 
 
 @dataclass(frozen=True)
@@ -135,25 +123,19 @@ def load_sides(
 
     ``merged`` has for each K, above 1, its adapter, or None: an untrained encoder of the default
     size. The reference comes first, then for each K the floor and the merged side.
-
-    Raises:
-        PromptError: A length that does not fit the model or a K (all of them listed); nothing is
-            loaded then.
-        ModelError: The base cannot be loaded or given virtual ids.
-        AdapterError: An adapter does not fit the base.
     """
     _check_lengths(lengths, merged, base.context_length(source.config))
     adapters = {
         k: one and read_adapter(one.adapter, one.merge) for k, one in sorted(merged.items())
     }
     for adapter in filter(None, adapters.values()):
-        check_fit(adapter, source.config, source.model)
+        model.check_fit(adapter, source.config, source.model)
     alone = replace(source, adapter_path=None, adapter=None, merge=None)
-    plain, tokenizer, _ = load_source(alone)
+    plain, tokenizer, _ = model.load_source(alone)
     readers = [(1, plain)]
     for k, adapter in adapters.items():
         # Only its modules are wanted: the lazy weights are never read.
-        llm, _, _ = load_source(alone, lazy=True)
+        llm, _, _ = model.load_source(alone, lazy=True)
         llm.update(plain.parameters())
         max_blocks = Side(k, llm).positions(max(lengths))
         if adapter is None:
@@ -161,11 +143,12 @@ def load_sides(
             d = table(mx.array([0])).shape[-1]
             untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)))
             pad = base.default_pad_token_id(tokenizer)
-            wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
+            model.wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
             llm.eval()
         else:
-            attach(llm, adapter, padding_of(adapter, tokenizer), source.model, max_blocks)
-        widen(llm, source.path)  # the adapter: the base's own arrays were cast above
+            pad = model.padding_of(adapter, tokenizer)
+            model.attach(llm, adapter, pad, source.model, max_blocks)
+        model.widen(llm, source.path)  # the adapter: the base's own arrays were cast above
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [
@@ -174,7 +157,7 @@ def load_sides(
     ]
     total = sum({key: size for each in weights for key, size in each.items()}.values())
     return [
-        Side(k, llm, merged_embedding(llm), total - sum(own.values()))
+        Side(k, llm, model.merged_embedding(llm), total - sum(own.values()))
         for (k, llm), own in zip(readers, weights, strict=True)
     ]
 
@@ -186,12 +169,9 @@ def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None)
         for length in lengths
         if limit is not None and length > limit
     ]
-    problems += [
-        f"`k` {k} is more than `length` {length}: a block would hold more than the prompt"
-        for length in lengths
-        for k in ks
-        if k > length
-    ]
+    over = [(k, length) for length in lengths for k in ks if k > length]
+    why = "a block would hold more than the prompt"
+    problems += [f"`k` {k} is more than `length` {length}: {why}" for k, length in over]
     if problems:
         raise PromptError(findings("nothing was measured", problems))
 
@@ -247,14 +227,9 @@ def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
         prompt = None if side.embedding is None else side.embedding.compress([Segment(tokens)])
         read = tokens if prompt is None else prompt.ids
         cache = make_prompt_cache(side.llm)
-        steps = generate_step(
-            mx.array(read),
-            side.llm,
-            max_tokens=config.generation_tokens,
-            sampler=greedy,
-            prompt_cache=cache,
-            prefill_step_size=config.prefill_step_size,
-        )
+        how = {"max_tokens": config.generation_tokens, "sampler": greedy, "prompt_cache": cache}
+        how["prefill_step_size"] = config.prefill_step_size
+        steps = generate_step(mx.array(read), side.llm, **how)
         times = [time.perf_counter() for _ in steps]
         # mlx-lm queues a step more than it gives: it must not run into the next side's time.
         mx.synchronize(generation_stream)
@@ -282,19 +257,13 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:
-    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for.
-
-    Keys and values, plain or quantized, are cut to their positions; other entries count whole.
-    """
+    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for."""
     total = 0
     for entry in cache:
-        keys, offset = getattr(entry, "keys", None), getattr(entry, "offset", None)
         if isinstance(entry, CacheList):
             total += kv_bytes(entry.caches)
-        elif keys is None or not isinstance(offset, int):
+        elif entry.empty() or not hasattr(entry, "keys_and_values"):
             total += entry.nbytes
-        else:  # a chunked cache drops what is before its start
-            held = offset - getattr(entry, "start_position", 0)
-            arrays = [array for _, array in tree_flatten((keys, entry.values))]
-            total += sum(a.nbytes // a.shape[-2] * min(held, a.shape[-2]) for a in arrays)
+        else:  # the slices are never evaluated
+            total += sum(array.nbytes for _, array in tree_flatten(entry.keys_and_values()))
     return total

@@ -18,30 +18,21 @@ from kmerge_mlx.adapters.folder import (
     read_adapter,
 )
 from kmerge_mlx.adapters.schema import QUANTIZATION, LoRAConfig
-from kmerge_mlx.convert.checkpoint import (
-    COMPANION,
-    ENCODER,
-    FETCHED,
-    find_checkpoint,
-    read_checkpoint,
-)
+from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.hub import fetch, is_namespaced
 from kmerge_mlx.prompts.lay_out import CONTEXTS
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
-PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in {*FILES, *FETCHED}))
+_NAMES = {*FILES, *checkpoint.FETCHED}
+PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in _NAMES))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Says what a folder or a hub repo is and holds; a base model's weights are not fetched.
 
-    Returns:
-        ``kind`` (``adapter``, ``checkpoint``, ``base model`` or ``model with its adapter``) and its
-        facts, all JSON-ready; sizes in bytes.
-
-    Raises:
-        KMergeError: Nothing that this project knows, or a torn one.
+    Returns its ``kind`` (``adapter``, ``checkpoint``, ``base model`` or ``model with its adapter``)
+    and its facts, all JSON-ready; sizes in bytes.
     """
     name, folder = str(path), Path(path)
     try:
@@ -61,10 +52,11 @@ def _describe(path: Path, name: str) -> dict[str, Any]:
     if has_config and (carried := carried_by(path)) is not None:
         found = {"kind": "model with its adapter"} | _base(path)
         return found | {"adapters": [describe_adapter(load_adapter(carried), carried)]}
-    if not _holds(path, MERGE_CONFIG) or (path / ENCODER).is_file():
-        if _holds(path, ENCODER) or (path / COMPANION).is_file():
-            folder = find_checkpoint(str(path))
-            adapter = read_checkpoint(folder, None, None, name)
+    encoder, companion = checkpoint.ENCODER, checkpoint.COMPANION
+    if not _holds(path, MERGE_CONFIG) or (path / encoder).is_file():
+        if _holds(path, encoder) or (path / companion).is_file():
+            folder = checkpoint.find_checkpoint(str(path))
+            adapter = checkpoint.read_checkpoint(folder, None, None, name)
             return {"kind": "checkpoint", "adapters": [describe_adapter(adapter, folder)]}
         if has_config:
             return {"kind": "base model"} | _base(path)

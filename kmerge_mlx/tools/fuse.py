@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -93,11 +92,6 @@ def fuse(
 
     Layers that are quantized are quantized again, each by its own parameters, unless ``dequantize``
     is on. The drift is measured on ``text``, or on random token ids.
-
-    Raises:
-        AdapterError: There is no adapter, or it is torn or for another base.
-        ModelError: The base cannot be loaded or fused, or the folder cannot be written.
-        PromptError: The text has no token.
     """
     if source.adapter is None:
         raise AdapterError(f"{source.model} carries no adapter to fuse: give `adapter_path`")
@@ -124,10 +118,6 @@ def fused(
 
     The model is not to be used afterwards. What comes back is a plain mlx-lm model, its new weights
     not evaluated yet, and its config.
-
-    Raises:
-        ModelError: A tied head has LoRA and the class cannot have another head, or mlx-lm cannot
-            fuse the experts' quantization.
     """
     config, merged = deepcopy(dict(config)), merged_embedding(model)
     path, _ = next((p, m) for p, m in model.named_modules() if m is merged)
@@ -135,13 +125,10 @@ def fused(
     layers = lora.layers(model)
     experts = [layer.linear for _, layer in layers if isinstance(layer, LoRASwitchLinear)]
     if any(linear.get("global_scale") is not None for linear in experts):
-        raise ModelError(
-            f"{name} has experts quantized with a scale for each, which mlx-lm does not fuse: "
-            "take a base that is not quantized so"
-        )
-    model.update_modules(
-        tree_unflatten([(path, layer.fuse(dequantize=dequantize)) for path, layer in layers])
-    )
+        found = f"{name} has experts quantized with a scale for each"
+        raise ModelError(f"{found}, which mlx-lm does not fuse: take a base without")
+    plain = [(path, layer.fuse(dequantize=dequantize)) for path, layer in layers]
+    model.update_modules(tree_unflatten(plain))
     if "lora_a" in merged:
         model, config = _untied(model, config, merged, name, dequantize)
     if dequantize:
@@ -183,10 +170,9 @@ def _untied(
 
 def _headless(model: nn.Module, name: str, why: str) -> ModelError:
     kind = getattr(model, "model_type", type(model).__module__.rsplit(".", 1)[-1])
-    return ModelError(
-        f"the adapter has LoRA on the output head of {name}, which is its embedding table, and "
-        f"mlx-lm's {kind} models {why}: use the adapter unfused, or one without {HEAD}"
-    )
+    found = f"the adapter has LoRA on the output head of {name}, which is its embedding table"
+    advice = f"use the adapter unfused, or one without {HEAD}"
+    return ModelError(f"{found}, and mlx-lm's {kind} models {why}: {advice}")
 
 
 def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
@@ -194,12 +180,11 @@ def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
     if isinstance(table, nn.QuantizedEmbedding):
         packing = (table.group_size, table.bits, table.mode)
         linear = nn.QuantizedLinear(table.dims, table.num_embeddings, bias, *packing)
-        linear.scales, linear.biases = table.scales, table.biases
     else:
         linear = nn.Linear(*table.weight.shape[::-1], bias)
+    linear.update(table.parameters())
     if bias:
         linear.bias = mx.zeros_like(linear.bias)
-    linear.weight = table.weight
     return linear
 
 
@@ -216,13 +201,10 @@ def check_model_destination(path: str | Path, setting: str, force: bool, source:
         for read in (source.path, source.adapter):
             if read is not None and here in (read.resolve(), *read.resolve().parents):
                 raise ModelError(f"`{setting}` {path} would replace {read}, which is read")
-        inside = [child.name for child in path.iterdir()] if path.is_dir() else []
     except OSError as e:
         raise ModelError(f"cannot write {path}: {e.strerror}") from None
-    names = [n for n in inside if any(fnmatch(n, pattern) for pattern in OWN_PATTERNS)]
-    check_destination(path, force, "model", names, ModelError, marker="config.json")
-    if CARRIED in names:
-        check_adapter_destination(path / CARRIED, force)
+    check_destination(path, force, "model", OWN_PATTERNS, ModelError, marker="config.json")
+    check_adapter_destination(path / CARRIED, force)
 
 
 def write_model(
@@ -238,9 +220,6 @@ def write_model(
 
     The source's Python files and generation settings come along. The model, which has no adapter,
     is empty afterwards, so that its memory is free. ``adapter`` is what the folder is to carry.
-
-    Raises:
-        ModelError: It cannot be written or loaded. Nothing is left at ``path`` then.
     """
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     try:
@@ -252,9 +231,8 @@ def write_model(
             if adapter is not None:
                 (folder / CARRIED).mkdir()
                 write_adapter(adapter, folder / CARRIED)
-            for file in folder.iterdir():
-                if file.is_file():
-                    flush(file)
+            for file in filter(Path.is_file, folder.iterdir()):
+                flush(file)
             written = Source.find(str(folder), trust_remote_code=source.trust_remote_code)
             return comparison.with_model(load_source(written)[0])
     except OSError as e:
@@ -266,12 +244,8 @@ def carried_merge(how: str, source: Source, config: Mapping[str, Any], pad: int)
 
     The base is the folder around it, wherever that is, so it has no id.
     """
-    provenance = {
-        f"{how}_by": f"kmerge-mlx {__version__}",
-        "base_model": source.model,
-        "adapter": source.adapter_path,
-        "before": dict(source.merge.provenance),
-    }
+    provenance = {f"{how}_by": f"kmerge-mlx {__version__}", "base_model": source.model}
+    provenance |= {"adapter": source.adapter_path, "before": dict(source.merge.provenance)}
     made_on = BaseModelConfig(None, base.fingerprint(config))
     return replace(source.merge, base=made_on, pad_token_id=pad, provenance=provenance)
 
@@ -349,8 +323,6 @@ def _gap(before: Sequence[mx.array], after: Sequence[mx.array]) -> Gap:
         same += (old.argmax(-1) == new.argmax(-1)).sum().item()
         positions, numbers = positions + old.shape[0], numbers + gap.size
     if not isfinite(total):
-        raise ModelError(
-            "the model that was made gives log-probabilities that are not finite: its dtype "
-            "cannot hold what the adapter adds"
-        )
+        found = "the model that was made gives log-probabilities that are not finite"
+        raise ModelError(f"{found}: its dtype cannot hold what the adapter adds")
     return Gap(positions, largest, total / numbers, same / positions)

@@ -24,15 +24,7 @@ from kmerge_mlx.adapters.schema import EncoderQuantization, FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
 from kmerge_mlx.source import Source
-from kmerge_mlx.tools.fuse import (
-    Bars,
-    Comparison,
-    Drift,
-    carried_merge,
-    check_model_destination,
-    has_quantized_layers,
-    write_model,
-)
+from kmerge_mlx.tools import fuse
 
 _ALREADY = (
     "is quantized already: give the model that it was made from, or make floating-point weights of "
@@ -57,7 +49,7 @@ class Quantized:
     bits_per_weight: float  # of the whole model, scales included
     tied: bool  # whether the embedding table is the output head as well
     merge_factor: int | None  # K of the adapter that the folder carries; None: none
-    drift: Drift  # from what it was made from
+    drift: fuse.Drift  # from what it was made from
 
 
 def quantize(
@@ -68,24 +60,19 @@ def quantize(
     *,
     text: str | None = None,
     force: bool = False,
-    progress: Bars | None = None,
+    progress: fuse.Bars | None = None,
 ) -> Quantized:
     """Writes a base quantized, as a model folder that carries its adapter if there is one.
 
     The merge encoder stays as it is unless ``encoder_bits`` is given. The drift is measured on
     ``text``, or on random token ids.
-
-    Raises:
-        AdapterError: The adapter is torn, for another base, or cannot be used with a quantized one.
-        ModelError: The base cannot be loaded or quantized, or the folder cannot be written.
-        PromptError: The text has no token.
     """
-    check_model_destination(mlx_path, "mlx_path", force, source)
+    fuse.check_model_destination(mlx_path, "mlx_path", force, source)
     _check(source, packing)
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     encoder_packing = _encoder_packing(encoder_bits, adapter)
     model, tokenizer, _ = load_source(source)
-    comparison = Comparison(model, tokenizer, text, progress)
+    comparison = fuse.Comparison(model, tokenizer, text, progress)
     if adapter is not None:  # as the model computes with it
         pad = merged_embedding(model).pad_token_id
         adapter = adapter_of(model, adapter.merge, adapter.tuning)
@@ -95,9 +82,9 @@ def quantize(
     model, config = quantized(model, config, packing, source.model)
     bits, tied = compute_bits_per_weight(model), output_head(model) is None
     if adapter is not None:
-        adapter = replace(adapter, merge=carried_merge("quantized", source, config, pad))
+        adapter = replace(adapter, merge=fuse.carried_merge("quantized", source, config, pad))
         adapter = adapter if encoder_packing is None else _packed(adapter, encoder_packing)
-    drift = write_model(mlx_path, source, model, tokenizer, config, adapter, comparison)
+    drift = fuse.write_model(mlx_path, source, model, tokenizer, config, adapter, comparison)
     return Quantized(bits, tied, None if adapter is None else source.k, drift)
 
 
@@ -105,7 +92,8 @@ def quantized(
     model: nn.Module, config: dict[str, Any], packing: Packing, name: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Quantizes a base alone, in place; gives it back with its new config."""
-    if has_quantized_layers(model):  # which mlx-lm may find without `quantization` in the config
+    # mlx-lm may have found some without `quantization` in the config.
+    if fuse.has_quantized_layers(model):
         raise ModelError(f"{name} {_ALREADY}")
     table, _ = base.find_embedding(model, name)
     own = getattr(model, "quant_predicate", None)
@@ -118,11 +106,9 @@ def quantized(
     how = {"mode": packing.mode, "quant_predicate": wanted}
     with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
         model, config = quantize_model(model, config, packing.group_size, packing.bits, **how)
-    if not has_quantized_layers(model):
-        raise ModelError(
-            f"no layer of {name} has rows that groups of {config['quantization']['group_size']} "
-            "divide: give another `q_group_size`"
-        )
+    if not fuse.has_quantized_layers(model):
+        found = f"no layer of {name} has rows that groups of {config['quantization']['group_size']}"
+        raise ModelError(f"{found} divide: give another `q_group_size`")
     return model, config
 
 
@@ -138,19 +124,16 @@ def _check(source: Source, packing: Packing) -> None:
 
 def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuantization | None:
     if adapter is not None and isinstance(adapter.tuning, FullConfig):
-        raise AdapterError(
-            "the adapter holds whole layers, which a quantized base cannot take: run "
-            "`kmerge-mlx fuse` first, and quantize what it writes"
-        )
+        found = "the adapter holds whole layers, which a quantized base cannot take"
+        raise AdapterError(f"{found}: run `kmerge-mlx fuse` first, and quantize what it writes")
     if bits is None:
         return None
     if adapter is None or adapter.merge.encoder is None:
         what = "no adapter" if adapter is None else "an adapter for K = 1, which has none"
         raise AdapterError(f"`encoder_bits` needs a merge encoder, found {what}")
     check_not_quantized(adapter.merge, "quantized again")
-    return EncoderQuantization.of_width(
-        bits, [width for _, width in adapter.merge.encoder.layers().values()]
-    )
+    widths = {width for _, width in adapter.merge.encoder.layers().values()}
+    return EncoderQuantization.of_width(bits, sorted(widths))
 
 
 def _packed(adapter: Adapter, packing: EncoderQuantization) -> Adapter:

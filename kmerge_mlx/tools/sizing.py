@@ -7,6 +7,7 @@ for the encoder's sizes.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,8 @@ class _LayerCache:
 def calculate(name: str, settings: SizingConfig) -> dict[str, Any]:
     """Calculates what prompts take at every merge factor, of which 1 is always one.
 
-    Returns:
-        ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
-        docs/choosing-k.md. No weights are fetched.
-
-    Raises:
-        ModelError: The base cannot be found or read merged prompts, its config does not say
-            enough, or mlx-lm cannot quantize its KV cache.
+    Returns ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
+    docs/choosing-k.md. No weights are fetched.
     """
     path = base.resolve(name, weights=False)
     config, has_weights = base.read_config(path), _has_weights(path)
@@ -176,13 +172,11 @@ class _Calculator:
         limits = {} if self.context_length is None else {CONTEXT: self.context_length}
         limits |= {BLOCKS: MAX_BLOCKS} if k > 1 else {}
         limit = min(limits, key=limits.__getitem__, default=None)
-        low, high = 0, limits.get(limit, MAX_POSITIONS)
-        if self._memory(k, high) <= usable:
-            return (None, None) if limit is None else (high * k, limit)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._memory(k, middle) <= usable else (low, middle)
-        return low * k, MEMORY
+        counts = range(1, limits.get(limit, MAX_POSITIONS) + 1)
+        positions = bisect_right(counts, usable, key=lambda count: self._memory(k, count))
+        if positions < len(counts):
+            return positions * k, MEMORY
+        return (None, None) if limit is None else (positions * k, limit)
 
     def _encoder(self, k: int) -> tuple[int, int]:
         """Parameters of an encoder, and its multiplications for a block: they leave out biases."""
@@ -214,11 +208,8 @@ class _Calculator:
         quantized = self._is_quantized(positions)
         cache = self._cache_bytes(positions, quantized, room=True)
         if quantized:  # the cache is whole until a step of the prefill passes the start
-            step, start = (
-                self._settings.prefill_step_size,
-                max(1, self._settings.quantized_kv_start),
-            )
-            before = min(max(positions - 1, start), -(-start // step) * step)
+            step, start = self._settings.prefill_step_size, self._settings.quantized_kv_start
+            before = min(max(positions - 1, start, 1), -(-max(1, start) // step) * step)
             cache = max(cache, self._cache_bytes(before, False, room=True))
         return self.weight_bytes + self._encoder(k)[0] * _FLOAT32 + blocks + cache
 
@@ -247,18 +238,17 @@ def _pairs(positions: int, window: int) -> int:
 
 
 def _passes(model: nn.Module, table: nn.Module, used: int | None) -> tuple[list[int], list[int]]:
-    """A position's multiplications with weights, and their bytes.
+    """Multiplications with weights, and their bytes: to fill the cache, and for the last position.
 
-    ``table`` is the embedding table, ``used`` how many experts of a layer a position uses, or None:
-    all. Returns those of a position that only fills the cache, and of the prompt's last one.
+    ``used`` is how many experts of a layer a position uses, or None: all.
     """
-    head = output_head(model)
-    found = (_LAYER.search(path) for path, _ in model.named_modules())
-    last = max((int(layer[1]) for layer in found if layer), default=-1)
+    _, head = output_head(model) or (None, table)
+    modules = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    last = max((int(found[1]) for path, _ in modules if (found := _LAYER.search(path))), default=0)
     fill, full = [0, 0], [0, 0]
-    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+    for path, module in modules:
         weight = module.get("weight")
-        looked_up = module is table and head is not None
+        looked_up = module is table and module is not head
         if weight is None or weight.ndim < 2 or isinstance(module, nn.Conv1d) or looked_up:
             continue
         count = weight.size * 32 // module.bits if "scales" in module else weight.size
@@ -266,10 +256,9 @@ def _passes(model: nn.Module, table: nn.Module, used: int | None) -> tuple[list[
             count = count // weight.shape[0] * used
         size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
         full = [full[0] + count, full[1] + size]
-        is_head = module is table or (head is not None and module is head[1])
         layer = _LAYER.search(path)
         in_last = layer is not None and int(layer[1]) == last
-        if not is_head and (not in_last or _FILLS_CACHE.search(path)):
+        if module is not head and (not in_last or _FILLS_CACHE.search(path)):
             fill = [fill[0] + count, fill[1] + size]
     return fill, full
 
@@ -304,8 +293,8 @@ def _caches(model: nn.Module, name: str, max_kv_size: int | None) -> list[_Layer
 def _layer_cache(entry: Any) -> _LayerCache:
     if isinstance(entry, ArraysCache):
         arrays = [array for array in entry.cache if array is not None]
-        state = sum(array.nbytes for array in arrays), sum(array.size for array in arrays)
-        return _LayerCache(state_bytes=state[0], state_size=state[1])
+        state_bytes, state_size = (sum(getattr(a, n) for a in arrays) for n in ("nbytes", "size"))
+        return _LayerCache(state_bytes=state_bytes, state_size=state_size)
     if entry.keys is None:
         return _LayerCache()
     _, heads, _, width = entry.keys.shape

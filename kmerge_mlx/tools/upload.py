@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
@@ -34,9 +34,6 @@ from kmerge_mlx.evaluation.settings import MERGED
 from kmerge_mlx.files import read_json
 from kmerge_mlx.hub import RepoName, fetch, is_namespaced, parse, quiet, why
 from kmerge_mlx.tools.describe import describe_adapter, encoder_line, layout_line, tuning_lines
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2604.15153"
@@ -75,12 +72,7 @@ class Upload:
 def collect(
     adapter: str, repo: RepoName, k: int | None = None, base_model: str | None = None
 ) -> Upload:
-    """Reads and checks what is to go up (one K, or all there are); nothing is sent yet.
-
-    Raises:
-        AdapterError: No adapter, a torn one, or no such K.
-        UploadError: The base has no name that others can use.
-    """
+    """Reads and checks what is to go up (one K, or all there are); nothing is sent yet."""
     if adapter != BUNDLED and not Path(adapter).is_dir():
         raise UploadError(f"{adapter} is not a folder: give the adapter folder to upload")
     found = look_up(adapter)
@@ -94,17 +86,16 @@ def collect(
     on_hub = _base_on_hub(adapter, recorded) if base_model is None else base_model
     if on_hub != BUNDLED:
         on_hub = str(parse(on_hub, UploadError))
-    files: dict[str, bytes | Path] = {}
-    adapters, changes = [], []
+    files, adapters, changes = {}, [], []
     for folder, merge in chosen:
         inside = "" if folder == Path(adapter) else f"k{merge.merge_factor}/"
         configs, changed = _configs(folder, on_hub)
         changes += [f"{inside}{line}" for line in changed]
         texts = {name: (json.dumps(c, indent=2) + "\n").encode() for name, c in configs.items()}
         files |= {f"{inside}{name}": texts.get(name, folder / name) for name in FILES}
-        provenance = configs[MERGE_CONFIG].get("provenance") or {}
         facts = describe_adapter(read_adapter(folder, merge))
-        adapters.append(facts | {"base_model": on_hub, "provenance": provenance})
+        facts["provenance"] = configs[MERGE_CONFIG].get("provenance") or {}
+        adapters.append(facts | {"base_model": on_hub})
     fields = chosen[0][1].base.fields
     return Upload(repo, BaseModelConfig(on_hub, fields), files, adapters, changes)
 
@@ -129,20 +120,17 @@ def send(upload: Upload, message: str, private: bool) -> tuple[str, list[str]]:
     """Uploads in one commit, into a repo that is made if it is not there.
 
     Returns the address of the commit, and what the hub finds odd in the card.
-
-    Raises:
-        UploadError: With one line, whatever the hub said; nothing is in the repo then.
     """
     quiet()
-    try:
-        with warnings.catch_warnings(record=True) as odd:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", UserWarning)  # the others are for programmers
+    with warnings.catch_warnings(record=True) as odd:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)  # the others are for programmers
+        try:
             address = _send(upload, message, private)
-    except UploadError:
-        raise
-    except Exception as error:  # the hub client's errors share no base with the network's
-        raise UploadError(f"{upload.repo}: {why(error, 'write')}") from error
+        except UploadError:
+            raise
+        except Exception as error:  # the hub client's errors share no base with the network's
+            raise UploadError(f"{upload.repo}: {why(error, 'write')}") from error
     return address, [" ".join(str(warning.message).split()) for warning in odd]
 
 
@@ -176,11 +164,11 @@ def _send(upload: Upload, message: str, private: bool) -> str:
 
 def _base_on_hub(adapter: str, recorded: Sequence[str | None]) -> str:
     """What the base is called where others can find it, by what the adapters recorded."""
-    name, *others = sorted(set(map(str, recorded)))
-    if others:
-        listed = " and ".join([name, *others])
+    names = sorted(set(map(str, recorded)))
+    if len(names) > 1:
+        listed = " and ".join(names)
         raise UploadError(f"{adapter} names several bases ({listed}): choose one with `k`")
-    if recorded[0] is None:
+    if (name := recorded[0]) is None:
         raise UploadError(f"{adapter} does not name its base model: give `base_model` user/name")
     if name != BUNDLED and (not is_namespaced(name) or Path(name).exists()):
         raise UploadError(
@@ -198,11 +186,10 @@ def _configs(folder: Path, on_hub: str) -> tuple[dict[str, Any], list[str]]:
     if entry.get("id") != on_hub:
         changes.append(f"{MERGE_CONFIG}: base_model.id is {entry.get('id')}, goes up as {on_hub}")
     merge["base_model"], tuning["model"] = entry | {"id": on_hub}, on_hub
-    cut = {
-        name: {key: _without_paths(config[key], f"{name}: {key}", changes) for key in config}
-        for name, config in ((MERGE_CONFIG, merge), (TUNING_CONFIG, tuning))
-    }
-    return cut, changes
+    configs = {MERGE_CONFIG: merge, TUNING_CONFIG: tuning}
+    for name, config in configs.items():
+        config |= {k: _without_paths(v, f"{name}: {k}", changes) for k, v in config.items()}
+    return configs, changes
 
 
 def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
@@ -236,10 +223,7 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Re
 
     data = data or _recorded_data(upload)
     lora = ["lora"] if any(facts["lora_modules"] for facts in upload.adapters) else []
-    made_on: dict[str, Any] = {}
-    if upload.base.id != BUNDLED:
-        made_on["base_model"] = upload.base.id.partition("@")[0]
-        made_on["base_model_relation"] = "adapter"
+    repo = None if upload.base.id == BUNDLED else upload.base.id.partition("@")[0]
     results = [result for report in reports for result in _results(upload, report)]
     head = ModelCardData(
         license=license,
@@ -249,7 +233,8 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Re
         datasets=[text for text in data if is_namespaced(text)] or None,
         model_name=upload.repo.id.rpartition("/")[2] if results else None,
         eval_results=results or None,
-        **made_on,
+        base_model=repo,
+        **({"base_model_relation": "adapter"} if repo else {}),
     )
     parts = [_introduction(upload), _data(data), *_metrics(upload, reports), "## Provenance"]
     for facts in upload.adapters:
@@ -259,8 +244,8 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Re
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
 
 
-def _results(upload: Upload, report: Report) -> Iterator[EvalResult]:
-    """The measured scores, for the card's metadata."""
+def _results(upload: Upload, report: Report) -> Iterator[Any]:
+    """The measured scores, as the hub's ``EvalResult``, for the card's metadata."""
     from huggingface_hub import EvalResult
 
     name, kind = _measured_on(report)

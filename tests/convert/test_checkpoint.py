@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,8 @@ from safetensors.numpy import load_file
 
 from kmerge_mlx.adapters.folder import FILES, load_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig
-from kmerge_mlx.convert.checkpoint import convert_checkpoint
+from kmerge_mlx.convert.checkpoint import convert_checkpoint, find_checkpoint
+from kmerge_mlx.errors import AdapterError
 from tests import conversions
 from tests.checkpoints import PREFIX, Checkpoint, make, torch_file
 from tests.conversions import convert, refused
@@ -46,9 +48,6 @@ def expected(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             ours = name.removeprefix(PREFIX).removesuffix(".weight")
             tensors[ours.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = array.T
     return tensors
-
-
-# ---- what is written ----
 
 
 def test_the_hand_made_encoder_file_is_what_torch_reads():
@@ -146,9 +145,6 @@ def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path):
     assert convert(tmp_path, made, dtype="bfloat16").is_dir()
 
 
-# ---- encoder.pth ----
-
-
 def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
     made = make()
     wanted = expected(made)
@@ -200,3 +196,62 @@ def test_everything_wrong_with_one_checkpoint_is_listed_at_once(tmp_path):
     assert lines[0] == f"{source} cannot be converted: 4 problems"
     for part in ("`k` is 4", "net.0.bias has shape", "use_dora", "w1.bias holds"):
         assert sum(part in line for line in lines[1:]) == 1
+
+
+def test_the_best_or_last_sub_folder_is_found_where_the_folder_is_no_checkpoint(tmp_path):
+    for i, (folders, found) in enumerate(
+        (
+            (("best",), "best"),
+            (("last", "best", "step_best", "step_last"), "best"),
+            (("last", "step_best", "step_last"), "step_best"),
+            (("step_last", "last"), "last"),
+            (("step_last", "other"), "step_last"),
+            (("small_stage",), "small_stage"),
+            (("", "best"), ""),
+        )
+    ):
+        root = tmp_path / str(i)
+        for name in folders:
+            make().write(root / name)
+        (root / "logs").mkdir()
+        assert find_checkpoint(str(root)) == root / found
+    for name in ("stage_b", "stage_a"):
+        make().write(tmp_path / "several" / name)
+    text = refused(tmp_path, tmp_path / "several")
+    assert text.endswith("holds several checkpoints (stage_a, stage_b): name one of them")
+
+
+def test_what_is_no_checkpoint_is_one_line(tmp_path, tied):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    (tmp_path / "empty").mkdir()
+    for name in ("encoder.pth", "adapter_config.json", "adapter_model.safetensors"):
+        (make().write(tmp_path / name) / name).unlink()
+    adapter = convert(tmp_path, make())
+    for source, why in (
+        *((tmp_path / name, name) for name in ("encoder.pth", "adapter_config.json")),
+        (tmp_path / "adapter_model.safetensors", "neither adapter_model.safetensors nor"),
+        (tmp_path / "empty", "holds no encoder.pth and no adapter_config.json"),
+        (tied, "holds no encoder.pth and no adapter_config.json"),
+        (tied / "config.json", "is a file: give the folder that holds encoder.pth"),
+        (adapter, "is an adapter folder already"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        ("nobody/nothing", "nobody/nothing"),
+        ("", ""),
+    ):
+        text = refused(tmp_path, source, force=True)
+        assert why in text
+        assert "\n" not in text
+
+
+def test_an_adapter_is_replaced_only_by_force_and_by_a_whole_one(tmp_path):
+    path = convert(tmp_path, make())
+    before = {name: (path / name).read_bytes() for name in FILES}
+    made = make(k=2)
+    source = made.write(tmp_path / "other")
+    text = refused(tmp_path, source, AdapterError)
+    assert "exists: choose another folder, or give `force`" in text
+    made.encoder["net.0.bias"][0] = np.nan
+    assert "diverged" in refused(tmp_path, made.write(tmp_path / "broken"), force=True)
+    assert {name: (path / name).read_bytes() for name in FILES} == before
+    convert_checkpoint(str(source), path, force=True)
+    assert load_adapter(path).merge.encoder.merge_factor == 2

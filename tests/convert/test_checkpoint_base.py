@@ -31,9 +31,6 @@ def untied(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("untied"), config)
 
 
-# ---- the head ----
-
-
 @pytest.mark.parametrize("base", ["tied", "untied", None])
 def test_the_head_lies_with_the_other_lora_only_where_the_base_is_known_untied(
     tmp_path, request, base
@@ -78,9 +75,6 @@ def test_mlx_lm_refuses_a_lora_it_has_no_schema_for_instead_of_misreading_it(tmp
     with pytest.raises(KeyError, match="missing required key 'scale'"):
         mlx_lm.utils.load_adapters(build(qwen2_config()), str(path))
     assert load(str(tied), path)
-
-
-# ---- the base ----
 
 
 def test_a_base_that_cannot_be_read_is_the_models_error(tmp_path, tied):

@@ -32,9 +32,6 @@ def config_of(path) -> dict:
     return json.loads((path / "adapter_config.json").read_text())
 
 
-# ---- adapter -> checkpoint -> adapter ----
-
-
 @pytest.mark.parametrize(
     ("k", "dtype", "head", "by_module"),
     [(2, mx.float32, True, True), (3, mx.float16, False, False), (4, mx.bfloat16, True, False)],
@@ -91,20 +88,17 @@ def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
     assert replace(back(tmp_path).merge, provenance={}) == made.merge
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_heads_lora_comes_back_to_the_file_it_was_in(tmp_path, tied):
+def test_the_lora_of_a_head_of_its_own_comes_back_to_the_file_it_was_in(tmp_path):
     made = make()
-    base = BaseModelConfig("some/base", {"tie_word_embeddings": tied})
-    made = replace(made, merge=replace(made.merge, base=base))
-    if not tied:
-        head = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
-        made = replace(
-            made,
-            merge=replace(made.merge, head_lora=None),
-            tuning=replace(made.tuning, keys=(*made.tuning.keys, "lm_head")),
-            tuning_weights=made.tuning_weights | head,
-            head_weights={},
-        )
+    base = BaseModelConfig("some/base", {"tie_word_embeddings": False})
+    head = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
+    made = replace(
+        made,
+        merge=replace(made.merge, base=base, head_lora=None),
+        tuning=replace(made.tuning, keys=(*made.tuning.keys, "lm_head")),
+        tuning_weights=made.tuning_weights | head,
+        head_weights={},
+    )
     assert "lm_head" in config_of(exported(made, tmp_path))["target_modules"]
     assert_same_tensors(back(tmp_path), made)
 
@@ -132,9 +126,6 @@ def test_metrics_are_a_file_again_and_kept_even_where_that_is_too_large(tmp_path
     assert found == provenance | {"converter": found["converter"]}
 
 
-# ---- checkpoint -> adapter -> checkpoint ----
-
-
 @pytest.mark.parametrize(("k", "dtype", "bin_file"), [(3, "float16", False), (4, "float32", True)])
 def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, bin_file):
     torch = pytest.importorskip("torch")
@@ -152,9 +143,6 @@ def test_a_converted_checkpoint_exports_to_its_own_tensors(tmp_path, k, dtype, b
     assert json.loads((tmp_path / "z" / "metrics.json").read_text()) == made.metrics
     with safe_open(tmp_path / "z" / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-# ---- the PEFT config ----
 
 
 def test_a_plain_adapter_has_a_plain_config(tmp_path):

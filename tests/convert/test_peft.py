@@ -7,22 +7,21 @@ list of options. Hand-made tensors and configs show what PEFT would not write.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kmerge_mlx.convert.checkpoint import named_head
-from kmerge_mlx.convert.peft import HARMLESS, HONOURED, PREFIX
+from kmerge_mlx.convert.peft import HARMLESS, HONOURED, PREFIX, NameRules
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.files import read_json, read_safetensors
 from tests.conversions import specs
-from tests.peft_adapters import Q, config, converted, layered, refused
+from tests.peft_adapters import DOWN, Q, config, converted, layered, refused, tensors
 
 AUTHORS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-
-
-# ---- what PEFT trains and saves ----
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +47,8 @@ def real(tmp_path_factory):
         saved = read_json(folder / "adapter_config.json", KMergeError)
         return saved, read_safetensors(folder / "adapter_model.safetensors", KMergeError), model
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield make_adapter
-    torch.set_num_threads(threads)
+    return make_adapter
 
 
 def deltas_by_peft(model) -> dict[str, np.ndarray]:
@@ -155,9 +152,6 @@ def test_tensors_of_refused_kinds_are_named_even_where_the_config_hides_them():
         assert why in problem
 
 
-# ---- options, by hand ----
-
-
 BAD_VALUES = {
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "init_lora_weights": ["olora", "corda", "loftq", "lora_ga", "pissa_niter_16", "of_2031", []],
@@ -219,3 +213,93 @@ def test_a_pattern_and_layers_do_not_go_together_as_in_peft():
     assert "layers_to_transform does not go with target_modules as one pattern" in problem
     with pytest.raises(ValueError, match="cannot be used when `target_modules` is a str"):
         pytest.importorskip("peft").LoraConfig(target_modules=".*q", layers_to_transform=[0])
+
+
+NAMES = [
+    "lm_head",
+    *(f"model.layers.{i}.{p}" for i in (0, 1, 2, 11) for p in (Q, "self_attn.qq_proj", DOWN)),
+    "model.layers.1.experts.0.up_proj",
+    "model.vision.blocks.3.layers.1.attn.q_proj",
+    "layers.0.q_proj",
+    "model.layers.0.odd+name",
+]
+KEYS = [
+    *("q_proj", "lm_head", "proj", ".*", "layers.1.mlp.down_proj", "[qk]_proj", r"\w+_proj"),
+    *(r"layers\.\d+\.mlp\..*", r"model\.layers\.(0|2)\..*", "(?:self_attn|mlp)[.].*", "a|b"),
+    *(r"self_attn\.q{1,2}_proj", "model.layers.0.odd+name", "^lm_head", "q_proj$", r"q_proj\b"),
+    *("layers.1", "head", "", "mlp.down_proj|self_attn.q_proj", "down_proj)|(lm_head"),
+]
+
+
+def test_rank_and_alpha_patterns_pick_what_peft_picks():
+    other = pytest.importorskip("peft.utils.other")
+    draw = random.Random(5)
+    for _ in range(40):
+        keys = draw.sample(KEYS, draw.randint(1, 6))
+        pattern = {key: rank for rank, key in enumerate(keys, 1)}
+        rules = NameRules(config(rank_pattern=pattern, alpha_pattern=pattern))
+        for name, option in itertools.product(NAMES, ("rank_pattern", "alpha_pattern")):
+            expected = pattern.get(other.get_pattern_key(pattern.keys(), name), 99)
+            assert rules.value(option, name, 99) == expected, (name, keys)
+
+
+TARGET_OPTIONS = [
+    *({"target_modules": [key]} for key in KEYS if key not in ("", ".*")),
+    *({"target_modules": key} for key in KEYS if key and ")|(" not in key),
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": "blocks"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": ["x", "bl.*s"]},
+    {"target_modules": ["layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["head", "self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": r".*\.[01]\..*"},
+    {"target_modules": ".*q_proj", "exclude_modules": "lm_head|.*vision.*"},
+]
+
+
+def test_a_module_is_a_target_exactly_where_peft_says_so():
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    peft = pytest.importorskip("peft")
+    for options in TARGET_OPTIONS:
+        theirs = peft.LoraConfig(**options)
+        rules = NameRules(config(**options))
+        for name in NAMES:
+            found = tuners.check_target_module_exists(theirs, name)
+            excluded = isinstance(found, tuners._ExcludedModule)
+            expected = bool(found) and not excluded
+            assert (rules.objection(name) is None) == expected, (options, name)
+
+
+def test_tensors_that_peft_would_not_apply_are_refused():
+    for options, complaint in (
+        ({"layers_to_transform": [0]}, "layers_to_transform leaves it out"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "exclude_modules names it"),
+        ({"target_modules": r".*\.0\..*"}, "target_modules does not name it"),
+        ({"target_modules": ["layers.0.self_attn.q_proj"]}, "target_modules does not name it"),
+    ):
+        (problem,) = refused(config(**options))
+        assert problem == f"model.layers.1.{Q} has LoRA tensors, but {complaint}"
+    (problem,) = refused(config(target_modules=["q_proj", "c_attn"]))
+    assert "target_modules names 'c_attn', but no tensor belongs to it" in problem
+
+
+def test_all_linear_leaves_the_head_out_as_in_peft():
+    options = config(target_modules="all-linear")
+    assert converted(options, layered(Q, DOWN)).tuning.num_layers == 2
+    (problem,) = refused(options, layered(Q) | tensors("lm_head"))
+    assert "all-linear leaves the head out" in problem
+
+
+def test_a_pattern_that_is_invalid_or_takes_all_memory_is_refused():
+    for pattern in (
+        *("(" * 5000 + ")" * 5000, "a{99999999999}", "(?R)", "[z-a]", "("),
+        *("(((((){1000}){1000}){1000}){1000}){1000}", "((((a{0,1000}){0,1000}){0,9999}){5,})x"),
+    ):
+        for options in ({"rank_pattern": {pattern: 4}}, {"target_modules": pattern}):
+            (problem,) = refused(config(**options))
+            assert problem.startswith(f"adapter_config.json: {next(iter(options))}: ")
+            assert "is not valid" in problem
+            assert len(problem) < 300

@@ -15,8 +15,6 @@ from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.convert.peft import PREFIX
 from tests.peft_adapters import Q, V, config, converted, layered, refused, tensors
 
-# ---- tensors ----
-
 
 def test_a_raw_state_dict_with_the_adapters_name_converts_the_same():
     weights = layered(Q)
@@ -71,9 +69,6 @@ def test_everything_wrong_with_one_adapter_is_listed_at_once():
     assert len(problems) == 5
     problems = refused(config(use_dora=True, bias="all", r=0, target_modules=3, of_2031="x"))
     assert len(problems) == 5
-
-
-# ---- which of the two forms ----
 
 
 def test_the_same_lora_in_every_layer_takes_mlx_lms_form():

@@ -58,9 +58,6 @@ def save(path: Path, value: object, **options: object) -> Path:
     return path
 
 
-# ---- what torch.save writes is read as torch.load reads it ----
-
-
 def test_the_reference_checkpoint_is_read_bit_for_bit():
     assert_same(read_state_dict(FIXTURE), torch.load(FIXTURE, weights_only=True))
 
@@ -99,9 +96,6 @@ def test_a_module_with_parameters_buffers_and_metadata_is_read(tmp_path):
         assert_same(read_state_dict(str(path)), tensors)
 
 
-# ---- what torch.save also writes is refused by name ----
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
     ones, module = torch.ones(2), torch.nn.Linear(2, 2)
@@ -115,7 +109,7 @@ def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
         ({"w": ones.to(torch.float8_e4m3fn)}, "float8", "save it as float16"),
         ({"w": torch.ones(2, 2).to_sparse()}, "sparse", "to_dense()"),
         ({"w": ones._neg_view()}, "_rebuild_tensor_v2", "state_dict()"),
-        ({"w": torch.ones(1).expand(9)}, "at most 4 times", "contiguous()"),
+        ({"w": torch.ones(1).expand(9000)}, "at most 4 times", "contiguous()"),
         (module, "'torch.nn.modules.linear.Linear'", "state_dict()"),
         (ones, "type Tensor", "state_dict()"),
         ({"model": {"w": ones}, "epoch": 3}, "'model' (dict), 'epoch'", "['model']"),
@@ -133,9 +127,6 @@ def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
         message = refusal(path)
         assert found in message
         assert remedy in message
-
-
-# ---- in bulk ----
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickletools
 import struct
-import tracemalloc
 import zipfile
 
 import mlx.core as mx
@@ -85,22 +84,6 @@ def test_a_loaded_state_dict_is_an_ordered_dict_that_modules_take(tmp_path):
     module.load_state_dict(found, strict=True)
 
 
-def test_a_large_tensor_is_not_copied_on_its_way(tmp_path):
-    """Bytes that Python, NumPy and MLX allocate while 32 MB are written."""
-    array = mx.random.normal((1 << 12, 1 << 11)).astype(mx.bfloat16)
-    tensors = {"one": array, "two": array + 1}
-    mx.eval(tensors)
-    write_state_dict(tmp_path / "first.pth", {"one": mx.zeros((2, 2))})
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    tracemalloc.start()
-    write_state_dict(tmp_path / "w.pth", tensors)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1 << 20
-    assert mx.get_peak_memory() - before < 1 << 20
-
-
 @pytest.mark.parametrize("large", [40, 1 << 30])
 def test_views_are_written_as_they_read_stored_and_aligned(tmp_path, tensors, monkeypatch, large):
     """From 1 GiB on, sizes are written as zip64 has them; with a lower limit, small ones too."""
@@ -123,17 +106,8 @@ def test_views_are_written_as_they_read_stored_and_aligned(tmp_path, tensors, mo
             assert entry.compress_type == zipfile.ZIP_STORED
             assert entry.file_size == array.nbytes
             assert data[start : start + entry.file_size] == archive.read(entry)
-
-
-def test_the_pickle_names_nothing_but_tensors(tmp_path, tensors):
-    """What a stranger's scanner would look for: every global in the file."""
-    write_state_dict(tmp_path / "w.pth", tensors)
-    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
-        steps = list(pickletools.genops(archive.read("archive/data.pkl")))
-    assert {argument for op, argument, _ in steps if op.name == "GLOBAL"} == {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        "torch FloatStorage",
-        "torch HalfStorage",
-        "torch BFloat16Storage",
-    }
+        # What a stranger's scanner would look for: every global in the file.
+        steps = pickletools.genops(archive.read("archive/data.pkl"))
+        storages = {f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16")}
+        functions = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+        assert {name for op, name, _ in steps if op.name == "GLOBAL"} == storages | functions

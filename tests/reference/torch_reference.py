@@ -1,7 +1,7 @@
 """K-Token Merging in PyTorch, Transformers and PEFT: the oracle of the parity tests.
 
-Owns the method and the tree task as published (DESIGN sections 1 and 9), written as plainly as they
-can be so that they are right by reading, and the files of expected outputs. No MLX, no import from
+The method and the tree task as published (DESIGN sections 1 and 9), written as plainly as they can
+be so that they are right by reading, and the files of expected outputs. No MLX, no import from
 `kmerge_mlx`, no speed: batch 1, float32 and no KV cache throughout.
 
 Shapes: T prompt tokens, K merge factor, N = ceil(T / K) blocks, D hidden size, H inner size,
@@ -19,6 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)  # sums are added in one order, and tiny models gain nothing from more
 
 INNER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 INNER_FACTOR_PAST_4 = 1.5
@@ -42,11 +45,6 @@ class ReferenceEncoder(nn.Module):
 
     PyTorch's default initialisation throughout, like the reference. The state dict's keys,
     `net.0.weight` to `net.4.bias`, are those of the authors' `encoder.pth`.
-
-    Args:
-        k: Merge factor K.
-        hidden_size: D.
-        inner_size: H; None for the reference's default.
     """
 
     def __init__(self, k: int, hidden_size: int, inner_size: int | None = None):
@@ -62,14 +60,7 @@ class ReferenceEncoder(nn.Module):
         )
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Merges each block.
-
-        Args:
-            blocks: (N, K, D) float embeddings.
-
-        Returns:
-            (N, D) merged embeddings.
-        """
+        """Merges each block: (N, K, D) embeddings to (N, D)."""
         return blocks.mean(dim=1) + self.net(blocks.flatten(start_dim=1))
 
 
@@ -84,17 +75,10 @@ def load_encoder(path: Path) -> ReferenceEncoder:
 
 
 def pad_token_id(tokenizer) -> int:
-    """The id that fills a prompt up to a multiple of K: a space, else the pad, else the EOS token.
-
-    Raises:
-        ValueError: The tokenizer has none of the three.
-    """
+    """The id that fills up the last block: a space, else the pad, else the EOS token."""
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
     candidates = [*space[:1], tokenizer.pad_token_id, tokenizer.eos_token_id]
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate
-    raise ValueError("The tokenizer has no token for a space, no pad token and no EOS token.")
+    return next(candidate for candidate in candidates if candidate is not None)
 
 
 def merge_prompt(
@@ -104,33 +88,17 @@ def merge_prompt(
     k: int,
     pad_id: int,
 ) -> torch.Tensor:
-    """Pads a prompt on the right, groups its base embeddings by K and merges each group.
-
-    Args:
-        embedding: The base model's input embedding (`model.get_input_embeddings()`).
-        encoder: Merges (N, K, D) to (N, D).
-        ids: T >= 1 prompt token ids.
-        k: Merge factor K.
-        pad_id: Fills the last block.
-
-    Returns:
-        (N, D) merged embeddings.
-    """
+    """Pads T prompt ids on the right with `pad_id`, and merges their embeddings by K: (N, D)."""
     padded = [*ids, *[pad_id] * (-len(ids) % k)]
     table_rows = embedding(torch.tensor(padded))  # (N * K, D)
     return encoder(table_rows.unflatten(0, (-1, k)))
 
 
 def answer_loss(model: nn.Module, merged: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-    """The training loss of one example: cross entropy of the answer after its merged prompt.
+    """The training loss of one example: the mean cross entropy of the answer after its prompt.
 
-    Args:
-        model: A causal LM of transformers, under PEFT or not.
-        merged: (N, D) merged prompt; its positions are read and never scored.
-        answer: Token ids of the answer and the EOS after it, all of them scored.
-
-    Returns:
-        The mean over the answer's tokens, a scalar.
+    `merged` is the (N, D) prompt, whose positions are read and never scored; `answer` ends with the
+    EOS token, and all of it is scored.
     """
     answer = torch.tensor(answer)
     answer_rows = model.get_input_embeddings()(answer[:-1])  # the last token is only predicted
@@ -141,18 +109,11 @@ def answer_loss(model: nn.Module, merged: torch.Tensor, answer: Sequence[int]) -
 
 @torch.no_grad()
 def decode(model: nn.Module, merged: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
-    """Generates greedily after a merged prompt; the EOS token does not stop it.
+    """Generates greedily after a merged (N, D) prompt; the EOS token does not stop it.
 
     Each new token is embedded by the base table and appended as it is. Every step reads all
-    positions again: slower than a KV cache, and nothing to get wrong.
-
-    Args:
-        model: A causal LM of transformers, under PEFT or not, in eval mode.
-        merged: (N, D) merged prompt.
-        count: G, how many tokens to generate.
-
-    Returns:
-        The G token ids, and the (G, V) logits from which they were taken.
+    positions again: slower than a KV cache, and nothing to get wrong. Returns `count` token ids,
+    and the (G, V) logits from which they were taken.
     """
     embedding = model.get_input_embeddings()
     positions = merged  # (N + tokens so far, D)
@@ -165,27 +126,13 @@ def decode(model: nn.Module, merged: torch.Tensor, count: int) -> tuple[list[int
     return tokens, torch.stack(steps)
 
 
-def greedy(
-    model: nn.Module, merged: torch.Tensor, max_new_tokens: int
-) -> tuple[list[int], torch.Tensor]:
-    """`decode`, with the (V,) logits of the first token alone."""
-    tokens, logits = decode(model, merged, max_new_tokens)
-    return tokens, logits[0]
-
-
 @dataclass
 class Reference:
-    """A trained checkpoint of the authors' layout, ready to answer.
+    """A trained checkpoint of the authors' layout, ready to answer."""
 
-    Attributes:
-        model: The base model under its PEFT adapter, in eval mode.
-        encoder: The checkpoint's encoder.
-        tokenizer: The base model's tokenizer.
-    """
-
-    model: PeftModel
+    model: PeftModel  # the base model under its adapter, in eval mode
     encoder: ReferenceEncoder
-    tokenizer: object
+    tokenizer: object  # the base model's
 
     @property
     def k(self) -> int:
@@ -220,56 +167,19 @@ def load_reference(base: Path, checkpoint: Path) -> Reference:
     )
 
 
-# Textualized trees (DESIGN section 9)
-
-
-def draw_tree(
-    rng: random.Random, max_depth: int, max_nodes: int, children: tuple[int, int]
-) -> list[tuple[int, str, str | None]]:
-    """Draws a tree depth first.
-
-    Args:
-        rng: The only source of chance.
-        max_depth: Nodes at this depth have no children; the root's is 0.
-        max_nodes: 1 to 676, the number of names.
-        children: Fewest and most children of a node above `max_depth`, while nodes are left.
-
-    Returns:
-        (depth, name, parent's name) of each node; the root's parent is None.
-    """
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = rng.sample([first + second for first in letters for second in letters], max_nodes)
-    rows: list[tuple[int, str, str | None]] = []
-
-    def grow(depth: int, parent: str | None) -> None:
-        name = names[len(rows)]
-        rows.append((depth, name, parent))
-        fewest, most = children
-        most = min(most, max_nodes - len(rows))
-        if depth == max_depth or most < fewest:
-            return
-        for _ in range(rng.randint(fewest, most)):
-            if len(rows) < max_nodes:  # a child's own children may have used the nodes up
-                grow(depth + 1, name)
-
-    grow(0, None)
-    return rows
-
-
-def draw_example(rng: random.Random, *shape) -> tuple[str, str]:
-    """Draws a tree of a shape (see `draw_tree`) and a question: its prompt and its answer."""
-    rows = draw_tree(rng, *shape)
-    while len(rows) < 2:  # a lone root has nothing to ask about
-        rows = draw_tree(rng, *shape)
-    edges = [(parent, name) for _, name, parent in rows if parent is not None]
-    if rng.random() < 0.5:
-        parent, child = rng.choice(edges)
-    else:
-        parent, child = rng.sample([name for _, name, _ in rows], 2)
-    tree = "\n".join("+" * depth + name for depth, name, _ in rows)
-    prompt = (
-        f"Tree: {tree}, Task: Parent/Child Relationship, Parent: {parent}, Child: {child}, Answer: "
-    )
+def draw_example(rng: random.Random, nodes: int) -> tuple[str, str]:
+    """Draws a textualized tree of two or more nodes and a question: its prompt and its answer."""
+    names = rng.sample([a + b for a in ascii_uppercase for b in ascii_uppercase], nodes)
+    path: list[str] = []  # from the root to the last node
+    lines, edges = [], []
+    for name in names:
+        depth = rng.randint(1, len(path)) if path else 0  # below the last node, or one above it
+        path[depth:] = [name]
+        lines.append("+" * depth + name)
+        edges += [(path[depth - 1], name)] if depth else []
+    parent, child = rng.choice(edges) if rng.random() < 0.5 else rng.sample(names, 2)
+    prompt = "Tree: " + "\n".join(lines) + ", Task: Parent/Child Relationship, "
+    prompt += f"Parent: {parent}, Child: {child}, Answer: "
     return prompt, "true" if (parent, child) in edges else "false"
 
 
@@ -282,10 +192,6 @@ def write_expected(folder: Path, rng: random.Random) -> None:
     `expected.json` holds k, pad_token_id and cases: [{prompt, ids, greedy}]. For case i,
     `expected.safetensors` holds "{i}.merged" (N, D), "{i}.logits" (V,) of the first token, and
     "{i}.steps" (G, V) of all `greedy` tokens.
-
-    Args:
-        folder: Holds base/ and checkpoint/; receives the two files.
-        rng: Decides the prompts that are trees.
     """
     reference = load_reference(folder / "base", folder / "checkpoint")
     cases, tensors = [], {}
@@ -306,16 +212,15 @@ def _case_prompts(rng: random.Random, reference: Reference) -> list[str]:
 
     def tree_with_remainder(remainder: int) -> str:
         while True:
-            prompt, _ = draw_example(rng, 3, 10, (0, 3))
+            prompt, _ = draw_example(rng, rng.randint(2, 10))
             if len(reference.ids(prompt)) % reference.k == remainder:
                 return prompt
 
-    long_prompt, _ = draw_example(rng, 4, 80, (3, 5))
     return [
         tree_with_remainder(0),
         tree_with_remainder(reference.k - 1),
         tree_with_remainder(1),
         "A",
         "Tree: é → 漢字 🙂, Parent: ZZ",
-        long_prompt,
+        draw_example(rng, 80)[0],
     ]

@@ -20,6 +20,7 @@ from kmerge_mlx.tools.quantize import Packing, Quantized, quantize
 from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_base
 
 PROMPT = prompts_of(1, low=120, high=120)[0]
+TEXT = "Tree: JN\n+WO\n++UP\n" * 12  # of fewer positions than the drift's default
 
 
 def made(
@@ -39,13 +40,13 @@ def made(
 
 
 def fuse_folders(base: Path, adapter: Path, new: Path, **options: object) -> Fused:
-    return fuse(Source.find(str(base), str(adapter)), new, **options)
+    return fuse(Source.find(str(base), str(adapter)), new, **{"text": TEXT} | options)
 
 
 def quantize_folders(
-    base: Path, new: Path, adapter: Path | None = None, *packing: Packing, **options: object
+    base: Path, adapter: Path | None, new: Path, *packing: Packing, **options: object
 ) -> Quantized:
-    return quantize(Source.find(str(base), adapter), new, *packing, **options)
+    return quantize(Source.find(str(base), adapter), new, *packing, **{"text": TEXT} | options)
 
 
 def alone(base: Path) -> tuple[nn.Module, TokenizerWrapper]:

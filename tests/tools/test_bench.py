@@ -18,7 +18,6 @@ from kmerge_mlx.model import load_source
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
-from kmerge_mlx.virtual_tokens import MergedEmbedding
 from tests.adapters.test_full import full_adapter
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
@@ -51,22 +50,6 @@ def runs(monkeypatch) -> list[tuple[object, list[int]]]:
         return plain(prompt, model, **options)
 
     monkeypatch.setattr(benchmark, "generate_step", spy)
-    return seen
-
-
-@pytest.fixture
-def compressed(monkeypatch) -> list[tuple[int, list[int], int]]:
-    """Every prompt that is merged: blocks known before, token ids, and blocks encoded."""
-    seen = []
-    plain = MergedEmbedding.compress
-
-    def spy(embedding, segments):
-        before = len(embedding.table)
-        prompt = plain(embedding, segments)
-        seen.append((before, prompt.original_ids, len(embedding.table) - before))
-        return prompt
-
-    monkeypatch.setattr(MergedEmbedding, "compress", spy)
     return seen
 
 
@@ -136,14 +119,14 @@ def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
         assert 2 <= sum(earlier) <= 3
 
 
-def test_every_round_draws_new_tokens_which_all_its_sides_read(sides, runs, compressed):
+def test_every_round_draws_new_tokens_which_all_its_sides_read(sides, runs):
     benchmark.measure(sides, replace(CONFIG, lengths=(20, 21)))
     prompts = []
-    for group, merged in zip(in_rounds(runs, 5), in_rounds(compressed, 2), strict=True):
-        (whole,) = [ids for model, ids in group if model is sides[0].llm and len(ids) > 11]
-        assert [ids for _, ids, _ in merged] == [whole, whole]
-        for model, ids in group:
-            assert model is not sides[0].llm or ids == whole[: len(ids)]
+    for group in in_rounds(runs, 5):
+        plain = [ids for model, ids in group if model is sides[0].llm]
+        whole = max(plain, key=len)
+        assert sorted(map(len, plain)) == [-(-len(whole) // k) for k in (4, 2, 1)]
+        assert all(ids == whole[: len(ids)] for ids in plain)
         prompts.append(tuple(whole))
     assert len(set(prompts)) == len(prompts) == 2 * 3
     drawn = [i for prompt in prompts for i in prompt]
@@ -213,7 +196,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
     def loaded(*args, **options):
         raise AdapterError("loading")
 
-    monkeypatch.setattr(benchmark, "load_source", loaded)
+    monkeypatch.setattr(benchmark.model, "load_source", loaded)
     with pytest.raises(AdapterError, match="loading"):
         load_sides(str(base_path), {4: None}, (2048,))
     for lengths, said in (

@@ -11,8 +11,8 @@ from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import unfreeze
-from tests.cli_runner import assert_one_error, run, run_process
-from tests.hub_runs import settings
+from tests.cli_runner import assert_one_error, run
+from tests.hub_runs import using
 from tests.hub_server import running_hub
 from tests.train_runs import SMALL_TREES, train
 
@@ -107,15 +107,10 @@ def test_info_says_what_the_model_and_the_adapter_are(home):
     assert encoder.endswith("213,696 parameters, 0.2 MB at 8 bits")
 
 
-@pytest.mark.slow
 def test_a_hub_repo_carries_it_too(home, tmp_path):
-    with running_hub(fused=home / "fused") as hub:
-        quiet = settings(hub, tmp_path / "hf")
-        command = ("generate", "--model", "user/fused", home / "text.txt", "--json", "-m", 8)
-        done = run_process(*command, cwd=tmp_path, **quiet)
-    assert (done.code, done.err) == (0, ""), done.err
     wanted = answer("--model", home / "fused", home / "text.txt")
-    assert json.loads(done.out)["tokens"] == wanted["tokens"]
+    with running_hub(fused=home / "fused") as hub, using(hub, tmp_path / "hf"):
+        assert answer("--model", "user/fused", home / "text.txt") == wanted
 
 
 def test_training_says_that_it_starts_without_it(home, tmp_path):

@@ -207,8 +207,6 @@ def test_mlx_lm_runs_a_fused_folder_as_it_is(tmp_path):
     assert done.stdout.split("==========")[1].strip() == wanted.strip()
 
 
-# Beyond one Qwen2
-
 EXPERTS = {
     "model_type": "qwen3_moe",
     "num_experts": 4,
@@ -265,9 +263,6 @@ def test_a_nested_config_is_untied_where_the_model_reads_it(tmp_path):
 def test_lora_on_experts_is_fused_too(tmp_path, quantization):
     base = write_base(tmp_path / "base", qwen2_config(**EXPERTS, **quantization))
     assert_same(fused_with_everything(base, tmp_path, dequantize=bool(quantization)))
-
-
-# Quantized bases
 
 
 def packings(folder: Path) -> dict[str, tuple[int, int, str]]:
@@ -336,13 +331,13 @@ def test_every_layer_keeps_parameters_of_its_own(tmp_path):
     assert "lm_head" not in found  # made of a table that is not quantized
 
 
-# A disk that is full or not writable
-
-
 @pytest.mark.parametrize(
-    ("free", "said"), [(0, "No space left on device"), (1 << 40, "MLX could not write it")]
+    ("part", "free", "said"),
+    [
+        ("model.safetensors", 0, "No space left on device"),
+        ("merge_encoder.safetensors", 1 << 40, "MLX could not write it"),
+    ],
 )
-@pytest.mark.parametrize("part", ["model.safetensors", "merge_encoder.safetensors"])
 def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, free, said, part):
     base, adapter = made(tmp_path)
     real = mx.save_safetensors
@@ -354,7 +349,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(mx, "save_safetensors", save)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    for make in (fuse_folders, lambda base, adapter, new: quantize_folders(base, new, adapter)):
+    for make in (fuse_folders, quantize_folders):
         with pytest.raises(ModelError, match=f"^cannot write .*new: .*{said}") as error:
             make(base, adapter, tmp_path / "new")
         assert "\n" not in str(error.value)

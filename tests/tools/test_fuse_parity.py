@@ -15,8 +15,6 @@ from mlx_lm.generate import generate_step
 
 from kmerge_mlx import compress, load
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
-from tests.conftest import UPSTREAM
-from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import load_reference
 from tests.tools.models import fuse_folders
 
@@ -29,13 +27,9 @@ NAMES = (
 
 
 @pytest.fixture(scope="module", params=["upstream", *NAMES])
-def case(request, tmp_path_factory):
+def case(request, tmp_path_factory, live_checkpoint):
     """A checkpoint of the authors' layout, and the folder that it was fused into."""
-    source, home = UPSTREAM, tmp_path_factory.mktemp(request.param)
-    if request.param != "upstream":
-        source = home / "source"
-        source.mkdir()
-        make_checkpoint(source, next(spec for spec in SPECS if spec.name == request.param))
+    source, home = live_checkpoint(request.param), tmp_path_factory.mktemp("fused")
     convert_checkpoint(str(source / "checkpoint"), home / "adapter", str(source / "base"))
     fuse_folders(source / "base", home / "adapter", home / "fused")
     return source, home / "fused"

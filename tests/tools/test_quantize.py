@@ -23,8 +23,17 @@ from kmerge_mlx.tools import fuse as fusing
 from kmerge_mlx.tools.fuse import Comparison
 from kmerge_mlx.tools.quantize import Packing
 from tests.adapters.test_full import full_adapter
+from tests.conversions import assert_same_tensors
 from tests.tiny import build, prompts_of, qwen2_config, random_adapter, write_base
-from tests.tools.models import fuse_folders, made, quantize_folders
+from tests.tools.models import TEXT, fuse_folders, made, quantize_folders
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A base, its adapter, and both quantized with a packed encoder: read-only."""
+    home = tmp_path_factory.mktemp("home")
+    quantize_folders(*made(home), home / "q", encoder_bits=8)
+    return home
 
 
 def stored(folder: Path) -> dict[str, mx.array]:
@@ -35,13 +44,11 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("tied", "bits"), [(True, 4), (False, 8)])
 def test_layers_are_mlx_lms_and_the_table_is_left_alone(tmp_path, capsys, tied, bits):
     base, adapter = made(tmp_path, tie_word_embeddings=tied)
-    done = quantize_folders(base, tmp_path / "new", adapter, Packing(bits))
-    whole = quantize_folders(base, tmp_path / "all", adapter, Packing(bits, embedding=True))
+    done = quantize_folders(base, adapter, tmp_path / "new", Packing(bits))
+    whole = quantize_folders(base, adapter, tmp_path / "all", Packing(bits, embedding=True))
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
     mlx_convert(str(base), str(tmp_path / "theirs"), quantize=True, q_bits=bits)
@@ -60,13 +67,12 @@ def test_layers_are_mlx_lms_and_the_table_is_left_alone(tmp_path, capsys, tied, 
 
 def test_the_adapter_comes_along_bit_for_bit_and_a_base_alone_needs_none(tmp_path):
     base, adapter = made(tmp_path)
-    quantize_folders(base, tmp_path / "new", adapter)
+    quantize_folders(base, adapter, tmp_path / "new")
     before, after = load_adapter(adapter), load_adapter(tmp_path / "new")
-    for part in ("tuning_weights", "encoder_weights", "head_weights"):
-        assert same(getattr(before, part), getattr(after, part))
+    assert_same_tensors(after, before)
     assert (after.tuning, after.merge.encoder) == (before.tuning, before.merge.encoder)
     assert after.merge.provenance["quantized_by"].startswith("kmerge-mlx ")
-    done = quantize_folders(base, tmp_path / "alone")
+    done = quantize_folders(base, None, tmp_path / "alone")
     assert (done.merge_factor, done.drift.merged) == (None, None)
     assert not (tmp_path / "alone" / "kmerge").exists()
 
@@ -74,13 +80,13 @@ def test_the_adapter_comes_along_bit_for_bit_and_a_base_alone_needs_none(tmp_pat
 @pytest.mark.parametrize("embedding", [True, False], ids=["table", "no table"])
 def test_the_drift_is_what_numpy_says(tmp_path, embedding):
     base, adapter = made(tmp_path)
-    text, packing = "Tree: JN\n+WO\n++UP\n" * 12, Packing(4, embedding=embedding)
-    done = quantize_folders(base, tmp_path / "new", adapter, packing, encoder_bits=8, text=text)
+    packing = Packing(4, embedding=embedding)
+    done = quantize_folders(base, adapter, tmp_path / "new", packing, encoder_bits=8)
     rows, said = [], []
     for folder, other in ((base, adapter), (tmp_path / "new", tmp_path / "new")):
         model, tokenizer = load(str(folder), other)
         embedding_of = merged_embedding(model)
-        ids = embedding_of.compress([Segment(tokenizer.encode(text))]).ids
+        ids = embedding_of.compress([Segment(tokenizer.encode(TEXT))]).ids
         rows.append(np.array(embedding_of(mx.array(ids)), np.float64))
         logits = np.array(model(mx.array([ids]))[0], np.float64)
         said.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
@@ -97,34 +103,21 @@ def test_the_drift_is_what_numpy_says(tmp_path, embedding):
     assert gap.same == (said[0].argmax(-1) == said[1].argmax(-1)).mean()
 
 
-def test_a_fused_model_is_quantized_with_its_encoder_and_the_other_way_round(tmp_path):
-    base, adapter = made(tmp_path)
-    fuse_folders(base, adapter, tmp_path / "fused")
-    done = quantize_folders(tmp_path / "fused", tmp_path / "small", tmp_path / "fused")
+def test_a_fused_model_is_quantized_with_its_encoder_and_the_other_way_round(home, tmp_path):
+    fuse_folders(home / "base", home / "adapter", tmp_path / "fused")
+    done = quantize_folders(tmp_path / "fused", tmp_path / "fused", tmp_path / "small")
     assert (done.tied, done.merge_factor) == (False, 4)
-    quantize_folders(base, tmp_path / "q", adapter, encoder_bits=8)
-    done = fuse_folders(tmp_path / "q", tmp_path / "q", tmp_path / "qf")
-    before, after = load_adapter(tmp_path / "q"), load_adapter(tmp_path / "qf")
+    done = fuse_folders(home / "q", home / "q", tmp_path / "qf")
+    before, after = load_adapter(home / "q"), load_adapter(tmp_path / "qf")
     assert after.tuning_weights == {}
     assert same(before.encoder_weights, after.encoder_weights)
     assert after.merge.encoder.quantization == EncoderQuantization(8, 64)
     assert done.drift.embeddings_max == 0
 
 
-# The merge encoder at 8 bits
-
-
-@pytest.fixture
-def packed(tmp_path):
-    """A quantized base whose adapter's encoder is packed."""
-    base, adapter = made(tmp_path)
-    quantize_folders(base, tmp_path / "new", adapter, encoder_bits=8)
-    return tmp_path / "new"
-
-
-def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
-    weights = load_adapter(packed).encoder_weights
-    model, _ = load(str(packed), packed)
+def test_a_packed_encoder_computes_with_its_packed_numbers(home):
+    weights = load_adapter(home / "q").encoder_weights
+    model, _ = load(str(home / "q"), home / "q")
     embedding, ids = merged_embedding(model), prompts_of(1, low=4, high=4)[0]
     e = np.array(embedding.embedding(mx.array(ids)), np.float64)
 
@@ -138,8 +131,9 @@ def test_a_packed_encoder_computes_with_its_packed_numbers(packed):
     np.testing.assert_allclose(np.array(found), wanted, atol=1e-4)
 
 
-def test_everything_wrong_with_a_packed_encoder_is_listed(packed):
-    path = packed / "kmerge" / "merge_encoder.safetensors"
+def test_everything_wrong_with_a_packed_encoder_is_listed(home, tmp_path):
+    shutil.copytree(home / "q" / "kmerge", tmp_path / "a")
+    path = tmp_path / "a" / "merge_encoder.safetensors"
     tensors = {name: mx.array(np.array(array)) for name, array in mx.load(str(path)).items()}
     tensors["encoder.w1.weight"] = tensors["encoder.w1.weight"].astype(mx.float32)
     tensors["encoder.w1.bias"] = tensors["encoder.w1.bias"].astype(mx.uint32)
@@ -147,13 +141,14 @@ def test_everything_wrong_with_a_packed_encoder_is_listed(packed):
     del tensors["encoder.w2.scales"]
     mx.save_safetensors(str(path), tensors)
     with pytest.raises(AdapterError, match=": 4 problems") as error:
-        load_adapter(packed)
+        load_adapter(tmp_path / "a")
     for name in ("w1.weight has dtype", "w1.bias has dtype", "w2.scales is", "w3.biases has shape"):
         assert f"encoder.{name}" in str(error.value)
 
 
-def test_an_entry_that_does_not_fit_the_tensors_is_refused(packed):
-    path = packed / "kmerge" / "merge_config.json"
+def test_an_entry_that_does_not_fit_the_tensors_is_refused(home, tmp_path):
+    shutil.copytree(home / "q" / "kmerge", tmp_path / "a")
+    path = tmp_path / "a" / "merge_config.json"
     config = json.loads(path.read_text())
     for entry in (
         *(None, 8, {}, {"bits": 7, "group_size": 64}, {"bits": 8, "group_size": 0}),
@@ -161,35 +156,27 @@ def test_an_entry_that_does_not_fit_the_tensors_is_refused(packed):
     ):
         path.write_text(json.dumps(config | {"encoder_quantization": entry}))
         with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
-            load_adapter(packed)
+            load_adapter(tmp_path / "a")
 
 
-# What is refused
-
-
-def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path):
-    base, adapter = made(tmp_path)
-    quantize_folders(base, tmp_path / "q", adapter, encoder_bits=8)
+def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(home, tmp_path):
+    base, eight = home / "base", {"encoder_bits": 8}
     narrow = write_base(tmp_path / "narrow", qwen2_config(intermediate_size=96))
     save_adapter(full_adapter(1), tmp_path / "full")
     save_adapter(random_adapter(build(qwen2_config()), 1), tmp_path / "one")
-    shutil.copytree(tmp_path / "q" / "kmerge", tmp_path / "packed")
+    shutil.copytree(home / "q" / "kmerge", tmp_path / "packed")
     before = sorted(tmp_path.iterdir())
-    plain, eight = Packing(), {"encoder_bits": 8}
-    cases = [
-        (tmp_path / "q", None, plain, {}, ModelError, "is quantized already: give the model"),
-        (base, tmp_path / "full", plain, {}, AdapterError, "run `kmerge-mlx fuse` first"),
-        (base, None, plain, eight, AdapterError, "`encoder_bits` needs a merge encoder, found no"),
-        (base, tmp_path / "one", plain, eight, AdapterError, "found an adapter for K = 1"),
-        (base, tmp_path / "packed", plain, eight, AdapterError, "cannot be quantized again"),
-        (base, None, Packing(7), {}, ModelError, "MLX cannot quantize .* so: "),
-        (base, None, Packing(4, 48), {}, ModelError, "MLX cannot quantize .* so: "),
-        (narrow, None, Packing(4, 128), {}, ModelError, "divide: give another `q_group_size`"),
-        (base, None, Packing(8, mode="mxfp4"), {}, ModelError, "MLX cannot quantize .* so: "),
-    ]
-    for source, other, packing, options, kind, said in cases:
+    for source, adapter, options, kind, said in (
+        (home / "q", None, {}, ModelError, "is quantized already: give the model"),
+        (base, tmp_path / "full", {}, AdapterError, "run `kmerge-mlx fuse` first"),
+        (base, None, eight, AdapterError, "`encoder_bits` needs a merge encoder, found no"),
+        (base, tmp_path / "one", eight, AdapterError, "found an adapter for K = 1"),
+        (base, tmp_path / "packed", eight, AdapterError, "cannot be quantized again"),
+        (base, None, {"packing": Packing(7)}, ModelError, "MLX cannot quantize .* so: "),
+        (narrow, None, {"packing": Packing(4, 128)}, ModelError, "give another `q_group_size`"),
+    ):
         with pytest.raises(kind, match=said) as error:
-            quantize_folders(source, tmp_path / "new", other, packing, **options)
+            quantize_folders(source, adapter, tmp_path / "new", **options)
         assert "\n" not in str(error.value)
         assert sorted(tmp_path.iterdir()) == before
 

@@ -8,7 +8,7 @@ is the order of summation.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,24 +24,16 @@ from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.rows import Batch, make_batch
-from tests.conftest import UPSTREAM
-from tests.reference.make_checkpoints import SPECS, make_checkpoint
 from tests.reference.torch_reference import draw_example
 from tests.reference.training import Row, load_trainable, loss_and_gradients
 
 pytestmark = pytest.mark.slow
 
-LIVE = {
-    spec.name: replace(spec, steps=3)  # enough for a LoRA B that is not zero
-    for spec in SPECS
-    if spec.name
-    in (
-        "tied_k2_as_the_reference_trains",
-        "untied_k3_with_lm_head",
-        "tied_k4_rslora_with_rank_and_alpha_patterns",
-        "untied_k4_attention_of_layers_0_and_2",
-    )
-}
+LIVE = (
+    *("tied_k2_as_the_reference_trains", "untied_k3_with_lm_head"),
+    "tied_k4_rslora_with_rank_and_alpha_patterns",
+    "untied_k4_attention_of_layers_0_and_2",
+)
 ANSWERS = ("true", "false", "KQ", "+AB\n++CD\n++EF", "the parent is QZ, not ZQ")
 ENCODER = {
     f"net.{2 * i}.{part}": f"w{i + 1}.{part}" for i in range(3) for part in ("weight", "bias")
@@ -66,10 +58,11 @@ class Case:
         return loss.item(), dict(tree_flatten(gradients))
 
 
-def make_case(folder: Path, adapter: Path, k: int) -> Case:
-    convert_checkpoint(str(folder / "checkpoint"), adapter, str(folder / "base"), k)
-    model, tokenizer = load(str(folder / "base"), adapter, k)
+def make_case(folder: Path, adapter: Path) -> Case:
+    convert_checkpoint(str(folder / "checkpoint"), adapter, str(folder / "base"))
+    model, tokenizer = load(str(folder / "base"), adapter)
     merged = merged_embedding(model)
+    k = merged.merge_factor
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"])
     merged.encoder.unfreeze()
@@ -92,10 +85,10 @@ def batch_rows(tokenizer, k: int) -> list[Row]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     rows = [
-        Row(ids(draw_example(rng, 4, nodes, (1, 3))[0]), [*ids(answer), tokenizer.eos_token_id])
+        Row(ids(draw_example(rng, nodes)[0]), [*ids(answer), tokenizer.eos_token_id])
         for nodes, answer in zip((2, 3, 6, 10, 18), ANSWERS, strict=True)
     ]
-    tree, _, question = draw_example(rng, 3, 8, (1, 3))[0].partition(", Task")
+    tree, _, question = draw_example(rng, 8)[0].partition(", Task")
     rows.append(Row(ids("A")[:1], [*ids("B"), tokenizer.eos_token_id]))
     rows.append(Row(ids(tree), [*ids("true"), tokenizer.eos_token_id], ids(question)))
     assert len({len(row.merged) for row in rows}) >= 5
@@ -104,12 +97,9 @@ def batch_rows(tokenizer, k: int) -> list[Row]:
 
 
 @pytest.fixture(scope="module", params=["upstream", *LIVE])
-def case(request, tmp_path_factory) -> Case:
-    folder, k = UPSTREAM, 4
-    if request.param != "upstream":
-        folder, k = tmp_path_factory.mktemp(request.param), LIVE[request.param].k
-        make_checkpoint(folder, LIVE[request.param])
-    return make_case(folder, tmp_path_factory.mktemp("adapter") / request.param, k)
+def case(request, tmp_path_factory, live_checkpoint) -> Case:
+    folder = live_checkpoint(request.param)
+    return make_case(folder, tmp_path_factory.mktemp("adapter") / request.param)
 
 
 def our_name(theirs: str, ours: set[str]) -> str:
