@@ -1,16 +1,11 @@
 """Commands that write a folder, killed at 20 steps each: the destination is old, absent or whole.
 
-One process imports everything and forks for each run. A run kills itself at its n-th step on the
-disk near the destination, so that neither the clock nor the load decides where.
+A run kills itself at its n-th step on the disk (tests/kills.py).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,73 +14,12 @@ import pytest
 
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from tests.checkpoints import make
+from tests.kills import Writer
 from tests.tools.models import made
 
 pytestmark = pytest.mark.slow
 
-# Reads lines [COMMAND, SOURCES, DESTINATION, STEP]: does it in a fork that kills itself at that
-# step (0: never), and says how it ended and how many steps it took.
-FORKING = """
-import json, os, signal, sys
-sys.modules["torch"] = None  # not needed, and slow to import
-from kmerge_mlx.convert.checkpoint import convert_checkpoint
-from kmerge_mlx.convert.export import export_adapter
-from kmerge_mlx.source import Source
-from kmerge_mlx.tools.fuse import fuse
-from kmerge_mlx.tools.quantize import quantize
-
-WRITERS = {
-    "convert": lambda source, to: convert_checkpoint(source, to, force=True),
-    "export": lambda source, to: export_adapter(source, to, force=True),
-    "fuse": lambda *named: fuse(Source.find(*named[:2]), named[2], text="One", force=True),
-    "quantize": lambda *named: quantize(Source.find(*named[:2]), named[2], text="One", force=True),
-}
-STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
-around, at, taken = "", 0, 0
-
-def count(event, arguments):
-    global taken
-    if around and event in STEPS and around in str(arguments[0]):
-        taken += 1
-        if taken == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(count)
-for line in sys.stdin:
-    command, sources, destination, step = json.loads(line)
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if not child:
-        around, at = os.path.dirname(destination), step
-        try:
-            WRITERS[command](*sources, destination)
-            os.write(theirs, str(taken).encode())
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(3)
-    os.close(theirs)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), os.read(ours, 20).decode() or 0, flush=True)
-    os.close(ours)
-"""
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def write() -> Iterator[Callable[..., tuple[int, int]]]:
-    """Writes in a fork: gives an exit code, and the steps that it took."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", FORKING], text=True, **pipes) as process:
-
-        def run(command: str, sources: list[str], path: Path, step: int = 0) -> tuple[int, int]:
-            process.stdin.write(json.dumps([command, sources, str(path), step]) + "\n")
-            process.stdin.flush()
-            code, taken = process.stdout.readline().split()
-            return int(code), int(taken)
-
-        yield run
-        process.stdin.close()
 
 
 def sources_of(command: str, folder: Path, k: int) -> list[str]:
@@ -110,6 +44,12 @@ def content(path: Path) -> dict[str, bytes] | None:
         else:
             found[name] = file.read_bytes()
     return found if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def write():
+    with Writer() as writer:
+        yield writer
 
 
 @pytest.mark.parametrize("command", ["convert", "export", "fuse", "quantize"])
