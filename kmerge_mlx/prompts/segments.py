@@ -26,6 +26,10 @@ class Segment:
     ids: Sequence[int]
     merge: bool = True
 
+    def positions(self, merge_factor: int) -> int:
+        """How many positions the run takes: a merged one takes one for each block."""
+        return -(-len(self.ids) // merge_factor) if self.merge else len(self.ids)
+
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Text to token ids as ``mlx_lm.stream_generate`` does: special tokens unless it has them."""

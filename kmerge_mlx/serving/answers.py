@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, guides/error-codes
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -68,6 +69,11 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, KMergeError):
         return ApiError(400, str(error).replace("`", ""))
     return ApiError(500, "the server failed to answer: its log says why", code="internal_error")
+
+
+def event(value: dict[str, Any]) -> str:
+    """A piece of a stream."""
+    return f"data: {json.dumps(value)}\n\n"
 
 
 class Answer:
