@@ -1,23 +1,21 @@
 """Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
-The merged embedding of a block depends only on the token ids that the encoder reads: the block's
-own K, and with an encoder context of c the c before it. So every distinct block gets an id of its
-own past the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table:
+A merged embedding depends only on the token ids that the encoder reads: the block's own K, and with
+an encoder context of c the c before it. So every distinct block gets an id past the vocabulary, and
+:class:`MergedEmbedding`, where the embedding table stood in the model, reads both kinds of id:
 
     block (token ids)  ->  id V + slot  ->  row ``slot``
 
-:class:`BlockTable` does the first step and says how long a slot stays with its block.
-:class:`MergedEmbedding` does the second: it stands in the model where the embedding table stood,
-and reads both kinds of id. The language model goes on taking ids, so all of mlx-lm (prompt caches,
-batches, sampling) works on compressed prompts unchanged.
+The language model goes on taking ids, so all of mlx-lm (prompt caches, batches, sampling) works on
+compressed prompts unchanged.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,24 +68,14 @@ class BlockTable:
     """
 
     def __init__(self, vocab_size: int, capacity: int = MAX_BLOCKS):
-        self.vocab_size = vocab_size
-        self.capacity = capacity
+        self.vocab_size, self.capacity = vocab_size, capacity
         self._slot_of: dict[Block, int] = {}
-        self._free: list[int] = []
-        self._used = 0  # slots ever handed out
-        self._prompts: weakref.WeakSet[CompressedPrompt] = weakref.WeakSet()
-        self._providers: list[Callable[[], Iterable[Sequence[int]]]] = []
+        self._free: list[int] = []  # of the slots that a block once had
+        self.prompts: WeakSet[CompressedPrompt] = WeakSet()  # they keep their slots
+        self.cached_ids: Callable[[], Iterable[Sequence[int]]] = lambda: ()  # of KV caches, too
 
     def __len__(self) -> int:
         return len(self._slot_of)
-
-    def track(self, prompt: CompressedPrompt) -> None:
-        """Keeps the slots of a prompt's blocks for as long as the object lives."""
-        self._prompts.add(prompt)
-
-    def protect(self, provider: Callable[[], Iterable[Sequence[int]]]) -> None:
-        """Keeps the slots that the keys of KV caches name; ``provider`` returns the keys."""
-        self._providers.append(provider)
 
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
         """Gives every block its virtual id; a BlockTableFullError leaves the table as it was.
@@ -98,20 +86,18 @@ class BlockTable:
         """
         distinct = dict.fromkeys(blocks)
         missing = [block for block in distinct if block not in self._slot_of]
-        if len(missing) > self._room():
+        if len(missing) > self.capacity - len(self):
             self._sweep(keep={self._slot_of[b] for b in distinct if b in self._slot_of})
-            if len(missing) > self._room():
+            if len(missing) > self.capacity - len(self):
                 raise BlockTableFullError(
                     f"{len(missing):,} new blocks, but {len(self):,} of {self.capacity:,} slots "
                     "are in use by live prompts and caches: drop some of them, use fewer prompts "
                     "at once, or load the model with a larger max_blocks"
                 )
-        reused = self._free[: len(missing)]
-        fresh = range(self._used, self._used + len(missing) - len(reused))
-        new = dict(zip([*reused, *fresh], missing, strict=True))
-        self._free = self._free[len(reused) :]
-        self._used = fresh.stop
-        self._slot_of.update((block, slot) for slot, block in new.items())
+        new: dict[int, Block] = {}
+        for block in missing:
+            slot = self._free.pop() if self._free else len(self)
+            self._slot_of[block], new[slot] = slot, block
         return [self.vocab_size + self._slot_of[block] for block in blocks], new
 
     def forget(self, slots: dict[int, Block]) -> None:
@@ -120,12 +106,8 @@ class BlockTable:
             del self._slot_of[block]
             self._free.append(slot)
 
-    def _room(self) -> int:
-        return len(self._free) + self.capacity - self._used
-
     def _sweep(self, keep: set[int]) -> None:
-        named = [prompt.ids for prompt in self._prompts]
-        named += [ids for provider in self._providers for ids in provider()]
+        named = [*(prompt.ids for prompt in self.prompts), *self.cached_ids()]
         keep.update(i - self.vocab_size for ids in named for i in ids if i >= self.vocab_size)
         self.forget({slot: block for block, slot in self._slot_of.items() if slot not in keep})
 
@@ -147,10 +129,8 @@ class MergedEmbedding(nn.Module):
         max_blocks: int = MAX_BLOCKS,
     ):
         super().__init__()
-        self.embedding = embedding
-        self.encoder = encoder
-        self.pad_token_id = pad_token_id
-        self.vocab_size = embedding.weight.shape[0]
+        self.embedding, self.encoder = embedding, encoder
+        self.pad_token_id, self.vocab_size = pad_token_id, embedding.weight.shape[0]
         self.head_calls = 0
         self.table = BlockTable(self.vocab_size, max_blocks)
         # The leading underscore keeps the rows out of parameters(): they are a cache.
@@ -178,10 +158,8 @@ class MergedEmbedding(nn.Module):
 
     def add_head_lora(self, spec: LoRASpec, dropout: float = 0.0) -> None:
         """Adds LoRA to the tied output head: ``lora_a`` (D, r) and ``lora_b`` (r, V), B zero."""
-        d = self.hidden_size
-        bound = 1 / d**0.5
-        self.head_scale = spec.scale
-        self.head_dropout = nn.Dropout(dropout)
+        d, bound = self.hidden_size, self.hidden_size**-0.5
+        self.head_scale, self.head_dropout = spec.scale, nn.Dropout(dropout)
         self.lora_a = mx.random.uniform(-bound, bound, (d, spec.rank))
         self.lora_b = mx.zeros((spec.rank, self.vocab_size))
 
@@ -251,40 +229,30 @@ class MergedEmbedding(nn.Module):
             ids += [next(virtual) for _ in blocks] or segment.ids
             lengths += [min(k, count - i * k) for i in range(len(blocks))] or [1] * count
         prompt = CompressedPrompt(ids, original_ids, lengths, self.table)
-        self.table.track(prompt)
+        self.table.prompts.add(prompt)
         return prompt
 
     def _virtual_ids(self, blocks: Sequence[Block]) -> Iterator[int]:
         """The virtual ids of blocks, each with its row written."""
         ids, new = self.table.intern(blocks)
         try:
-            self._write(new)
+            if new:
+                self._write(list(new), mx.array(list(new.values())))
         except BaseException:  # Ctrl-C included: a slot without its row would go unnoticed
             self.table.forget(new)
             raise
         return iter(ids)
 
-    def _write(self, new: dict[int, Block]) -> None:
-        """Encodes new blocks and stores their rows, at most a chunk in memory at once."""
-        if not new:
-            return
-        slots = list(new)
-        self._grow(max(slots) + 1)
-        start = 0
-        for merged in self.encoder.in_chunks(self.embedding, mx.array(list(new.values()))):
-            where = mx.array(slots[start : start + merged.shape[0]])
-            self._rows[where] = merged.astype(self._rows.dtype)
+    def _write(self, slots: list[int], blocks: mx.array) -> None:
+        """Encodes blocks and stores their rows, at most a chunk in memory at once."""
+        (rows, d), needed = self._rows.shape, max(slots) + 1
+        if needed > rows:  # by doubling, the rows take at most twice the memory in use
+            grown = min(max(needed, 2 * rows), self.table.capacity)
+            self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
+        for merged in self.encoder.in_chunks(self.embedding, blocks):
+            written, slots = slots[: len(merged)], slots[len(merged) :]
+            self._rows[mx.array(written)] = merged.astype(self._rows.dtype)
             mx.eval(self._rows)
-            start += merged.shape[0]
-
-    def _grow(self, size: int) -> None:
-        """Makes room by doubling, so that the rows take at most twice the memory in use."""
-        rows, d = self._rows.shape
-        if size <= rows:
-            return
-        grown = min(max(size, 2 * rows), self.table.capacity)
-        self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
-        mx.eval(self._rows)
 
     def _no_rows(self) -> mx.array:
         """One row of zeros, with the width and dtype of an embedding."""

@@ -173,7 +173,7 @@ def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data
     table = BlockTable(V, capacity=6)
     cached: list[tuple[list[int], list[tuple[int, ...]]]] = []
     live: list[tuple[CompressedPrompt, list[tuple[int, ...]]]] = []
-    table.protect(lambda: [ids for ids, _ in cached])
+    table.cached_ids = lambda: [ids for ids, _ in cached]
     block_of: dict[int, tuple[int, ...]] = {}
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["prompt", "prompt", "drop", "cache", "evict"]))
@@ -187,7 +187,7 @@ def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data
                 continue
             block_of.update((V + slot, block) for slot, block in new.items())
             prompt = CompressedPrompt(ids, [], [])
-            table.track(prompt)
+            table.prompts.add(prompt)
             live.append((prompt, blocks))
             del prompt
         elif action == "drop" and live:

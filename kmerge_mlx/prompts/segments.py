@@ -81,14 +81,13 @@ def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[in
     from transformers import PreTrainedTokenizerBase
 
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    try:
-        if getattr(type(inner), "encode", None) is not PreTrainedTokenizerBase.encode:
-            raise NotImplementedError  # its offsets would be those of other tokens
-        found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
-    except NotImplementedError:
+    # With an encode of its own, the offsets would be those of other tokens.
+    own = getattr(type(inner), "encode", None) is not PreTrainedTokenizerBase.encode
+    if own or not inner.is_fast:
         raise PromptError(
             "this tokenizer does not report where its tokens lie in the text, so a part of it "
             "cannot be merged beside a raw one",
             "put all of it in one FILE, without tags",
-        ) from None
+        )
+    found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
     return zip(found["input_ids"], found["offset_mapping"], strict=True)

@@ -213,7 +213,7 @@ class CompressingGenerator(host.ResponseGenerator):
         try:
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
-                embedding.table.protect(self.prompt_cache.cached_ids)
+                embedding.table.cached_ids = self.prompt_cache.cached_ids
             self._loaded.set_result(None)
             self._generate()
         except BaseException as error:

@@ -11,7 +11,6 @@ from mlx_lm.models.cache import KVCache, LRUPromptCache
 from kmerge_mlx.serving.generator import PromptCache
 from tests.servers import eventually, long_answer, serving
 
-
 SEAM = {
     (host, "_make_logits_processors"): "args",
     (host.ResponseGenerator, "_run_generate"): "self",
