@@ -63,8 +63,8 @@ class BlockTable:
     """Gives each distinct block a slot; ``capacity`` bounds the number of slots.
 
     A block keeps its slot as long as a live :class:`CompressedPrompt` or the key of a KV cache
-    names it: a slot re-used earlier would make a prefix match between different texts. When the
-    slots run out, all that nothing names are freed at once (mark and sweep).
+    names it: otherwise different texts would share a prefix. When the slots run out, all that
+    nothing names are freed at once (mark and sweep).
     """
 
     def __init__(self, vocab_size: int, capacity: int = MAX_BLOCKS):
@@ -78,11 +78,9 @@ class BlockTable:
         return len(self._slot_of)
 
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
-        """Gives every block its virtual id; a BlockTableFullError leaves the table as it was.
+        """The virtual id of each block, and the slots that are new: the caller writes their rows.
 
-        Returns:
-            The virtual id of each block, and the slots that are new, whose rows the caller must
-            write (or give back by :meth:`forget` if it cannot).
+        A BlockTableFullError leaves the table as it was.
         """
         distinct = dict.fromkeys(blocks)
         missing = [block for block in distinct if block not in self._slot_of]
@@ -115,10 +113,8 @@ class BlockTable:
 class MergedEmbedding(nn.Module):
     """An embedding that also reads virtual ids, and a tied output head that may carry LoRA.
 
-    Ids below V are looked up in the base table, ids from V on in the rows of merged embeddings.
-    ``as_linear`` is the base's, plus the head's LoRA: PEFT's ``lm_head`` adapter changes only the
-    output side of a tied model, which is why it cannot live in mlx-lm's ``LoRAEmbedding``.
-    Without an encoder nothing is merged (K = 1).
+    PEFT's ``lm_head`` adapter changes only the output side of a tied model, which is why it cannot
+    live in mlx-lm's ``LoRAEmbedding``. Without an encoder nothing is merged (K = 1).
     """
 
     def __init__(
@@ -131,10 +127,8 @@ class MergedEmbedding(nn.Module):
         super().__init__()
         self.embedding, self.encoder = embedding, encoder
         self.pad_token_id, self.vocab_size = pad_token_id, embedding.weight.shape[0]
-        self.head_calls = 0
-        self.table = BlockTable(self.vocab_size, max_blocks)
-        # The leading underscore keeps the rows out of parameters(): they are a cache.
-        self._rows = self._no_rows()
+        self.head_calls, self.max_blocks = 0, max_blocks
+        self.forget_blocks()
 
     @property
     def merge_factor(self) -> int:
@@ -181,12 +175,10 @@ class MergedEmbedding(nn.Module):
         return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
 
     def forget_blocks(self) -> None:
-        """Starts an empty block table, because the encoder was trained since the rows were written.
-
-        Prompts compressed before belong to the old table, and are refused from then on.
-        """
-        self.table = BlockTable(self.vocab_size, self.table.capacity)
-        self._rows = self._no_rows()
+        """Starts an empty block table, as after training; prompts of the old one are refused."""
+        self.table = BlockTable(self.vocab_size, self.max_blocks)
+        # The leading underscore keeps the rows out of parameters(): they are a cache.
+        self._rows = mx.zeros_like(self.embedding(mx.array([0])))
 
     def stand_in(self, token_id: int) -> int:
         """Gives the first virtual id a token's own embedding: a self-check before any use."""
@@ -206,17 +198,12 @@ class MergedEmbedding(nn.Module):
         """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
         Blocks never straddle two segments, and keep their slots while the returned object lives.
-
-        Raises:
-            PromptError: A token id outside the vocabulary.
-            BlockTableFullError: Too many blocks in use at once.
         """
         segments, k = list(segments), self.merge_factor
         original_ids = [i for segment in segments for i in segment.ids]
-        if original_ids and not 0 <= min(original_ids) <= max(original_ids) < self.vocab_size:
-            bad = next(i for i in original_ids if not 0 <= i < self.vocab_size)
+        if bad := [i for i in original_ids if not 0 <= i < self.vocab_size]:
             raise PromptError(
-                f"token id {bad} is outside the base model's vocabulary of {self.vocab_size:,}: "
+                f"token id {bad[0]} is outside the base model's vocabulary of {self.vocab_size:,}: "
                 "use the tokenizer of that model"
             )
         merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
@@ -253,10 +240,6 @@ class MergedEmbedding(nn.Module):
             written, slots = slots[: len(merged)], slots[len(merged) :]
             self._rows[mx.array(written)] = merged.astype(self._rows.dtype)
             mx.eval(self._rows)
-
-    def _no_rows(self) -> mx.array:
-        """One row of zeros, with the width and dtype of an embedding."""
-        return mx.zeros_like(self.embedding(mx.array([0])))
 
 
 def split(

@@ -47,15 +47,7 @@ def segments_of(
 ) -> list[Segment]:
     """A text's ids, cut where what merges begins or ends; a token across a border stays raw.
 
-    Args:
-        tokenizer: mlx-lm's tokenizer wrapper, or Hugging Face's tokenizer.
-        text: The whole text.
-        special: Whether special tokens are added.
-        runs: Which characters merge or stay raw; ascending, without overlap.
-        outside: Whether the rest merges.
-
-    Raises:
-        PromptError: There are runs, and the tokenizer does not report offsets.
+    Runs ascend without overlap. ``special``: special tokens are added; ``outside``: the rest merges.
     """
     if not runs:
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]

@@ -158,41 +158,37 @@ class Answer:
                 message["content"] = text or (None if calls else "")
             choice["delta" if self._stream else "message"] = message
         if self._top is not None:
-            form = _chat_logprobs if self._chat else _text_logprobs
-            choice["logprobs"] = form(self._tokens, self._tokenizer, self._top)
+            made = _chat_logprobs(self._tokens, self._tokenizer, self._top)
+            choice["logprobs"] = (
+                {"content": made} if self._chat else _text_logprobs(made, self._top)
+            )
         self._unsent["normal"] = self._unsent["reasoning"] = ""
         self._calls, self._tokens = [], []
         return self._head | {"choices": [choice]}
 
 
-def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
+def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> list[dict[str, Any]]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, data = _token(tokenizer, token)
         logprob = max(logprob, _LOWEST)
         return {"token": text, "logprob": logprob, "bytes": list(data), "id": token}
 
-    def likeliest(response: Response) -> dict[str, Any]:
-        return {"top_logprobs": [entry(*likely) for likely in _likeliest(response, top)]}
+    made = []
+    for response in tokens:
+        # mlx-lm lists them in any order.
+        likeliest = sorted(response.top_tokens, key=lambda likely: -likely["logprob"])[:top]
+        others = [entry(likely["id"], likely["logprob"]) for likely in likeliest]
+        made.append(entry(response.token, response.logprob) | {"top_logprobs": others})
+    return made
 
-    return {"content": [entry(r.token, r.logprob) | likeliest(r) for r in tokens]}
 
-
-def _text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
-    likeliest = [
-        {_token(tokenizer, token)[0]: max(lp, _LOWEST) for token, lp in _likeliest(r, top)}
-        for r in tokens
-    ]
+def _text_logprobs(tokens: list[dict[str, Any]], top: int) -> dict[str, Any]:
+    likeliest = [{t["token"]: t["logprob"] for t in one["top_logprobs"]} for one in tokens]
     return {
-        "tokens": [_token(tokenizer, response.token)[0] for response in tokens],
-        "token_logprobs": [max(response.logprob, _LOWEST) for response in tokens],
+        "tokens": [one["token"] for one in tokens],
+        "token_logprobs": [one["logprob"] for one in tokens],
         "top_logprobs": likeliest if top else None,
     }
-
-
-def _likeliest(response: Response, top: int) -> list[tuple[int, float]]:
-    """The likeliest tokens and their log-probabilities, which mlx-lm lists in any order."""
-    found = [(token["id"], token["logprob"]) for token in response.top_tokens]
-    return sorted(found, key=lambda likely: -likely[1])[:top]
 
 
 def _token(tokenizer: Any, token: int) -> tuple[str, bytes]:

@@ -240,9 +240,18 @@ class CompressingGenerator(host.ResponseGenerator):
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
-        ids, end = list(prompt.ids), _shared_end(request.segments, self.model_provider.source.k)
+        # Other prompts are likely to share what there is up to the last merged run.
+        segments, ids, state = request.segments, list(prompt.ids), "normal"
+        shared = max((i + 1 for i, segment in enumerate(segments) if segment.merge), default=0)
+        end = sum(s.positions(self.model_provider.source.k) for s in segments[:shared])
         parts = [part for part in (ids[:end], ids[end:]) if part]
-        state = _initial_state(tokenizer, request, prompt.original_ids)
+        if request.chat:  # an answer may begin in the middle of thinking
+            read = prompt.original_ids
+            if tokenizer.has_thinking and (
+                tokenizer.rfind_think_start(read) > tokenizer.rfind_think_end(read)
+            ):
+                state = "reasoning"
+            state = tokenizer.response_initial_state or state
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
@@ -265,22 +274,3 @@ class CompressingGenerator(host.ResponseGenerator):
 
     def _log_cache_stats(self) -> None:
         """Nothing: /metrics has it."""
-
-
-def _initial_state(tokenizer: Any, job: Job, ids: list[int]) -> str:
-    """Whether an answer begins in the middle of thinking, as mlx-lm finds it."""
-    if not job.chat:
-        return "normal"
-    thinking = tokenizer.has_thinking and (
-        tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
-    )
-    return tokenizer.response_initial_state or ("reasoning" if thinking else "normal")
-
-
-def _shared_end(segments: list[Segment], merge_factor: int) -> int:
-    """Positions up to the end of the last merged run: what other prompts are likely to share."""
-    positions = end = 0
-    for segment in segments:
-        positions += segment.positions(merge_factor)
-        end = positions if segment.merge else end
-    return end

@@ -42,12 +42,6 @@ def _logprobs(value: Any) -> bool | int:
     return value
 
 
-def _content(value: Any) -> str | list[Any]:
-    if not isinstance(value, str | list):
-        raise ValueError("expected text or a list of parts")
-    return value
-
-
 def _arguments(value: Any) -> Any:
     """A tool call's arguments: templates take an object, and clients send its text."""
     return read_json(value.encode() or b"{}") if isinstance(value, str) else value
@@ -80,7 +74,7 @@ class _ToolCall(_Part, extra="allow"):
 
 class _Message(_Part, extra="allow"):
     role: str
-    content: Annotated[Any, BeforeValidator(_content)] = ""
+    content: Any = ""
     tool_calls: list[_ToolCall] | None = None
 
 
@@ -168,11 +162,7 @@ def read_json(raw: bytes) -> Any:
 
 
 def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Completion:
-    """Reads and checks the body of a request to the model ``served``.
-
-    Raises:
-        ApiError: 400 for the first field that is wrong; 404 for another model.
-    """
+    """Reads and checks the body of a request to the model ``served``; an ApiError names a field."""
     try:
         body = read_json(raw)
     except ValueError as error:

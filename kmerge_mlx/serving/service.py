@@ -59,17 +59,13 @@ class Service:
     def __init__(self, settings: ServeSettings):
         self.settings, self.metrics = settings, Metrics()
         self.key = read_api_key(settings.api_key)
-        source = Source.find(
-            settings.model, settings.adapter_path, settings.k, settings.trust_remote_code
-        )
-        self.provider = PinnedModel(settings, source)
-        self.generator = CompressingGenerator(
-            self.provider, lambda result: self.metrics.lookups.labels(result).inc()
-        )
+        named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
+        self.provider = PinnedModel(settings, Source.find(*named))
+        looked_up = self.metrics.lookups.labels
+        self.generator = CompressingGenerator(self.provider, lambda found: looked_up(found).inc())
         # Kept: mlx-lm's thread takes the model with it when it ends.
         self.tokenizer = self.provider.tokenizer
-        self.draining = False
-        self.in_flight = 0
+        self.draining, self.in_flight = False, 0
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)
@@ -108,11 +104,7 @@ class Service:
     async def answer(
         self, body: bytes, chat: bool, arrived: float, write: Callable[[str], Awaitable[None]]
     ) -> dict[str, Any] | None:
-        """The whole answer to a request that arrived then, or None if ``write`` streamed it.
-
-        Raises:
-            ApiError: As an answer.
-        """
+        """The whole answer to a request that arrived then, or None if ``write`` streamed it."""
         if self.draining:
             raise busy(503, "the server is shutting down", "shutting_down")
         if self.in_flight >= self._limit:

@@ -124,6 +124,7 @@ def test_what_is_wrong_with_messages_is_a_400_in_the_words_of_a_client(alive):
     for content, said in (
         ("<merge>x", "messages[0]: <merge> at line 1"),
         ([{"type": "image_url", "image_url": "file:///x"}], "messages[0]: expected text parts"),
+        (5, "messages[0]: content is neither text nor a list of parts"),
         ("", "the prompt is empty"),
         ("x", "tools: needs a chat template"),
     ):
