@@ -47,7 +47,7 @@ def segments_of(
 ) -> list[Segment]:
     """A text's ids, cut where what merges begins or ends; a token across a border stays raw.
 
-    Runs ascend without overlap. ``special``: special tokens are added; ``outside``: the rest merges.
+    Runs ascend without overlap. ``special``: special tokens are added. ``outside``: others merge.
     """
     if not runs:
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]
