@@ -69,7 +69,7 @@ def test_generation_reads_what_a_plain_loop_over_the_tokens_gives():
 
 @pytest.mark.parametrize("c", [0, C])
 def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(c):
-    """mlx-lm's own prompt cache, keyed by virtual ids: equal blocks, contexts too, are used again."""
+    """mlx-lm's own prompt cache, keyed by virtual ids: equal blocks are used again."""
     model, store = with_context(c), LRUPromptCache()
     merged, shared = merged_embedding(model), prompts_of(1, 80, 80, seed=8)[0]
     first = merged.compress([Segment(shared)])
