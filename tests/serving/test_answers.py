@@ -89,13 +89,13 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
     text, logprobs, end = "", [], ""
     for piece in answer if body["stream"] else [answer]:
         (choice,) = piece.choices
+        made = choice.logprobs
         if kind == "text":
             text += choice.text
-            logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
+            logprobs += made.token_logprobs if made else []
         else:
-            said = choice.delta if body["stream"] else choice.message
-            text += said.content or ""
-            logprobs += [t.logprob for t in choice.logprobs.content] if choice.logprobs else []
+            text += (choice.delta if body["stream"] else choice.message).content or ""
+            logprobs += [t.logprob for t in made.content] if made else []
         end = choice.finish_reason or end
     return text, logprobs, end
 

@@ -17,6 +17,7 @@ from tests.servers import (
     long_answer,
     post,
     read_answer,
+    receive_until,
     rest_of,
     serving,
 )
@@ -51,9 +52,7 @@ def test_a_connection_is_kept_for_the_next_request(alive):
             connection.sendall(post(body))
             assert read_answer(connection).status == (200 if body else 400)
         connection.sendall(post(SHORT) + post(SHORT))  # the second one waits for its turn
-        got = b""
-        while got.count(b"HTTP/1.1 200") < 2 or not got.endswith(b"}"):
-            got += connection.recv(65_536)
+        receive_until(connection, lambda g: g.count(b"HTTP/1.1 200") == 2 and g.endswith(b"}"))
         connection.sendall(post(SHORT, Connection="close"))
         assert rest_of(connection).startswith(b"HTTP/1.1 200")
 
@@ -197,7 +196,7 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(impatient):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect((impatient.host, impatient.port))
+        connection.connect(("127.0.0.1", impatient.port))
         connection.sendall(post(long_answer(stream=True, logprobs=11)))
         eventually(lambda: impatient.metric("requests_in_flight") == 1)
         eventually(lambda: impatient.metric("requests_in_flight") == 0)

@@ -9,7 +9,7 @@ from mlx_lm import server as host
 from mlx_lm.models.cache import KVCache, LRUPromptCache
 
 from kmerge_mlx.serving.generator import PromptCache
-from tests.servers import eventually, long_answer, serving
+from tests.servers import eventually, long_answer, receive_until, serving
 
 SEAM = {
     (host, "_make_logits_processors"): "args",
@@ -77,10 +77,7 @@ def test_a_generation_thread_that_dies_is_seen(base_path, adapter_path, caplog):
             generator.prompt_cache.insert_cache = broken
             assert server.complete(prompt="x", max_tokens=1).status in (200, 503)
             eventually(lambda: server.request("GET", "/health").status == 503)
-            stream.settimeout(1)
-            got = b""
-            while b'"unavailable"' not in got:
-                got += stream.recv(65_536)
+            receive_until(stream, lambda got: b'"unavailable"' in got)
         assert "a bug" in caplog.text
         assert server.request("GET", "/health").json == {"status": "unavailable"}
         answer = server.complete(prompt="x")
