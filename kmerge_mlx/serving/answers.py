@@ -84,7 +84,7 @@ class Answer:
     ):
         self._chat, self._stream = completion.chat, completion.stream
         self._stops, self._top = completion.stop, completion.top
-        self._longest, self._seen = max(map(len, self._stops), default=0), ""
+        self._text = ""
         name, kind = ("chatcmpl", "chat.completion") if self._chat else ("cmpl", "text_completion")
         kind += ".chunk" if self._chat and self._stream else ""
         self._head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
@@ -123,11 +123,10 @@ class Answer:
 
         mlx-lm looks for a stop text's tokens; here the same text in other tokens counts too.
         """
-        window = self._seen + text
-        if ends := [window.find(stop) + len(stop) for stop in self._stops if stop in window]:
-            return window[len(self._seen) : min(ends)], True
-        self._seen = window[-self._longest :] if self._longest else ""
-        return text, False
+        self._text, before = self._text + text, len(self._text)
+        found = [(self._text.find(s, max(0, before - len(s) + 1)), len(s)) for s in self._stops]
+        end = min((place + size for place, size in found if place >= 0), default=None)
+        return self._text[before:end], end is not None
 
     def _end_call(self) -> None:
         self._calls.append(self._unsent["tool"])
