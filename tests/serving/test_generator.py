@@ -1,29 +1,12 @@
-"""What is overridden of mlx-lm: the seam itself, its prompt cache, blocks, and its thread."""
+"""What is overridden of mlx-lm: its prompt cache, blocks, and its thread."""
 
 from __future__ import annotations
 
-from inspect import signature
-
 import mlx.core as mx
-from mlx_lm import server as host
-from mlx_lm.models.cache import KVCache, LRUPromptCache
+from mlx_lm.models.cache import KVCache
 
 from kmerge_mlx.serving.generator import PromptCache
 from tests.servers import eventually, long_answer, receive_until, serving
-
-SEAM = {
-    (host, "_make_logits_processors"): "args",
-    (host.ResponseGenerator, "_run_generate"): "self",
-    (host.ResponseGenerator, "_is_batchable"): "self, args",
-    (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
-    (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
-    (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
-}
-
-
-def test_mlx_lm_still_has_what_is_overridden_or_called_of_its_own():
-    for (owner, name), parameters in SEAM.items():
-        assert ", ".join(signature(getattr(owner, name)).parameters) == parameters, name
 
 
 def test_a_prompt_that_is_cached_whole_leaves_something_to_read():
