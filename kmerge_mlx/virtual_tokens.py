@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
@@ -180,11 +180,6 @@ class MergedEmbedding(nn.Module):
         # The leading underscore keeps the rows out of parameters(): they are a cache.
         self._rows = mx.zeros_like(self.embedding(mx.array([0])))
 
-    def stand_in(self, token_id: int) -> int:
-        """Gives the first virtual id a token's own embedding: a self-check before any use."""
-        self._rows = self.embedding(mx.array([token_id]))
-        return self.vocab_size
-
     @contextmanager
     def reading(self, rows: mx.array) -> Iterator[None]:
         """Makes id V + i read row i of ``rows`` ``(M, D)``, through which gradients flow."""
@@ -236,9 +231,10 @@ class MergedEmbedding(nn.Module):
         if needed > rows:  # by doubling, the rows take at most twice the memory in use
             grown = min(max(needed, 2 * rows), self.table.capacity)
             self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
-        for merged in self.encoder.in_chunks(self.embedding, blocks):
-            written, slots = slots[: len(merged)], slots[len(merged) :]
-            self._rows[mx.array(written)] = merged.astype(self._rows.dtype)
+        for start in range(0, len(slots), BLOCKS_PER_CHUNK):
+            part = slice(start, start + BLOCKS_PER_CHUNK)
+            merged = self.encoder(self.embedding(blocks[part]))
+            self._rows[mx.array(slots[part])] = merged.astype(self._rows.dtype)
             mx.eval(self._rows)
 
 

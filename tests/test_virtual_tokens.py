@@ -59,18 +59,22 @@ def test_a_virtual_id_embeds_as_its_merged_block_and_blocks_never_straddle_segme
 
 
 def test_the_encoder_runs_once_per_distinct_block(monkeypatch):
-    merged, seen = embedding(), []
-    run = merged.encoder.in_chunks
+    merged, seen, run = embedding(), [], MergeEncoder.__call__
 
-    def counted(embed, blocks):
-        seen.extend(map(tuple, blocks.tolist()))
-        return run(embed, blocks)
+    def counted(encoder, embeddings):
+        seen.append(len(embeddings))
+        return run(encoder, embeddings)
 
-    monkeypatch.setattr(merged.encoder, "in_chunks", counted)
+    monkeypatch.setattr(MergeEncoder, "__call__", counted)
     ids = merged.compress([Segment([1, 2, 3, 1, 2, 3, 4])]).ids
     assert ids[0] == ids[1] != ids[2]
     merged.compress([Segment([4, 9, 9, 5, 6, 7])])
-    assert seen == [(1, 2, 3), (4, 9, 9), (5, 6, 7)]
+    assert seen == [2, 1]
+    monkeypatch.setattr("kmerge_mlx.virtual_tokens.BLOCKS_PER_CHUNK", 5)
+    new = merged.compress([Segment(range(11, 47))])
+    assert seen == [2, 1, 5, 5, 2]
+    wanted = [row_of(merged, list(range(start, start + 3))) for start in range(11, 47, 3)]
+    assert mx.allclose(merged(mx.array(new.ids)), mx.stack(wanted), atol=1e-6)
 
 
 def test_blocks_are_equal_only_if_their_context_is():
@@ -148,11 +152,11 @@ def test_the_rest_of_a_cached_prompt_keeps_the_whole_alive():
 def test_an_interrupted_encoder_leaves_no_block_without_its_row(monkeypatch):
     merged = embedding()
 
-    def interrupted(embed, blocks):
+    def interrupted(encoder, embeddings):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged.encoder, "in_chunks", interrupted)
+        patch.setattr(MergeEncoder, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merged.compress([Segment([1, 2, 3])])
     assert len(merged.table) == 0
@@ -244,15 +248,6 @@ def test_the_config_names_the_shapes_that_the_encoder_has():
         assert found == encoder.config.shapes()
         assert found["w1.weight"] == (24, (4 + c) * 8)
         assert encoder.config.num_parameters == sum(a.size for _, a in tree_flatten(encoder))
-
-
-def test_chunks_give_what_one_pass_gives():
-    encoder, table = filled(3, 8, 16), mx.random.normal((50, 8))
-    blocks = mx.random.randint(0, 50, (23, 3))
-    whole = encoder(table[blocks])
-    chunks = list(encoder.in_chunks(lambda ids: table[ids], blocks, chunk_size=5))
-    assert [chunk.shape[0] for chunk in chunks] == [5, 5, 5, 5, 3]
-    assert mx.allclose(mx.concatenate(chunks), whole, rtol=0, atol=1e-6)
 
 
 def test_the_encoder_computes_in_its_own_dtype():

@@ -94,8 +94,8 @@ _RAW_ROLES = ("system", "developer")
 _WRITERS = ("system", "developer", "user")
 """Roles whose texts may hold tags. In what a model or a tool wrote, a tag is text."""
 
-# Marks the borders of spans in what a template is given: the first that its text does not hold.
-_MARKS = "\ue000\ue001\ue002\ue003\uf8ff"
+_MARK = "\ue000\uf8ff"
+"""Around a number, the border of a span in what a template is given."""
 
 
 @dataclass(frozen=True)
@@ -344,8 +344,7 @@ def _lay_out_rendered(
     plain, runs = rendered(""), []
     if not merges:
         return segments_of(tokenizer, plain, False, runs, outside)
-    mark = next((c for c in _MARKS if c not in plain), None)
-    pieces = re.split(rf"{mark}(\d+){mark}", rendered(mark)) if mark else []
+    pieces = re.split(rf"{_MARK}(\d+){_MARK}", rendered(_MARK))
     if "".join(pieces[::2]) == plain:
         begun: dict[int, int] = {}
         for place, number in zip(accumulate(map(len, pieces[::2])), pieces[1::2], strict=False):
