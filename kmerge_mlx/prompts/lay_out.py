@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, count
+from itertools import count
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
@@ -255,12 +255,7 @@ def lay_out_chat(
 
 def _lay_out_bare(tokenizer: Any, spans: Sequence[Span], outside: bool) -> list[Segment]:
     """Segments of spans without a chat template."""
-    text, runs, end = text_of(spans), [], 0
-    for span in spans:
-        start, end = end, end + len(span.text)
-        if span.merge is not None:
-            runs.append((start, end, span.merge))
-    return segments_of(tokenizer, text, wants_special_tokens(tokenizer, text), runs, outside)
+    return segments_of(tokenizer, spans, outside, wants_special_tokens(tokenizer, text_of(spans)))
 
 
 def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:
@@ -331,7 +326,7 @@ def _lay_out_rendered(
 
     The template gets the contents without marks at the borders of spans, and with. If the results
     differ in more than the marks, the template rewrites its text: an error if ``strict``; otherwise
-    the text is read as the template is. A span that the template leaves out has no run.
+    the text is read as the template is.
     """
 
     def rendered(mark: str) -> str:
@@ -341,24 +336,22 @@ def _lay_out_rendered(
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     merges = [span.merge for spans in contents for span in spans if span.merge is not None]
-    plain, runs = rendered(""), []
-    if not merges:
-        return segments_of(tokenizer, plain, False, runs, outside)
-    pieces = re.split(rf"{_MARK}(\d+){_MARK}", rendered(_MARK))
-    if "".join(pieces[::2]) == plain:
-        begun: dict[int, int] = {}
-        for place, number in zip(accumulate(map(len, pieces[::2])), pieces[1::2], strict=False):
-            span, closing = divmod(int(number), 2)
-            if not closing:
-                begun[span] = place
-            elif (start := begun.pop(span, place)) < place:
-                runs.append((start, place, merges[span]))
-    elif strict:
-        raise PromptError(
-            "the chat template rewrites the text, so it is not known which of its tokens merge",
-            "leave it out (`ignore_chat_template`), or the tags and `merge`",
-        )
-    return segments_of(tokenizer, plain, False, sorted(runs), outside)
+    spans = [Span(rendered(""))]
+    if merges:
+        pieces = re.split(rf"{_MARK}(\d+){_MARK}", rendered(_MARK))
+        texts, marks = pieces[::2], [int(number) for number in pieces[1::2]]
+        if "".join(texts) == text_of(spans):
+            around = zip([-1, *marks], texts, [*marks, -1], strict=True)
+            spans = [
+                Span(text, merges[mark // 2] if mark % 2 == 0 and after == mark + 1 else None)
+                for mark, text, after in around
+            ]
+        elif strict:
+            raise PromptError(
+                "the chat template rewrites the text, so it is not known which of its tokens merge",
+                "leave it out (`ignore_chat_template`), or the tags and `merge`",
+            )
+    return segments_of(tokenizer, spans, outside)
 
 
 def _marked(content: Any, mark: str, numbers: Iterator[int]) -> Any:

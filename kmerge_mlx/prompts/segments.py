@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.errors import PromptError
-
-Run = tuple[int, int, bool]
-"""First character of a run, the one past its last, and whether the run merges."""
+from kmerge_mlx.prompts.tags import Span, text_of
 
 _OUTSIDE, _BORDER = -1, -2
 
@@ -43,27 +41,27 @@ def wants_special_tokens(tokenizer: Any, text: str) -> bool:
 
 
 def segments_of(
-    tokenizer: Any, text: str, special: bool, runs: Sequence[Run], outside: bool
+    tokenizer: Any, spans: Sequence[Span], outside: bool, special: bool = False
 ) -> list[Segment]:
-    """A text's ids, cut where what merges begins or ends; a token across a border stays raw.
+    """The ids of a text, cut where what merges begins or ends; a token across a border stays raw.
 
-    Runs ascend without overlap. ``special``: special tokens are added. ``outside``: others merge.
+    ``outside``: spans without a decision merge. ``special``: special tokens are added.
     """
-    if not runs:
+    text = text_of(spans)
+    if all(span.merge is None for span in spans):
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]
-    owners = [_OUTSIDE] * len(text)
-    for number, (start, end, _) in enumerate(runs):
-        owners[start:end] = [number] * (end - start)
+    merges = [*(span.merge for span in spans), False, outside]  # the last two have no span
+    decided = [_OUTSIDE if span.merge is None else n for n, span in enumerate(spans)]
+    owners = [decided[n] for n, span in enumerate(spans) for _ in span.text]
     owner_before, segments = None, []
     for token, (start, end) in _tokens(tokenizer, text, special):
         touched = set(owners[start:end]) or {_OUTSIDE}
         owner = touched.pop() if len(touched) == 1 else _BORDER
-        merge = runs[owner][2] if owner >= 0 else outside and owner == _OUTSIDE
         # Raw beside raw is one segment.
-        if segments and (owner == owner_before or not (merge or segments[-1].merge)):
+        if segments and (owner == owner_before or not (merges[owner] or segments[-1].merge)):
             segments[-1].ids.append(token)
         else:
-            segments.append(Segment([token], merge))
+            segments.append(Segment([token], merges[owner]))
             owner_before = owner
     return segments
 
