@@ -103,16 +103,14 @@ class CacheFile:
             )
         try:
             entry = json.loads(text)
+            if (version := entry["version"]) != VERSION:
+                raise PromptError(
+                    f"{path}: its version is {version!r}, expected {VERSION}: make it again"
+                )
             held = [Segment([index(i) for i in ids], bool(merge)) for merge, *ids in entry["held"]]
-            found = cls(path, dict(entry["identity"]), held, dict(entry["about"]))
-            version = entry["version"]
+            return cls(path, dict(entry["identity"]), held, dict(entry["about"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
-        if version != VERSION:
-            raise PromptError(
-                f"{path}: its version is {version!r}, expected {VERSION}: make it again"
-            )
-        return found
 
     def load(self, used_with: Mapping[str, Any]) -> list[Any]:
         """mlx-lm's KV caches, evaluated, for the model that :func:`identity` describes."""

@@ -130,17 +130,16 @@ class Service:
         try:
             with self._tokenizer_lock:
                 segments = self._lay_out(completion)
-            tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
-            if not tokens:
-                raise PromptError("the prompt is empty: there is nothing to read")
             code = "context_length_exceeded"
-            if most is not None and tokens > most:
-                raise PromptError(
-                    f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-                )
             check_context(provider.model, segments)
         except PromptError as error:
             raise ApiError(400, error.found.replace("`", ""), field, code) from None
+        tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
+        if not tokens:
+            raise ApiError(400, "the prompt is empty: there is nothing to read", field)
+        if most is not None and tokens > most:
+            message = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
+            raise ApiError(400, message, field, code)
         return completion, segments
 
     def _lay_out(self, completion: Completion) -> list[Segment]:
