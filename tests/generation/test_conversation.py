@@ -17,10 +17,11 @@ from tests.cli_runner import CHATML, copy_base
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-@pytest.fixture
-def chatty(tiny, base_path, tmp_path):
+@pytest.fixture(scope="module")
+def chatty(tiny, base_path, tmp_path_factory):
     """A random K = 4 model and a tokenizer with a chat template."""
-    return tiny[0], load_tokenizer(copy_base(base_path, tmp_path / "base", CHATML))
+    folder = tmp_path_factory.mktemp("chatty") / "base"
+    return tiny[0], load_tokenizer(copy_base(base_path, folder, CHATML))
 
 
 def answer_to_all_at_once(chatty, talk, layout, count):

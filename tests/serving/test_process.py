@@ -72,17 +72,6 @@ def test_a_server_that_cannot_start_is_one_message():
         assert_one_error(run("serve", name, value), 2, name)
 
 
-def test_settings_come_from_a_file_and_are_printed(tmp_path):
-    file = tmp_path / "serve.yaml"
-    file.write_text("port: 0\nmax_queue: 3\nallowed_origins: [https://a.example]\n")
-    result = run("serve", "-c", file, "--max-queue", 5, "--api-key", "key.txt", "--print-config")
-    assert result.code == 0
-    for line in ("port: 0", "max_queue: 5", "- https://a.example", "api_key: key.txt"):
-        assert line in result.out.splitlines()
-    file.write_text("max_que: 3\n")
-    assert_one_error(run("serve", "-c", file), 2, "did you mean max_queue?")
-
-
 def test_it_warns_when_anybody_may_ask_and_notes_another_layout_than_in_training(
     base_path, adapter_path, tmp_path
 ):
