@@ -37,15 +37,10 @@ PROJECTIONS = {  # path in a layer -> (in, out)
 ENCODER = {"net.0": (H, K * D), "net.2": (K * D, H), "net.4": (D, K * D)}
 
 CHILD = """
-import json, resource, sys, time
-from pathlib import Path
+import json, sys, time
+sys.path.insert(0, sys.argv[3])
+from measure import peak
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
-
-def peak():
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent's, before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 imported, start = peak(), time.perf_counter()
 convert_checkpoint(sys.argv[1], sys.argv[2])
@@ -90,7 +85,8 @@ def main() -> None:
         for run in range(arguments.runs):
             destination = Path(scratch) / f"adapter{run}"
             start = time.perf_counter()
-            command = [sys.executable, "-c", CHILD, str(source), str(destination)]
+            here = str(Path(__file__).parent)
+            command = [sys.executable, "-c", CHILD, str(source), str(destination), here]
             seconds, imported, peak = json.loads(subprocess.check_output(command))
             whole = time.perf_counter() - start
             written = sum(path.stat().st_size for path in destination.iterdir())

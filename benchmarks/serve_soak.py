@@ -14,9 +14,6 @@ import argparse
 import json
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+from measure import resident, start_server, stop_server
 from openai import OpenAI
 
 TOLERANCE = 1e-3
@@ -86,18 +84,6 @@ def references(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[li
     return prompts, expected
 
 
-def start(given: argparse.Namespace) -> tuple[subprocess.Popen, str]:
-    """A server of its own process, and its URL."""
-    line = [sys.executable, "-m", "kmerge_mlx", "serve", "--port", "0", "--log-level", "ERROR"]
-    line += ["--model", given.model, "--adapter-path", given.adapter_path, "--k", given.k]
-    line += ["--max-blocks", str(given.max_blocks)]
-    server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    for said in server.stderr:
-        if found := re.search(r"http://\S+/v1", said):
-            return server, found[0]
-    raise SystemExit("the server did not start")
-
-
 def ask(
     client: OpenAI, body: dict[str, Any], expected: list[float], stream: bool, leave: bool
 ) -> str:
@@ -116,12 +102,6 @@ def ask(
         abs(a - b) < TOLERANCE for a, b in zip(got, expected, strict=True)
     )
     return "right" if near else "wrong"
-
-
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    out = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
-    return int(out.stdout) / 1024
 
 
 def metric(url: str, name: str) -> float:
@@ -155,18 +135,19 @@ def tenth(
 def main() -> None:
     given = arguments()
     prompts, expected = references(given)
-    server, url = start(given)
+    line = ["kmerge_mlx", "serve", "--model", given.model, "--adapter-path", given.adapter_path]
+    line += ["--k", given.k, "--max-blocks", str(given.max_blocks)]
+    server, url = start_server(line)
     result: dict[str, Any] = {"outcomes": Counter(), "resident_mb": [], "slots": []}
     begin = time.monotonic()
     try:
         for number in range(10):
             result["outcomes"] += tenth(number, given, url, prompts, expected)
-            result["resident_mb"].append(resident_mb(server.pid))
+            result["resident_mb"].append(resident(server.pid) / 2**20)
             result["slots"].append(metric(url, "block_slots_in_use"))
         result["in_flight_at_the_end"] = metric(url, "requests_in_flight")
     finally:
-        server.send_signal(signal.SIGTERM)
-        result["exit_code"] = server.wait(60)
+        result["exit_code"] = stop_server(server)
     result["seconds"] = round(time.monotonic() - begin, 1)
     memory = result["resident_mb"]
     result["memory_growth"] = max(memory[5:]) / max(memory[:5]) - 1

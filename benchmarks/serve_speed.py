@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,8 +24,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.request import urlopen
 
+from measure import start_server, stop_server
 from openai import OpenAI
 
 OURS, THEIRS = "kmerge-mlx serve", "mlx_lm.server"
@@ -77,33 +74,6 @@ def write_adapter(model: str, k: int, folder: Path) -> None:
     tuning = LoRAConfig(len(llm.layers), 0.0, LoRASpec(4, 4.0), KEYS)
     wire(llm, merge, tuning, default_pad_token_id(tokenizer))
     save_adapter(adapter_of(llm, merge, tuning), folder)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-def start(name: str, given: argparse.Namespace, adapter: str, log: Any) -> tuple[Any, str]:
-    """A server in a process of its own, once it is healthy."""
-    port = free_port()
-    shared = ["--model", given.model, "--port", str(port), "--log-level", "ERROR"]
-    if name == OURS:
-        line = ["kmerge_mlx", "serve", *shared, "--adapter-path", adapter, "--k", str(given.k)]
-    else:
-        line = ["mlx_lm", "server", *shared]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", *line], stdout=log, stderr=log, env=environment
-    )
-    url = f"http://127.0.0.1:{port}"
-    while server.poll() is None:
-        try:
-            if urlopen(f"{url}/health", timeout=5).status == 200:
-                return server, f"{url}/v1"
-        except OSError:
-            time.sleep(0.2)
-    raise SystemExit(f"{name} did not start: see {log.name}")
 
 
 class Prompts:
@@ -175,10 +145,11 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     prompts = Prompts(given.model, given.length, given.seed)
     rounds: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
     with ExitStack() as open_, (scratch / "servers.log").open("w") as log:
-        urls = {}
-        for name in rounds:
-            server, urls[name] = start(name, given, adapter, log)
-            open_.callback(stop, server)
+        urls, model = {}, ["--model", given.model]
+        ours = ["kmerge_mlx", "serve", *model, "--adapter-path", adapter, "--k", str(given.k)]
+        for name, line in ((OURS, ours), (THEIRS, ["mlx_lm", "server", *model])):
+            server, urls[name] = start_server(line, log)
+            open_.callback(stop_server, server)
             measure(urls[name], [prompts.fresh()], given, prompts.bias)  # nobody's first is timed
         for number in range(given.rounds):
             for name in sorted(rounds, reverse=bool(number % 2)):
@@ -187,14 +158,6 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 rate = rounds[name][-1]["requests_per_second"]
                 print(f"round {number + 1}: {name} {rate:.3f} requests/s", flush=True)
     return summary(rounds)
-
-
-def stop(server: subprocess.Popen) -> None:
-    server.send_signal(signal.SIGTERM)
-    try:
-        server.wait(60)
-    except subprocess.TimeoutExpired:
-        server.kill()
 
 
 def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

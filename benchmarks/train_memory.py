@@ -12,11 +12,11 @@ the first line on: rows are of few shapes, and blocks of a batch live as long as
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import mlx.core as mx
+from measure import resident
 
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.loop import Trainer
@@ -27,12 +27,7 @@ BASE = Path(__file__).parents[1] / "tests" / "fixtures" / "upstream_tied_k4" / "
 
 
 class Meter:
-    """Measures every so many iterations.
-
-    Args:
-        run: What is trained.
-        every: How many.
-    """
+    """Measures every so many iterations."""
 
     def __init__(self, run: Run, every: int):
         self._run, self._every = run, every
@@ -53,15 +48,6 @@ class Meter:
         )
         mx.reset_peak_memory()
         print("  ".join(f"{n} {v:,.1f}" for n, v in self.lines[-1].items()), flush=True)
-
-
-def resident() -> int:
-    """Bytes of the process in memory, now (Linux), or 0 where that is not told."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -91,7 +77,7 @@ def main() -> None:
     for name in ("active_mb", "peak_mb", "resident_mb"):
         most = max(line[name] for line in rest)
         change = 100 * (most / first[name] - 1) if first[name] else 0.0
-        print(f"{name}: highest after the first line {change:+.2f}% of it", file=sys.stdout)
+        print(f"{name}: highest after the first line {change:+.2f}% of it")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One framework's process for `train_step.py`: loads a model, takes steps, times them.
 
-Owns the two training steps and what a process can say of its own memory. Started by `train_step.py`
-as `python train_step_child.py OPTIONS`, one JSON object; PyTorch is imported by its process alone.
+Started by `train_step.py` as `python train_step_child.py OPTIONS`, one JSON object. PyTorch is
+imported by its process alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from measure import peak, resident
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -212,20 +212,6 @@ def serve(shape: argparse.Namespace) -> None:
         if "mlx.core" in sys.modules:
             reply["mlx_peak"] = sys.modules["mlx.core"].get_peak_memory()
         print(json.dumps(reply), flush=True)
-
-
-def resident() -> int:
-    """This process's resident set, in bytes."""
-    command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
-
-
-def peak() -> int:
-    """The highest resident set since `forget_peak`, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent's, before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def forget_peak() -> None:

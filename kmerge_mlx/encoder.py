@@ -7,13 +7,10 @@ starts at exactly the mean. Beyond the paper, the MLP may also read c tokens bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import EncoderConfig
-from kmerge_mlx.config import BLOCKS_PER_CHUNK
 
 
 class MergeEncoder(nn.Module):
@@ -48,24 +45,3 @@ class MergeEncoder(nn.Module):
         hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
         hidden = nn.relu(self.w2(hidden))
         return x[:, self.config.context :].mean(axis=1) + self.w3(hidden)
-
-    def in_chunks(
-        self,
-        embed: Callable[[mx.array], mx.array],
-        blocks: mx.array,
-        chunk_size: int = BLOCKS_PER_CHUNK,
-    ) -> Iterator[mx.array]:
-        """Looks up and merges many blocks without holding all of their embeddings at once.
-
-        Args:
-            embed: Token ids of any shape to embeddings of that shape plus ``(D,)``.
-            blocks: Token ids ``(N, c + K)``.
-            chunk_size: Blocks per chunk.
-
-        Yields:
-            Merged embeddings ``(n, D)``, evaluated, n at most ``chunk_size``, in order.
-        """
-        for start in range(0, blocks.shape[0], chunk_size):
-            merged = self(embed(blocks[start : start + chunk_size]))
-            mx.eval(merged)
-            yield merged

@@ -6,7 +6,8 @@ to change. A setting stands in backticks; the command line writes its flag.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class KMergeError(Exception):
@@ -83,10 +84,14 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def of_mlx_lm(error: BaseException) -> str:
-    """An error of mlx-lm about its options, with this project's names for them."""
-    reason = first_line(error).replace("[quantize]", "`kv_bits` and `kv_group_size`:")
-    return f"mlx-lm refused these options: {reason}"
+@contextmanager
+def one_line_refusals() -> Iterator[None]:
+    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into a ``KMergeError``."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        reason = first_line(error).replace("[quantize]", "`kv_bits` and `kv_group_size`:")
+        raise KMergeError(f"mlx-lm refused these options: {reason}") from error
 
 
 def short(value: object) -> str:

@@ -250,8 +250,9 @@ def _probe(model: nn.Module, merged: MergedEmbedding, name: str) -> None:
     """
     merged.head_calls, token = 0, merged.pad_token_id
     # Without an encoder a virtual id is never read: only the head is tried then.
-    virtual = token if merged.encoder is None else merged.stand_in(token)
-    logits = model(mx.array([[token], [virtual]])).astype(mx.float32)
+    virtual = token if merged.encoder is None else merged.vocab_size
+    with merged.reading(merged.embedding(mx.array([token]))):
+        logits = model(mx.array([[token], [virtual]])).astype(mx.float32)
     gap, size = mx.abs(logits[0] - logits[1]).max().item(), mx.abs(logits[0]).max().item()
     if not gap <= 1e-2 * max(size, 1e-6):
         raise ModelError(

@@ -1,29 +1,27 @@
 """Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
-The merged embedding of a block depends only on the token ids that the encoder reads: the block's
-own K, and with an encoder context of c the c before it. So every distinct block gets an id of its
-own past the vocabulary, V + slot, and its merged embedding is row ``slot`` of a table:
+A merged embedding depends only on the token ids that the encoder reads: the block's own K, and with
+an encoder context of c the c before it. So every distinct block gets an id past the vocabulary, and
+:class:`MergedEmbedding`, where the embedding table stood in the model, reads both kinds of id:
 
     block (token ids)  ->  id V + slot  ->  row ``slot``
 
-:class:`BlockTable` does the first step and says how long a slot stays with its block.
-:class:`MergedEmbedding` does the second: it stands in the model where the embedding table stood,
-and reads both kinds of id. The language model goes on taking ids, so all of mlx-lm (prompt caches,
-batches, sampling) works on compressed prompts unchanged.
+The language model goes on taking ids, so all of mlx-lm (prompt caches, batches, sampling) works on
+compressed prompts unchanged.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
@@ -65,53 +63,39 @@ class BlockTable:
     """Gives each distinct block a slot; ``capacity`` bounds the number of slots.
 
     A block keeps its slot as long as a live :class:`CompressedPrompt` or the key of a KV cache
-    names it: a slot re-used earlier would make a prefix match between different texts. When the
-    slots run out, all that nothing names are freed at once (mark and sweep).
+    names it: otherwise different texts would share a prefix. When the slots run out, all that
+    nothing names are freed at once (mark and sweep).
     """
 
     def __init__(self, vocab_size: int, capacity: int = MAX_BLOCKS):
-        self.vocab_size = vocab_size
-        self.capacity = capacity
+        self.vocab_size, self.capacity = vocab_size, capacity
         self._slot_of: dict[Block, int] = {}
-        self._free: list[int] = []
-        self._used = 0  # slots ever handed out
-        self._prompts: weakref.WeakSet[CompressedPrompt] = weakref.WeakSet()
-        self._providers: list[Callable[[], Iterable[Sequence[int]]]] = []
+        self._free: list[int] = []  # of the slots that a block once had
+        self.prompts: WeakSet[CompressedPrompt] = WeakSet()  # they keep their slots
+        self.cached_ids: Callable[[], Iterable[Sequence[int]]] = lambda: ()  # of KV caches, too
 
     def __len__(self) -> int:
         return len(self._slot_of)
 
-    def track(self, prompt: CompressedPrompt) -> None:
-        """Keeps the slots of a prompt's blocks for as long as the object lives."""
-        self._prompts.add(prompt)
-
-    def protect(self, provider: Callable[[], Iterable[Sequence[int]]]) -> None:
-        """Keeps the slots that the keys of KV caches name; ``provider`` returns the keys."""
-        self._providers.append(provider)
-
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
-        """Gives every block its virtual id; a BlockTableFullError leaves the table as it was.
+        """The virtual id of each block, and the slots that are new: the caller writes their rows.
 
-        Returns:
-            The virtual id of each block, and the slots that are new, whose rows the caller must
-            write (or give back by :meth:`forget` if it cannot).
+        A BlockTableFullError leaves the table as it was.
         """
         distinct = dict.fromkeys(blocks)
         missing = [block for block in distinct if block not in self._slot_of]
-        if len(missing) > self._room():
+        if len(missing) > self.capacity - len(self):
             self._sweep(keep={self._slot_of[b] for b in distinct if b in self._slot_of})
-            if len(missing) > self._room():
+            if len(missing) > self.capacity - len(self):
                 raise BlockTableFullError(
                     f"{len(missing):,} new blocks, but {len(self):,} of {self.capacity:,} slots "
                     "are in use by live prompts and caches: drop some of them, use fewer prompts "
                     "at once, or load the model with a larger max_blocks"
                 )
-        reused = self._free[: len(missing)]
-        fresh = range(self._used, self._used + len(missing) - len(reused))
-        new = dict(zip([*reused, *fresh], missing, strict=True))
-        self._free = self._free[len(reused) :]
-        self._used = fresh.stop
-        self._slot_of.update((block, slot) for slot, block in new.items())
+        new: dict[int, Block] = {}
+        for block in missing:
+            slot = self._free.pop() if self._free else len(self)
+            self._slot_of[block], new[slot] = slot, block
         return [self.vocab_size + self._slot_of[block] for block in blocks], new
 
     def forget(self, slots: dict[int, Block]) -> None:
@@ -120,12 +104,8 @@ class BlockTable:
             del self._slot_of[block]
             self._free.append(slot)
 
-    def _room(self) -> int:
-        return len(self._free) + self.capacity - self._used
-
     def _sweep(self, keep: set[int]) -> None:
-        named = [prompt.ids for prompt in self._prompts]
-        named += [ids for provider in self._providers for ids in provider()]
+        named = [*(prompt.ids for prompt in self.prompts), *self.cached_ids()]
         keep.update(i - self.vocab_size for ids in named for i in ids if i >= self.vocab_size)
         self.forget({slot: block for block, slot in self._slot_of.items() if slot not in keep})
 
@@ -133,10 +113,8 @@ class BlockTable:
 class MergedEmbedding(nn.Module):
     """An embedding that also reads virtual ids, and a tied output head that may carry LoRA.
 
-    Ids below V are looked up in the base table, ids from V on in the rows of merged embeddings.
-    ``as_linear`` is the base's, plus the head's LoRA: PEFT's ``lm_head`` adapter changes only the
-    output side of a tied model, which is why it cannot live in mlx-lm's ``LoRAEmbedding``.
-    Without an encoder nothing is merged (K = 1).
+    PEFT's ``lm_head`` adapter changes only the output side of a tied model, which is why it cannot
+    live in mlx-lm's ``LoRAEmbedding``. Without an encoder nothing is merged (K = 1).
     """
 
     def __init__(
@@ -147,14 +125,10 @@ class MergedEmbedding(nn.Module):
         max_blocks: int = MAX_BLOCKS,
     ):
         super().__init__()
-        self.embedding = embedding
-        self.encoder = encoder
-        self.pad_token_id = pad_token_id
-        self.vocab_size = embedding.weight.shape[0]
-        self.head_calls = 0
-        self.table = BlockTable(self.vocab_size, max_blocks)
-        # The leading underscore keeps the rows out of parameters(): they are a cache.
-        self._rows = self._no_rows()
+        self.embedding, self.encoder = embedding, encoder
+        self.pad_token_id, self.vocab_size = pad_token_id, embedding.weight.shape[0]
+        self.head_calls, self.max_blocks = 0, max_blocks
+        self.forget_blocks()
 
     @property
     def merge_factor(self) -> int:
@@ -178,10 +152,8 @@ class MergedEmbedding(nn.Module):
 
     def add_head_lora(self, spec: LoRASpec, dropout: float = 0.0) -> None:
         """Adds LoRA to the tied output head: ``lora_a`` (D, r) and ``lora_b`` (r, V), B zero."""
-        d = self.hidden_size
-        bound = 1 / d**0.5
-        self.head_scale = spec.scale
-        self.head_dropout = nn.Dropout(dropout)
+        d, bound = self.hidden_size, self.hidden_size**-0.5
+        self.head_scale, self.head_dropout = spec.scale, nn.Dropout(dropout)
         self.lora_a = mx.random.uniform(-bound, bound, (d, spec.rank))
         self.lora_b = mx.zeros((spec.rank, self.vocab_size))
 
@@ -203,17 +175,10 @@ class MergedEmbedding(nn.Module):
         return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
 
     def forget_blocks(self) -> None:
-        """Starts an empty block table, because the encoder was trained since the rows were written.
-
-        Prompts compressed before belong to the old table, and are refused from then on.
-        """
-        self.table = BlockTable(self.vocab_size, self.table.capacity)
-        self._rows = self._no_rows()
-
-    def stand_in(self, token_id: int) -> int:
-        """Gives the first virtual id a token's own embedding: a self-check before any use."""
-        self._rows = self.embedding(mx.array([token_id]))
-        return self.vocab_size
+        """Starts an empty block table, as after training; prompts of the old one are refused."""
+        self.table = BlockTable(self.vocab_size, self.max_blocks)
+        # The leading underscore keeps the rows out of parameters(): they are a cache.
+        self._rows = mx.zeros_like(self.embedding(mx.array([0])))
 
     @contextmanager
     def reading(self, rows: mx.array) -> Iterator[None]:
@@ -228,17 +193,12 @@ class MergedEmbedding(nn.Module):
         """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
         Blocks never straddle two segments, and keep their slots while the returned object lives.
-
-        Raises:
-            PromptError: A token id outside the vocabulary.
-            BlockTableFullError: Too many blocks in use at once.
         """
         segments, k = list(segments), self.merge_factor
         original_ids = [i for segment in segments for i in segment.ids]
-        if original_ids and not 0 <= min(original_ids) <= max(original_ids) < self.vocab_size:
-            bad = next(i for i in original_ids if not 0 <= i < self.vocab_size)
+        if bad := [i for i in original_ids if not 0 <= i < self.vocab_size]:
             raise PromptError(
-                f"token id {bad} is outside the base model's vocabulary of {self.vocab_size:,}: "
+                f"token id {bad[0]} is outside the base model's vocabulary of {self.vocab_size:,}: "
                 "use the tokenizer of that model"
             )
         merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
@@ -251,44 +211,31 @@ class MergedEmbedding(nn.Module):
             ids += [next(virtual) for _ in blocks] or segment.ids
             lengths += [min(k, count - i * k) for i in range(len(blocks))] or [1] * count
         prompt = CompressedPrompt(ids, original_ids, lengths, self.table)
-        self.table.track(prompt)
+        self.table.prompts.add(prompt)
         return prompt
 
     def _virtual_ids(self, blocks: Sequence[Block]) -> Iterator[int]:
         """The virtual ids of blocks, each with its row written."""
         ids, new = self.table.intern(blocks)
         try:
-            self._write(new)
+            if new:
+                self._write(list(new), mx.array(list(new.values())))
         except BaseException:  # Ctrl-C included: a slot without its row would go unnoticed
             self.table.forget(new)
             raise
         return iter(ids)
 
-    def _write(self, new: dict[int, Block]) -> None:
-        """Encodes new blocks and stores their rows, at most a chunk in memory at once."""
-        if not new:
-            return
-        slots = list(new)
-        self._grow(max(slots) + 1)
-        start = 0
-        for merged in self.encoder.in_chunks(self.embedding, mx.array(list(new.values()))):
-            where = mx.array(slots[start : start + merged.shape[0]])
-            self._rows[where] = merged.astype(self._rows.dtype)
+    def _write(self, slots: list[int], blocks: mx.array) -> None:
+        """Encodes blocks and stores their rows, at most a chunk in memory at once."""
+        (rows, d), needed = self._rows.shape, max(slots) + 1
+        if needed > rows:  # by doubling, the rows take at most twice the memory in use
+            grown = min(max(needed, 2 * rows), self.table.capacity)
+            self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
+        for start in range(0, len(slots), BLOCKS_PER_CHUNK):
+            part = slice(start, start + BLOCKS_PER_CHUNK)
+            merged = self.encoder(self.embedding(blocks[part]))
+            self._rows[mx.array(slots[part])] = merged.astype(self._rows.dtype)
             mx.eval(self._rows)
-            start += merged.shape[0]
-
-    def _grow(self, size: int) -> None:
-        """Makes room by doubling, so that the rows take at most twice the memory in use."""
-        rows, d = self._rows.shape
-        if size <= rows:
-            return
-        grown = min(max(size, 2 * rows), self.table.capacity)
-        self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
-        mx.eval(self._rows)
-
-    def _no_rows(self) -> mx.array:
-        """One row of zeros, with the width and dtype of an embedding."""
-        return mx.zeros_like(self.embedding(mx.array([0])))
 
 
 def split(

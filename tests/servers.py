@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,14 @@ class Address:
     """Where a server is, and what a test asks of it."""
 
     port: int
-    host: str = "127.0.0.1"
+    server: Server | None = None  # in this process
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}/v1"
+        return f"http://127.0.0.1:{self.port}/v1"
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=PATIENCE)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -71,12 +71,10 @@ class Address:
         """Sends one request; a body that is not bytes is sent as JSON."""
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
-        try:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with closing(connection):
             connection.request(method, path, body, headers or {})
             return Answer.of(connection.getresponse())
-        finally:
-            connection.close()
 
     def complete(self, **body: Any) -> Answer:
         return self.request("POST", "/v1/completions", body)
@@ -98,11 +96,7 @@ class Address:
         """Begins a streamed completion, and returns once its first token is here."""
         connection = self.connect()
         connection.sendall(post({"stream": True} | body))
-        got = b""
-        while until not in got:
-            piece = connection.recv(4096)
-            assert piece, got
-            got += piece
+        receive_until(connection, lambda got: until in got)
         return connection
 
     def assert_alive(self) -> None:
@@ -120,9 +114,7 @@ def serving(
     """A server in this process."""
     source = {"model": str(base), "adapter_path": adapter and str(adapter), "k": k}
     with Server(ServeSettings(**{"port": 0} | source | settings)) as server:
-        address = Address(server.port)
-        address.server = server
-        yield address
+        yield Address(server.port, server)
 
 
 @dataclass
@@ -194,10 +186,16 @@ def exchange(server: Address, raw: bytes) -> Answer:
 
 def rest_of(connection: socket.socket) -> bytes:
     """All that comes until the other side ends."""
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def receive_until(connection: socket.socket, enough: Callable[[bytes], bool]) -> None:
+    """Receives until what came is enough."""
     got = b""
-    while piece := connection.recv(65_536):
+    while not enough(got):
+        piece = connection.recv(65_536)
+        assert piece, got
         got += piece
-    return got
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -11,25 +11,21 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx import Segment, compress
+from kmerge_mlx import Segment
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
-from tests.conftest import UPSTREAM
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
 
 K, C = 4, 3
 
 
-@pytest.fixture(scope="module")
-def near():
-    """A random K = 4 model whose encoder reads three tokens before each block."""
+def with_context(c: int):
+    """A random K = 4 model whose encoder reads c tokens before each block."""
     model = build(qwen2_config())
-    attach(model, random_adapter(model, K, context=C), PAD)
-    model.context_length = 32_768
-    return model, load_tokenizer(UPSTREAM / "base")
+    attach(model, random_adapter(model, K, context=c), PAD)
+    return model
 
 
 def naive_rows(model, segments: list[Segment]) -> mx.array:
@@ -59,33 +55,36 @@ def assert_same(found, wanted, tolerance=1e-4):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 1_001])
-def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
-    model, tokenizer = near
-    ids = prompts_of(1, length, length, seed=length)[0]
-    segments = [Segment([7, 8], False), Segment(ids), Segment([9], False), Segment(ids[:6])]
-    prompt = compress(model, tokenizer, segments)
-    rows = naive_rows(model, segments)
-    assert mx.abs(merged_embedding(model)(mx.array(prompt.ids)) - rows).max().item() < 1e-5
-    wanted = generate_step(mx.array([], mx.int32), model, max_tokens=6, input_embeddings=rows)
-    assert_same(steps(model, prompt, 6), list(wanted))
+def test_generation_reads_what_a_plain_loop_over_the_tokens_gives():
+    model = with_context(C)
+    merged = merged_embedding(model)
+    for length in (1, 4, 5, 1_001):
+        ids = prompts_of(1, length, length, seed=length)[0]
+        segments = [Segment([7, 8], False), Segment(ids), Segment([9], False), Segment(ids[:6])]
+        prompt, rows = merged.compress(segments), naive_rows(model, segments)
+        assert mx.abs(merged(mx.array(prompt.ids)) - rows).max().item() < 1e-5
+        wanted = generate_step(mx.array([], mx.int32), model, max_tokens=6, input_embeddings=rows)
+        assert_same(steps(model, prompt, 6), list(wanted))
 
 
-def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
-    """A longer text shares whole blocks only: its next block is another, context included."""
-    model, _ = near
-    merged, store = merged_embedding(model), LRUPromptCache()
-    shared = prompts_of(1, 80, 80, seed=8)[0]
+@pytest.mark.parametrize("c", [0, C])
+def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(c):
+    """mlx-lm's own prompt cache, keyed by virtual ids: equal blocks are used again."""
+    model, store = with_context(c), LRUPromptCache()
+    merged, shared = merged_embedding(model), prompts_of(1, 80, 80, seed=8)[0]
     first = merged.compress([Segment(shared)])
     cache = make_prompt_cache(model)
     model(mx.array([first.ids]), cache=cache)
     store.insert_cache("m", first.ids, cache)
     for tail in ([5, 6, 7], [5, 9, 1, 2, 3], [11] * 30):
-        prompt = merged.compress([Segment(shared + tail)])
-        reused, rest = store.fetch_nearest_cache("m", prompt.ids)
-        cached = len(prompt.ids) - len(rest)
-        assert cached == 20
-        assert_same(steps(model, prompt.after(cached), prompt_cache=reused), steps(model, prompt))
+        for segments in ([Segment(shared + tail)], [Segment(shared), Segment(tail, False)]):
+            prompt = merged.compress(segments)
+            reused, rest = store.fetch_nearest_cache("m", prompt.ids)
+            assert len(prompt.ids) - len(rest) == 20
+            found = steps(model, prompt.after(20), prompt_cache=reused)
+            assert_same(found, steps(model, prompt))
+    other = merged.compress([Segment([1, *shared[1:]])])
+    assert store.fetch_nearest_cache("m", other.ids) == (None, other.ids)
 
 
 def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):

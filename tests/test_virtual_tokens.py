@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, inner_size
 from kmerge_mlx.encoder import MergeEncoder
@@ -43,40 +43,38 @@ def test_each_block_is_led_by_the_tokens_before_it(ids, k, c):
         assert block == tuple(ids[i] if 0 <= i < len(ids) else 9 for i in places)
 
 
-def test_a_virtual_id_embeds_as_its_merged_block():
-    merged = embedding()
-    prompt = merged.compress([Segment([1, 2, 3, 4])])
-    found = merged(mx.array(prompt.ids))
-    assert mx.allclose(found[0], row_of(merged, [1, 2, 3]), atol=1e-6)
-    assert mx.allclose(found[1], row_of(merged, [4, 9, 9]), atol=1e-6)
-    ids = mx.array([[0, V - 1, 7]])
-    assert mx.array_equal(merged(ids), merged.embedding(ids))
-
-
-def test_raw_segments_stay_ordinary_and_blocks_never_straddle_segments():
+def test_a_virtual_id_embeds_as_its_merged_block_and_blocks_never_straddle_segments():
     merged = embedding()
     prompt = merged.compress([Segment([1], False), Segment([2, 3, 4, 5]), Segment([6, 7], False)])
-    assert prompt.ids[0] == 1
-    assert prompt.ids[3:] == [6, 7]
+    assert (prompt.ids[0], prompt.ids[3:]) == (1, [6, 7])
     assert all(i >= V for i in prompt.ids[1:3])
     assert prompt.original_ids == [1, 2, 3, 4, 5, 6, 7]
     assert prompt.lengths == [1, 3, 1, 1, 1]
     assert prompt.compression_ratio == 7 / 5
+    found = merged(mx.array(prompt.ids))
+    assert mx.allclose(found[1], row_of(merged, [2, 3, 4]), atol=1e-6)
+    assert mx.allclose(found[2], row_of(merged, [5, 9, 9]), atol=1e-6)
+    ids = mx.array([[0, V - 1, 7]])
+    assert mx.array_equal(merged(ids), merged.embedding(ids))
 
 
 def test_the_encoder_runs_once_per_distinct_block(monkeypatch):
-    merged, seen = embedding(), []
-    run = merged.encoder.in_chunks
+    merged, seen, run = embedding(), [], MergeEncoder.__call__
 
-    def counted(embed, blocks):
-        seen.extend(map(tuple, blocks.tolist()))
-        return run(embed, blocks)
+    def counted(encoder, embeddings):
+        seen.append(len(embeddings))
+        return run(encoder, embeddings)
 
-    monkeypatch.setattr(merged.encoder, "in_chunks", counted)
+    monkeypatch.setattr(MergeEncoder, "__call__", counted)
     ids = merged.compress([Segment([1, 2, 3, 1, 2, 3, 4])]).ids
     assert ids[0] == ids[1] != ids[2]
     merged.compress([Segment([4, 9, 9, 5, 6, 7])])
-    assert seen == [(1, 2, 3), (4, 9, 9), (5, 6, 7)]
+    assert seen == [2, 1]
+    monkeypatch.setattr("kmerge_mlx.virtual_tokens.BLOCKS_PER_CHUNK", 5)
+    new = merged.compress([Segment(range(11, 47))])
+    assert seen == [2, 1, 5, 5, 2]
+    wanted = [row_of(merged, list(range(start, start + 3))) for start in range(11, 47, 3)]
+    assert mx.allclose(merged(mx.array(new.ids)), mx.stack(wanted), atol=1e-6)
 
 
 def test_blocks_are_equal_only_if_their_context_is():
@@ -154,11 +152,11 @@ def test_the_rest_of_a_cached_prompt_keeps_the_whole_alive():
 def test_an_interrupted_encoder_leaves_no_block_without_its_row(monkeypatch):
     merged = embedding()
 
-    def interrupted(embed, blocks):
+    def interrupted(encoder, embeddings):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged.encoder, "in_chunks", interrupted)
+        patch.setattr(MergeEncoder, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merged.compress([Segment([1, 2, 3])])
     assert len(merged.table) == 0
@@ -173,7 +171,7 @@ def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data
     table = BlockTable(V, capacity=6)
     cached: list[tuple[list[int], list[tuple[int, ...]]]] = []
     live: list[tuple[CompressedPrompt, list[tuple[int, ...]]]] = []
-    table.protect(lambda: [ids for ids, _ in cached])
+    table.cached_ids = lambda: [ids for ids, _ in cached]
     block_of: dict[int, tuple[int, ...]] = {}
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["prompt", "prompt", "drop", "cache", "evict"]))
@@ -187,7 +185,7 @@ def test_no_history_of_prompts_and_caches_ever_gives_a_block_the_wrong_slot(data
                 continue
             block_of.update((V + slot, block) for slot, block in new.items())
             prompt = CompressedPrompt(ids, [], [])
-            table.track(prompt)
+            table.prompts.add(prompt)
             live.append((prompt, blocks))
             del prompt
         elif action == "drop" and live:
@@ -226,15 +224,13 @@ def test_head_lora_changes_the_output_side_alone():
     assert mx.array_equal(merged.as_linear(x), merged.as_linear(x))
 
 
-# The encoder's arithmetic, against the formula in numpy
+# The encoder; its arithmetic is compared in test_parity.py and test_encoder_context.py
 
 
 def filled(k: int, d: int, h: int, c: int = 0) -> MergeEncoder:
     mx.random.seed(k)
     encoder = MergeEncoder(EncoderConfig(k, d, h, c))
-    for layer in (encoder.w1, encoder.w2, encoder.w3):
-        layer.weight = mx.random.normal(layer.weight.shape, scale=0.2)
-        layer.bias = mx.random.normal(layer.bias.shape, scale=0.2)
+    encoder.update(tree_map(lambda a: mx.random.normal(a.shape, scale=0.2), encoder.parameters()))
     return encoder
 
 
@@ -243,18 +239,6 @@ def test_a_new_encoder_is_exactly_the_mean_of_the_block():
         encoder = MergeEncoder(EncoderConfig(k, 16, inner_size(k, 16), c))
         read = mx.random.normal((7, c + k, 16))
         assert mx.array_equal(encoder(read), read[:, c:].mean(axis=1))
-
-
-@pytest.mark.parametrize(("k", "c"), [(2, 0), (3, 7), (4, 3), (5, 1)])
-def test_the_encoder_is_mean_plus_three_layer_relu_mlp(k, c):
-    """The MLP reads the context too, the mean is the block's own."""
-    encoder, read = filled(k, 8, 24, c), np.random.default_rng(k).normal(size=(5, c + k, 8))
-    x, blocks = read.reshape(5, -1), read[:, c:]
-    for i, layer in enumerate((encoder.w1, encoder.w2, encoder.w3)):
-        x = x @ np.array(layer.weight).T + np.array(layer.bias)
-        x = np.maximum(x, 0) if i < 2 else x
-    found = np.array(encoder(mx.array(read, mx.float32)))
-    np.testing.assert_allclose(found, blocks.mean(axis=1) + x, rtol=0, atol=1e-5)
 
 
 def test_the_config_names_the_shapes_that_the_encoder_has():
@@ -266,15 +250,6 @@ def test_the_config_names_the_shapes_that_the_encoder_has():
         assert encoder.config.num_parameters == sum(a.size for _, a in tree_flatten(encoder))
 
 
-def test_chunks_give_what_one_pass_gives():
-    encoder, table = filled(3, 8, 16), mx.random.normal((50, 8))
-    blocks = mx.random.randint(0, 50, (23, 3))
-    whole = encoder(table[blocks])
-    chunks = list(encoder.in_chunks(lambda ids: table[ids], blocks, chunk_size=5))
-    assert [chunk.shape[0] for chunk in chunks] == [5, 5, 5, 5, 3]
-    assert mx.allclose(mx.concatenate(chunks), whole, rtol=0, atol=1e-6)
-
-
 def test_the_encoder_computes_in_its_own_dtype():
     encoder = filled(2, 8, 16)
     assert encoder(mx.zeros((3, 2, 8), mx.bfloat16)).dtype == mx.float32
@@ -282,18 +257,14 @@ def test_the_encoder_computes_in_its_own_dtype():
     assert encoder(mx.zeros((3, 2, 8), mx.float32)).dtype == mx.float16
 
 
-def test_sizes_that_an_encoder_cannot_have_are_refused():
+def test_the_default_sizes_are_the_papers_and_impossible_ones_are_refused():
+    # Millions of parameters at D = 896.
+    counts = [EncoderConfig(k, 896, inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
+    assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]
+    assert inner_size(5, 10) == 70
     for sizes in (
         *((1, 8, 8), (2, 0, 8), (2, 8, -1), (2.0, 8, 8), (True, 8, 8)),
         *((2, 8, 8, -1), (2, 8, 8, 1.0), (2, 8, 8, None)),
     ):
         with pytest.raises(AdapterError, match="expected a whole number"):
             EncoderConfig(*sizes)
-
-
-def test_the_default_sizes_are_the_papers():
-    assert [inner_size(k, 896) // 896 for k in (2, 3, 4)] == [4, 6, 6]
-    assert inner_size(5, 10) == 70
-    # Millions of parameters at D = 896.
-    counts = [EncoderConfig(k, 896, inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
-    assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
-from kmerge_mlx.cli.output import note, one_line_refusals
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.cli.output import note
+from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, ChatTemplate, Layout, lay_out
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import option

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.generate import AnswerSettings, GenerateSettings
 from kmerge_mlx.cli.inputs import command, open_model, read_prompt, with_flags
-from kmerge_mlx.cli.output import note, one_line_refusals
-from kmerge_mlx.errors import KMergeError
+from kmerge_mlx.cli.output import note
+from kmerge_mlx.errors import KMergeError, one_line_refusals
 from kmerge_mlx.settings import LayoutSettings
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
 from kmerge_mlx.cli.inputs import PromptSettings, command, open_model, read_prompt
-from kmerge_mlx.cli.output import note, one_line_refusals
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.cli.output import note
+from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.settings import SamplingSettings, option
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from kmerge_mlx.errors import KMergeError, of_mlx_lm
 from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
 
 SECONDS_BETWEEN_LINES = 30
@@ -18,15 +16,6 @@ SECONDS_BETWEEN_LINES = 30
 def note(text: str) -> None:
     """Prints on stderr what is not a result."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def one_line_refusals() -> Iterator[None]:
-    """Turns what mlx-lm refuses (--top-k past the vocabulary, say) into a ``KMergeError``."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        raise KMergeError(of_mlx_lm(error)) from error
 
 
 def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:

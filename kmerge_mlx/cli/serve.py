@@ -44,7 +44,7 @@ def serve(settings: ServeSettings) -> None:
                 time.sleep(0.1)
             text = "Ending: requests in flight end first (again: at once)"
             print(text, file=sys.stderr, flush=True)
-            server.service.drain(enough=lambda: len(received) > 1)
+            server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

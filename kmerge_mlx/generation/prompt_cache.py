@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -64,18 +64,18 @@ class CacheFile:
     """A prompt cache file: its model's :func:`identity`, and what its positions stand for."""
 
     path: Path
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
     held: Sequence[Segment]
-    about: Mapping[str, Any]
+    about: dict[str, Any]
     """How the prompt was made, for whoever goes on with it."""
 
     def save(self, cache: Sequence[Any]) -> None:
         """Writes the file with mlx-lm's KV caches, whole or not at all."""
         entry = {
             "version": VERSION,
-            "identity": dict(self.identity),
+            "identity": self.identity,
             "held": [[segment.merge, *segment.ids] for segment in self.held],
-            "about": dict(self.about),
+            "about": self.about,
         }
         text = json.dumps(entry)
         if len(text) > MAX_HEADER_BYTES // 2:
@@ -103,23 +103,17 @@ class CacheFile:
             )
         try:
             entry = json.loads(text)
+            if (version := entry["version"]) != VERSION:
+                raise PromptError(
+                    f"{path}: its version is {version!r}, expected {VERSION}: make it again"
+                )
             held = [Segment([index(i) for i in ids], bool(merge)) for merge, *ids in entry["held"]]
-            found = cls(path, dict(entry["identity"]), held, dict(entry["about"]))
-            version = entry["version"]
+            return cls(path, dict(entry["identity"]), held, dict(entry["about"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
-        if version != VERSION:
-            raise PromptError(
-                f"{path}: its version is {version!r}, expected {VERSION}: make it again"
-            )
-        return found
 
     def load(self, used_with: Mapping[str, Any]) -> list[Any]:
-        """mlx-lm's KV caches of the file, evaluated, for the model that :func:`identity` describes.
-
-        Raises:
-            PromptError: Torn, or of another base, adapter or K (named).
-        """
+        """mlx-lm's KV caches, evaluated, for the model that :func:`identity` describes."""
         problems = [
             f"`k` is {used_with.get(name)}, the file was made with {value}"
             if name == _K
@@ -139,16 +133,13 @@ class CacheFile:
 
 def common_start(prompts: Sequence[Sequence[Segment]]) -> list[Segment]:
     """What several prompts begin with alike: whole merged runs, and tokens that are raw."""
-    units = [
-        [
-            unit
-            for s in segments
-            for unit in ([s] if s.merge else [Segment([i], False) for i in s.ids])
-        ]
-        for segments in prompts
-    ]
+
+    def units(segments: Sequence[Segment]) -> Iterator[Segment]:
+        for segment in segments:
+            yield from [segment] if segment.merge else (Segment([i], False) for i in segment.ids)
+
     start: list[Segment] = []
-    for unit, *others in zip(*units, strict=False):
+    for unit, *others in zip(*map(units, prompts), strict=False):
         if any(other != unit for other in others):
             break
         if unit.merge or not start or start[-1].merge:

@@ -273,11 +273,7 @@ def check_context(
     prompt: Sequence[Segment] | CompressedPrompt,
     cache: Sequence[Any] | None = None,
 ) -> None:
-    """Refuses a prompt that has more positions than the model was made for, before any work.
-
-    Raises:
-        PromptError: Gives the prompt's length and the model's limit.
-    """
+    """Refuses a prompt that has more positions than the model was made for, before any work."""
     limit = getattr(model, "context_length", None)
     if limit is None:
         return
@@ -287,8 +283,7 @@ def check_context(
     else:
         embedding = merged_embedding(model)
         k = 1 if embedding is None else embedding.merge_factor
-        tokens = sum(len(s.ids) for s in prompt)
-        positions = sum(-(-len(s.ids) // (k if s.merge else 1)) for s in prompt)
+        tokens, positions = sum(len(s.ids) for s in prompt), sum(s.positions(k) for s in prompt)
     if cached + positions <= limit:
         return
     merged = f" after merging {tokens:,} tokens" if positions < tokens else ""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, count
+from itertools import count
 from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import AdapterError, PromptError, findings, first_line, short
-from kmerge_mlx.prompts.segments import Run, Segment, segments_of, wants_special_tokens
+from kmerge_mlx.prompts.segments import Segment, segments_of, wants_special_tokens
 from kmerge_mlx.prompts.tags import Span, parse, parsed, text_of
 
 ALL, CONTEXTS = "all", "contexts"
@@ -94,8 +94,8 @@ _RAW_ROLES = ("system", "developer")
 _WRITERS = ("system", "developer", "user")
 """Roles whose texts may hold tags. In what a model or a tool wrote, a tag is text."""
 
-# Marks the borders of spans in what a template is given: the first that its text does not hold.
-_MARKS = "\ue000\ue001\ue002\ue003\uf8ff"
+_MARK = "\ue000\uf8ff"
+"""Around a number, the border of a span in what a template is given."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,23 @@ class ChatTemplate:
         Raises:
             PromptError: The template refuses the messages or its options.
         """
-        return _rendered(tokenizer, self.messages(text), self.options, self.prefilled)[0]
+        return self._rendered(tokenizer, self.messages(text))
 
     @property
     def prefilled(self) -> bool:
         """Whether the conversation ends with the beginning of an answer."""
         return self.prefill_response is not None
+
+    def _rendered(self, tokenizer: Any, messages: Iterable[Mapping[str, Any]]) -> str:
+        start = {"add_generation_prompt": not self.prefilled}
+        start |= {"continue_final_message": self.prefilled, "tokenize": False}
+        try:
+            return tokenizer.apply_chat_template(list(messages), **start, **self.options)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PromptError(
+                f"the chat template refused ({first_line(error)})",
+                "change what it is given, or leave it out (`ignore_chat_template`)",
+            ) from error
 
 
 def without_tags(text: str) -> str:
@@ -179,13 +190,7 @@ def lay_out(
         spans = [Span(text_of(spans))]  # all of it is raw, so no border needs to be found
     if chat is None:
         return _lay_out_bare(tokenizer, spans, outside)
-    text, runs = _rendered(tokenizer, chat.messages(spans), chat.options, chat.prefilled)
-    if runs is None:
-        raise PromptError(
-            "the chat template rewrites the text, so its tokens cannot be told from the "
-            "template's: leave it out (`ignore_chat_template`)"
-        )
-    return segments_of(tokenizer, text, False, runs, outside)
+    return _lay_out_rendered(tokenizer, chat.messages(spans), chat, outside, strict=True)
 
 
 def lay_out_text(tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT) -> list[Segment]:
@@ -244,24 +249,13 @@ def lay_out_chat(
             paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans
         return _lay_out_bare(tokenizer, paragraphs, outside)
     given = [_given(message, spans) for message, spans in zip(messages, contents, strict=True)]
-    text, runs = _rendered(tokenizer, given, options, prefilled)
-    if runs is None and specified:
-        raise PromptError(
-            "the chat template rewrites the messages, so it is not known which tokens are those "
-            "that should merge or stay raw: leave the tags and `merge` out"
-        )
-    # What cannot be told from the template is read raw, as the template is.
-    return segments_of(tokenizer, text, False, runs or [], outside)
+    chat = ChatTemplate(prefill_response="" if prefilled else None, options=options)
+    return _lay_out_rendered(tokenizer, given, chat, outside, specified)
 
 
 def _lay_out_bare(tokenizer: Any, spans: Sequence[Span], outside: bool) -> list[Segment]:
     """Segments of spans without a chat template."""
-    text, runs, end = text_of(spans), [], 0
-    for span in spans:
-        start, end = end, end + len(span.text)
-        if span.merge is not None:
-            runs.append((start, end, span.merge))
-    return segments_of(tokenizer, text, wants_special_tokens(tokenizer, text), runs, outside)
+    return segments_of(tokenizer, spans, outside, wants_special_tokens(tokenizer, text_of(spans)))
 
 
 def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:
@@ -321,49 +315,43 @@ def _last_paragraph(text: str) -> int:
     return 0
 
 
-def _rendered(
+def _lay_out_rendered(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any],
-    prefilled: bool,
-) -> tuple[str, list[Run] | None]:
-    """A conversation whose contents are spans (or texts) as text, and where the spans are.
+    chat: ChatTemplate,
+    outside: bool,
+    strict: bool,
+) -> list[Segment]:
+    """Segments of a rendered conversation, whose contents are spans (or texts).
 
-    The template gets the contents with marks at the borders, and without. If the results differ in
-    more than the marks, the template rewrites its text, and the runs are None. A span that the
-    template leaves out has no run.
+    The template gets the contents without marks at the borders of spans, and with. If the results
+    differ in more than the marks, the template rewrites its text: an error if ``strict``; otherwise
+    the text is read as the template is.
     """
 
-    def render(mark: str) -> str:
+    def rendered(mark: str) -> str:
         numbers = count()
         marked = [_given(m, _marked(m.get("content"), mark, numbers)) for m in messages]
-        start = {"continue_final_message": prefilled, "add_generation_prompt": not prefilled}
-        try:
-            return tokenizer.apply_chat_template(marked, tokenize=False, **start, **options)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise PromptError(
-                f"the chat template refused ({first_line(error)})",
-                "change what it is given, or leave it out (`ignore_chat_template`)",
-            ) from error
+        return chat._rendered(tokenizer, marked)
 
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     merges = [span.merge for spans in contents for span in spans if span.merge is not None]
-    plain = render("")
-    if not merges:
-        return plain, []
-    mark = next((c for c in _MARKS if c not in plain), None)
-    pieces = re.split(rf"{mark}(\d+){mark}", render(mark)) if mark else []
-    if "".join(pieces[::2]) != plain:
-        return plain, None
-    begun: dict[int, int] = {}
-    runs: list[Run] = []
-    for place, number in zip(accumulate(map(len, pieces[::2])), pieces[1::2], strict=False):
-        span, closing = divmod(int(number), 2)
-        if not closing:
-            begun[span] = place
-        elif (start := begun.pop(span, place)) < place:
-            runs.append((start, place, merges[span]))
-    return plain, sorted(runs)
+    spans = [Span(rendered(""))]
+    if merges:
+        pieces = re.split(rf"{_MARK}(\d+){_MARK}", rendered(_MARK))
+        texts, marks = pieces[::2], [int(number) for number in pieces[1::2]]
+        if "".join(texts) == text_of(spans):
+            around = zip([-1, *marks], texts, [*marks, -1], strict=True)
+            spans = [
+                Span(text, merges[mark // 2] if mark % 2 == 0 and after == mark + 1 else None)
+                for mark, text, after in around
+            ]
+        elif strict:
+            raise PromptError(
+                "the chat template rewrites the text, so it is not known which of its tokens merge",
+                "leave it out (`ignore_chat_template`), or the tags and `merge`",
+            )
+    return segments_of(tokenizer, spans, outside)
 
 
 def _marked(content: Any, mark: str, numbers: Iterator[int]) -> Any:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.errors import PromptError
-
-Run = tuple[int, int, bool]
-"""First character of a run, the one past its last, and whether the run merges."""
+from kmerge_mlx.prompts.tags import Span, text_of
 
 _OUTSIDE, _BORDER = -1, -2
 
@@ -26,6 +24,10 @@ class Segment:
     ids: Sequence[int]
     merge: bool = True
 
+    def positions(self, merge_factor: int) -> int:
+        """How many positions the run takes: a merged one takes one for each block."""
+        return -(-len(self.ids) // merge_factor) if self.merge else len(self.ids)
+
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Text to token ids as ``mlx_lm.stream_generate`` does: special tokens unless it has them."""
@@ -39,35 +41,27 @@ def wants_special_tokens(tokenizer: Any, text: str) -> bool:
 
 
 def segments_of(
-    tokenizer: Any, text: str, special: bool, runs: Sequence[Run], outside: bool
+    tokenizer: Any, spans: Sequence[Span], outside: bool, special: bool = False
 ) -> list[Segment]:
-    """A text's ids, cut where what merges begins or ends; a token across a border stays raw.
+    """The ids of a text, cut where what merges begins or ends; a token across a border stays raw.
 
-    Args:
-        tokenizer: mlx-lm's tokenizer wrapper, or Hugging Face's tokenizer.
-        text: The whole text.
-        special: Whether special tokens are added.
-        runs: Which characters merge or stay raw; ascending, without overlap.
-        outside: Whether the rest merges.
-
-    Raises:
-        PromptError: There are runs, and the tokenizer does not report offsets.
+    ``outside``: spans without a decision merge. ``special``: special tokens are added.
     """
-    if not runs:
+    text = text_of(spans)
+    if all(span.merge is None for span in spans):
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]
-    owners = [_OUTSIDE] * len(text)
-    for number, (start, end, _) in enumerate(runs):
-        owners[start:end] = [number] * (end - start)
+    merges = [*(span.merge for span in spans), False, outside]  # the last two have no span
+    decided = [_OUTSIDE if span.merge is None else n for n, span in enumerate(spans)]
+    owners = [decided[n] for n, span in enumerate(spans) for _ in span.text]
     owner_before, segments = None, []
     for token, (start, end) in _tokens(tokenizer, text, special):
         touched = set(owners[start:end]) or {_OUTSIDE}
         owner = touched.pop() if len(touched) == 1 else _BORDER
-        merge = runs[owner][2] if owner >= 0 else outside and owner == _OUTSIDE
         # Raw beside raw is one segment.
-        if segments and (owner == owner_before or not (merge or segments[-1].merge)):
+        if segments and (owner == owner_before or not (merges[owner] or segments[-1].merge)):
             segments[-1].ids.append(token)
         else:
-            segments.append(Segment([token], merge))
+            segments.append(Segment([token], merges[owner]))
             owner_before = owner
     return segments
 
@@ -77,14 +71,13 @@ def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[in
     from transformers import PreTrainedTokenizerBase
 
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    try:
-        if getattr(type(inner), "encode", None) is not PreTrainedTokenizerBase.encode:
-            raise NotImplementedError  # its offsets would be those of other tokens
-        found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
-    except NotImplementedError:
+    # With an encode of its own, the offsets would be those of other tokens.
+    own = getattr(type(inner), "encode", None) is not PreTrainedTokenizerBase.encode
+    if own or not inner.is_fast:
         raise PromptError(
             "this tokenizer does not report where its tokens lie in the text, so a part of it "
             "cannot be merged beside a raw one",
             "put all of it in one FILE, without tags",
-        ) from None
+        )
+    found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
     return zip(found["input_ids"], found["offset_mapping"], strict=True)

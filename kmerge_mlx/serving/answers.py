@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, guides/error-codes
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -70,6 +71,11 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed to answer: its log says why", code="internal_error")
 
 
+def event(value: dict[str, Any]) -> str:
+    """A piece of a stream."""
+    return f"data: {json.dumps(value)}\n\n"
+
+
 class Answer:
     """The answer to one request, made from mlx-lm's tokens as they come; pieces have ``known``."""
 
@@ -78,7 +84,7 @@ class Answer:
     ):
         self._chat, self._stream = completion.chat, completion.stream
         self._stops, self._top = completion.stop, completion.top
-        self._longest, self._seen = max(map(len, self._stops), default=0), ""
+        self._text = ""
         name, kind = ("chatcmpl", "chat.completion") if self._chat else ("cmpl", "text_completion")
         kind += ".chunk" if self._chat and self._stream else ""
         self._head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
@@ -117,11 +123,10 @@ class Answer:
 
         mlx-lm looks for a stop text's tokens; here the same text in other tokens counts too.
         """
-        window = self._seen + text
-        if ends := [window.find(stop) + len(stop) for stop in self._stops if stop in window]:
-            return window[len(self._seen) : min(ends)], True
-        self._seen = window[-self._longest :] if self._longest else ""
-        return text, False
+        self._text, before = self._text + text, len(self._text)
+        found = [(self._text.find(s, max(0, before - len(s) + 1)), len(s)) for s in self._stops]
+        end = min((place + size for place, size in found if place >= 0), default=None)
+        return self._text[before:end], end is not None
 
     def _end_call(self) -> None:
         self._calls.append(self._unsent["tool"])
@@ -152,41 +157,37 @@ class Answer:
                 message["content"] = text or (None if calls else "")
             choice["delta" if self._stream else "message"] = message
         if self._top is not None:
-            form = _chat_logprobs if self._chat else _text_logprobs
-            choice["logprobs"] = form(self._tokens, self._tokenizer, self._top)
+            made = _chat_logprobs(self._tokens, self._tokenizer, self._top)
+            choice["logprobs"] = (
+                {"content": made} if self._chat else _text_logprobs(made, self._top)
+            )
         self._unsent["normal"] = self._unsent["reasoning"] = ""
         self._calls, self._tokens = [], []
         return self._head | {"choices": [choice]}
 
 
-def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
+def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> list[dict[str, Any]]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, data = _token(tokenizer, token)
         logprob = max(logprob, _LOWEST)
         return {"token": text, "logprob": logprob, "bytes": list(data), "id": token}
 
-    def likeliest(response: Response) -> dict[str, Any]:
-        return {"top_logprobs": [entry(*likely) for likely in _likeliest(response, top)]}
+    made = []
+    for response in tokens:
+        # mlx-lm lists them in any order.
+        likeliest = sorted(response.top_tokens, key=lambda likely: -likely["logprob"])[:top]
+        others = [entry(likely["id"], likely["logprob"]) for likely in likeliest]
+        made.append(entry(response.token, response.logprob) | {"top_logprobs": others})
+    return made
 
-    return {"content": [entry(r.token, r.logprob) | likeliest(r) for r in tokens]}
 
-
-def _text_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> dict[str, Any]:
-    likeliest = [
-        {_token(tokenizer, token)[0]: max(lp, _LOWEST) for token, lp in _likeliest(r, top)}
-        for r in tokens
-    ]
+def _text_logprobs(tokens: list[dict[str, Any]], top: int) -> dict[str, Any]:
+    likeliest = [{t["token"]: t["logprob"] for t in one["top_logprobs"]} for one in tokens]
     return {
-        "tokens": [_token(tokenizer, response.token)[0] for response in tokens],
-        "token_logprobs": [max(response.logprob, _LOWEST) for response in tokens],
+        "tokens": [one["token"] for one in tokens],
+        "token_logprobs": [one["logprob"] for one in tokens],
         "top_logprobs": likeliest if top else None,
     }
-
-
-def _likeliest(response: Response, top: int) -> list[tuple[int, float]]:
-    """The likeliest tokens and their log-probabilities, which mlx-lm lists in any order."""
-    found = [(token["id"], token["logprob"]) for token in response.top_tokens]
-    return sorted(found, key=lambda likely: -likely[1])[:top]
 
 
 def _token(tokenizer: Any, token: int) -> tuple[str, bytes]:

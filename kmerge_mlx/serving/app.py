@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
-from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, busy
+from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, busy, event
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
@@ -75,7 +75,7 @@ def make_app(service: Service) -> ASGIApp:
         return _Completing(service, await _read_body(request, service.settings), chat)
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
-        status = _LEFT
+        status, connection = _LEFT, scope["state"]["connection"]
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -88,7 +88,8 @@ def make_app(service: Service) -> ASGIApp:
             status = _LEFT if scope["state"].get("left") else status
             # FastAPI leaves the route here: what a client made up is not a label.
             route = getattr(scope.get("route"), "path", "other")
-            service.metrics.requests.labels(route, str(status)).inc()
+            if not connection.refused:  # that was counted
+                service.metrics.requests.labels(route, str(status)).inc()
 
     return counting
 
@@ -126,20 +127,11 @@ async def _read_body(request: Request, settings: ServeSettings) -> bytes:
     too_large = ApiError(413, message, code="body_too_large")
     if int(request.headers.get("Content-Length", 0)) > most:
         raise too_large
-    try:
-        async with asyncio.timeout_at(request.state.connection.arrived + settings.read_timeout):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > most:
-                    raise too_large
-    except TimeoutError:
-        raise _too_slow() from None
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise too_large
     return bytes(body)
-
-
-def _too_slow() -> ApiError:
-    headers = {"Connection": "close"}
-    return ApiError(408, "the request took too long to arrive", code="timeout", headers=headers)
 
 
 class _Completing(Response):
@@ -175,7 +167,7 @@ class _Completing(Response):
             except (ApiError, KMergeError) as error:
                 if not begun:
                     raise
-                await write(f"data: {json.dumps(as_api_error(error).as_json())}\n\n", last=True)
+                await write(event(as_api_error(error).as_json()), last=True)
         except (ClientGone, asyncio.CancelledError):
             connection.answering, scope["state"]["left"] = None, True
             connection.transport.abort()
@@ -193,8 +185,8 @@ class _Connection(H11Protocol):
         self.arrived = 0.0
         self.answering: asyncio.Task[None] | None = None  # cancelled when the client leaves
         self.app_state = {"connection": self}
-        self._timer: asyncio.TimerHandle | None = None
-        self._refused = False
+        self.refused = False
+        self._timer: asyncio.TimerHandle | None = None  # runs until a request has arrived
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -211,23 +203,22 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Reads on while a request is answered: otherwise nobody would see the client leave."""
-        if self._refused:
+        if self.refused:
             return
         if self._timer is None and not self._in_request:
             self._begin_timer()
         super().data_received(data)
-        if self._in_request:
+        if self._in_request and not self.cycle.more_body:
             self._end_timer()
-            if not self.cycle.more_body:
-                self.flow.resume_reading()
-                if len(self.conn.trailing_data[0]) > _MOST_PIPELINED:
-                    self.transport.abort()
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > _MOST_PIPELINED:
+                self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """Bounds the time for the rest of a body that was not read to its end."""
-        self.arrived, unread = self.loop.time(), self.cycle.more_body
+        """Bounds the time for the rest of this request's body, or for that of the next."""
+        self.arrived = self.loop.time()
         super().on_response_complete()
-        if unread and not self.transport.is_closing():
+        if self.cycle.more_body and not self.transport.is_closing():
             self._begin_timer()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -246,8 +237,9 @@ class _Connection(H11Protocol):
     def _begin_timer(self) -> None:
         self._end_timer()
         self.arrived = self.loop.time()
+        error = ApiError(408, "the request took too long to arrive", code="timeout")
         seconds = self.service.settings.read_timeout
-        self._timer = self.loop.call_later(seconds, lambda: self._refuse(_too_slow()))
+        self._timer = self.loop.call_later(seconds, self._refuse, error)
 
     def _end_timer(self) -> None:
         if self._timer is not None:
@@ -258,7 +250,7 @@ class _Connection(H11Protocol):
         """Answers without the app, unless an answer has begun, and ends the connection."""
         self._end_timer()
         self._unset_keepalive_if_required()
-        self._refused, cycle = True, self.cycle
+        self.refused, cycle = True, self.cycle
         begun = cycle is not None and cycle.response_started
         if not begun or (cycle.response_complete and not cycle.more_body):
             body = json.dumps(error.as_json()).encode()

@@ -13,13 +13,9 @@ from argparse import Namespace
 from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from copy import deepcopy
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 from mlx_lm import server as host
@@ -27,7 +23,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from kmerge_mlx.base import find_embedding
-from kmerge_mlx.errors import BlockTableFullError, ServeError, of_mlx_lm
+from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
 from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.lay_out import chosen
@@ -39,28 +35,6 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
-
-# What is overridden or called of mlx-lm's own, with its parameters.
-_SEAM = {
-    (host, "_make_logits_processors"): "args",
-    (host.ResponseGenerator, "_run_generate"): "self",
-    (host.ResponseGenerator, "_is_batchable"): "self, args",
-    (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
-    (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
-    (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
-    (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
-}
-
-
-def check_seam() -> None:
-    """Checks that mlx-lm still has what this module overrides."""
-    for (owner, name), expected in _SEAM.items():
-        found = ", ".join(signature(getattr(owner, name, lambda: None)).parameters)
-        if found != expected:
-            raise ServeError(
-                f"mlx-lm {version('mlx-lm')} does not fit this release: {owner.__name__}.{name} "
-                f"takes ({found}), expected ({expected}): install the mlx-lm of pyproject.toml"
-            )
 
 
 class PinnedModel(host.ModelProvider):
@@ -98,10 +72,8 @@ class PinnedModel(host.ModelProvider):
         self.is_batchable = all(hasattr(cache, "merge") for cache in caches)
         if settings.kv_bits is not None:  # now, so that a request is not the first to fail
             model(mx.array([[0]]), cache=caches)
-            try:
+            with one_line_refusals():
                 maybe_quantize_kv_cache(caches, 0, settings.kv_group_size, settings.kv_bits)
-            except (ValueError, NotImplementedError) as error:
-                raise ServeError(of_mlx_lm(error)) from error
         self.model, self.tokenizer = model, tokenizer
         self.model_key = (self.name, None, None)
 
@@ -178,23 +150,9 @@ class Arguments(host.GenerationArguments):
     prompt: CompressedPrompt | None = None
 
 
-def _processors(args: host.GenerationArguments) -> list[Any]:
-    """mlx-lm's logits processors; a merged prompt's see its original ids, never virtual ones."""
-    made = _host_processors(args)
-    return over_original_ids(made, args.prompt) if isinstance(args, Arguments) else made
-
-
-class _Kept(list):
-    """The KV caches of a prefix, with the ids that they hold; only the prompt cache has it."""
-
-    __hash__ = object.__hash__
-
-    def __init__(self, caches: Iterable[Any], ids: Sequence[int]):
-        super().__init__(caches)
-        self.ids = ids
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
-        return [deepcopy(cache, memo) for cache in self]
+def _processors(args: Arguments) -> list[Any]:
+    """mlx-lm's logits processors, which see a prompt's original ids, never virtual ones."""
+    return over_original_ids(_host_processors(args), args.prompt)
 
 
 class PromptCache(LRUPromptCache):
@@ -203,7 +161,6 @@ class PromptCache(LRUPromptCache):
     def __init__(self, max_size: int, max_bytes: int | None, looked_up: Callable[[str], None]):
         super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
         self._looked_up = looked_up
-        self._kept: WeakSet[_Kept] = WeakSet()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """The longest cached prefix of a prompt, and the rest; mlx-lm dies of an empty rest."""
@@ -214,37 +171,29 @@ class PromptCache(LRUPromptCache):
         self._looked_up("hit" if len(rest) < len(tokens) else "miss")
         return cache, rest
 
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
-    ) -> None:
-        """Keeps the KV caches of a prefix."""
-        kept = _Kept(prompt_cache, tokens)
-        self._kept.add(kept)
-        super().insert_cache(model, tokens, kept, **options)
-
     def cached_ids(self) -> Iterable[Sequence[int]]:
         """The ids of every cached prefix: their blocks stay bound."""
-        return [kept.ids for kept in self._kept]
+        return [ids for kept in self._lru._lrus.values() for _, ids in kept]
 
 
 class CompressingGenerator(host.ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
-        check_seam()
         host._make_logits_processors = _processors
         self.jobs: set[Job] = set()
         self._held: dict[Job, CompressedPrompt] = {}
         self._loaded: Future[None] = Future()
+        self._over: Exception | None = None  # why no job is taken any more
         size, limit = provider.settings.prompt_cache_size, provider.settings.cache_limit
         super().__init__(provider, PromptCache(size, limit, looked_up))
         self._loaded.result()
 
     def submit(self, job: Job, args: Arguments) -> None:
         """Queues a job; it is to be forgotten afterwards."""
-        self.jobs.add(job)  # before the check: whoever is in when the thread dies is told
-        if not self.generation_available():
-            raise _unavailable()
+        self.jobs.add(job)  # before the check: whoever is in when it ends is told
+        if self._over is not None:
+            raise self._over.with_traceback(None)
         job.alone = not self._is_batchable(args)
         self.requests.put((job, job, args))
 
@@ -254,7 +203,8 @@ class CompressingGenerator(host.ResponseGenerator):
         self.jobs.discard(job)
 
     def give_up(self, error: Exception) -> None:
-        """Ends every job with an error."""
+        """Ends every job with an error, those to come too."""
+        self._over = error
         for job in list(self.jobs):
             job.tell(error)
 
@@ -263,7 +213,7 @@ class CompressingGenerator(host.ResponseGenerator):
         try:
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
-                embedding.table.protect(self.prompt_cache.cached_ids)
+                embedding.table.cached_ids = self.prompt_cache.cached_ids
             self._loaded.set_result(None)
             self._generate()
         except BaseException as error:
@@ -272,7 +222,8 @@ class CompressingGenerator(host.ResponseGenerator):
                 _log.exception("the generation thread died")
             else:
                 self._loaded.set_exception(error)
-            self.give_up(_unavailable())
+            message = "the model has stopped: the server must be restarted"
+            self.give_up(busy(503, message, "unavailable"))
             # As at its proper end: what MLX made here must go here.
             provider.reset()
             self.prompt_cache = None
@@ -289,9 +240,18 @@ class CompressingGenerator(host.ResponseGenerator):
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
-        ids, end = list(prompt.ids), _shared_end(request.segments, self.model_provider.source.k)
+        # Other prompts are likely to share what there is up to the last merged run.
+        segments, ids, state = request.segments, list(prompt.ids), "normal"
+        shared = max((i + 1 for i, segment in enumerate(segments) if segment.merge), default=0)
+        end = sum(s.positions(self.model_provider.source.k) for s in segments[:shared])
         parts = [part for part in (ids[:end], ids[end:]) if part]
-        state = _initial_state(tokenizer, request, prompt.original_ids)
+        if request.chat:  # an answer may begin in the middle of thinking
+            read = prompt.original_ids
+            if tokenizer.has_thinking and (
+                tokenizer.rfind_think_start(read) > tokenizer.rfind_think_end(read)
+            ):
+                state = "reasoning"
+            state = tokenizer.response_initial_state or state
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
@@ -314,26 +274,3 @@ class CompressingGenerator(host.ResponseGenerator):
 
     def _log_cache_stats(self) -> None:
         """Nothing: /metrics has it."""
-
-
-def _initial_state(tokenizer: Any, job: Job, ids: list[int]) -> str:
-    """Whether an answer begins in the middle of thinking, as mlx-lm finds it."""
-    if not job.chat:
-        return "normal"
-    thinking = tokenizer.has_thinking and (
-        tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
-    )
-    return tokenizer.response_initial_state or ("reasoning" if thinking else "normal")
-
-
-def _shared_end(segments: list[Segment], merge_factor: int) -> int:
-    """Positions up to the end of the last merged run: what other prompts are likely to share."""
-    positions = end = 0
-    for segment in segments:
-        positions += -(-len(segment.ids) // (merge_factor if segment.merge else 1))
-        end = positions if segment.merge else end
-    return end
-
-
-def _unavailable() -> Exception:
-    return busy(503, "the model has stopped: the server must be restarted", "unavailable")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import Segment, encode
-from kmerge_mlx.serving.answers import Answer, ApiError, busy
+from kmerge_mlx.serving.answers import Answer, ApiError, busy, event
 from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, Job, PinnedModel
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
 from kmerge_mlx.serving.settings import ServeSettings, read_api_key
@@ -40,17 +39,14 @@ class Metrics:
         self._own = {"namespace": "kmerge_mlx", "registry": self.registry}
         counter = partial(Counter, **self._own)
         self.requests = counter("requests", "Requests answered.", ("endpoint", "status"))
+        self.lookups = counter("prompt_cache_lookups", "Prompts looked up in caches.", ("result",))
         self.prompt = counter("prompt_tokens", "Original tokens of prompts.")
         self.compressed = counter("compressed_tokens", "Positions that those tokens took.")
         self.cached = counter("cached_tokens", "Original tokens that a KV cache held already.")
         self.generated = counter("generated_tokens", "Tokens generated.")
-        about = "Prompts looked up in the KV caches."
-        self.lookups = counter("prompt_cache_lookups", about, ("result",))
         timer = partial(Histogram, buckets=SECONDS, **self._own)
-        about = "From a request's arrival to its first token."
-        self.first_token = timer("time_to_first_token_seconds", about)
-        about = "From a request's arrival to the end of its answer."
-        self.duration = timer("request_duration_seconds", about)
+        self.first_token = timer("time_to_first_token_seconds", "From arrival to first token.")
+        self.duration = timer("request_duration_seconds", "From arrival to the answer's end.")
 
     def read(self, name: str, help: str, value: Callable[[], float]) -> None:
         """A gauge, whose value is read when a client asks for it."""
@@ -63,25 +59,21 @@ class Service:
     def __init__(self, settings: ServeSettings):
         self.settings, self.metrics = settings, Metrics()
         self.key = read_api_key(settings.api_key)
-        source = Source.find(
-            settings.model, settings.adapter_path, settings.k, settings.trust_remote_code
-        )
-        self.provider = PinnedModel(settings, source)
-        self.generator = CompressingGenerator(
-            self.provider, lambda result: self.metrics.lookups.labels(result).inc()
-        )
+        named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
+        self.provider = PinnedModel(settings, Source.find(*named))
+        looked_up = self.metrics.lookups.labels
+        self.generator = CompressingGenerator(self.provider, lambda found: looked_up(found).inc())
         # Kept: mlx-lm's thread takes the model with it when it ends.
         self.tokenizer = self.provider.tokenizer
-        self.draining = False
-        self.in_flight = 0
-        self._given_up = False
+        self.draining, self.in_flight = False, 0
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)
         self._tokenizer_lock = nullcontext() if fast else Lock()
         running = settings.decode_concurrency if self.provider.is_batchable else 1
         self._limit = running + settings.max_queue
-        self._fingerprint = host.get_system_fingerprint()
+        fingerprint = host.get_system_fingerprint()
+        self._known = {"model": self.provider.name, "system_fingerprint": fingerprint}
         self._read_gauges()
 
     def _read_gauges(self) -> None:
@@ -98,8 +90,7 @@ class Service:
         read("requests_waiting", "Of those, requests without a first token.", waiting)
         read("prompt_cache_sequences", "KV caches of prefixes.", lambda: len(cache() or ()))
         read("prompt_cache_bytes", "Memory of those.", lambda: getattr(cache(), "nbytes", 0))
-        about = "Slots of the block table that hold a block."
-        read("block_slots_in_use", about, lambda: len(table))
+        read("block_slots_in_use", "Slots that hold a block.", lambda: len(table))
         read("block_slots", "Slots that there are.", lambda: getattr(table, "capacity", 0))
         read("ready", "1 while requests are taken.", lambda: self.health == "ok")
 
@@ -113,11 +104,7 @@ class Service:
     async def answer(
         self, body: bytes, chat: bool, arrived: float, write: Callable[[str], Awaitable[None]]
     ) -> dict[str, Any] | None:
-        """The whole answer to a request that arrived then, or None if ``write`` streamed it.
-
-        Raises:
-            ApiError: As an answer.
-        """
+        """The whole answer to a request that arrived then, or None if ``write`` streamed it."""
         if self.draining:
             raise busy(503, "the server is shutting down", "shutting_down")
         if self.in_flight >= self._limit:
@@ -143,17 +130,16 @@ class Service:
         try:
             with self._tokenizer_lock:
                 segments = self._lay_out(completion)
-            tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
-            if not tokens:
-                raise PromptError("the prompt is empty: there is nothing to read")
             code = "context_length_exceeded"
-            if most is not None and tokens > most:
-                raise PromptError(
-                    f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-                )
             check_context(provider.model, segments)
         except PromptError as error:
             raise ApiError(400, error.found.replace("`", ""), field, code) from None
+        tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
+        if not tokens:
+            raise ApiError(400, "the prompt is empty: there is nothing to read", field)
+        if most is not None and tokens > most:
+            message = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
+            raise ApiError(400, message, field, code)
         return completion, segments
 
     def _lay_out(self, completion: Completion) -> list[Segment]:
@@ -178,10 +164,7 @@ class Service:
         job = Job(segments, completion.chat, loop)
         try:
             self.generator.submit(job, self._arguments(completion))
-            if self._given_up:
-                raise _shut_down()
-            known = {"model": self.provider.name, "system_fingerprint": self._fingerprint}
-            answer = Answer(completion, await job.next(), self.tokenizer, known)
+            answer = Answer(completion, await job.next(), self.tokenizer, self._known)
             if stream:
                 await write("")  # the headers: the prompt was accepted
             while answer.finish_reason is None and (reply := await job.next()) is not None:
@@ -189,7 +172,7 @@ class Service:
                     text = f": keepalive {reply[0]}/{reply[1]}\n\n"
                 else:
                     answer.add(reply)
-                    text = _event(chunk) if stream and (chunk := answer.chunk()) else ""
+                    text = event(chunk) if stream and (chunk := answer.chunk()) else ""
                 if stream and text:
                     await write(text)
         finally:
@@ -198,7 +181,7 @@ class Service:
         if not stream:
             return answer.rest() | {"usage": job.usage}
         if completion.stream_options.include_usage:
-            await write(_event(answer.usage_chunk(job.usage)))
+            await write(event(answer.usage_chunk(job.usage)))
         await write("data: [DONE]\n\n")
         return None
 
@@ -235,27 +218,14 @@ class Service:
         metrics.cached.inc(job.cached_tokens)
         metrics.generated.inc(job.generated)
 
-    def drain(self, enough: Callable[[], bool]) -> None:
-        """Takes no more requests, and waits for those that are in until it is enough."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_timeout
+    def drain(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Takes no more requests, and waits for those that are in, so long or until enough."""
+        self.draining, deadline = True, time.monotonic() + seconds
         while self.in_flight and time.monotonic() < deadline and not enough():
             time.sleep(0.02)
 
     def close(self) -> None:
         """Gives up the requests that are left, and ends the generation thread."""
-        self.draining = self._given_up = True
-        self.generator.give_up(_shut_down())
-        deadline = time.monotonic() + 5
-        while self.in_flight and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self.generator.give_up(busy(503, "the server has shut down", "shutting_down"))
+        self.drain(5)
         self.generator.stop_and_join()
-
-
-def _shut_down() -> ApiError:
-    return busy(503, "the server has shut down", "shutting_down")
-
-
-def _event(value: dict[str, Any]) -> str:
-    """A piece of a stream."""
-    return f"data: {json.dumps(value)}\n\n"

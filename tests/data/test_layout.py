@@ -20,7 +20,7 @@ from tests.prompts.test_lay_out import CHATML, COUNTING
 
 END_OF_TEXT, IM_END = 0, 2
 # The generation prompt begins with what a finished conversation does not have.
-REWRITING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+REWRITING = CHATML.replace("assistant\n{% if", "assistant\n<think>\n{% if")
 REFUSING = "{{ raise_exception('only one turn') }}"
 
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import Segment, batch_generate, compress, generate, stream_generate
@@ -21,12 +21,6 @@ from tests.conftest import UPSTREAM
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
 
 V = 700
-
-
-def assert_same(found, wanted, tolerance=1e-4):
-    for (token, logprobs), (wanted_token, wanted_logprobs) in zip(found, wanted, strict=True):
-        assert token == wanted_token
-        assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
 def test_responses_count_original_tokens_and_positions(tiny):
@@ -56,69 +50,57 @@ def test_text_ids_arrays_segments_and_compressed_prompts_are_one_prompt(tiny):
 
 def test_a_prompt_compressed_for_another_model_is_refused(tiny):
     model, tokenizer = tiny
-    prompt = compress(model, tokenizer, [1, 2, 3, 4, 5])
     bare, other = build(qwen2_config()), build(qwen2_config())
     attach(other, random_adapter(other, 2), PAD)
-    for stranger in (bare, other):
+    for made_for, read_by in ((model, bare), (model, other), (bare, model)):
+        prompt = compress(made_for, tokenizer, [1, 2, 3, 4, 5])
         with pytest.raises(PromptError, match="compressed for another model"):
-            next(stream_generate(stranger, tokenizer, prompt))
-    with pytest.raises(PromptError, match="compressed for another model"):
-        compress(model, tokenizer, compress(bare, tokenizer, [1, 2, 3]))
+            next(stream_generate(read_by, tokenizer, prompt))
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
+def test_what_is_not_a_prompt_is_refused(tiny):
+    for prompt in (
         *([1.5, 2.0], [[1, 2], [3]], np.ones((2, 2), np.int32), ["a", "b"], [{"role": "user"}]),
         *([Segment([1]), 3], [3, Segment([1])], b"abc", None, 3),
-    ],
-    ids=repr,
-)
-def test_what_is_not_a_prompt_is_refused(tiny, prompt):
-    with pytest.raises(PromptError, match="the prompt is not text, token ids or segments: "):
-        compress(*tiny, prompt)
+    ):
+        with pytest.raises(PromptError, match="the prompt is not text, token ids or segments: "):
+            compress(*tiny, prompt)
 
 
 def test_what_cannot_be_generated_is_refused_and_a_batch_names_the_prompt(tiny):
     model, tokenizer = tiny
-    for empty in ("", [], [Segment([])]):
-        with pytest.raises(PromptError, match="empty"):
-            next(stream_generate(*tiny, empty))
     with pytest.raises(ModelError, match="draft model"):
         next(stream_generate(*tiny, [1, 2], draft_model=model))
-    with pytest.raises(PromptError, match="max_tokens is 0: give at least 1, or -1"):
-        generate(*tiny, [1], max_tokens=0)
-    with pytest.raises(PromptError, match=r"max_tokens is -1: give at least 1$"):
-        batch_generate(*tiny, [[1]], max_tokens=-1)
-    with pytest.raises(PromptError, match="2 prompts, 1 prompt_caches and 2 max_tokens"):
-        batch_generate(*tiny, [[1], [2]], prompt_caches=[make_prompt_cache(model)])
-    with pytest.raises(PromptError, match="prompt 1: the prompt is empty"):
-        batch_generate(*tiny, [[1], [], [2]])
-    prompt = compress(model, tokenizer, [1, 2, 3, 4, 5])
-    with pytest.raises(PromptError, match="cache holds all of the prompt"):
-        next(stream_generate(*tiny, prompt.after(len(prompt.ids))))
+    whole, caches = compress(model, tokenizer, [1, 2, 3, 4, 5]), [make_prompt_cache(model)]
+    for call, prompt, options, said in (
+        *((generate, empty, {}, "the prompt is empty") for empty in ("", [], [Segment([])])),
+        (generate, whole.after(len(whole.ids)), {}, "cache holds all of the prompt"),
+        (generate, [1], {"max_tokens": 0}, "max_tokens is 0: give at least 1, or -1"),
+        (batch_generate, [[1]], {"max_tokens": -1}, r"max_tokens is -1: give at least 1$"),
+        (batch_generate, [[1], [2]], {"prompt_caches": caches}, "2 prompts, 1 prompt_caches and 2"),
+        (batch_generate, [[1], [], [2]], {}, "prompt 1: the prompt is empty"),
+    ):
+        with pytest.raises(PromptError, match=said):
+            call(*tiny, prompt, **options)
 
 
-def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny):
+def test_a_prompt_past_the_context_is_refused_with_what_is_cached_counted(tiny, monkeypatch):
     model, tokenizer = tiny
-    model.context_length = 10
-    try:
-        assert next(stream_generate(model, tokenizer, [1] * 40, max_tokens=1))
-        with pytest.raises(PromptError, match=r"11 positions.*41 tokens.*context is 10.*larger K"):
-            next(stream_generate(model, tokenizer, [1] * 41))
-        cache = make_prompt_cache(model)
-        model(mx.array([compress(model, tokenizer, [1] * 20).ids]), cache=cache)
-        with pytest.raises(PromptError, match=r"6 positions.*on top of 5 in the cache"):
-            next(stream_generate(model, tokenizer, [1] * 21, prompt_cache=cache))
-        with pytest.raises(PromptError, match=r"has 11 positions, and .* is 10: shorten it$"):
-            next(stream_generate(model, tokenizer, [Segment([1] * 11, False)]))
-        table = merged_embedding(model).table
-        known = len(table)
-        with pytest.raises(PromptError, match="100 positions"):
-            batch_generate(model, tokenizer, [list(range(100, 500)), [1, 2, 3]])
-        assert len(table) == known  # a refused prompt costs no encoding
-    finally:
-        model.context_length = 32_768
+    monkeypatch.setattr(model, "context_length", 10)
+    assert next(stream_generate(*tiny, [1] * 40, max_tokens=1))
+    cache = make_prompt_cache(model)
+    model(mx.array([compress(model, tokenizer, [1] * 20).ids]), cache=cache)
+    for prompt, options, said in (
+        ([1] * 41, {}, r"11 positions.*41 tokens.*context is 10.*larger K"),
+        ([1] * 21, {"prompt_cache": cache}, r"6 positions.*on top of 5 in the cache"),
+        ([Segment([1] * 11, False)], {}, r"has 11 positions, and .* is 10: shorten it$"),
+    ):
+        with pytest.raises(PromptError, match=said):
+            next(stream_generate(*tiny, prompt, **options))
+    known = len(merged_embedding(model).table)
+    with pytest.raises(PromptError, match="100 positions"):
+        batch_generate(*tiny, [list(range(100, 500)), [1, 2, 3]])
+    assert len(merged_embedding(model).table) == known  # a refused prompt costs no encoding
 
 
 def test_a_batch_of_16_lengths_equals_one_by_one_token_by_token(tiny):
@@ -157,26 +139,6 @@ def test_the_blocks_of_a_batch_in_flight_are_never_reused(tiny):
         wanted = batch_generate(model, tokenizer, prompts, max_tokens=3, return_token_ids=True)
         assert found.token_ids == wanted.token_ids
         prompts = [[(i + 7) % V or 1 for i in prompt] for prompt in prompts]
-
-
-def test_a_prefix_from_the_cache_gives_the_logprobs_of_no_cache(tiny):
-    """mlx-lm's own prompt cache, keyed by virtual ids: equal prefixes are found and re-used."""
-    model, _ = tiny
-    merged, store = merged_embedding(model), LRUPromptCache()
-    shared = prompts_of(1, 80, 80, seed=8)[0]
-    first = merged.compress([Segment(shared), Segment([5, 6], False)])
-    cache = make_prompt_cache(model)
-    model(mx.array([first.ids]), cache=cache)
-    store.insert_cache("m", first.ids, cache)
-    for tail in ([5, 6, 7], [5, 9], [11] * 9):
-        prompt = merged.compress([Segment(shared), Segment(tail, False)])
-        reused, rest = store.fetch_nearest_cache("m", prompt.ids)
-        cached = len(prompt.ids) - len(rest)
-        assert cached >= 20
-        found = steps(model, prompt.after(cached), prompt_cache=reused)
-        assert_same(found, steps(model, prompt))
-    other = merged.compress([Segment([1, *shared[1:]])])
-    assert store.fetch_nearest_cache("m", other.ids) == (None, other.ids)
 
 
 def test_batched_prompts_start_from_their_caches_without_changing_them(tiny):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,17 +15,15 @@ from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompts.lay_out import ALL, ChatTemplate, Layout, lay_out
 from kmerge_mlx.prompts.segments import encode
 from kmerge_mlx.prompts.tags import parse
+from tests.cli_runner import CHATML
 from tests.conftest import UPSTREAM
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
-COUNTING = CHATML.replace("{{ m['content'] }}", "{{ m['content']|length }} {{ m['content'] }}")
+TRIMMING = CHATML.replace("message.content", "message.content | trim")
+COUNTING = CHATML.replace("{{ message.content", "{{ message.content | length }} {{ message.content")
 TREE = "Tree: JN\n+WO"
 
 
+@cache
 def tokenizer_with(template: str | None = None):
     tokenizer = load_tokenizer(UPSTREAM / "base")
     tokenizer._tokenizer.chat_template = template

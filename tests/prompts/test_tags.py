@@ -12,9 +12,8 @@ from kmerge_mlx.prompts.tags import Span, escape, parse
 MERGE, RAW, PLAIN = True, False, None
 
 
-@pytest.mark.parametrize(
-    ("text", "spans"),
-    [
+def test_tags_say_what_merges():
+    for text, spans in (
         ("plain", [("plain", PLAIN)]),
         ("", []),
         ("a<merge>b</merge>c", [("a", PLAIN), ("b", MERGE), ("c", PLAIN)]),
@@ -27,26 +26,21 @@ MERGE, RAW, PLAIN = True, False, None
         (r"C:\raw \n \\", [(r"C:\raw \n \\", PLAIN)]),
         ("<merge>\\</merge></merge>", [("</merge>", MERGE)]),
         ("<Merge>a</Merge><merge >< raw><raw/>", [("<Merge>a</Merge><merge >< raw><raw/>", PLAIN)]),
-    ],
-)
-def test_tags_say_what_merges(text, spans):
-    assert parse(text) == [Span(*span) for span in spans]
+    ):
+        assert parse(text) == [Span(*span) for span in spans]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_tags_that_do_not_pair_are_one_error_that_says_where():
+    for text, message in (
         ("<merge>a", "<merge> at line 1, column 1 is never closed"),
         ("a\nb</raw>", "</raw> at line 2, column 2 closes nothing"),
         ("<merge>a<raw>b</merge></raw>", "</merge> at line 1, column 15 closes <raw>"),
         ("<raw><merge>a</merge>\n\n<merge></raw>", "</raw> at line 3, column 8 closes <merge>"),
         (r"<raw>\</raw>", "<raw> at line 1, column 1 is never closed"),
-    ],
-)
-def test_tags_that_do_not_pair_are_one_error_that_says_where(text, message):
-    with pytest.raises(PromptError) as error:
-        parse(text, "message 2")
-    assert str(error.value).startswith(f"message 2: {message}; write \\<")
+    ):
+        with pytest.raises(PromptError) as error:
+            parse(text, "message 2")
+        assert str(error.value).startswith(f"message 2: {message}; write \\<")
 
 
 def random_text(random: Random, pieces: tuple[str, ...]) -> str:

@@ -58,7 +58,7 @@ def mixed_requests(count: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Requests of every kind, each with one right answer."""
     rng = random.Random(7)
     for i in range(count):
-        length, extra = round(10 ** rng.uniform(1.0, 3.6)), {}
+        length, extra = round(10 ** rng.uniform(1.0, 3.2)), {}
         body = {"max_tokens": rng.randint(1, 12), "temperature": 0, "stream": i % 2 == 0}
         if i % 3 == 0:
             extra |= {"repetition_penalty": 1.3, "repetition_context_size": 40}
@@ -89,25 +89,25 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
     text, logprobs, end = "", [], ""
     for piece in answer if body["stream"] else [answer]:
         (choice,) = piece.choices
+        made = choice.logprobs
         if kind == "text":
             text += choice.text
-            logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
+            logprobs += made.token_logprobs if made else []
         else:
-            said = choice.delta if body["stream"] else choice.message
-            text += said.content or ""
-            logprobs += [t.logprob for t in choice.logprobs.content] if choice.logprobs else []
+            text += (choice.delta if body["stream"] else choice.message).content or ""
+            logprobs += [t.logprob for t in made.content] if made else []
         end = choice.finish_reason or end
     return text, logprobs, end
 
 
 @pytest.mark.slow
 def test_mixed_requests_at_once_equal_the_same_one_at_a_time(server, chat_base, adapter_path):
-    requests = list(mixed_requests(64))
+    requests = list(mixed_requests(45))
     alone = [ask(server, *request) for request in requests]
     with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as other:
         with ThreadPoolExecutor(16) as pool:
             together = list(pool.map(lambda request: ask(other, *request), requests))
-        assert other.metric("prompt_cache_lookups_total") == 64
+        assert other.metric("prompt_cache_lookups_total") == 45
         assert other.metric("cached_tokens_total") > 0
     for expected, got in zip(alone, together, strict=True):
         assert (got[0], got[2]) == (expected[0], expected[2])
@@ -191,7 +191,7 @@ def test_blocks_that_were_used_again_answer_nothing_wrong(base_path, adapter_pat
         answer = server.complete(prompt=prompt, merge=True, max_tokens=3, logprobs=0).json
         return answer["choices"][0]["logprobs"]["token_logprobs"]
 
-    turns = [rng.randrange(12) for _ in range(60)]
+    turns = [rng.randrange(12) for _ in range(40)]
     with serving(base_path, adapter_path, max_blocks=25, prompt_cache_size=4) as small:
         got = [logprobs(small, prompts[turn]) for turn in turns]
         assert small.metric("block_slots_in_use") <= 25
@@ -208,13 +208,14 @@ def test_a_base_without_an_adapter_is_served_unmerged(base_path):
         server.assert_alive()
 
 
-@pytest.mark.slow
 def test_a_quantized_kv_cache_serves_one_at_a_time(tmp_path):
     base = write_base(tmp_path / "base", qwen2_config())
     settings = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
     with serving(base, None, **settings) as server:
         with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda i: server.complete(prompt=f"A{i} BC"), range(3)))
+            answers = list(
+                pool.map(lambda i: server.complete(prompt=f"A{i}", max_tokens=8), range(3))
+            )
         assert [answer.status for answer in answers] == [200] * 3
 
 

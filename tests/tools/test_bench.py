@@ -15,6 +15,7 @@ from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import load_source
+from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
@@ -172,8 +173,9 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     plain, floor, merged = load_sides(str(base_path), {4: adapter_path}, (40,))
     wanted, _ = load(str(base_path), adapter_path, 4)
     ids = mx.array([[3, 1, 4, 1, 5, 700]])  # the last is the first virtual id
-    merged.embedding.stand_in(9)
-    wanted.model.embed_tokens.stand_in(9)
+    block = Segment([9, 2, 6, 5])
+    held = [e.compress([block]) for e in (merged.embedding, wanted.model.embed_tokens)]
+    assert [prompt.ids for prompt in held] == [[700]] * 2
     assert mx.array_equal(merged.llm(ids), wanted(ids))
     bare, _, _ = load_source(Source.find(str(base_path)))
     assert mx.array_equal(plain.llm(ids[:, :5]), bare(ids[:, :5]))
