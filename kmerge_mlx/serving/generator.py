@@ -14,6 +14,8 @@ from asyncio import AbstractEventLoop, Queue
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,28 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt, split
 
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
+
+# What is overridden or called of mlx-lm's own, with its parameters.
+_SEAM = {
+    (host, "_make_logits_processors"): "args",
+    (host.ResponseGenerator, "_run_generate"): "self",
+    (host.ResponseGenerator, "_is_batchable"): "self, args",
+    (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
+    (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
+    (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
+    (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
+}
+
+
+def check_seam() -> None:
+    """Checks that mlx-lm still has what this module overrides."""
+    for (owner, name), expected in _SEAM.items():
+        found = ", ".join(signature(getattr(owner, name, lambda: None)).parameters)
+        if found != expected:
+            raise ServeError(
+                f"mlx-lm {version('mlx-lm')} does not fit this release: {owner.__name__}.{name} "
+                f"takes ({found}), expected ({expected}): install the mlx-lm of pyproject.toml"
+            )
 
 
 class PinnedModel(host.ModelProvider):
@@ -180,6 +204,7 @@ class CompressingGenerator(host.ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
     def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
+        check_seam()
         host._make_logits_processors = _processors
         self.jobs: set[Job] = set()
         self._held: dict[Job, CompressedPrompt] = {}

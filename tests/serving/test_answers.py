@@ -102,12 +102,12 @@ def ask(server: Address, kind: str, body: dict[str, Any]) -> tuple[str, list[flo
 
 @pytest.mark.slow
 def test_mixed_requests_at_once_equal_the_same_one_at_a_time(server, chat_base, adapter_path):
-    requests = list(mixed_requests(45))
+    requests = list(mixed_requests(64))
     alone = [ask(server, *request) for request in requests]
     with serving(chat_base, adapter_path, merges="contexts", chat_template=True) as other:
         with ThreadPoolExecutor(16) as pool:
             together = list(pool.map(lambda request: ask(other, *request), requests))
-        assert other.metric("prompt_cache_lookups_total") == 45
+        assert other.metric("prompt_cache_lookups_total") == 64
         assert other.metric("cached_tokens_total") > 0
     for expected, got in zip(alone, together, strict=True):
         assert (got[0], got[2]) == (expected[0], expected[2])

@@ -1,12 +1,22 @@
-"""What is overridden of mlx-lm: its prompt cache, blocks, and its thread."""
+"""What is overridden of mlx-lm: the seam itself, its prompt cache, blocks, and its thread."""
 
 from __future__ import annotations
 
 import mlx.core as mx
+import pytest
 from mlx_lm.models.cache import KVCache
+from mlx_lm.server import ResponseGenerator
 
-from kmerge_mlx.serving.generator import PromptCache
+from kmerge_mlx.errors import ServeError
+from kmerge_mlx.serving.generator import PromptCache, check_seam
 from tests.servers import eventually, long_answer, receive_until, serving
+
+
+def test_another_mlx_lm_is_one_clear_error(monkeypatch):
+    check_seam()
+    monkeypatch.setattr(ResponseGenerator, "_tokenize", lambda self, tokenizer, request: None)
+    with pytest.raises(ServeError, match=r"_tokenize takes \(self, tokenizer, request\), expected"):
+        check_seam()
 
 
 def test_a_prompt_that_is_cached_whole_leaves_something_to_read():
