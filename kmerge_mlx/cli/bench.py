@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bars, size
+from kmerge_mlx.cli.output import aligned, bars, note, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
@@ -83,14 +83,10 @@ def bench(settings: BenchSettings) -> None:
         sides = benchmark.load_sides(source, merged, config.lengths)
         encoders = _encoders(sides)
         if encoders and source.adapter_path is None:
-            each = (
-                f"K={e['merge_factor']}: {e['parameters'] / 1e6:.1f}M {e['dtype']}"
-                for e in encoders
-            )
-            print(
+            form = "K={merge_factor}: {parameters:,} {dtype}".format_map
+            note(
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-                f"({', '.join(each)}), and there is no LoRA",
-                file=sys.stderr,
+                f"({', '.join(map(form, encoders))}), and there is no LoRA"
             )
         rows = benchmark.measure(sides, config, bars()("Positions read"))
     report = {

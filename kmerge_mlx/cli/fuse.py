@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.adapters.schema import BITS
 from kmerge_mlx.cli.inputs import command, read_prompt
-from kmerge_mlx.cli.output import bars
+from kmerge_mlx.cli.output import bars, note
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
@@ -71,10 +70,9 @@ def fuse(settings: FuseSettings) -> None:
         encoder = f"the merge encoder for K = {done.merge_factor}"
     _print_made(f"{settings.save_path}: {kind}, {encoder}", done.drift, how["text"])
     if done.untied:
-        print(
+        note(
             "note: the output head had LoRA of its own, so it is no longer the embedding table: "
-            "the model has an lm_head, and tie_word_embeddings is false",
-            file=sys.stderr,
+            "the model has an lm_head, and tie_word_embeddings is false"
         )
 
 
@@ -134,10 +132,9 @@ def quantize(settings: QuantizeSettings) -> None:
     bits = f"{done.bits_per_weight:.2f} bits per weight"
     _print_made(f"{settings.mlx_path}: {bits}, {carries}", done.drift, how["text"])
     if done.tied and not settings.quantize_embedding:
-        print(
+        note(
             "note: the embedding table is the output head as well, and neither is quantized: "
-            "--quantize-embedding quantizes both",
-            file=sys.stderr,
+            "--quantize-embedding quantizes both"
         )
 
 
@@ -162,7 +159,7 @@ def _print_made(what: str, drift: Drift, text: str | None) -> None:
             f"  after a merged prompt {_moved(drift.merged)}",
         ]
     lines.append(f"  after a plain prompt {_moved(drift.plain)}")
-    print("\n".join(lines), file=sys.stderr)
+    note("\n".join(lines))
 
 
 def _moved(gap: Gap) -> str:

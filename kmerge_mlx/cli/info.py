@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, size
+from kmerge_mlx.cli.output import aligned, note, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.settings import CacheSettings, Settings, argument, option
@@ -208,8 +207,8 @@ def _calculate(settings: InfoSettings) -> None:
     )
     found = calculate(settings.model, config)
     if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
-        note = f"note: mlx-lm's {found['base']['model_type']} makes its own KV cache and ignores "
-        print(f"{note}--max-kv-size", file=sys.stderr)
+        kind = found["base"]["model_type"]
+        note(f"note: mlx-lm's {kind} makes its own KV cache and ignores --max-kv-size")
     if not settings.as_json:
         print(_tables(settings.model, config, memory, found))
         return

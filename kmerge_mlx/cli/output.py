@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,10 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def note(text: str) -> None:
-    """Prints on stderr what is not a result."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints on stderr what is not a result, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -27,6 +30,18 @@ def one_line_refusals() -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError) as error:
         raise KMergeError(of_mlx_lm(error)) from error
+
+
+@contextlib.contextmanager
+def on_signals(act: Callable[[int], None]) -> Iterator[None]:
+    """Lets Ctrl-C and ``kill`` do no more than call a function with the signal's number."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    kept = {s: signal.signal(s, lambda number, frame: act(number)) for s in signals}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:

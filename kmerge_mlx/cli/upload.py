@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import UploadError
 from kmerge_mlx.settings import Settings, argument, option
 
@@ -101,18 +101,18 @@ def upload(settings: UploadSettings) -> None:
     text = card(planned, settings.license.lower(), settings.data, list(reports.values()))
     planned = replace(planned, files={CARD: text.encode(), **planned.files})
     for change in planned.changes:
-        print(f"note: {change}", file=sys.stderr)
+        note(f"note: {change}")
     if settings.dry_run:
         for file, size in planned.sizes().items():
-            print(f"{file}  {size:,} bytes", file=sys.stderr)
+            note(f"{file}  {size:,} bytes")
         print(text, end="")
         return
     check_base(planned)
     address, odd = send(planned, settings.commit_message, settings.private)
     for warning in odd:
-        print(f"note: {warning}", file=sys.stderr)
+        note(f"note: {warning}")
     total = sum(planned.sizes().values())
-    print(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB", file=sys.stderr)
+    note(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB")
 
 
 def _check_metrics(adapter: str, planned: Upload, reports: dict[str, Report]) -> None:
@@ -126,4 +126,4 @@ def _check_metrics(adapter: str, planned: Upload, reports: dict[str, Report]) ->
             )
         measured = Path(str(report.settings.get("adapter_path")))
         if measured.is_dir() and Path(adapter).is_dir() and not measured.samefile(adapter):
-            print(f"note: {path} measured {measured}, not {adapter}", file=sys.stderr)
+            note(f"note: {path} measured {measured}, not {adapter}")
