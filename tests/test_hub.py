@@ -151,8 +151,8 @@ FAULTS = {
     "gated": "is gated: accept its terms on its hub",
     401: "another token (401): `hf auth login`, or",
     403: "the token may not read it (403): give one",
-    429: "too many requests (429): try again in",
-    500: "the hub cannot answer now (500): try again",
+    429: "the hub cannot answer now, try again later: 429 Too Many Requests",
+    500: "the hub cannot answer now, try again later: Server error '500",
 }
 
 
@@ -205,7 +205,7 @@ def test_offline_the_cache_does_and_the_network_is_left_alone(hub, tmp_path):
     assert hub.requests == []
     hub.url = "http://127.0.0.1:9"  # the port of a service that nobody runs
     with using(hub, tmp_path / "new home"):
-        assert refused() == line + "the hub cannot be reached: check the connection"
+        assert refused() == line + "the connection to the hub broke: try again"
 
 
 @pytest.mark.slow
