@@ -23,7 +23,7 @@ SIZE = "size"
 MAX_INT = 2**63 - 1
 """Largest whole number that arrays, seeds and files can hold."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -81,10 +81,10 @@ def flags_of(field_: Field) -> tuple[str, ...]:
     return own.flags or ("--" + field_.name.replace("_", "-"),)
 
 
-def parse_size(text: str) -> int:
-    """Bytes that a text such as ``4GB`` means; K, M, G and T are powers of 1000, as in mlx-lm."""
-    number, unit = _SIZE.fullmatch(text.strip()).groups()
-    return int(Decimal(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+def parse_size(text: str, kilo: int = 1000) -> int:
+    """Bytes that a text such as ``4GB`` means; a kB is 1000 bytes, as in mlx-lm, and a KiB 1024."""
+    number, unit, binary = _SIZE.fullmatch(text.strip()).groups()
+    return int(Decimal(number) * (1024 if binary else kilo) ** " KMGT".index(unit.upper() or " "))
 
 
 @dataclass(frozen=True)

@@ -118,5 +118,5 @@ def test_a_field_says_its_flags_and_can_be_taken_over_with_changes():
 
 
 def test_sizes_are_powers_of_1000():
-    for text, size in (("4GB", 4e9), ("1.5 kB", 1500), ("7", 7), ("2t", 2e12), ("0.1M", 1e5)):
+    for text, size in (("4GB", 4e9), ("1.5 kB", 1500), ("7", 7), ("2 TiB", 2**41), ("0.1M", 1e5)):
         assert parse_size(text) == size

@@ -29,14 +29,12 @@ class BenchSettings(ModelSettings):
 
     NAME = "bench"
 
-    k: tuple[int, ...] = option(
-        (),
-        int,
-        "Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in any "
-        f"case. Default: all that --adapter-path holds; without one, {K}.",
-        low=1,
+    k: tuple[int, ...] = ModelSettings.setting(
+        "k",
+        default=(),
+        help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in "
+        f"any case. Default: all that --adapter-path holds; without one, {K}.",
         many=True,
-        flags=("--k", "--merge-factor"),
     )
     length: tuple[int, ...] = option(
         (512, 2048), int, "Tokens of the prompt; give it again for another.", low=1, many=True

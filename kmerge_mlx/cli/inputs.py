@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import note, note_layout, prefill_bar
+from kmerge_mlx.cli.output import bars, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
@@ -208,8 +208,14 @@ class PromptSettings(CacheSettings, ModelSettings):
 
     def cache_options(self) -> dict[str, Any]:
         """Options of mlx-lm's ``generate_step``: those of :class:`CacheSettings`, and progress."""
+        show = bars()("Reading")
+
+        def progress(done: int, total: int) -> None:
+            if total > self.prefill_step_size:
+                show(done, total)
+
         named = {f.name: getattr(self, f.name) for f in fields(CacheSettings)}
-        return named | {"prompt_progress_callback": prefill_bar(self.prefill_step_size)}
+        return named | {"prompt_progress_callback": progress}
 
 
 def read_prompt(

@@ -59,12 +59,6 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         note(f"note: this adapter was trained {' and '.join(found)}")
 
 
-def prefill_bar(step_size: int) -> Callable[[int, int], None]:
-    """mlx-lm's ``prompt_progress_callback``: progress where a prompt takes several steps."""
-    progress = bars()("Reading")
-    return lambda done, total: progress(done, total) if total > step_size else None
-
-
 def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
     """Progress of long work: a bar on a terminal, and elsewhere a line now and then.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import UploadError
-from kmerge_mlx.settings import Settings, argument, option
+from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.evaluation.report import Report
@@ -31,12 +31,8 @@ class UploadSettings(Settings):
     license: str | None = option(
         None, str, "The card's licence: mit, apache-2.0, other, ...", required=True
     )
-    k: int | None = option(
-        None,
-        int,
-        "Upload this merge factor alone. Default: all there are.",
-        low=1,
-        flags=("--k", "--merge-factor"),
+    k: int | None = ModelSettings.setting(
+        "k", help="Upload this merge factor alone. Default: all there are."
     )
     base_model: str | None = option(
         None, str, "The base's repo id, where the adapter names a local folder."
