@@ -31,9 +31,7 @@ class DataSettings(Settings):
     task: str = argument("TASK", f"One of {', '.join(TASKS)}.", choices=tuple(TASKS))
     out: str | None = option(None, str, "Folder to write.", required=True)
     seed: int = option(DATA_SEED, int, "The same one gives the same bytes.")
-    train: int | None = option(
-        None, int, "Rows (trees) to train on. Default: as in the paper.", low=0
-    )
+    train: int | None = option(None, int, "Rows (trees) to train on. Default: the paper's.", low=0)
     valid: int | None = option(None, int, "Rows (trees) of the validation set.", low=0)
     test: int | None = option(None, int, "Rows (trees) of the test set.", low=0)
     stage: str = EvaluateSettings.setting("stage")

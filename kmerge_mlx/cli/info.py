@@ -162,13 +162,14 @@ def _print_base(found: dict[str, Any]) -> None:
     merging = "checked when an adapter is loaded"
     if found["proven_by_tests"]:
         merging = "proven by this project's tests"
-    rows = [
-        *((name, _shown(value)) for name, value in found["config"].items()),
-        ("context", f"{context} positions" if context else "unknown"),
-        ("quantization", f"{bits} bits" if bits else "none"),
-        ("merging", merging),
-    ]
-    _print_rows(rows)
+    _print_rows(
+        [
+            *((name, _shown(value)) for name, value in found["config"].items()),
+            ("context", f"{context} positions" if context else "unknown"),
+            ("quantization", f"{bits} bits" if bits else "none"),
+            ("merging", merging),
+        ]
+    )
 
 
 def _print_rows(rows: Sequence[tuple[str, Any]]) -> None:
