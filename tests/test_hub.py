@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from kmerge_mlx.adapters.folder import look_up
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
 from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse, why
-from tests.cli_runner import command, environment, run, run_process
+from tests.cli_runner import command, environment, run
 from tests.hub_runs import assert_said, settings, using
 from tests.hub_server import Repo, running_hub
 from tests.saved_adapters import saved
@@ -86,16 +86,14 @@ def test_a_path_is_not_the_name_of_a_repo_and_a_branch_has_gits_letters():
 # ---- files ----
 
 
-@pytest.mark.slow
-def test_repo_ids_with_revisions_do_for_convert_and_generate(hub, work, tmp_path):
+def test_repo_ids_with_revisions_do_for_convert_and_generate(hub, work, online):
     hub.repos["user/base"].refs["v1"] = hub.repos["user/base"].refs["main"]
     hub.repos["user/base"].commit({"config.json": b"{}"})  # what came later is not a model
-    at = {"cwd": work} | settings(hub, tmp_path / "home")
-    result = run_process("convert", "user/ckpt@main", "adapter", "--model", "user/base@v1", **at)
+    result = run("convert", "user/ckpt@main", "adapter", "--model", "user/base@v1")
     assert (result.code, result.out) == (0, ""), result.err
     assert result.err == "adapter: K = 4, D = 64, 50 tensors, 0.9 MB, base user/base@v1\n"
     # The recorded base, its revision included, is the default.
-    result = run_process("generate", "--adapter-path", "adapter", "prompt.txt", "--json", **at)
+    result = run("generate", "--adapter-path", "adapter", "prompt.txt", "--json")
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["text"] == "false"
 
@@ -179,16 +177,14 @@ def test_a_fault_of_the_hub_is_one_line_and_a_second_try_works(hub, online, faul
 
 
 @pytest.mark.slow
-def test_a_connection_cut_in_mid_file_is_one_line_and_a_second_try_goes_on(hub, work, tmp_path):
+def test_a_connection_cut_in_mid_file_is_one_line_and_a_second_try_goes_on(hub, work, online):
     hub.cut.add("encoder.pth")
-    at = {"cwd": work} | settings(hub, tmp_path / "home")
     line = "user/ckpt is not a folder here, and the connection to the hub broke: try again"
-    assert_said(run_process("convert", "user/ckpt", "adapter", **at), line)
+    assert_said(run("convert", "user/ckpt", "adapter"), line)
     assert not (work / "adapter").exists()
     hub.cut.clear()
     hub.requests.clear()
-    with using(hub, tmp_path / "home"):
-        assert run("convert", "user/ckpt", "adapter").code == 0
+    assert run("convert", "user/ckpt", "adapter").code == 0
     asked = [r.rsplit("/", 1)[-1] for r in hub.requests if r.startswith("HEAD user/ckpt")]
     assert asked == ["encoder.pth"]  # what came whole is kept
 

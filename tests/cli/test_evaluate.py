@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx import plots
 from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
 from tests.cli_runner import Result, assert_one_error, no_room, run
@@ -230,18 +229,6 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(tmp_path, monkeypatch,
 def test_several_mistakes_are_listed():
     result = run("evaluate", *BASE, "--file", "x", "--category", "y")
     assert_one_error(result, 2, "evaluate: 2 problems", "  - no data", "  - --category and")
-
-
-def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
-    tmp_path, monkeypatch, folders, truth
-):
-    monkeypatch.setattr(session, "reader", None)
-    (tmp_path / "x.png").mkdir()
-    given = ("evaluate", *folders.flags(), "--data", truth, "--plot")
-    assert_one_error(run(*given, tmp_path / "x.png"), 1, "which cannot be written: name another")
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    said = "--plot needs matplotlib: pip install 'kmerge-mlx[plot]'"
-    assert_one_error(run(*given, "x.png"), 1, said)
 
 
 def test_each_k_that_is_given_is_measured_once_or_refused(folders, truth):
