@@ -5,8 +5,6 @@ Oracle: the merged embeddings of a plain loop over the tokens, read by mlx-lm as
 
 from __future__ import annotations
 
-import json
-
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
@@ -14,8 +12,6 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import Segment, compress
-from kmerge_mlx.adapters.folder import load_adapter, save_adapter
-from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import attach, merged_embedding
 from tests.conftest import UPSTREAM
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
@@ -59,7 +55,7 @@ def assert_same(found, wanted, tolerance=1e-4):
         assert mx.abs(logprobs - wanted_logprobs).max().item() < tolerance
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 1_001])
+@pytest.mark.parametrize("length", [1, 4, 5, 101])
 def test_generation_reads_what_a_plain_loop_over_the_tokens_gives(near, length):
     model, tokenizer = near
     ids = prompts_of(1, length, length, seed=length)[0]
@@ -86,14 +82,3 @@ def test_a_cached_prefix_gives_the_logprobs_of_no_cache(near):
         cached = len(prompt.ids) - len(rest)
         assert cached == 20
         assert_same(steps(model, prompt.after(cached), prompt_cache=reused), steps(model, prompt))
-
-
-def test_a_reader_that_knows_no_context_refuses_the_tensors(tmp_path):
-    """An older release reads past the key: its check of w1's shape must fail."""
-    save_adapter(random_adapter(build(qwen2_config()), K, context=C), tmp_path / "a")
-    path = tmp_path / "a" / "merge_config.json"
-    config = json.loads(path.read_text())
-    assert config.pop("encoder_context") == C
-    path.write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"w1\.weight has shape \(512, 448\), expected .*256\)"):
-        load_adapter(tmp_path / "a")
