@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from typer.main import get_command
 
 import kmerge_mlx.generation.stream
 from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
+from kmerge_mlx.cli import app
 from kmerge_mlx.cli.generate import GenerateSettings
 from tests.cli_runner import change_json, command, copy_base, environment, run
 from tests.conftest import UPSTREAM
@@ -82,11 +85,15 @@ def test_every_command_explains_itself_with_examples_and_imports_neither_mlx_nor
     line = [sys.executable, "-c", code]
     out = subprocess.run(line, check=True, capture_output=True, text=True, timeout=60).stdout
     _, *pages = out.split("Usage: ")
+    group = get_command(app)
     for name, page in zip(("", *COMMANDS), pages, strict=True):
         assert page.startswith(f"kmerge-mlx {name}")
         examples = page.split("Examples:\n")[1].split("\n\n")[0].splitlines()
         assert len(examples) >= 2
-        assert all("kmerge-mlx " in line for line in examples if not line.startswith("     "))
+        for example in examples:
+            line = example.partition("kmerge-mlx ")[2].partition(" > ")[0]
+            named, *args = shlex.split(line)
+            group.commands[named].make_context(named, args)  # a line that it takes
 
 
 def test_the_script_is_installed_and_needs_a_command():

@@ -26,23 +26,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
-def test_the_examples_of_the_help_that_need_no_hub_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    examples = run("data", "--help").out.split("Examples:\n")[1].split("\n\n")[0].splitlines()
-    rows = [{"old_contents": f"{i}", "subject": "Go", "new_contents": "x"} for i in range(600)]
-    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    (tmp_path / "commits.jsonl.gz").write_bytes(gzip.compress(data))
-    tasks = set()
-    for example in examples:
-        args = example.split()[1:]
-        tasks.add(args[1])
-        if "amazon-reviews" not in args:
-            small = ("--valid", "50") if "commitpackft" in args else ("--num-trees", "50")
-            result = run(*args, *small)
-            assert result.code == 0, result.err
-    assert tasks == {"textualized-tree", "amazon-reviews", "commitpackft"}
-
-
 def test_trees_are_written_and_the_summary_is_on_stderr(tmp_path):
     result = run("data", *TREES, "--out", tmp_path / "trees")
     assert (result.code, result.out) == (0, "")
