@@ -35,14 +35,10 @@ class Source:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> Source:
-        """Finds both, downloading what is on the hub (see :class:`settings.ModelSettings`).
+        """Finds both, downloading what is on the hub.
 
         Without ``model`` it is the base that the adapter names, or the bundled one; without
         ``adapter_path`` the adapter that the model's folder carries, if any.
-
-        Raises:
-            ModelError: The adapter does not name its base, or the model cannot be found.
-            AdapterError: No adapter, or no such K.
         """
         name, path, folders = _look_up(model, adapter_path, revision)
         if folders is None:

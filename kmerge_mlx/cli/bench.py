@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bars, note, size
+from kmerge_mlx.cli.output import aligned, bar, note, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
@@ -87,7 +87,7 @@ def bench(settings: BenchSettings) -> None:
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
                 f"({', '.join(map(form, encoders))}), and there is no LoRA"
             )
-        rows = benchmark.measure(sides, config, bars()("Positions read"))
+        rows = benchmark.measure(sides, config, bar("Positions read"))
     report = {
         "machine": _machine(sides[0]),
         "settings": {"model": source.model, "adapter_path": source.adapter_path, **asdict(config)},

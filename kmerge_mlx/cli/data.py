@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import bars, note
+from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.sources import SPLITS
@@ -80,8 +80,8 @@ def data(settings: DataSettings) -> None:
     else:
         own = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
         task = TreeTask(seed=settings.seed, splits=sizes, **own)
-    bar = bars()("Reading" if hub_task else "Drawing")
-    summary = task.write(settings.out, settings.force, bar)
+    progress = bar("Reading" if hub_task else "Drawing")
+    summary = task.write(settings.out, settings.force, progress)
     if settings.as_json:
         print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))
     else:

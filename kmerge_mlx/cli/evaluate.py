@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bars, note
+from kmerge_mlx.cli.output import aligned, bar, note
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     try:
         # On Metal mlx-lm prints a warning about large models.
         with contextlib.redirect_stdout(sys.stderr):
-            report = measure(settings, bars())
+            report = measure(settings, bar)
     except KeyboardInterrupt:
         if settings.predictions is not None:
             note(f"Stopped: the same command goes on with {settings.predictions}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.adapters.schema import BITS
 from kmerge_mlx.cli.inputs import command, read_prompt
-from kmerge_mlx.cli.output import bars, note
+from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _read(settings: NewModelSettings) -> dict[str, Any]:
     source = Source.find(
         settings.model, settings.adapter_path, settings.k, settings.trust_remote_code
     )
-    return {"source": source, "text": text, "force": settings.force, "progress": bars()}
+    return {"source": source, "text": text, "force": settings.force, "progress": bar}
 
 
 def _print_made(what: str, drift: Drift, text: str | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import bars, note, note_layout
+from kmerge_mlx.cli.output import bar, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
@@ -208,7 +208,7 @@ class PromptSettings(CacheSettings, ModelSettings):
 
     def cache_options(self) -> dict[str, Any]:
         """Options of mlx-lm's ``generate_step``: those of :class:`CacheSettings`, and progress."""
-        show = bars()("Reading")
+        show = bar("Reading")
 
         def progress(done: int, total: int) -> None:
             if total > self.prefill_step_size:

@@ -59,35 +59,28 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         note(f"note: this adapter was trained {' and '.join(found)}")
 
 
-def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
+def bar(label: str) -> Callable[[int, int], None]:
     """Progress of long work: a bar on a terminal, and elsewhere a line now and then.
 
-    What is returned is called with a label, and what that returns with (work done, work in all).
-    ``quiet``: another machine shows it.
+    What is returned is called with (work done, work in all).
     """
+    shown: Any = None
+    reported = time.monotonic()
 
-    def begin(label: str) -> Callable[[int, int], None]:
-        bar: Any = None
-        reported = time.monotonic()
+    def progress(done: int, total: int) -> None:
+        nonlocal shown, reported
+        if sys.stderr.isatty():
+            from tqdm import tqdm
 
-        def progress(done: int, total: int) -> None:
-            nonlocal bar, reported
-            if quiet:
-                return
-            if sys.stderr.isatty():
-                from tqdm import tqdm
+            shown = shown or tqdm(total=total, desc=label, leave=False)
+            shown.update(done - shown.n)
+            if done >= total:
+                shown.close()
+        elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
+            note(f"{label}: {done:,} of {total:,}")
 
-                bar = bar or tqdm(total=total, desc=label, leave=False)
-                bar.update(done - bar.n)
-                if done >= total:
-                    bar.close()
-            elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-                reported = time.monotonic()
-                note(f"{label}: {done:,} of {total:,}")
-
-        return progress
-
-    return begin
+    return progress
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import bars, note, on_signals
+from kmerge_mlx.cli.output import bar, note, on_signals
 from kmerge_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def train(settings: TrainSettings) -> None:
     first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)
-    run = prepare(settings, bars(quiet=not first), ranks)
+    run = prepare(settings, bar if first else (lambda label: lambda done, total: None), ranks)
     watchers = [TrainingBar(run), *reporters(settings)] if first else []
     trainer = Trainer(run, watchers)
     came: list[int] = []
@@ -107,7 +107,7 @@ class TrainingBar:
         )
 
     def on_validation(self, done: int, total: int) -> None:
-        self._validating = self._validating or bars()("Validating")
+        self._validating = self._validating or bar("Validating")
         self._validating(done, total)
         if done == total:
             self._validating = None
