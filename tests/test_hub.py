@@ -108,14 +108,6 @@ def test_an_adapter_by_repo_id_gives_the_text_of_the_local_one(work, online, ada
         assert (info["kind"], info["path"]) == (kind, f"user/{name}")
 
 
-def test_a_repo_of_something_else_is_one_line(hub, work, online):
-    hub.repos["user/other"] = Repo()
-    hub.repos["user/other"].commit({"notes.txt": b"hello"})
-    with pytest.raises(AdapterError, match="user/other is not an adapter folder: merge_config"):
-        adapter_folder("user/other")
-    assert run("info", "user/other").err.startswith("error: user/other holds no adapter, no")
-
-
 def test_of_several_adapters_only_the_chosen_one_is_fetched(hub, online, tmp_path):
     for k in (2, 4):
         saved(tmp_path / "many" / f"k{k}", k=k)

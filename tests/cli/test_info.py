@@ -132,17 +132,6 @@ def test_a_command_line_that_makes_no_sense_is_one_line(args, said):
     assert_one_error(run("info", *args), 2, said)
 
 
-def test_what_cannot_be_calculated_is_one_line(tmp_path):
-    base = folder_of(tmp_path, "qwen2.5-0.5b")
-    asked = ("info", "--model", base, "--length", 5)
-    change_json(base / "config.json", torch_dtype=None)
-    assert_one_error(run(*asked), 1, "give --dtype")
-    change_json(base / "config.json", hidden_size=0, torch_dtype="float32")
-    assert_one_error(run(*asked), 1, "cannot build")
-    (base / "config.json").unlink()
-    assert_one_error(run(*asked), 1, "holds no config.json")
-
-
 @pytest.fixture(scope="module")
 def run_path(tmp_path_factory) -> Path:
     """A short training run."""
