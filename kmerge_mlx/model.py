@@ -66,7 +66,8 @@ def load(
         source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
     else:
         check_unmerged(k)
-        source = Source.alone(path_or_hf_repo, trust_remote_code, revision)
+        path = base.resolve(path_or_hf_repo, revision)
+        source = Source(path_or_hf_repo, path, trust_remote_code=trust_remote_code)
     model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 

@@ -17,11 +17,8 @@ from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import SettingsError, findings, short
 from kmerge_mlx.prompts.lay_out import MERGES
 
-SIZE = "size"
-"""Kind of a number of bytes: a whole number, or text such as 4GB."""
-
-MAX_INT = 2**63 - 1
-"""Largest whole number that arrays, seeds and files can hold."""
+SIZE = "size"  # the kind of a number of bytes: a whole number, or text such as 4GB
+MAX_INT = 2**63 - 1  # the largest whole number that arrays, seeds and files can hold
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _WORDS = {

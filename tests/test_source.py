@@ -85,4 +85,3 @@ def test_in_python_a_base_is_loaded_alone_unless_its_adapter_is_named(world):
     assert merged_embedding(load(carrying)[0]) is None
     assert merged_embedding(load(carrying, carrying)[0]).merge_factor == 4
     assert merged_embedding(load(bundled.BUNDLED)[0]) is None
-    assert Source.alone(carrying).adapter is None

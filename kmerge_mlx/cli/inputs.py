@@ -15,7 +15,7 @@ import typer
 
 from kmerge_mlx.cli.output import bar, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
+from kmerge_mlx.errors import KMergeError, PromptError, SettingsError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
@@ -274,24 +274,15 @@ class Opened:
 
 def open_model(settings: PromptSettings) -> Opened:
     """Finds and loads what a command's settings name, with notes about its adapter on stderr."""
-    from kmerge_mlx.adapters.folder import look_up
     from kmerge_mlx.model import load_source
     from kmerge_mlx.source import Source
 
-    adapter = settings.adapter_path
-    try:
-        source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
-        if settings.files and source.merge is None:
-            name = source.model
-            raise PromptError(
-                f"FILEs need a merge encoder, and {name} carries none: give `adapter_path`"
-            )
-        model, tokenizer, _ = load_source(source)
-    except ModelError as error:
-        if settings.model is not None or adapter is None or look_up(adapter).base is None:
-            raise
-        hint = f"({adapter} names this base; `model` gives another)"
-        raise ModelError(f"{error} {hint}") from error
+    named = (settings.model, settings.adapter_path, settings.k)
+    source = Source.find(*named, settings.trust_remote_code)
+    if settings.files and source.merge is None:
+        carries = f"{source.model} carries none: give `adapter_path`"
+        raise PromptError(f"FILEs need a merge encoder, and {carries}")
+    model, tokenizer, _ = load_source(source)
     stored = None
     if source.merge is not None:
         stored, made_for = source.merge.layout, source.merge.base

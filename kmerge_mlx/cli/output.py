@@ -12,8 +12,7 @@ from typing import Any
 from kmerge_mlx.errors import KMergeError, of_mlx_lm
 from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
 
-SECONDS_BETWEEN_LINES = 30
-"""How often long work reports its progress where stderr is not a terminal."""
+SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is not a terminal
 
 
 def note(text: str) -> None:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.train.prepare import Run
     from kmerge_mlx.train.ranks import Ranks
 
-LITTLE = 1.05
-"""Compression ratio of the prompts below which a note says what to do."""
+LITTLE = 1.05  # compression ratio of the prompts below which a note says what to do
 
 
 def _resumed(settings: TrainSettings, ranks: Ranks | None = None) -> TrainSettings:
