@@ -105,9 +105,10 @@ class Settings:
     def of(cls, *layers: Mapping[str, Any]) -> Self:
         """Makes settings from layers, the later of which win; None leaves a setting as it was."""
         known = {f.name: f for f in fields(cls)}
-        given = {n: value for layer in layers for n, value in layer.items() if value is not None}
-        if unknown := [cls._unknown(str(name), known) for name in given if name not in known]:
+        items = [item for layer in layers for item in layer.items()]
+        if unknown := [cls._unknown(str(name), known) for name, _ in items if name not in known]:
             raise SettingsError(findings(cls.NAME, unknown))
+        given = {name: value for name, value in items if value is not None}
         for name, value in given.items():
             if option_of(known[name]).many:
                 given[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
