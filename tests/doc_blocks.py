@@ -156,7 +156,7 @@ class Sandbox:
 
     def run(self, *line: object) -> subprocess.CompletedProcess[str]:
         """Runs a command line."""
-        with Listener(("127.0.0.1", 0)) as asked, ThreadPoolExecutor(1) as thread:
+        with Listener(("127.0.0.1", 0), backlog=8) as asked, ThreadPoolExecutor(1) as thread:
             port = asked.address[1]
 
             def end(_: Future) -> None:
