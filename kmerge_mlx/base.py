@@ -28,12 +28,10 @@ FINGERPRINT = (
 # What mlx-lm and transformers raise over a folder that is not a model, or over impossible sizes.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, RuntimeError, OSError)
 LOAD_ERRORS += (ArithmeticError, AssertionError, AttributeError)
-
+# What weights may be cast to, as configs and ``--dtype`` name it.
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-"""What weights may be cast to, as configs and ``--dtype`` name it."""
-
+# Architectures that the tests compare with transformers and PEFT; others are probed at load.
 PROVEN = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "smollm3"})
-"""Architectures that the tests compare with transformers and PEFT; others are probed at load."""
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:

@@ -36,7 +36,6 @@ def read_json(path: Path, error: type[KMergeError]) -> Any:
 
     Numbers that other JSON readers have no place for (``NaN``, ``1e999``, integers of 20 digits)
     are left as strings, so they fail wherever a number is expected, and can be written again.
-    An ``error`` says that it is missing, unreadable, too large, not JSON, or nested too deep.
     """
     try:
         if _regular_size(path, error) > MAX_JSON_BYTES:
@@ -80,11 +79,7 @@ def _regular_size(path: Path, error: type[KMergeError]) -> int:
 def safetensors_shapes(
     path: Path, error: type[KMergeError], dtypes: Collection[str] = FLOAT_DTYPES
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header alone.
-
-    An ``error`` says that it is missing or torn, or lists the tensors that MLX cannot hold or that
-    have other dtypes.
-    """
+    """Names and shapes of a safetensors file, from its header, if MLX can hold them."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -199,14 +194,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         flush(new)
         if path.exists():
             path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        new.rename(path)
         flush(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
 

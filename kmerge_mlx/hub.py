@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.errors import KMergeError, first_line, short
+from kmerge_mlx.errors import KMergeError, short
 
 MODEL, DATASET = "model", "dataset"
 
@@ -83,11 +83,8 @@ def fetch(
 ) -> Path:
     """Downloads those files of a repo that match shell patterns, unless the hub's cache has them.
 
-    Returns:
-        The folder in the cache, whose name is the commit.
-
-    Raises:
-        KMergeError: (of the kind ``error``) One line with what the hub answered.
+    Gives the folder in the cache, whose name is the commit. An ``error`` is one line with what the
+    hub answered.
     """
     from huggingface_hub import snapshot_download
 
@@ -139,33 +136,28 @@ def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
     from huggingface_hub import errors
 
     cause = failure.__cause__
-    if isinstance(failure, errors.LocalEntryNotFoundError) and isinstance(
-        cause, errors.HfHubHTTPError | errors.FileMetadataError
-    ):
-        failure = cause  # why the hub did not give what is not in the cache
+    absent = isinstance(failure, errors.LocalEntryNotFoundError)
+    if absent and isinstance(cause, errors.HfHubHTTPError | errors.FileMetadataError):
+        failure, absent = cause, False  # why the hub did not give what is not in the cache
     if isinstance(failure, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms on its hub page, then `hf auth login`"
     if isinstance(failure, errors.RevisionNotFoundError):
         return f"{repo.id} has no revision {repo.revision}: give a branch, tag or commit"
-    what = f"{repo} is not a folder here"
+    reason = why(failure, "read")
     if isinstance(failure, errors.RepositoryNotFoundError):
-        return (
-            f"{what}, and the hub has no such {kind}, or a private one: check the name, or "
-            "`hf auth login`"
-        )
-    if isinstance(failure, errors.LocalEntryNotFoundError):
-        reason = _offline(failure) or "the hub cannot be reached: check the connection"
-        return f"{what} and not in the cache, or not all of it, and {reason}"
-    return f"{what}, and {why(failure, 'read')}"
+        reason = f"the hub has no such {kind}, or a private one: check the name, or `hf auth login`"
+    cached = " and not in the cache, or not all of it" if absent else ""
+    return f"{repo} is not a folder here{cached}, and {reason}"
 
 
 def why(failure: BaseException, do: str) -> str:
     """Why a download (``do`` is ``read``) or an upload (``write``) failed, and what to do."""
     from huggingface_hub import errors
 
-    if offline := _offline(failure):
-        return offline
-    for cause in _causes(failure):
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, so the hub is not asked: unset it"
         if isinstance(cause, errors.HfHubHTTPError):
             return _status(cause, do)
         # httpx, or httpx2: the client's releases differ. A short file is an OSError of its own.
@@ -179,39 +171,21 @@ def why(failure: BaseException, do: str) -> str:
         if isinstance(cause, OSError) and cause.errno is not None:
             where = cause.filename or "the hub's cache"
             return f"cannot {'write' if do == 'read' else 'read'} {where}: {cause.strerror}"
-    return f"the hub's client says: {_one_line(str(failure)) or first_line(failure)}"
+        cause = cause.__cause__
+    return f"the hub's client says: {_one_line(str(failure)) or type(failure).__name__}"
 
 
 def _status(failure: Any, do: str) -> str:
     """What an HTTP status of the hub means (``failure`` is an ``HfHubHTTPError``)."""
-    status, headers = failure.response.status_code, failure.response.headers
-    limit = re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))
-    seconds = limit[1] if limit else headers.get("retry-after", "")
-    wait = f"{seconds} seconds" if seconds.isdecimal() else "a few minutes"
-    known = {
-        401: "the hub asks for another token (401): `hf auth login`, or set HF_TOKEN",
-        403: f"the token may not {do} it (403): give one that may with `hf auth login`",
-        429: f"the hub has too many requests (429): try again in {wait}",
-    }
-    if status >= 500:
-        return f"the hub cannot answer now ({status}): try again in a while"
-    refused = _one_line(failure.server_message or first_line(failure))
-    return known.get(status, f"the hub refused it: {refused}")
+    status = failure.response.status_code
+    if status == 401:
+        return "the hub asks for another token (401): `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return f"the token may not {do} it (403): give one that may with `hf auth login`"
+    if status == 429 or status >= 500:  # with the seconds to wait, where the hub says them
+        return f"the hub cannot answer now, try again later: {_one_line(str(failure))}"
+    return f"the hub refused it: {_one_line(failure.server_message or str(failure))}"
 
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
-
-
-def _offline(failure: BaseException) -> str | None:
-    from huggingface_hub import errors
-
-    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in _causes(failure)):
-        return "HF_HUB_OFFLINE is set, so the hub is not asked: unset it"
-    return None
-
-
-def _causes(failure: BaseException | None) -> Iterator[BaseException]:
-    while failure is not None:
-        yield failure
-        failure = failure.__cause__

@@ -66,7 +66,8 @@ def load(
         source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
     else:
         check_unmerged(k)
-        source = Source.alone(path_or_hf_repo, trust_remote_code, revision)
+        path = base.resolve(path_or_hf_repo, revision)
+        source = Source(path_or_hf_repo, path, trust_remote_code=trust_remote_code)
     model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -79,8 +80,8 @@ def load_source(
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Loads a source, as :func:`load` does: the model, its tokenizer, and the base's config."""
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
-    path, name, trust = source.path, source.model, source.trust_remote_code
-    config = source.config
+    config, path, name = source.config, source.path, source.model
+    trust = source.trust_remote_code
     if adapter is not None:
         check_fit(adapter, config, name)
     try:
@@ -130,14 +131,13 @@ def attach(
     found = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
     tuned, encoder, head = found
     problems = lora.tensor_problems(_tuned(model, adapter.merge, adapter.tuning), tuned)
-    carrier = None if adapter.merge.head_lora is None else _head(model, merged)
-    if carrier is not None:
+    carrier = _head(model, merged)
+    if adapter.merge.head_lora is not None:
         problems += [f"{HEAD}.{p}" for p in lora.tensor_problems(_lora_parts(carrier), head)]
     if problems:
         raise AdapterError(findings(f"the adapter does not fit {name}", problems))
     model.load_weights(list(tuned.items()), strict=False)
-    if carrier is not None:
-        carrier.load_weights(list(head.items()), strict=False)
+    carrier.load_weights(list(head.items()), strict=False)
     if merged.encoder is not None:  # its shapes were checked where its file was read
         merged.encoder.load_weights(list(encoder.items()))
     mx.eval(found)
@@ -152,14 +152,10 @@ def wire(
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
 ) -> MergedEmbedding:
-    """Puts a fresh adapter on a loaded base model, in place.
+    """Puts a fresh adapter on a loaded base model, called ``name``, in place.
 
     A fresh adapter reads a block as the mean of its embeddings and changes nothing else: the
     encoder's W3 and every LoRA B are zero, every LoRA A is random. All tensors are float32.
-
-    Raises:
-        ModelError: The model, called ``name``, cannot take virtual ids.
-        AdapterError: Sizes or modules that do not fit (all of them listed).
     """
     path, embedding = base.find_embedding(model, name)
     if not 0 <= pad_token_id < embedding.weight.shape[0]:

@@ -7,7 +7,7 @@ The settings of a command are a frozen dataclass below :class:`Settings`, and ea
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
@@ -17,13 +17,10 @@ from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import SettingsError, findings, short
 from kmerge_mlx.prompts.lay_out import MERGES
 
-SIZE = "size"
-"""Kind of a number of bytes: a whole number, or text such as 4GB."""
+SIZE = "size"  # the kind of a number of bytes: a whole number, or text such as 4GB
+MAX_INT = 2**63 - 1  # the largest whole number that arrays, seeds and files can hold
 
-MAX_INT = 2**63 - 1
-"""Largest whole number that arrays, seeds and files can hold."""
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -45,7 +42,7 @@ class Option:
     high: float | None = None  # largest value
     choices: tuple[Any, ...] = ()  # the only values
     many: bool = False  # the flag may be given several times; the value is then a tuple
-    group: str | None = None  # heading in the help
+    group: str | None = None  # what it is about
     flags: tuple[str, ...] = ()  # the first is in errors; default: --name-of-the-field
     argument: str | None = None  # a positional argument's name in the help; it has no flag
     required: bool = False  # the command line must name it
@@ -81,10 +78,10 @@ def flags_of(field_: Field) -> tuple[str, ...]:
     return own.flags or ("--" + field_.name.replace("_", "-"),)
 
 
-def parse_size(text: str) -> int:
-    """Bytes that a text such as ``4GB`` means; K, M, G and T are powers of 1000, as in mlx-lm."""
-    number, unit = _SIZE.fullmatch(text.strip()).groups()
-    return int(Decimal(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+def parse_size(text: str, kilo: int = 1000) -> int:
+    """Bytes that a text such as ``4GB`` means; a kB is 1000 bytes, as in mlx-lm, and a KiB 1024."""
+    number, unit, binary = _SIZE.fullmatch(text.strip()).groups()
+    return int(Decimal(number) * (1024 if binary else kilo) ** " KMGT".index(unit.upper() or " "))
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Settings:
     """Keys of mlx-lm's files that are not settings here, with what to do instead."""
 
     def __post_init__(self) -> None:
-        problems = [p for f in fields(self) for p in problems_of(f, getattr(self, f.name))]
+        problems = [p for f in fields(self) for p in _problems(f, getattr(self, f.name))]
         if problems := problems or self.clashes():
             raise SettingsError(findings(self.NAME, problems))
 
@@ -108,11 +105,10 @@ class Settings:
     def of(cls, *layers: Mapping[str, Any]) -> Self:
         """Makes settings from layers, the later of which win; None leaves a setting as it was."""
         known = {f.name: f for f in fields(cls)}
-        given: dict[str, Any] = {}
-        for layer in layers:
-            if unknown := [str(name) for name in layer if name not in known]:
-                raise SettingsError(findings(cls.NAME, [cls._unknown(n, known) for n in unknown]))
-            given |= {name: value for name, value in layer.items() if value is not None}
+        items = [item for layer in layers for item in layer.items()]
+        if unknown := [cls._unknown(str(name), known) for name, _ in items if name not in known]:
+            raise SettingsError(findings(cls.NAME, unknown))
+        given = {name: value for name, value in items if value is not None}
         for name, value in given.items():
             if option_of(known[name]).many:
                 given[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -134,12 +130,11 @@ class Settings:
         ``own`` holds, by choice, the settings that only some choices have.
         """
         foreign = {name for names in own.values() for name in names} - set(own[chosen])
-        plain = type(self).__dataclass_fields__
         named = [
-            f"`{name}` is not an option of {chosen}"
-            for name, value in self.given().items()
+            f"`{f.name}` is not an option of {chosen}"
+            for f in fields(self)
             # A file of --print-config names every default; a list's default is empty.
-            if name in foreign and value not in (plain[name].default, [])
+            if f.name in foreign and self.given().get(f.name, []) not in (f.default, [])
         ]
         if named:
             raise SettingsError(findings(self.NAME, named))
@@ -147,7 +142,7 @@ class Settings:
     @classmethod
     def setting(cls, name: str, **changed: Any) -> Any:
         """One setting of this class as a field of another, with some of its option changed."""
-        (found,) = (f for f in fields(cls) if f.name == name)
+        found = cls.__dataclass_fields__[name]
         default = changed.pop("default", found.default)
         return field(default=default, metadata={"option": replace(option_of(found), **changed)})
 
@@ -159,30 +154,24 @@ class Settings:
         return f"unknown setting {short(name)}" + (f", did you mean {near[0]}?" if near else "")
 
 
-def problems_of(field_: Field, value: Any) -> list[str]:
-    """What is wrong with the value of a setting, one line each; a default of None is right."""
+def _problems(field_: Field, value: Any) -> Iterator[str]:
+    """What is wrong with the value of a setting; a default of None is right."""
     own = option_of(field_)
     if value is None and field_.default is None:
-        return []
-    name = own.argument or f"`{field_.name}`"
-    values = value if own.many and isinstance(value, tuple) else (value,)
-    return [problem for each in values if (problem := _problem(own, name, each))]
-
-
-def _problem(option: Option, name: str, value: Any) -> str | None:
-    if not _is_kind(option.kind, value) or (option.choices and value not in option.choices):
-        choices = f"one of {', '.join(map(str, option.choices))}"
-        expected = choices if option.choices else _WORDS[option.kind]
-        return f"{name} is {short(value)}, expected {expected}"
-    if option.low is not None and value < option.low:
-        return f"{name} is {value}, expected at least {option.low}"
-    high = MAX_INT if option.kind is int and option.high is None else option.high
-    if high is not None and value > high:
-        return f"{name} is {short(value)}, expected at most {high}"
-    # Bytes of the command line that are not text come as lone surrogates.
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        return f"{name} is not UTF-8"
-    return None
+        return
+    name, choices = own.argument or f"`{field_.name}`", ", ".join(map(str, own.choices))
+    high = MAX_INT if own.kind is int and own.high is None else own.high
+    for each in value if own.many and isinstance(value, tuple) else (value,):
+        if not _is_kind(own.kind, each) or (choices and each not in own.choices):
+            expected = f"one of {choices}" if choices else _WORDS[own.kind]
+            yield f"{name} is {short(each)}, expected {expected}"
+        elif own.low is not None and each < own.low:
+            yield f"{name} is {each}, expected at least {own.low}"
+        elif high is not None and each > high:
+            yield f"{name} is {short(each)}, expected at most {high}"
+        # Bytes of the command line that are not text come as lone surrogates.
+        elif isinstance(each, str) and re.search("[\ud800-\udfff]", each):
+            yield f"{name} is not UTF-8"
 
 
 def _is_kind(kind: type | str, value: Any) -> bool:

@@ -35,29 +35,24 @@ class Source:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> Source:
-        """Finds both, downloading what is on the hub (see :class:`settings.ModelSettings`).
+        """Finds both, downloading what is on the hub.
 
         Without ``model`` it is the base that the adapter names, or the bundled one; without
         ``adapter_path`` the adapter that the model's folder carries, if any.
-
-        Raises:
-            ModelError: The adapter does not name its base, or the model cannot be found.
-            AdapterError: No adapter, or no such K.
         """
         name, path, folders = _look_up(model, adapter_path, revision)
         if folders is None:
             check_unmerged(k)
             return cls(name, path, trust_remote_code=trust_remote_code)
         folder, merge = folders.choose(k)
-        path = path or base.resolve(name, revision)
+        try:
+            path = path or base.resolve(name, revision)
+        except ModelError as error:
+            if model is not None:
+                raise
+            hint = f"({folders.name} names this base; `model` gives another)"
+            raise ModelError(f"{error} {hint}") from error
         return cls(name, path, folders.name, folder, merge, trust_remote_code)
-
-    @classmethod
-    def alone(
-        cls, model: str, trust_remote_code: bool = False, revision: str | None = None
-    ) -> Source:
-        """Finds a base model, without the adapter that its folder may carry."""
-        return cls(model, base.resolve(model, revision), trust_remote_code=trust_remote_code)
 
     @classmethod
     def find_all(

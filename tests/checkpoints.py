@@ -32,18 +32,11 @@ PROJECTIONS = {
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds; change the parts, then write it.
+    """What a checkpoint holds; change the parts, then write it."""
 
-    Args:
-        encoder: ``net.0.weight`` and so on.
-        config: PEFT's ``adapter_config.json``.
-        adapter: PEFT's tensor names to tensors.
-        metrics: ``metrics.json``.
-    """
-
-    encoder: dict[str, np.ndarray]
-    config: dict[str, Any]
-    adapter: dict[str, np.ndarray]
+    encoder: dict[str, np.ndarray]  # net.0.weight and so on
+    config: dict[str, Any]  # PEFT's adapter_config.json
+    adapter: dict[str, np.ndarray]  # by PEFT's names
     metrics: Any = field(default_factory=lambda: {"merge_factor": 4})
 
     def write(self, folder: Path, bin_file: bool = False) -> Path:
@@ -71,19 +64,9 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> Checkpoint:
-    """A good checkpoint that fits ``tests.tiny.qwen2_config``.
+    """A good checkpoint that fits ``tests.tiny.qwen2_config``; ``options`` change PEFT's config.
 
-    Args:
-        k: Merge factor K.
-        d: Hidden size D.
-        h: Inner size H of the encoder; None for 2 K D.
-        layers: Layers with LoRA.
-        rank: LoRA rank, with ``lora_alpha`` 16.
-        vocab_size: V, rows of the head.
-        head: Adapt lm_head as well, as the authors do; PEFT then saves a copy of its weight.
-        dtype: ``float32`` or ``float16``.
-        seed: Decides the numbers.
-        **options: Changes to PEFT's config.
+    With a ``head`` lm_head is adapted as well, as the authors do; PEFT then saves a copy of it.
     """
     random = np.random.default_rng(seed)
 

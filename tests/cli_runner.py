@@ -20,13 +20,7 @@ from kmerge_mlx.cli import main
 
 @dataclass
 class Result:
-    """How a command ended.
-
-    Args:
-        code: Exit code.
-        out: What it wrote to stdout.
-        err: What it wrote to stderr.
-    """
+    """How a command ended: its exit code, and what it wrote to stdout and stderr."""
 
     code: int
     out: str
@@ -52,14 +46,7 @@ class Stream(io.TextIOWrapper):
 def run(
     *args: object, stdin: bytes | None = b"", encoding: str = "utf-8", terminal: bool = False
 ) -> Result:
-    """Runs a command in this process.
-
-    Args:
-        args: The command line, without the program's name.
-        stdin: What stdin holds, or None for a closed one.
-        encoding: Encoding of stdout.
-        terminal: Whether stderr is a terminal.
-    """
+    """Runs a command in this process; ``stdin`` None is a closed one, stderr may be a terminal."""
     out, err = Stream(encoding), Stream(terminal=terminal)
     given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
     argv = ["kmerge-mlx", *map(str, args)]

@@ -1,8 +1,7 @@
-"""The fenced blocks of the README and the docs, and a place to run them in.
+"""The fenced blocks of the README and the docs, and a place to run them and the examples in.
 
-Owns: which pages there are, what excuses a block from being run, and the sandbox: a folder with the
-files that the docs speak of, a hub on the loopback that has the base they name, and a
-``kmerge-mlx`` that trains for moments only.
+In the sandbox ``kmerge-mlx`` asks this process to run the command, which has loaded everything, and
+what would take hours, or wait for somebody, ends in moments. All else is run as it stands.
 """
 
 from __future__ import annotations
@@ -10,14 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import chdir
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
-from tests.cli_runner import PLAIN_USER, environment
-from tests.hub_runs import settings
-from tests.hub_server import Hub
+from tests.cli_runner import PLAIN_USER, Result, command, environment, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -35,15 +37,7 @@ _EXCUSE = re.compile(r"<!-- not run: (.+?) -->\n+ *\Z", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
-
-    Args:
-        page: The page it is on.
-        line: Where.
-        language: What the fence says it is.
-        text: What it holds.
-        excuse: Why it is not run, or None.
-    """
+    """A fenced block: where it is, what it holds, and why it is not run, if it is not."""
 
     page: Path
     line: int
@@ -70,30 +64,87 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+SHORTER = {
+    "train": {"--iters": 2, "--val-batches": 1, "--batch-size": 1, "--num-trees": 8},
+    "data": {"--num-trees": 60},
+    "bench": {"--num-trials": 1, "--generation-tokens": 2},
+    "evaluate": {"--limit": 4, "--num-trees": 2, "--num-needles": 1},
+}
+OF_TASK = {"--num-trees": "textualized-tree", "--num-needles": "recall"}
+"""Options that no other task has; ``--limit`` belongs to all but these two."""
+SHARE_OF_ITERS = 50
+"""How much less a page's own ``--iters`` become: still more where a run goes on."""
+SAID = b"What changed in May?\n/stats\nq\n"
+
+
+def as_it_stands(environment: Mapping[str, str], *line: str) -> Result:
+    """Runs a command line."""
+    return run(*line)
+
+
+def in_moments(environment: Mapping[str, str], name: str, *given: str) -> Result:
+    """Runs a command line of the docs with less to do; a server in a process of its own."""
+    line = [name, *given]
+    if name == "serve":
+        return _served(environment, line)
+    if "--iters" in line:
+        at = line.index("--iters") + 1
+        line[at] = str(int(line[at]) // SHARE_OF_ITERS)
+    for flag, value in SHORTER.get(name, {}).items():
+        own = set(OF_TASK.values()) & set(line)
+        fits = OF_TASK[flag] in own if flag in OF_TASK else not (flag == "--limit" and own)
+        kept = flag == "--iters" and flag in line
+        line += [flag, str(value)] if fits and not kept else []  # the last one counts
+    return run(*line, stdin=SAID if name == "chat" else b"")
+
+
+def _served(environment: Mapping[str, str], line: list[str]) -> Result:
+    """Starts a server, and ends it when it is there."""
+    line = command(*line, *(() if "--port" in line else ("--port", "0")))
+    server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    said = []
+    for text in server.stderr:
+        said.append(text)
+        if re.search(r" at http://\S+/v1", text):
+            server.send_signal(signal.SIGTERM)
+    return Result(server.wait(), "", "".join(said))
+
+
+ASK = f"""\
+#!{sys.executable} -IS
+import os, sys
+from multiprocessing.connection import Client
+
+with Client(("127.0.0.1", int(os.environ["SANDBOX_PORT"]))) as connection:
+    connection.send((os.getcwd(), sys.argv[1:]))
+    code, out, err = connection.recv()
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
 class Sandbox:
-    """A folder in which a page's blocks are run, one after the other.
+    """A folder in which blocks or scripts are run, one after the other.
 
     Args:
         folder: An empty folder.
-        hub: A hub that has the base.
-        home: The hub client's cache.
+        act: What runs a line of ``kmerge-mlx``.
+        settings: Further environment.
     """
 
-    def __init__(self, folder: Path, hub: Hub, home: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, act: Callable[..., Result] = as_it_stands, **settings: str):
+        self.folder, self._act = folder, act
         tools = folder.with_name(f"{folder.name}-tools")
         tools.mkdir()
-        for name, module in (("kmerge-mlx", "tests.doc_command"), ("python", "")):
-            line = f"-m {module}" if module else ""
-            script = tools / name
-            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {line} "$@"\n')
+        (tools / "kmerge-mlx").write_text(ASK)
+        for name in ("python", "python3"):
+            (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        for script in tools.iterdir():
             script.chmod(0o755)
         path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._environment = environment(
-            **settings(hub, home),
-            PATH=path,
-            PYTHONPATH=f"{ROOT}{os.pathsep}{PLAIN_USER}",
-        )
+        python_path = f"{ROOT}{os.pathsep}{PLAIN_USER}"
+        self._environment = environment(**settings, PATH=path, PYTHONPATH=python_path)
 
     def copy(self, source: Path, name: str) -> None:
         """Puts a folder or a file there."""
@@ -104,15 +155,30 @@ class Sandbox:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(text)
 
-    def run(self, block: Block) -> subprocess.CompletedProcess[str]:
-        """Runs a block as it stands."""
-        return subprocess.run(
-            [*RUN[block.language], block.text],
-            cwd=self.folder,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            timeout=300,
-        )
+    def run(self, *line: object) -> subprocess.CompletedProcess[str]:
+        """Runs a command line."""
+        with Listener(("127.0.0.1", 0), backlog=8) as asked, ThreadPoolExecutor(1) as thread:
+            port = asked.address[1]
+
+            def end(_: Future) -> None:
+                with Client(asked.address) as connection:
+                    connection.send(None)
+
+            done = thread.submit(
+                subprocess.run,
+                [*map(str, line)],
+                cwd=self.folder,
+                env=self._environment | {"SANDBOX_PORT": str(port)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                timeout=300,
+            )
+            done.add_done_callback(end)
+            while True:
+                with asked.accept() as connection:
+                    if (wanted := connection.recv()) is None:
+                        return done.result()
+                    with chdir(wanted[0]):
+                        result = self._act(self._environment, *wanted[1])
+                    connection.send((result.code, result.out, result.err))

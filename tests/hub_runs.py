@@ -32,11 +32,7 @@ def settings(hub: Hub, home: Path) -> dict[str, str]:
 def using(hub: Hub, home: Path, token: str | None = None, **more: Any) -> Iterator[None]:
     """Lets this process use a hub: what the client reads from its environment when imported.
 
-    Args:
-        hub: The hub.
-        home: Where its cache is; another one is another machine.
-        token: ``HF_TOKEN``, or None.
-        more: Further constants of the client.
+    ``home`` holds its cache; another one is another machine. ``more``: constants of the client.
     """
     ours = {
         "ENDPOINT": hub.url,

@@ -1,9 +1,5 @@
 """Enough of the Hugging Face hub, on the loopback, for ``huggingface_hub`` to use it.
 
-Owns: the routes that downloads and uploads ask for (repos and their revisions, file trees, files
-whole or from a byte on, large files by a redirect to another host, new repos and branches, uploads
-and commits), tokens, and the ways in which a hub fails. Knows nothing of this project.
-
 Source: the requests of huggingface_hub 2.4; https://huggingface.co/docs/hub/api; the LFS batch API,
 https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md.
 """
@@ -14,7 +10,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-CHUNK = 1 << 14
 READ, WRITE = "read", "write"
 
 
@@ -40,17 +34,11 @@ def is_large(path: str) -> bool:
 
 @dataclass
 class Repo:
-    """A repo: files by commit, and commits by branch or tag.
-
-    Args:
-        commits: Files by path, by commit.
-        refs: Commit by name.
-        private: Whether only tokens see it.
-    """
+    """A repo: files by commit, and commits by branch or tag."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    private: bool = False
+    private: bool = False  # only tokens see it
 
     @classmethod
     def of(cls, folder: Path, private: bool = False) -> Repo:
@@ -75,30 +63,15 @@ class Repo:
 
 @dataclass
 class Hub:
-    """A running hub.
+    """A running hub."""
 
-    Args:
-        repos: By ``user/name``; one that is not there answers 404.
-        tokens: What each token allows, ``read`` or ``write``.
-        locked: Gated repos, open to nobody.
-        refuse: Status that a route (``info``, ``tree``, ``resolve``, ``create``, ``commit``, ...)
-            answers with, and ``word``.
-        word: What is said with it.
-        cut: Files whose connection is cut half-way, and again at every resumption.
-        corrupt: Files that come with other bytes, as many.
-        pause: Seconds between the 16 KiB pieces of a file.
-        requests: What was asked for, as ``METHOD path``.
-    """
-
-    repos: dict[str, Repo]
-    tokens: dict[str, str] = field(default_factory=dict)
-    locked: set[str] = field(default_factory=set)
-    refuse: dict[str, int] = field(default_factory=dict)
-    word: str = "refused"
-    cut: set[str] = field(default_factory=set)
-    corrupt: set[str] = field(default_factory=set)
-    pause: float = 0.0
-    requests: list[str] = field(default_factory=list)
+    repos: dict[str, Repo]  # by user/name
+    tokens: dict[str, str] = field(default_factory=dict)  # what each allows: read or write
+    locked: set[str] = field(default_factory=set)  # gated repos, open to nobody
+    refuse: dict[str, int] = field(default_factory=dict)  # status by route: info, tree, ...
+    word: str = "refused"  # what is said with it
+    cut: set[str] = field(default_factory=set)  # files that break off half-way, every time
+    requests: list[str] = field(default_factory=list)  # what was asked for, as METHOD path
     stored: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
@@ -248,15 +221,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self._bytes(unquote(path), self.hub.stored[oid], {"ETag": f'"{oid[:32]}"'})
 
     def _bytes(self, path: str, data: bytes, headers: dict[str, str]) -> None:
-        name = path.rsplit("/", 1)[-1]
-        if name in self.hub.corrupt:
-            data = bytes([data[0] ^ 1]) + data[1:]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         body = data[start:]
         if start:
             headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         sent = body
-        if name in self.hub.cut and self.command == "GET":
+        if path.rsplit("/", 1)[-1] in self.hub.cut and self.command == "GET":
             sent = b"" if start else data[: len(data) // 2]
             self.close_connection = True
         self._send(206 if start else 200, sent, headers, length=len(body))
@@ -343,10 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         with suppress(ConnectionError):  # a killed client
-            for start in range(0, len(body), CHUNK):
-                self.wfile.write(body[start : start + CHUNK])
-                if self.hub.pause:
-                    time.sleep(self.hub.pause)
+            self.wfile.write(body)
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:

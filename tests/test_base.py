@@ -82,16 +82,6 @@ def test_blocks_are_filled_with_a_space_else_pad_else_eos():
         base.default_pad_token_id(tokenizer([]))
 
 
-def test_a_name_that_is_neither_folder_nor_repo_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="neither a folder nor the name of a hub repo"):
-        base.resolve("no/such/folder/here")
-    with pytest.raises(ModelError, match="is not a folder here and not in the cache"):
-        base.resolve("nobody/nothing")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ModelError, match=r"is a file: give the folder that holds config\.json"):
-        base.resolve(tmp_path / "file")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, r"holds no config\.json"), ("{", "cannot be read"), ("[]", "cannot be read|names no"),

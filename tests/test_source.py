@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kmerge_mlx import base, bundled, files
+from kmerge_mlx import bundled
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.errors import AdapterError, ModelError
-from kmerge_mlx.model import load, load_source, merged_embedding
+from kmerge_mlx.model import load, merged_embedding
 from kmerge_mlx.source import Source
 from tests.tiny import build, qwen2_config, random_adapter, write_base
 
@@ -31,38 +30,10 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def reads(monkeypatch) -> Counter:
-    """How often each JSON file of an adapter, and the base's config, was read."""
-    found: Counter = Counter()
-    read_bytes, read_config = Path.read_bytes, base.read_config
-
-    def counted_bytes(path: Path) -> bytes:
-        found[path.name] += 1
-        return read_bytes(path)
-
-    def counted_config(path: Path):
-        found["base config"] += 1
-        return read_config(path)
-
-    monkeypatch.setattr(files.Path, "read_bytes", counted_bytes)
-    monkeypatch.setattr(base, "read_config", counted_config)
-    return found
-
-
-def test_a_load_reads_every_config_once(world, reads):
-    source = Source.find(None, world / "many" / "k4", 4)
-    assert source.config["model_type"] == "qwen2"
-    model, _, _ = load_source(source)
-    assert merged_embedding(model).merge_factor == source.k == 4
-    assert reads == {"merge_config.json": 1, "adapter_config.json": 1, "base config": 1}
-
-
-def test_all_k_of_a_folder_are_found_in_one_pass(world, reads):
+def test_all_k_of_a_folder_are_found(world):
     sources = Source.find_all(None, world / "many")
     assert [source.k for source in sources] == [2, 4]
     assert [source.adapter for source in sources] == [world / "many" / "k2", world / "many" / "k4"]
-    assert reads == {"merge_config.json": 2}
     # Without an adapter for it, K = 1 is the base alone.
     alone, merging = Source.find_all(None, world / "many", [4, 1])
     assert (alone.k, alone.adapter, alone.path) == (1, None, world / "base")
@@ -114,4 +85,3 @@ def test_in_python_a_base_is_loaded_alone_unless_its_adapter_is_named(world):
     assert merged_embedding(load(carrying)[0]) is None
     assert merged_embedding(load(carrying, carrying)[0]).merge_factor == 4
     assert merged_embedding(load(bundled.BUNDLED)[0]) is None
-    assert Source.alone(carrying).adapter is None

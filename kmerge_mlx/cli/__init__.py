@@ -23,11 +23,10 @@ from kmerge_mlx.cli.evaluate import evaluate
 from kmerge_mlx.cli.fuse import fuse, quantize
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
-from kmerge_mlx.cli.inputs import CommandError
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.cli.upload import upload
-from kmerge_mlx.errors import KMergeError
+from kmerge_mlx.errors import KMergeError, SettingsError
 from kmerge_mlx.hub import one_version
 
 app = typer.Typer(
@@ -45,21 +44,10 @@ for _command in (
     app.command()(_command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"kmerge-mlx {__version__}")
-        raise typer.Exit()
-
-
 @app.callback()
 def _root(
     context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """K-Token Merging on MLX: read a prompt in a quarter of the positions.
 
@@ -73,6 +61,9 @@ def _root(
       kmerge-mlx train --model Qwen/Qwen2.5-0.5B --data ./data --k 4 --adapter-path ./out
       kmerge-mlx upload ./out me/my-adapter --license mit
     """
+    if version:
+        print(f"kmerge-mlx {__version__}")
+        raise typer.Exit()
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)
         raise typer.Exit(2)
@@ -94,10 +85,8 @@ def main() -> None:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         # A missing argument's choices come one to a line.
         _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
-    except CommandError as error:
-        _fail(str(error), error.code)
     except KMergeError as error:
-        _fail(str(error), 1)
+        _fail(str(error), 2 if isinstance(error, SettingsError) else 1)
     except OSError as error:
         # If stdout is what failed, Python would try it again at exit.
         sys.stdout = None

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bars, size
+from kmerge_mlx.cli.output import aligned, bar, note, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.source import Source
     from kmerge_mlx.tools.bench import Row, Side, Spread
+    from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 K = 4
 
@@ -29,14 +30,12 @@ class BenchSettings(ModelSettings):
 
     NAME = "bench"
 
-    k: tuple[int, ...] = option(
-        (),
-        int,
-        "Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in any "
-        f"case. Default: all that --adapter-path holds; without one, {K}.",
-        low=1,
+    k: tuple[int, ...] = ModelSettings.setting(
+        "k",
+        default=(),
+        help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in "
+        f"any case. Default: all that --adapter-path holds; without one, {K}.",
         many=True,
-        flags=("--k", "--merge-factor"),
     )
     length: tuple[int, ...] = option(
         (512, 2048), int, "Tokens of the prompt; give it again for another.", low=1, many=True
@@ -81,18 +80,14 @@ def bench(settings: BenchSettings) -> None:
     # On Metal mlx-lm prints a warning about large models.
     with contextlib.redirect_stdout(sys.stderr):
         sides = benchmark.load_sides(source, merged, config.lengths)
-        encoders = _encoders(sides)
+        encoders = [_encoder(side.embedding) for side in sides if side.embedding is not None]
         if encoders and source.adapter_path is None:
-            each = (
-                f"K={e['merge_factor']}: {e['parameters'] / 1e6:.1f}M {e['dtype']}"
-                for e in encoders
-            )
-            print(
+            form = "K={merge_factor}: {parameters:,} {dtype}".format_map
+            note(
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-                f"({', '.join(each)}), and there is no LoRA",
-                file=sys.stderr,
+                f"({', '.join(map(form, encoders))}), and there is no LoRA"
             )
-        rows = benchmark.measure(sides, config, bars()("Positions read"))
+        rows = benchmark.measure(sides, config, bar("Positions read"))
     report = {
         "machine": _machine(sides[0]),
         "settings": {"model": source.model, "adapter_path": source.adapter_path, **asdict(config)},
@@ -124,19 +119,12 @@ def _sources(settings: BenchSettings) -> tuple[Source, dict[int, Source | None]]
     return base, merged
 
 
-def _encoders(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """The sizes of the encoders."""
+def _encoder(embedding: MergedEmbedding) -> dict[str, Any]:
+    """The sizes of an encoder."""
     from kmerge_mlx.base import dtype_name
 
-    found = [side.embedding.encoder for side in sides if side.embedding is not None]
-    return [
-        {
-            **encoder.config.to_json(),
-            "parameters": encoder.config.num_parameters,
-            "dtype": dtype_name(encoder.w3.bias.dtype),
-        }
-        for encoder in found
-    ]
+    config, dtype = embedding.encoder.config, dtype_name(embedding.encoder.w3.bias.dtype)
+    return {**config.to_json(), "parameters": config.num_parameters, "dtype": dtype}
 
 
 def _machine(reference: Side) -> dict[str, str]:
@@ -175,26 +163,23 @@ def _text(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     adapter = "untrained encoders, no LoRA" if report["encoders"] else "no adapter"
     if settings["adapter_path"]:
         adapter = f"adapter {settings['adapter_path']}"
-    spread = settings["num_trials"] > 1
-    rounds = f"median (lowest-highest) of {settings['num_trials']} rounds"
-    rounds = rounds if spread else "figure of 1 round"
-    return "\n".join(
-        [
-            f"{_backend(machine)}; mlx {machine['mlx']}, mlx-lm {machine['mlx_lm']}, "
-            f"kmerge-mlx {machine['kmerge_mlx']}",
-            f"{settings['model']}, {adapter}; {rounds} after one to warm up, "
-            f"{settings['generation_tokens']} tokens generated",
-            "",
-            _table(rows, spread),
-            "",
-            "K = 1         plain mlx-lm on the whole prompt",
-            "TTFT          from token ids to the first token: with compressing, without tokenizing",
-            "speed-up      TTFT of K = 1 over this one, in each round",
-            "/ floor       TTFT over that of plain mlx-lm on as many plain tokens, in each round",
-            "prompt tok/s  original tokens over TTFT",
-            "KV cache      keys and values of the prompt's positions",
-        ]
-    )
+    rounds, trials = "figure of 1 round", settings["num_trials"]
+    if spread := trials > 1:
+        rounds = f"median (lowest-highest) of {trials} rounds"
+    return f"""\
+{_backend(machine)}; mlx {machine["mlx"]}, mlx-lm {machine["mlx_lm"]}, \
+kmerge-mlx {machine["kmerge_mlx"]}
+{settings["model"]}, {adapter}; {rounds} after one to warm up, \
+{settings["generation_tokens"]} tokens generated
+
+{_table(rows, spread)}
+
+K = 1         plain mlx-lm on the whole prompt
+TTFT          from token ids to the first token: with compressing, without tokenizing
+speed-up      TTFT of K = 1 over this one, in each round
+/ floor       TTFT over that of plain mlx-lm on as many plain tokens, in each round
+prompt tok/s  original tokens over TTFT
+KV cache      keys and values of the prompt's positions"""
 
 
 def _table(rows: Sequence[Row], spread: bool) -> str:
@@ -206,20 +191,15 @@ def _table(rows: Sequence[Row], spread: bool) -> str:
         if seconds.median < 1:
             seconds = type(seconds).of(1e3 * trial for trial in seconds.trials)
             form, unit = "{:.1f}", " ms"
-        cells.append(
-            (
-                f"{row.length:,} tokens",
-                str(row.k),
-                f"{row.positions:,}",
-                _figure(seconds, form, spread, unit),
-                _figure(row.speedup, "{:.2f}", spread, "x"),
-                _figure(row.overhead, "{:.3f}", spread),
-                _figure(figures.prompt_tps, "{:,.1f}", False),
-                _figure(figures.generation_tps, "{:,.1f}", spread),
-                size(figures.peak_bytes.median),
-                size(figures.kv_bytes),
-            )
+        prompt = (f"{row.length:,} tokens", str(row.k), f"{row.positions:,}")
+        speeds = (
+            _figure(seconds, form, spread, unit),
+            _figure(row.speedup, "{:.2f}", spread, "x"),
+            _figure(row.overhead, "{:.3f}", spread),
+            _figure(figures.prompt_tps, "{:,.1f}", False),
+            _figure(figures.generation_tps, "{:,.1f}", spread),
         )
+        cells.append((*prompt, *speeds, size(figures.peak_bytes.median), size(figures.kv_bytes)))
     return aligned(cells)
 
 

@@ -50,8 +50,7 @@ class CacheFileSettings(PromptSettings):
 
     def clashes(self) -> list[str]:
         found = super().clashes()
-        if self.prompt_cache_file is not None and not self.prompt_cache_file.endswith(SUFFIX):
-            name = self.prompt_cache_file
+        if not (name := self.prompt_cache_file or SUFFIX).endswith(SUFFIX):
             found.append(f"`prompt_cache_file` {name}: its name must end in {SUFFIX}")
         return found
 
@@ -145,15 +144,13 @@ def _lay_out(
     chat = None
     if about["templated"]:
         chat = ChatTemplate(about["system_prompt"], prefill_response, about["options"] or {})
-    prompt = (about["prompt"] or "") + question
     layout = Layout.from_json(about["layout"]) or DEFAULT_LAYOUT
-    return lay_out(tokenizer, context, prompt, chat, layout)
+    return lay_out(tokenizer, context, (about["prompt"] or "") + question, chat, layout)
 
 
 def _about(opened: Opened, context: str | None, prompt: str | None) -> dict[str, Any]:
     """What a file records of its prompt."""
-    source, adapter = opened.source, opened.source.adapter_path
-    chat = opened.chat or ChatTemplate()
+    source, adapter, chat = opened.source, opened.source.adapter_path, opened.chat or ChatTemplate()
     if adapter not in (None, BUNDLED) and Path(adapter).is_dir():
         adapter = str(Path(adapter).resolve())  # it is read from other folders, too
     return {

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kmerge_mlx.generation.conversation import Conversation
     from kmerge_mlx.generation.stream import GenerationResponse
 
-MARK = "> "
 HELP = "q exits, r forgets the conversation, h is this, /stats says what it takes; Ctrl-C stops"
 
 
@@ -125,7 +124,7 @@ def _read_line() -> str | None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     try:
-        line = input(MARK if shown else "").strip()
+        line = input("> " if shown else "").strip()
         line.encode()
     except EOFError:
         return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import note
 from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
 
@@ -44,10 +44,7 @@ def convert(settings: ConvertSettings) -> None:
     adapter = convert_checkpoint(**asdict(settings))
     _show(adapter, settings.destination)
     if settings.model is None and not adapter.merge.base.fields:
-        print(
-            "note: without --model, only sizes tell a wrong base when the adapter is loaded",
-            file=sys.stderr,
-        )
+        note("note: without --model, only sizes tell a wrong base when the adapter is loaded")
 
 
 @dataclass(frozen=True)
@@ -80,23 +77,21 @@ def export(settings: ExportSettings) -> None:
     _show(adapter, settings.destination)
     merge = adapter.merge
     if merge.encoder is None:
-        print("note: K = 1 merges nothing: there is no encoder.pth", file=sys.stderr)
+        note("note: K = 1 merges nothing: there is no encoder.pth")
     elif merge.layout is not None and (merge.layout.merges != ALL or merge.layout.chat_template):
-        print(
+        note(
             "note: the paper's code merges the whole prompt and applies no chat template; "
-            "kmerge.json says how this adapter was trained",
-            file=sys.stderr,
+            "kmerge.json says how this adapter was trained"
         )
 
 
 def _show(adapter: Any, destination: str) -> None:
     """One line on an adapter that was written."""
     merge = adapter.merge
+    encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
     tensors = adapter.encoder_weights | adapter.tuning_weights | adapter.head_weights
     size = sum(array.nbytes for array in tensors.values())
-    encoder = "" if merge.encoder is None else f"D = {merge.encoder.hidden_size}, "
-    print(
+    note(
         f"{destination}: K = {merge.merge_factor}, {encoder}{len(tensors)} tensors, "
-        f"{size / 1e6:.1f} MB, base {merge.base.id or 'not named'}",
-        file=sys.stderr,
+        f"{size / 1e6:.1f} MB, base {merge.base.id or 'not named'}"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import HUB_TASKS, TASKS
 from kmerge_mlx.data.sources import SPLITS
@@ -31,12 +31,10 @@ class DataSettings(Settings):
     task: str = argument("TASK", f"One of {', '.join(TASKS)}.", choices=tuple(TASKS))
     out: str | None = option(None, str, "Folder to write.", required=True)
     seed: int = option(DATA_SEED, int, "The same one gives the same bytes.")
-    train: int | None = option(
-        None, int, "Rows (trees) to train on. Default: as in the paper.", low=0
-    )
+    train: int | None = option(None, int, "Rows (trees) to train on. Default: the paper's.", low=0)
     valid: int | None = option(None, int, "Rows (trees) of the validation set.", low=0)
     test: int | None = option(None, int, "Rows (trees) of the test set.", low=0)
-    stage: str = EvaluateSettings.setting("stage", group=None)
+    stage: str = EvaluateSettings.setting("stage")
     max_nodes: int | None = EvaluateSettings.setting("max_nodes")
     num_trees: int = option(
         TreeTask.num_trees, int, "Trees: how many, in all splits together.", low=0
@@ -47,10 +45,10 @@ class DataSettings(Settings):
     find_parent: int = option(
         0, int, "Trees: most questions of one for a node's parent by name.", low=0
     )
-    reference_sampling: bool = EvaluateSettings.setting("reference_sampling", group=None)
-    category: str | None = EvaluateSettings.setting("category", group=None)
-    language: str | None = EvaluateSettings.setting("language", group=None)
-    file: str | None = EvaluateSettings.setting("file", group=None)
+    reference_sampling: bool = EvaluateSettings.setting("reference_sampling")
+    category: str | None = EvaluateSettings.setting("category")
+    language: str | None = EvaluateSettings.setting("language")
+    file: str | None = EvaluateSettings.setting("file")
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
     force: bool = option(False, bool, "Replace a data folder at --out.")
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
@@ -82,10 +80,8 @@ def data(settings: DataSettings) -> None:
     else:
         own = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
         task = TreeTask(seed=settings.seed, splits=sizes, **own)
-    from kmerge_mlx.cli.output import bars
-
-    bar = bars(quiet=False)("Reading" if hub_task else "Drawing")
-    summary = task.write(settings.out, settings.force, bar)
+    progress = bar("Reading" if hub_task else "Drawing")
+    summary = task.write(settings.out, settings.force, progress)
     if settings.as_json:
         print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))
     else:
@@ -115,4 +111,4 @@ def _print_summary(out: str, summary: dict[str, Any]) -> None:
     lines.append(f"  {unit} in more than one split: {summary[f'shared_{unit}']}")
     if summary.get("first_bad"):
         lines.append(f"note: the first bad line: {summary['first_bad']}")
-    print("\n".join(lines), file=sys.stderr)
+    note("\n".join(lines))

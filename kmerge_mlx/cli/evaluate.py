@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import aligned, bar, note
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -33,38 +34,29 @@ def evaluate(settings: EvaluateSettings) -> None:
         from kmerge_mlx.plots import check_plot
 
         check_plot(settings.plot)
-    report = _measured(settings)
+    from kmerge_mlx.evaluation.run import evaluate as measure
+
+    try:
+        # On Metal mlx-lm prints a warning about large models.
+        with contextlib.redirect_stdout(sys.stderr):
+            report = measure(settings, bar)
+    except KeyboardInterrupt:
+        if settings.predictions is not None:
+            note(f"Stopped: the same command goes on with {settings.predictions}")
+        raise
     if settings.json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
         print("\n\n".join(_tables(report)))
     for row in report.rows:
         if row.refused is not None:
-            print(f"note: {row.label} is left out: {row.refused}", file=sys.stderr)
+            note(f"note: {row.label} is left out: {row.refused}")
     if bad := report.bad_rows:
-        print(f"note: {bad:,} bad row{' was' if bad == 1 else 's were'} left out", file=sys.stderr)
+        note(f"note: {bad:,} bad row{' was' if bad == 1 else 's were'} left out")
     if settings.plot:
         from kmerge_mlx.plots.evaluation import draw_report
 
         draw_report(report, settings.plot)
-
-
-def _measured(settings: EvaluateSettings) -> Report:
-    """Measures; after Ctrl-C says how to go on."""
-    from tqdm import tqdm
-
-    from kmerge_mlx.cli.output import bars
-    from kmerge_mlx.evaluation.run import evaluate as measure
-
-    try:
-        # On Metal mlx-lm prints a warning about large models.
-        with contextlib.redirect_stdout(sys.stderr):
-            return measure(settings, bars(quiet=False))
-    except KeyboardInterrupt:
-        if settings.predictions is not None:
-            line = f"Stopped: the same command goes on with {settings.predictions}"
-            tqdm.write(line, file=sys.stderr)  # above the bar
-        raise
 
 
 def _tables(report: Report) -> list[str]:
@@ -102,7 +94,6 @@ def _table(
     rows: Sequence[Row], title: str, heads: Sequence[str], columns: Sequence[tuple[str, str]]
 ) -> str:
     """A line for each method; a column is a group's score, by group and name."""
-    from kmerge_mlx.cli.output import aligned
     from kmerge_mlx.evaluation.report import cell
 
     lines = [["", "ratio", *heads]]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.adapters.schema import BITS
 from kmerge_mlx.cli.inputs import command, read_prompt
-from kmerge_mlx.cli.output import bars
+from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.tools.fuse import Drift, Gap
 
-
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
-"""MLX's ways to quantize."""
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # MLX's ways to quantize
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,7 @@ class FuseSettings(NewModelSettings):
 
     save_path: str = option("fused_model", str, "Model folder to write.")
     dequantize: bool = option(
-        False,
-        bool,
-        "Write floating-point weights. Default: what is quantized is quantized again.",
+        False, bool, "Write floating-point weights. Default: what is quantized is quantized again."
     )
 
 
@@ -65,16 +60,13 @@ def fuse(settings: FuseSettings) -> None:
     from kmerge_mlx.tools.fuse import fuse as write
 
     done = write(save_path=settings.save_path, dequantize=settings.dequantize, **how)
-    kind = "quantized weights" if done.quantized else "floating-point weights"
-    encoder = "no merge encoder"
-    if done.merge_factor > 1:
-        encoder = f"the merge encoder for K = {done.merge_factor}"
-    _print_made(f"{settings.save_path}: {kind}, {encoder}", done.drift, how["text"])
+    kind, k = "quantized" if done.quantized else "floating-point", done.merge_factor
+    encoder = f"the merge encoder for K = {k}" if k > 1 else "no merge encoder"
+    _print_made(f"{settings.save_path}: {kind} weights, {encoder}", done.drift, how["text"])
     if done.untied:
-        print(
+        note(
             "note: the output head had LoRA of its own, so it is no longer the embedding table: "
-            "the model has an lm_head, and tie_word_embeddings is false",
-            file=sys.stderr,
+            "the model has an lm_head, and tie_word_embeddings is false"
         )
 
 
@@ -128,16 +120,13 @@ def quantize(settings: QuantizeSettings) -> None:
     done = write(
         mlx_path=settings.mlx_path, packing=packing, encoder_bits=settings.encoder_bits, **how
     )
-    carries = "no adapter"
-    if done.merge_factor is not None:
-        carries = f"the adapter for K = {done.merge_factor}"
-    bits = f"{done.bits_per_weight:.2f} bits per weight"
+    k, bits = done.merge_factor, f"{done.bits_per_weight:.2f} bits per weight"
+    carries = "no adapter" if k is None else f"the adapter for K = {k}"
     _print_made(f"{settings.mlx_path}: {bits}, {carries}", done.drift, how["text"])
     if done.tied and not settings.quantize_embedding:
-        print(
+        note(
             "note: the embedding table is the output head as well, and neither is quantized: "
-            "--quantize-embedding quantizes both",
-            file=sys.stderr,
+            "--quantize-embedding quantizes both"
         )
 
 
@@ -147,9 +136,10 @@ def _read(settings: NewModelSettings) -> dict[str, Any]:
 
     from kmerge_mlx.source import Source
 
-    named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
-    source = Source.find(*named)
-    return {"source": source, "text": text, "force": settings.force, "progress": bars()}
+    source = Source.find(
+        settings.model, settings.adapter_path, settings.k, settings.trust_remote_code
+    )
+    return {"source": source, "text": text, "force": settings.force, "progress": bar}
 
 
 def _print_made(what: str, drift: Drift, text: str | None) -> None:
@@ -162,7 +152,7 @@ def _print_made(what: str, drift: Drift, text: str | None) -> None:
             f"  after a merged prompt {_moved(drift.merged)}",
         ]
     lines.append(f"  after a plain prompt {_moved(drift.plain)}")
-    print("\n".join(lines), file=sys.stderr)
+    note("\n".join(lines))
 
 
 def _moved(gap: Gap) -> str:

@@ -51,12 +51,13 @@ class AnswerSettings(PromptSettings):
                 raise PromptError(f"`extra_eos_token` {token}: the tokenizer has no such token")
             tokenizer.add_eos_token(token)
 
-    def options(self, tokenizer: Any, **sampling: Any) -> dict[str, Any]:
-        """Options of ``stream_generate``; ``sampling``: further ones of mlx-lm's sampler."""
+    def options(self, tokenizer: Any) -> dict[str, Any]:
+        """Options of ``stream_generate``."""
         from mlx_lm.sample_utils import make_sampler
 
-        names = ("temp", "top_p", "xtc_probability", "xtc_threshold")
-        sampling |= {name: getattr(self, name) for name in names}
+        names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep")
+        names += ("xtc_probability", "xtc_threshold")
+        sampling = {name: getattr(self, name) for name in names if hasattr(self, name)}
         special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
         sampler = make_sampler(**sampling, xtc_special_tokens=special)
         return self.cache_options() | {"max_tokens": self.max_tokens, "sampler": sampler}
@@ -145,7 +146,6 @@ def generate(settings: GenerateSettings) -> None:
     kinds = ("repetition", "presence", "frequency")
     penalties = [f"{kind}_{what}" for kind in kinds for what in ("penalty", "context_size")]
     processors = make_logits_processors(**{name: getattr(settings, name) for name in penalties})
-    names = ("min_p", "top_k", "min_tokens_to_keep")
     with one_line_refusals():
         responses = stream_generate(
             opened.model,
@@ -154,7 +154,7 @@ def generate(settings: GenerateSettings) -> None:
             logits_processors=processors,
             prompt_cache=cache,
             max_kv_size=settings.max_kv_size,
-            **settings.options(opened.tokenizer, **{n: getattr(settings, n) for n in names}),
+            **settings.options(opened.tokenizer),
         )
         print_answer(responses, settings.json)
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, size
+from kmerge_mlx.cli.convert import ConvertSettings
+from kmerge_mlx.cli.inputs import PromptSettings, command
+from kmerge_mlx.cli.output import aligned, note, size
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
-from kmerge_mlx.settings import CacheSettings, Settings, argument, option
+from kmerge_mlx.settings import (
+    SIZE,
+    CacheSettings,
+    ModelSettings,
+    Settings,
+    argument,
+    option,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from kmerge_mlx.tools.sizing import SizingConfig
@@ -21,9 +28,6 @@ if TYPE_CHECKING:
 MOST = 10_000_000
 MAX_SHOWN = 100  # characters of a value; --json shows all of it
 SCORES = ("metrics", "eval_accuracy")  # what the authors' code leaves beside a checkpoint
-
-_AMOUNT = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*([MGT])i?B?", re.IGNORECASE)
-_UNITS = {"T": 1 << 40, "G": 1 << 30, "M": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -46,30 +50,23 @@ class InfoSettings(Settings):
     length: tuple[int, ...] = option(
         (), int, "Tokens of the prompt; give it again for another.", low=1, high=MOST, many=True
     )
-    k: tuple[int, ...] = option(
-        (1, 2, 3, 4, 8),
-        int,
-        "Merge factor K; give it again for another. 1 is plain mlx-lm, which is calculated in any "
-        "case.",
-        low=1,
+    k: tuple[int, ...] = ModelSettings.setting(
+        "k",
+        default=(1, 2, 3, 4, 8),
+        help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is calculated in "
+        "any case.",
         high=MOST,
         many=True,
-        flags=("--k", "--merge-factor"),
     )
-    memory: str | None = option(
+    memory: Any = option(
         None,
-        str,
+        SIZE,
         f"Unified memory of a Mac, as in 16GB: say what fits in {USABLE_SHARE:.0%} of it.",
     )
-    dtype: str | None = option(
-        None,
-        str,
-        "Of weights and KV cache. Default: the model's own.",
-        choices=("float32", "float16", "bfloat16"),
+    dtype: str | None = ConvertSettings.setting(
+        "dtype", help="Of weights and KV cache. Default: the model's own."
     )
-    max_kv_size: int | None = option(
-        None, int, "Most positions the KV cache keeps; older ones are overwritten.", low=1
-    )
+    max_kv_size: int | None = PromptSettings.setting("max_kv_size")
     kv_bits: int | None = CacheSettings.setting("kv_bits")
     kv_group_size: int = CacheSettings.setting("kv_group_size")
     quantized_kv_start: int = CacheSettings.setting("quantized_kv_start")
@@ -82,19 +79,16 @@ class InfoSettings(Settings):
             found.append(f"found {what} PATH and `model`, expected one of them")
         elif self.model is not None and not self.length:
             found.append("`model` needs a `length`, in tokens")
-        if self.memory is not None and not self.memory_bytes:
-            found.append(f"`memory` is {self.memory!a}, expected an amount as in 16GB")
+        if self.memory is not None and self.memory_bytes < 1 << 20:
+            found.append(f"`memory` is {self.memory}, expected an amount as in 16GB")
         if self.kv_bits is not None and self.max_kv_size is not None:
             found.append("`kv_bits`: mlx-lm cannot quantize a `max_kv_size` cache")
         return found
 
     @property
     def memory_bytes(self) -> int | None:
-        """Memory is sold in powers of two: ``GB`` means ``GiB``. 0 where it is not an amount."""
-        if self.memory is None:
-            return None
-        found = _AMOUNT.fullmatch(self.memory.strip())
-        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+        """Memory is sold in powers of two: ``GB`` means ``GiB``."""
+        return None if self.memory is None else parse_size(str(self.memory), 1024)
 
 
 @command(InfoSettings)
@@ -168,13 +162,14 @@ def _print_base(found: dict[str, Any]) -> None:
     merging = "checked when an adapter is loaded"
     if found["proven_by_tests"]:
         merging = "proven by this project's tests"
-    rows = [
-        *((name, _shown(value)) for name, value in found["config"].items()),
-        ("context", f"{context} positions" if context else "unknown"),
-        ("quantization", f"{bits} bits" if bits else "none"),
-        ("merging", merging),
-    ]
-    _print_rows(rows)
+    _print_rows(
+        [
+            *((name, _shown(value)) for name, value in found["config"].items()),
+            ("context", f"{context} positions" if context else "unknown"),
+            ("quantization", f"{bits} bits" if bits else "none"),
+            ("merging", merging),
+        ]
+    )
 
 
 def _print_rows(rows: Sequence[tuple[str, Any]]) -> None:
@@ -208,8 +203,8 @@ def _calculate(settings: InfoSettings) -> None:
     )
     found = calculate(settings.model, config)
     if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
-        note = f"note: mlx-lm's {found['base']['model_type']} makes its own KV cache and ignores "
-        print(f"{note}--max-kv-size", file=sys.stderr)
+        kind = found["base"]["model_type"]
+        note(f"note: mlx-lm's {kind} makes its own KV cache and ignores --max-kv-size")
     if not settings.as_json:
         print(_tables(settings.model, config, memory, found))
         return
@@ -233,8 +228,7 @@ def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[
     rows = [["prompt", "K", "positions", "KV cache", "memory", *(["fits"] if asked else [])]]
     rows[0] += ["less work", "speed-up at least"]
     if asked:
-        unit = next(unit for unit, count in _UNITS.items() if memory >= count or unit == "M")
-        factors[0] += [f"longest prompt in {memory / _UNITS[unit]:.6g} {unit}B", "ends at"]
+        factors[0] += [f"longest prompt in {memory / (1 << 30):.6g} GB", "ends at"]
     for factor in found["factors"]:
         encoder = [f"{factor['encoder_parameters']:,}", size(factor["encoder_bytes"])]
         cells = [str(factor["k"]), *(encoder if factor["k"] > 1 else ["none", "-"])]

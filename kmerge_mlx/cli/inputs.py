@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import note, note_layout, prefill_bar
+from kmerge_mlx.cli.output import bar, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import KMergeError, ModelError, PromptError, SettingsError
+from kmerge_mlx.errors import KMergeError, PromptError, SettingsError
 from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
@@ -39,18 +39,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
-# What the command line reads for each kind; a list is text with commas, a mapping is JSON.
-_TYPES = {int: int, float: float, str: str, bool: bool, SIZE: str, list: str, dict: str}
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
-
-
-class CommandError(Exception):
-    """What ends a command: a message with flags for the settings, and the exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 def command(
@@ -68,19 +57,16 @@ def command(
         def run(**given: Any) -> None:
             config, show = given.pop("config", None), given.pop("print_config", False)
             try:
-                flags = {
-                    f.name: _read(f, given[f.name])
-                    for f in fields(settings)
-                    if given.get(f.name) is not None
-                }
-                made = settings.of(read_yaml(config) if config else {}, flags)
+                named = [f for f in fields(settings) if given.get(f.name) is not None]
+                flags = {f.name: _read(f, given[f.name]) for f in named}
+                made = settings.of(_read_yaml(config) if config else {}, flags)
                 if show:
                     print(as_yaml(to_print(made)), end="")
                 else:
                     function(made)
             except KMergeError as error:
-                code = 2 if isinstance(error, SettingsError) else 1
-                raise CommandError(with_flags(str(error), settings), code) from error
+                error.args = (with_flags(str(error), settings),)
+                raise
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(_parameters(settings, config_file))
@@ -100,25 +86,25 @@ def with_flags(message: str, settings: type[Settings]) -> str:
     return re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), message)
 
 
+@dataclass(frozen=True)
+class _FileSettings(Settings):
+    """The options of a command that reads a file of settings, which are not settings themselves."""
+
+    config: str | None = option(None, str, "A YAML file with settings.", flags=("-c", "--config"))
+    print_config: bool = option(False, bool, "Print the settings as YAML, and do no more.")
+
+
 def _parameters(settings: type[Settings], config_file: bool) -> list[inspect.Parameter]:
     shown = [f for f in fields(settings) if not option_of(f).yaml_only]
     shown.sort(key=lambda f: option_of(f).argument is None)
-    parameters = [_parameter(f) for f in shown]
-    if config_file:
-        file = typer.Option("-c", "--config", help="A YAML file with settings.", show_default=False)
-        show = typer.Option("--print-config", help="Print the settings as YAML, and do no more.")
-        for name, kind in (
-            ("config", Annotated[str | None, file]),
-            ("print_config", Annotated[bool, show]),
-        ):
-            parameters.append(inspect.Parameter(name, _KEYWORD, default=None, annotation=kind))
-    return parameters
+    return [_parameter(f) for f in (*shown, *(fields(_FileSettings) if config_file else ()))]
 
 
 def _parameter(field: Field) -> inspect.Parameter:
     """The command line's view of a setting; None means that it was not given."""
     own = option_of(field)
-    kind: Any = _TYPES[own.kind]
+    # A list is text with commas, a mapping is JSON.
+    kind: Any = own.kind if own.kind in (int, float, bool) else str
     kind = list[kind] if own.many else kind
     if own.argument:
         info = typer.Argument(metavar=own.argument, help=own.help, show_default=False)
@@ -128,14 +114,14 @@ def _parameter(field: Field) -> inspect.Parameter:
             *flags_of(field),
             help=own.help + _default(field, own),
             show_default=False,
-            rich_help_panel=own.group,
             # Not a choice of Typer's: the settings' own check says more, for YAML too.
             metavar="|".join(map(str, own.choices)) or _METAVARS.get(own.kind),
             **limits,
         )
     annotation = Annotated[kind if own.required else kind | None, info]
     default = inspect.Parameter.empty if own.required else None
-    return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(field.name, keyword, default=default, annotation=annotation)
 
 
 def _default(field: Field, option: Option) -> str:
@@ -160,7 +146,7 @@ def _read(field: Field, value: Any) -> Any:
     return value
 
 
-def read_yaml(path: str) -> Mapping[str, Any]:
+def _read_yaml(path: str) -> Mapping[str, Any]:
     """The settings in a file, numbers such as 1e-5 read as mlx-lm reads them."""
     import yaml
     from mlx_lm.lora import yaml_loader
@@ -181,7 +167,7 @@ def read_yaml(path: str) -> Mapping[str, Any]:
 
 
 def as_yaml(settings: Settings) -> str:
-    """The settings as :func:`read_yaml` reads them: text that looks like a number is quoted."""
+    """The settings as ``-c`` reads them: text that looks like a number is quoted."""
     import yaml
     from mlx_lm.lora import yaml_loader
 
@@ -222,8 +208,14 @@ class PromptSettings(CacheSettings, ModelSettings):
 
     def cache_options(self) -> dict[str, Any]:
         """Options of mlx-lm's ``generate_step``: those of :class:`CacheSettings`, and progress."""
+        show = bar("Reading")
+
+        def progress(done: int, total: int) -> None:
+            if total > self.prefill_step_size:
+                show(done, total)
+
         named = {f.name: getattr(self, f.name) for f in fields(CacheSettings)}
-        return named | {"prompt_progress_callback": prefill_bar(self.prefill_step_size)}
+        return named | {"prompt_progress_callback": progress}
 
 
 def read_prompt(
@@ -282,24 +274,15 @@ class Opened:
 
 def open_model(settings: PromptSettings) -> Opened:
     """Finds and loads what a command's settings name, with notes about its adapter on stderr."""
-    from kmerge_mlx.adapters.folder import look_up
     from kmerge_mlx.model import load_source
     from kmerge_mlx.source import Source
 
-    adapter = settings.adapter_path
-    try:
-        source = Source.find(settings.model, adapter, settings.k, settings.trust_remote_code)
-        if settings.files and source.merge is None:
-            name = source.model
-            raise PromptError(
-                f"FILEs need a merge encoder, and {name} carries none: give `adapter_path`"
-            )
-        model, tokenizer, _ = load_source(source)
-    except ModelError as error:
-        if settings.model is not None or adapter is None or look_up(adapter).base is None:
-            raise
-        hint = f"({adapter} names this base; `model` gives another)"
-        raise ModelError(f"{error} {hint}") from error
+    named = (settings.model, settings.adapter_path, settings.k)
+    source = Source.find(*named, settings.trust_remote_code)
+    if settings.files and source.merge is None:
+        carries = f"{source.model} carries none: give `adapter_path`"
+        raise PromptError(f"FILEs need a merge encoder, and {carries}")
+    model, tokenizer, _ = load_source(source)
     stored = None
     if source.merge is not None:
         stored, made_for = source.merge.layout, source.merge.base

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
 
-SECONDS_BETWEEN_LINES = 30
-"""How often long work reports its progress where stderr is not a terminal."""
+SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is not a terminal
 
 
 def note(text: str) -> None:
-    """Prints on stderr what is not a result."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints on stderr what is not a result, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def on_signals(act: Callable[[int], None]) -> Iterator[None]:
+    """Lets Ctrl-C and ``kill`` do no more than call a function with the signal's number."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    kept = {s: signal.signal(s, lambda number, frame: act(number)) for s in signals}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None:
@@ -33,41 +48,28 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         note(f"note: this adapter was trained {' and '.join(found)}")
 
 
-def prefill_bar(step_size: int) -> Callable[[int, int], None]:
-    """mlx-lm's ``prompt_progress_callback``: progress where a prompt takes several steps."""
-    progress = bars()("Reading")
-    return lambda done, total: progress(done, total) if total > step_size else None
-
-
-def bars(quiet: bool = False) -> Callable[[str], Callable[[int, int], None]]:
+def bar(label: str) -> Callable[[int, int], None]:
     """Progress of long work: a bar on a terminal, and elsewhere a line now and then.
 
-    What is returned is called with a label, and what that returns with (work done, work in all).
-    ``quiet``: another machine shows it.
+    What is returned is called with (work done, work in all).
     """
+    shown: Any = None
+    reported = time.monotonic()
 
-    def begin(label: str) -> Callable[[int, int], None]:
-        bar: Any = None
-        reported = time.monotonic()
+    def progress(done: int, total: int) -> None:
+        nonlocal shown, reported
+        if sys.stderr.isatty():
+            from tqdm import tqdm
 
-        def progress(done: int, total: int) -> None:
-            nonlocal bar, reported
-            if quiet:
-                return
-            if sys.stderr.isatty():
-                from tqdm import tqdm
+            shown = shown or tqdm(total=total, desc=label, leave=False)
+            shown.update(done - shown.n)
+            if done >= total:
+                shown.close()
+        elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
+            note(f"{label}: {done:,} of {total:,}")
 
-                bar = bar or tqdm(total=total, desc=label, leave=False)
-                bar.update(done - bar.n)
-                if done >= total:
-                    bar.close()
-            elif time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-                reported = time.monotonic()
-                note(f"{label}: {done:,} of {total:,}")
-
-        return progress
-
-    return begin
+    return progress
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

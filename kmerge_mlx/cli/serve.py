@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import note, note_layout, on_signals
 from kmerge_mlx.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -31,39 +30,29 @@ def serve(settings: ServeSettings) -> None:
     """
     from kmerge_mlx.serving.app import Server
 
-    level = settings.log_level
-    logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
+    form = "%(asctime)s - %(levelname)s - %(message)s"
+    logging.basicConfig(level=settings.log_level, format=form)
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    kept = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in signals}
-    try:
-        with Server(settings) as server:
-            _report_start(server.service, server.url)
-            # A signal may reach another thread: this one must wake up by itself to see it.
-            while not received:
-                time.sleep(0.1)
-            text = "Ending: requests in flight end first (again: at once)"
-            print(text, file=sys.stderr, flush=True)
-            server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    with on_signals(received.append), Server(settings) as server:
+        _report_start(server.service, server.url)
+        # A signal may reach another thread: this one must wake up by itself to see it.
+        while not received:
+            time.sleep(0.1)
+        note("Ending: requests in flight end first (again: at once)")
+        server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
 
 
 def _report_start(service: Service, url: str) -> None:
-    from kmerge_mlx.cli.output import note_layout
-
     provider, host = service.provider, service.settings.host
     k, layout = provider.source.k, provider.layout
     note_layout(provider.stored_layout, layout, service.tokenizer.has_chat_template)
     is_local = host in ("::1", "localhost") or host.startswith("127.")
     if not is_local and service.key is None:
-        print(
+        note(
             f"warning: {host} can be reached from other machines, and no --api-key is set: whoever "
-            "reaches it can use the model",
-            file=sys.stderr,
+            "reaches it can use the model"
         )
     merged = f"K={k}, merges {layout.merges}" if k > 1 else "nothing is merged"
     if k > 1 and layout.merges != "all":
         merged += f" of at least {layout.threshold} tokens"
-    print(f"Serving {provider.name} ({merged}) at {url}/v1", file=sys.stderr, flush=True)
+    note(f"Serving {provider.name} ({merged}) at {url}/v1")

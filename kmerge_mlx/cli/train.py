@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import bar, note, on_signals
 from kmerge_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from kmerge_mlx.train.loop import Trainer
     from kmerge_mlx.train.prepare import Run
     from kmerge_mlx.train.ranks import Ranks
 
-LITTLE = 1.05
-"""Compression ratio of the prompts below which a note says what to do."""
+LITTLE = 1.05  # compression ratio of the prompts below which a note says what to do
 
 
 def _resumed(settings: TrainSettings, ranks: Ranks | None = None) -> TrainSettings:
@@ -46,7 +44,6 @@ def train(settings: TrainSettings) -> None:
       kmerge-mlx train --model ./base --task textualized-tree --k 4 --adapter-path ./out
       kmerge-mlx train -c config.yaml --adapter-path ./out --resume
     """
-    from kmerge_mlx.cli.output import bars
     from kmerge_mlx.plots import check_plot
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
@@ -56,10 +53,19 @@ def train(settings: TrainSettings) -> None:
     first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)
-    run = prepare(settings, bars(quiet=not first), ranks)
+    run = prepare(settings, bar if first else (lambda label: lambda done, total: None), ranks)
     watchers = [TrainingBar(run), *reporters(settings)] if first else []
     trainer = Trainer(run, watchers)
-    with _signals(trainer) as came, watchers[0] if first else contextlib.nullcontext():
+    came: list[int] = []
+
+    def stop(number: int) -> None:
+        trainer.stop_requested = True
+        came.append(number)
+        signal.signal(number, signal.default_int_handler)
+        # The terminal has written ^C where the bar is.
+        note("\nstopping after this iteration (again: at once)")
+
+    with on_signals(stop), watchers[0] if first else contextlib.nullcontext():
         trainer.train()
     interrupted = run.state.finished is None and run.state.iteration < settings.iters
     if first:
@@ -68,44 +74,23 @@ def train(settings: TrainSettings) -> None:
         raise typer.Exit(128 + (*came, signal.SIGINT)[0])
 
 
-@contextlib.contextmanager
-def _signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Lets Ctrl-C and kill end a run with a save, and a second one at once; yields which came."""
-    came: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        trainer.stop_requested = True
-        came.append(number)
-        signal.signal(number, signal.default_int_handler)
-        # The terminal has written ^C where the bar is.
-        print("\nstopping after this iteration (again: at once)", file=sys.stderr)
-
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 class TrainingBar:
     """A bar with loss, speed, memory and time left, and a line for every report of a run."""
 
     def __init__(self, run: Run):
         self._run = run
-        self._valid: Any = None
+        self._validating: Callable[[int, int], None] | None = None
 
     def __enter__(self) -> None:
-        self._say(_header(self._run))
-        done, total = self._run.state.iteration, self._run.settings.iters
-        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
         from tqdm import tqdm
 
+        note(_header(self._run))
+        done, total = self._run.state.iteration, self._run.settings.iters
+        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
         self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
-        for bar in filter(None, (self._valid, self._bar)):
-            bar.close()
+        self._bar.close()
 
     def on_iteration(self, iteration: int) -> None:
         self._bar.update(iteration - self._bar.n)
@@ -114,46 +99,36 @@ class TrainingBar:
         loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
         postfix = f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory:.2f} GB"
         self._bar.set_postfix_str(postfix, refresh=False)
-        self._say(
+        note(
             f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "
             f"{now['learning_rate']:.3e}, It/sec {now['iterations_per_second']:.3f}, Tokens/sec "
             f"{speed:.3f}, Trained Tokens {now['trained_tokens']}, Peak mem {memory:.3f} GB"
         )
 
     def on_validation(self, done: int, total: int) -> None:
-        if self._valid is None:
-            from tqdm import tqdm
-
-            self._valid = tqdm(total=total, desc="Validating", leave=False, disable=None)
-        self._valid.update(done - self._valid.n)
+        self._validating = self._validating or bar("Validating")
+        self._validating(done, total)
         if done == total:
-            self._valid.close()
-            self._valid = None
+            self._validating = None
 
     def on_val_loss_report(self, now: dict[str, Any]) -> None:
         kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
-        self._say(
+        note(
             f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{kl}, "
             f"Accuracy {now['val_accuracy']:.2%} "
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
 
     def on_stage(self, now: dict[str, Any]) -> None:
-        self._say(f"Iter {now['iteration']}: stage {now['begins']} begins")
+        note(f"Iter {now['iteration']}: stage {now['begins']} begins")
 
     def on_save(self, iteration: int) -> None:
         if iteration:
-            self._say(f"Iter {iteration}: Saved to {self._run.settings.adapter_path}")
+            note(f"Iter {iteration}: Saved to {self._run.settings.adapter_path}")
             if plot := self._run.settings.plot:
                 from kmerge_mlx.plots.training import draw_training
 
                 draw_training([self._run.path], plot)
-
-    def _say(self, line: str) -> None:
-        """Writes a line above the bar."""
-        from tqdm import tqdm
-
-        tqdm.write(line, file=sys.stderr)
 
 
 def _print_outcome(run: Run, interrupted: bool) -> None:
@@ -169,7 +144,7 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
     elif state.finished:
         lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
     lines.append(f"Try them: kmerge-mlx generate --adapter-path {best}")
-    print("\n".join(lines), file=sys.stderr)
+    note("\n".join(lines))
 
 
 def _header(run: Run) -> str:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
+from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import UploadError
-from kmerge_mlx.settings import Settings, argument, option
+from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.evaluation.report import Report
     from kmerge_mlx.tools.upload import Upload
-
-# A hub identifier, such as apache-2.0; the hub knows which there are.
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -31,12 +27,8 @@ class UploadSettings(Settings):
     license: str | None = option(
         None, str, "The card's licence: mit, apache-2.0, other, ...", required=True
     )
-    k: int | None = option(
-        None,
-        int,
-        "Upload this merge factor alone. Default: all there are.",
-        low=1,
-        flags=("--k", "--merge-factor"),
+    k: int | None = ModelSettings.setting(
+        "k", help="Upload this merge factor alone. Default: all there are."
     )
     base_model: str | None = option(
         None, str, "The base's repo id, where the adapter names a local folder."
@@ -64,15 +56,8 @@ class UploadSettings(Settings):
     )
 
     def clashes(self) -> list[str]:
-        found = []
-        if self.license is not None and not _LICENSE.fullmatch(self.license):
-            found.append(
-                f"`license` is {self.license!a}, expected a hub identifier such as mit, "
-                "apache-2.0 or other"
-            )
-        if any(not text.isprintable() or not text.strip() for text in self.data):
-            found.append("`data` is not printable text")
-        return found
+        odd = any(not text.isprintable() or not text.strip() for text in self.data)
+        return ["`data` is not printable text"] if odd else []
 
 
 @command(UploadSettings)
@@ -101,18 +86,18 @@ def upload(settings: UploadSettings) -> None:
     text = card(planned, settings.license.lower(), settings.data, list(reports.values()))
     planned = replace(planned, files={CARD: text.encode(), **planned.files})
     for change in planned.changes:
-        print(f"note: {change}", file=sys.stderr)
+        note(f"note: {change}")
     if settings.dry_run:
         for file, size in planned.sizes().items():
-            print(f"{file}  {size:,} bytes", file=sys.stderr)
+            note(f"{file}  {size:,} bytes")
         print(text, end="")
         return
     check_base(planned)
     address, odd = send(planned, settings.commit_message, settings.private)
     for warning in odd:
-        print(f"note: {warning}", file=sys.stderr)
+        note(f"note: {warning}")
     total = sum(planned.sizes().values())
-    print(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB", file=sys.stderr)
+    note(f"{address}: {len(planned.files)} files, {total / 1e6:.1f} MB")
 
 
 def _check_metrics(adapter: str, planned: Upload, reports: dict[str, Report]) -> None:
@@ -126,4 +111,4 @@ def _check_metrics(adapter: str, planned: Upload, reports: dict[str, Report]) ->
             )
         measured = Path(str(report.settings.get("adapter_path")))
         if measured.is_dir() and Path(adapter).is_dir() and not measured.samefile(adapter):
-            print(f"note: {path} measured {measured}, not {adapter}", file=sys.stderr)
+            note(f"note: {path} measured {measured}, not {adapter}")

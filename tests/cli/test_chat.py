@@ -83,9 +83,7 @@ def ids_of(segments):
     [
         [],
         ["--system-prompt", "Be brief."],
-        ["--system-prompt", ""],
         ["--prefill-response", "The answer is"],
-        ["--prefill-response", ""],
         ["--chat-template-config", '{"think": false}'],
         ["--system-prompt", "S", "--prefill-response", "P", "--chat-template-config", "{}"],
         ["--ignore-chat-template"],

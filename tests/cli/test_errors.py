@@ -173,13 +173,10 @@ def test_errors_look_the_same_from_a_shell(generate):
     assert_one_error(run_process(*generate("no.txt"), cwd=Path()), 1, "cannot read no.txt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("args", [("info", "torn"), ("--help",)])
-def test_a_full_disk_is_one_message(root, args):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    where = {"env": environment(), "cwd": root, "timeout": 60}
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_message():
+    where = {"env": environment(), "stderr": subprocess.PIPE, "timeout": 60}
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(command(*args), stdout=full, stderr=subprocess.PIPE, **where)
+        done = subprocess.run(command("--version"), stdout=full, **where)
     assert done.returncode == 1
     assert done.stderr == b"error: [Errno 28] No space left on device\n"

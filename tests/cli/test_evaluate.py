@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-from kmerge_mlx import plots
 from kmerge_mlx.cli import output
 from kmerge_mlx.evaluation import run as session
 from tests.cli_runner import Result, assert_one_error, no_room, run
@@ -50,27 +48,6 @@ def evaluated(folders: Folders, *args: object, **more: object) -> Result:
 def cells(table: str) -> list[list[str]]:
     """The cells of a table's lines, its title left out."""
     return [re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:]]
-
-
-def test_the_help_names_every_default_and_its_examples_are_command_lines_it_takes(
-    tmp_path, monkeypatch, adapter_path
-):
-    taken = []
-
-    def measure(settings, bar):
-        taken.append(settings)
-        raise KeyboardInterrupt
-
-    monkeypatch.chdir(tmp_path)
-    Path("A").symlink_to(adapter_path)
-    monkeypatch.setattr(session, "evaluate", measure)
-    shown = run("evaluate", "--help").out
-    assert "512 and 2048 (text); 32 and 52 (tree)" in " ".join(shown.split())
-    for example in shown.split("Examples:\n")[1].split("\n\n")[0].splitlines():
-        program, *args = shlex.split(example)
-        assert (program, run(*args).code) == ("kmerge-mlx", 130)
-    assert taken[0].baselines == ("uncompressed", "mean", "truncate", "stride")
-    assert (taken[2].task, taken[2].length) == ("recall", (4096,))
 
 
 def test_a_yaml_file_and_printed_settings_are_taken(tmp_path, folders, truth):
@@ -227,23 +204,6 @@ def test_a_mistake_is_one_line_before_any_model_is_loaded(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_mistakes_are_listed():
-    result = run("evaluate", *BASE, "--file", "x", "--category", "y")
-    assert_one_error(result, 2, "evaluate: 2 problems", "  - no data", "  - --category and")
-
-
-def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
-    tmp_path, monkeypatch, folders, truth
-):
-    monkeypatch.setattr(session, "reader", None)
-    (tmp_path / "x.png").mkdir()
-    given = ("evaluate", *folders.flags(), "--data", truth, "--plot")
-    assert_one_error(run(*given, tmp_path / "x.png"), 1, "which cannot be written: name another")
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    said = "--plot needs matplotlib: pip install 'kmerge-mlx[plot]'"
-    assert_one_error(run(*given, "x.png"), 1, said)
-
-
 def test_each_k_that_is_given_is_measured_once_or_refused(folders, truth):
     def ks(*args: object) -> list[int]:
         rows = json.loads(evaluated(folders, "--data", truth, *args, "--json").out)["rows"]
@@ -253,9 +213,3 @@ def test_each_k_that_is_given_is_measured_once_or_refused(folders, truth):
     assert ks("--k", 1) == [1]
     result = run("evaluate", *folders.flags(), "--data", truth, "--k", 4, "--k", 3)
     assert_one_error(result, 1, "holds no adapter for --k 3: it has K = 1, 2, 4")
-
-
-def test_the_base_that_the_adapter_names_is_used(adapter_path, truth):
-    result = run("evaluate", "--adapter-path", adapter_path, "--data", truth, *QUICK, "--json")
-    assert result.code == 0, result.err
-    assert json.loads(result.out)["settings"]["model"] == str(UPSTREAM / "base")

@@ -46,7 +46,8 @@ def test_everything_is_read_once(counted, base_path, adapter_path, tmp_path, tem
     counted.clear()
     done = run("generate", *args, tmp_path / "context.txt", "-p", QUESTION)
     assert done.code == 0, done.err
-    for name in (adapter_path / "merge_config.json", tmp_path / "context.txt"):
+    configs = (adapter_path / name for name in ("merge_config.json", "adapter_config.json"))
+    for name in (*configs, tmp_path / "context.txt"):
         assert counted[f"opened {name}"] == 1
     assert counted[f"parsed {CONTEXT}"] == counted[f"parsed {QUESTION}"] == 1
     assert [n for key, n in counted.items() if key.startswith("encoded ") and "two" in key] == [1]

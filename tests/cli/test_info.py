@@ -123,24 +123,13 @@ def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
         (("a", "--model", "b"), "found both PATH and --model, expected one of them"),
         (("--model", "b"), "--model needs a --length"),
         (("a", "--length", 5), "--length is an option of --model, not of a PATH"),
-        (("--model", "b", "--length", 5, "--memory", "16"), "--memory is '16', expected an amount"),
-        (("--model", "b", "--length", 5, "--memory", "0GB"), "--memory is '0GB', expected"),
+        (("--model", "b", "--length", 5, "--memory", "16"), "--memory is 16, expected an amount"),
+        (("--model", "b", "--length", 5, "--memory", "0GB"), "--memory is 0GB, expected"),
         (("--model", "b", "--length", 5, "--kv-bits", 4, "--max-kv-size", 9), "--kv-bits"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_one_line(args, said):
     assert_one_error(run("info", *args), 2, said)
-
-
-def test_what_cannot_be_calculated_is_one_line(tmp_path):
-    base = folder_of(tmp_path, "qwen2.5-0.5b")
-    asked = ("info", "--model", base, "--length", 5)
-    change_json(base / "config.json", torch_dtype=None)
-    assert_one_error(run(*asked), 1, "give --dtype")
-    change_json(base / "config.json", hidden_size=0, torch_dtype="float32")
-    assert_one_error(run(*asked), 1, "cannot build")
-    (base / "config.json").unlink()
-    assert_one_error(run(*asked), 1, "holds no config.json")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.cli_runner import CHATML, assert_one_error, command, copy_base, environment, run
+from tests.cli_runner import CHATML, command, copy_base, environment, run
 from tests.tiny import qwen2_config, write_base
 
 
@@ -54,12 +54,6 @@ def test_files_are_the_context_of_the_first_question(named, tmp_path):
     first, second = (line for line in done.err.splitlines() if line.startswith("questions"))
     assert "(3." in first
     assert int(second.split(" of them")[0].split()[-1]) > 30
-
-
-def test_what_cannot_work_is_one_message(named, tmp_path):
-    assert_one_error(run("chat", tmp_path / "no.txt", *named, stdin=b""), 1, "cannot read")
-    said = run("chat", *named, "--system-prompt", "x", stdin=b"")
-    assert_one_error(said, 1, "--system-prompt cannot be used without a chat")
 
 
 class Terminal:

@@ -57,17 +57,6 @@ def stop_at(monkeypatch, iteration: int, *signals: signal.Signals) -> None:
     monkeypatch.setattr(TrainingBar, "on_iteration", act)
 
 
-def test_the_examples_of_the_help_are_command_lines_it_takes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text("iters: 5\n")
-    examples = run("train", "--help").out.split("Examples:\n")[1].split("\n\n")[0].splitlines()
-    assert len(examples) >= 3
-    for example in examples:
-        program, *args = shlex.split(example)
-        result = run(*args, "--print-config")
-        assert (program, result.code, result.err) == ("kmerge-mlx", 0, "")
-
-
 def test_it_says_on_stderr_what_is_trained_and_on_what(shown):
     assert shown[1].out == ""
     first, second = shown[1].err.splitlines()[:2]
