@@ -31,7 +31,8 @@ SCIKIT_LEARN_WONDERS = pytest.mark.filterwarnings("ignore:A single label", "igno
 
 
 def scores_of(group: Group, answers: list[str], texts: list[str]) -> dict[str, report.Score]:
-    return report.group_scores(group, answers, [Prediction(text, 1.0, 2, 3, 1) for text in texts])
+    predictions = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
+    return report.group_scores(group, [(answer,) for answer in answers], predictions)
 
 
 def random_labels(rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
