@@ -70,8 +70,8 @@ class Group:
     name: str
     labels: tuple[str, ...] = ()  # answers that are classes, the positive one first
     anywhere: bool = False  # an answer that contains the right one is right
-    squad: bool = False  # several answers may be right, and are compared as SQuAD does
     place: tuple[int, float] | None = None  # recall: tokens of the prompt, depth from 0 to 1
+    squad: bool = False  # several answers may be right, and are compared as SQuAD does
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _draw_panel(
     drawn = [*scores, *([majority] if majority else [])]
     values = [value for score in drawn for value in vars(score).values() if value is not None]
     _quality_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
-    axes.set_ylabel(f"{group.replace('_', ' ')}: {name.replace('_', ' ')}")
+    axes.set_ylabel(f"{group}: {name.replace('f1', 'F1')}".replace("_", " "))
     if majority is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(majority.value, label="majority answer", **style)
