@@ -222,11 +222,12 @@ def _read(process: subprocess.Popen[bytes], name: str) -> str | None:
     process.stdin.write(f"{name}\n".encode())
     process.stdin.flush()
     head = process.stdout.readline().split()
-    if len(head) != 3:
+    size = int(head[2]) if len(head) == 3 else 0
+    data = process.stdout.read(size + 1)
+    if len(data) <= size:
         raise DataError(f"git cannot read object {name}: the repository is damaged")
-    data = process.stdout.read(int(head[2]) + 1)[:-1]
     try:
-        text = data.decode()
+        text = data[:-1].decode()
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else text

@@ -35,7 +35,7 @@ class QuestionTask(FileTask):
         answers, title = right_answers(row.get("answers")), row.get("title")
         if not isinstance(title, str | None):
             raise DataError(f"title is {short(title)}, expected text")
-        kept = {"context": context, "question": question, "answers": answers}
+        kept = {"context": context, "question": question, "answers": list(answers)}
         kept = {"title": title} | kept if title else kept
         return Item(kept, title or context, {}, f"{context}\0{question}") if answers else None
 
