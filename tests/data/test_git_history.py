@@ -25,12 +25,12 @@ class Repo:
         path.mkdir(parents=True)
         self.git("init", "-q", "-b", "main")
 
-    def git(self, *arguments: str) -> str:
+    def git(self, *arguments: str, stdin: str = "") -> str:
         """Runs git in it."""
         who = ("-c", "user.name=A", "-c", "user.email=a@b")
-        return subprocess.run(
-            ["git", "-C", self.path, *who, *arguments], check=True, capture_output=True, text=True
-        ).stdout
+        how = {"input": stdin.encode(), "check": True, "capture_output": True}
+        run = subprocess.run(["git", "-C", self.path, *who, *arguments], **how)
+        return run.stdout.decode()
 
     def commit(self, message: str, **files: str | bytes | None) -> str:
         """Writes files (``a_py`` is a.py; None removes one), commits, and returns the id."""
@@ -41,7 +41,7 @@ class Repo:
             else:
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
         self.git("add", "-A")
-        self.git("commit", "-q", "--allow-empty", "-m", message)
+        self.git("commit", "-q", "--allow-empty", "-F", "-", stdin=message)
         return self.git("rev-parse", "HEAD").strip()
 
 
@@ -83,19 +83,13 @@ def test_a_row_is_what_git_shows_of_the_commit(tmp_path):
             "commit": commit,
             "old_file": path,
             "new_file": path,
-            "old_contents": shown_file(repo, f"{commit}~:{path}"),
-            "new_contents": shown_file(repo, f"{commit}:{path}"),
+            "old_contents": repo.git("show", f"{commit}~:{path}"),
+            "new_contents": repo.git("show", f"{commit}:{path}"),
             "subject": shown.split("\n")[0],
             "message": repo.git("show", "-s", "--format=%B", commit).strip(),
             "lang": {"a.py": "python", "ü.md": "markdown"}[path],
             "repos": "owner/app",
         }
-
-
-def shown_file(repo: Repo, name: str) -> str:
-    return subprocess.run(
-        ["git", "-C", repo.path, "show", name], check=True, capture_output=True
-    ).stdout.decode()
 
 
 def test_only_edits_of_one_short_text_file_count(tmp_path):
@@ -249,14 +243,8 @@ def test_a_strangers_repository_runs_nothing_and_fetches_nothing(tmp_path, monke
     (repo.path / ".git" / "info" / "attributes").write_text("* diff=x filter=x\n")
     commit = repo.git("cat-file", "commit", "HEAD")
     signed = commit.replace("\n\n", "\ngpgsig -----BEGIN PGP SIGNATURE-----\n x\n\n", 1)
-    made = subprocess.run(
-        ["git", "-C", repo.path, "hash-object", "-t", "commit", "-w", "--stdin"],
-        input=signed,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    repo.git("update-ref", "refs/heads/main", made.stdout.strip())
+    made = repo.git("hash-object", "-t", "commit", "-w", "--stdin", stdin=signed)
+    repo.git("update-ref", "refs/heads/main", made.strip())
     blob = repo.git("rev-parse", "HEAD~1:f0.py").strip()
     (repo.path / ".git" / "objects" / blob[:2] / blob[2:]).unlink()  # a promised one
     assert len(subjects(repo)) == 23
