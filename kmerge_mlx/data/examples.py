@@ -173,10 +173,11 @@ def right_answers(value: Any) -> tuple[str, ...]:
     They are texts, or objects with a ``text``, or (on the hub) an object with a list of them.
     """
     found = value.get("text") if isinstance(value, dict) else value
-    found = [a.get("text") if isinstance(a, dict) else a for a in found or ()]
-    if not isinstance(value, dict | list) or not all(isinstance(text, str) for text in found):
+    items = found if isinstance(found, list) else [None]
+    texts = [item.get("text") if isinstance(item, dict) else item for item in items]
+    if not all(isinstance(text, str) for text in texts):
         raise DataError(f"answers is {short(value)}, expected a list of texts")
-    return tuple(dict.fromkeys(text for text in found if text.strip()))
+    return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def texts_of(row: Row, keys: Sequence[str]) -> list[str]:

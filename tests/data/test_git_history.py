@@ -49,12 +49,10 @@ def history(path: Path, files: int = 6, edits: int = 4) -> Repo:
     """Python files, edited one at a time."""
     repo = Repo(path)
     names = [f"f{i}_py" for i in range(files)]
-    repo.commit("all", **dict.fromkeys(names, "x = 0\n"))
+    repo.commit("all", **{name: f"{path.name} {name} = 0\n" for name in names})
     for name in names:
-        for edit in range(edits):
-            repo.commit(
-                f"{name} to {edit + 1}", **{name: f"# {path.name} {name}\nx = {edit + 1}\n"}
-            )
+        for edit in range(1, edits + 1):
+            repo.commit(f"{name} to {edit}", **{name: f"{path.name} {name} = {edit}\n"})
     return repo
 
 
@@ -210,7 +208,7 @@ def test_a_hook_reads_the_repository_that_is_named(tmp_path, monkeypatch):
     repo, other = history(tmp_path / "app"), history(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(other.path / ".git"))
     items = CommitTask(repo=(str(repo.path),)).rows(None, lambda done, total: None)
-    assert all("# app" in item.row["new_contents"] for _, item in items)
+    assert all("app f" in item.row["new_contents"] for _, item in items)
 
 
 def test_a_strangers_repository_runs_nothing_and_fetches_nothing(tmp_path, monkeypatch):

@@ -65,6 +65,15 @@ def test_a_review_is_positive_from_three_and_a_half_stars():
         assert AmazonReviews.item(row) == pair(prompt, label, prompt, {"labels": label})
 
 
+def test_a_review_of_the_five_core_files_is_read_like_one_of_2023(tmp_path):
+    named = {"text": "reviewText", "rating": "overall"}
+    old = [{named.get(key, key): value for key, value in row.items()} for row in rows_of(REVIEWS)]
+    (tmp_path / "Fashion_5.json").write_text("\n".join(map(json.dumps, old)))
+    draw(tmp_path / "Fashion_5.json", tmp_path / "old")
+    draw(REVIEWS, tmp_path / "new")
+    assert digests(tmp_path / "old") == digests(tmp_path / "new")
+
+
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
     summary = draw(REVIEWS, tmp_path / "data")
     labels = {}
