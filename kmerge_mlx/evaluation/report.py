@@ -24,9 +24,7 @@ from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.prompts.lay_out import Layout
 
-_SHARES = (
-    *("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall"),
-)
+_SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
 COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
 """The scores of a table, in its order, and whether each is a share."""
 _JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}

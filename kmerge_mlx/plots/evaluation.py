@@ -14,7 +14,7 @@ from kmerge_mlx.plots import COLOURS, MARKERS, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
-DRAWN_ALONE = (*("balanced_accuracy", "token_f1", "exact_match", "edit_similarity", "perplexity"),)
+DRAWN_ALONE = ("balanced_accuracy", "token_f1", "exact_match", "edit_similarity", "perplexity")
 """The scores that are drawn of a group that is the only one."""
 NAMES = {"truncate": "last tokens", "stride": "one token in K", "mean": "mean of K"}
 """The legend's words for a method that was measured at several K."""
