@@ -90,6 +90,7 @@ def test_the_commits_of_a_repository_are_trained_on_and_scored(tmp_path, base):
         ("data commits --repo . --file x", "--file is not an option of commits"),
         ("data commits --repo . --language cobol", "--language is 'cobol', expected one of c, c#"),
         ("data commits --repo . --max-chars 0", ""),
+        ("evaluate --task qa", "qa needs a --file"),
         ("evaluate --task qa --category x", "--category is not an option of qa"),
         ("evaluate --task commits", "--task is 'commits', expected one of textualized-tree"),
     ],
