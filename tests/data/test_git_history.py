@@ -27,7 +27,7 @@ class Repo:
 
     def git(self, *arguments: str, stdin: str = "") -> str:
         """Runs git in it."""
-        who = ("-c", "user.name=A", "-c", "user.email=a@b")
+        who = ("-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgSign=false")
         how = {"input": stdin.encode(), "check": True, "capture_output": True}
         run = subprocess.run(["git", "-C", self.path, *who, *arguments], **how)
         return run.stdout.decode()
