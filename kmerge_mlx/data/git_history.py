@@ -11,7 +11,8 @@ import subprocess
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 from kmerge_mlx.data.jsonl import MAX_LINE_BYTES, BadLines
 from kmerge_mlx.data.tasks import DrawnTask, Item, Progress
@@ -187,17 +188,19 @@ def log(repo: str) -> Iterator[Edit]:
 
 def _fields(repo: str) -> Iterator[str]:
     """What git's log prints, cut at the zero bytes, which no message and no path can hold."""
-    with _git(repo, *_LOG, stdin=subprocess.DEVNULL) as process:
+    # A file, because nobody reads a pipe meanwhile, and git would wait when it is full.
+    with TemporaryFile() as said, _git(repo, *_LOG, stderr=said) as process:
         rest = b""
         while chunk := process.stdout.read(_CHUNK):
             *whole, rest = (rest + chunk).split(b"\0")
             yield from (field.decode(errors="replace") for field in whole)
             if len(rest) > MAX_LINE_BYTES:
                 raise DataError(f"{repo} has a commit message over {MAX_LINE_BYTES >> 20} MiB")
-        reason = process.stderr.read().decode(errors="replace").splitlines()
-    if process.returncode:
-        said = next((line for line in reason if line.startswith("fatal: ")), "git failed")
-        raise DataError(f"cannot read the history of {repo}: {said.removeprefix('fatal: ')}")
+        if process.wait():
+            said.seek(0)
+            lines = said.read(_CHUNK).decode(errors="replace").splitlines()
+            reason = next((line for line in lines if line.startswith("fatal: ")), "git failed")
+            raise DataError(f"cannot read the history of {repo}: {reason.removeprefix('fatal: ')}")
 
 
 def contents(repo: str, edits: Sequence[Edit], max_chars: int) -> Iterator[tuple[str, str] | None]:
@@ -238,7 +241,7 @@ def _ask(repo: str, *arguments: str) -> str:
         return process.communicate()[0].decode(errors="replace").strip()
 
 
-def _git(repo: str, *arguments: str, **pipes: int) -> subprocess.Popen[bytes]:
+def _git(repo: str, *arguments: str, **pipes: int | IO[bytes]) -> subprocess.Popen[bytes]:
     own = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
     all_pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | pipes
     try:
