@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data import HUB_TASKS, TASKS
+from kmerge_mlx.data import WRITTEN
+from kmerge_mlx.data.git_history import CommitTask
 from kmerge_mlx.data.sources import SPLITS
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.evaluation.settings import FILE_CLASH, EvaluateSettings
 from kmerge_mlx.settings import Settings, argument, option
 
 # Settings that not all tasks have.
-OWN = {
-    TreeTask.name: tuple(f.name for f in fields(TreeTask) if f.name not in ("seed", "splits")),
-    **{name: (task.part_name, "file", "skip_bad") for name, task in HUB_TASKS.items()},
-}
+OWN = {name: task.options() for name, task in WRITTEN.items()}
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,21 @@ class DataSettings(Settings):
 
     NAME = "data"
 
-    task: str = argument("TASK", f"One of {', '.join(TASKS)}.", choices=tuple(TASKS))
+    task: str = argument("TASK", f"One of {', '.join(WRITTEN)}.", choices=tuple(WRITTEN))
     out: str | None = option(None, str, "Folder to write.", required=True)
     seed: int = option(DATA_SEED, int, "The same one gives the same bytes.")
-    train: int | None = option(None, int, "Rows (trees) to train on. Default: the paper's.", low=0)
-    valid: int | None = option(None, int, "Rows (trees) of the validation set.", low=0)
-    test: int | None = option(None, int, "Rows (trees) of the test set.", low=0)
+    train: int | None = option(
+        None,
+        int,
+        "Rows (trees) to train on. Default: the paper's; of qa and commits, what is left.",
+        low=0,
+    )
+    valid: int | None = option(
+        None, int, "Rows (trees) of the validation set. Default of qa and commits: 5%.", low=0
+    )
+    test: int | None = option(
+        None, int, "Rows (trees) of the test set. Default of qa and commits: 10%.", low=0
+    )
     stage: str = EvaluateSettings.setting("stage")
     max_nodes: int | None = EvaluateSettings.setting("max_nodes")
     num_trees: int = option(
@@ -49,6 +56,12 @@ class DataSettings(Settings):
     category: str | None = EvaluateSettings.setting("category")
     language: str | None = EvaluateSettings.setting("language")
     file: str | None = EvaluateSettings.setting("file")
+    repo: tuple[str, ...] = option(
+        (), str, "Commits: a git repository; give it again for another.", many=True
+    )
+    max_chars: int = option(
+        CommitTask.max_chars, int, "Commits: longest file, before and after, in characters.", low=1
+    )
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
     force: bool = option(False, bool, "Replace a data folder at --out.")
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
@@ -61,9 +74,9 @@ class DataSettings(Settings):
 def data(settings: DataSettings) -> None:
     """Make or fetch a benchmark's data as JSONL.
 
-    Writes train.jsonl, valid.jsonl and test.jsonl, rows of prompt and completion as mlx-lm reads
-    them. No tree, and no prompt, is in two splits. Reviews and commits come from the Hugging Face
-    hub, or from a --file. The folder is written whole or not at all.
+    Writes train.jsonl, valid.jsonl and test.jsonl. No tree, no prompt, no article and no file is in
+    two splits. Amazon's reviews and CommitPackFT come from the Hugging Face hub, or from a --file;
+    commits are those of your own git repositories. The folder is written whole or not at all.
 
     \b
     Examples:
@@ -71,16 +84,14 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data textualized-tree --stage large --reference-sampling --num-trees 500 --out ./t
       kmerge-mlx data amazon-reviews --out ./reviews --train 20000 --test 2000
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
+      kmerge-mlx data qa --file train-v2.0.json --out ./squad
+      kmerge-mlx data commits --repo ~/src/app --repo ~/src/lib --language python --out ./edits
     """
     settings.refuse_foreign(settings.task, OWN)
     sizes = {s: n for s, n in settings.given().items() if s in SPLITS}
-    if hub_task := HUB_TASKS.get(settings.task):
-        part = getattr(settings, hub_task.part_name)
-        task = hub_task(part, settings.file, settings.seed, settings.skip_bad, sizes)
-    else:
-        own = {name: getattr(settings, name) for name in OWN[TreeTask.name]}
-        task = TreeTask(seed=settings.seed, splits=sizes, **own)
-    progress = bar("Reading" if hub_task else "Drawing")
+    kind, trees = WRITTEN[settings.task], settings.task == TreeTask.name
+    task = kind.of(settings, seed=settings.seed, **{"splits" if trees else "sizes": sizes})
+    progress = bar("Drawing" if trees else "Reading")
     summary = task.write(settings.out, settings.force, progress)
     if settings.as_json:
         print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))
@@ -90,7 +101,7 @@ def data(settings: DataSettings) -> None:
 
 def _print_summary(out: str, summary: dict[str, Any]) -> None:
     """What was written, on stderr, for people."""
-    unit = "trees" if "shared_trees" in summary else "prompts"
+    (unit,) = (name.removeprefix("shared_") for name in summary if name.startswith("shared_"))
     kind = summary.get("stage") or summary.get("source")
     lines = [f"{out}: {summary['task']}, {kind}, seed {summary['seed']}"]
     if "rows_read" in summary:

@@ -1,12 +1,21 @@
-"""Examples to train on and to score by: the paper's tasks by name, and one's own JSONL."""
+"""Examples to train on and to score by: tasks by name, and one's own JSONL."""
 
 from __future__ import annotations
 
-from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, HubTask, Task
+from kmerge_mlx.data.git_history import CommitTask
+from kmerge_mlx.data.hub_tasks import AmazonReviews, CommitPackFT, HubTask
+from kmerge_mlx.data.questions import QuestionTask
+from kmerge_mlx.data.tasks import FileTask, Task
 from kmerge_mlx.data.textualized_tree import TreeTask
 
 HUB_TASKS: dict[str, type[HubTask]] = {task.name: task for task in (AmazonReviews, CommitPackFT)}
 """Tasks whose rows are drawn from a file of the hub."""
 
-TASKS: dict[str, type[Task]] = {TreeTask.name: TreeTask, **HUB_TASKS}
-"""The paper's tasks. Importing them is cheap: ``--help`` shows their names."""
+FILE_TASKS: dict[str, type[FileTask]] = {**HUB_TASKS, QuestionTask.name: QuestionTask}
+"""Tasks whose rows are drawn from a file."""
+
+TASKS: dict[str, type[Task]] = {TreeTask.name: TreeTask, **FILE_TASKS}
+"""Tasks to train on and to evaluate. Importing them is cheap: ``--help`` shows their names."""
+
+WRITTEN: dict[str, type[Task]] = {**TASKS, CommitTask.name: CommitTask}
+"""Tasks whose data ``kmerge-mlx data`` writes."""

@@ -1,18 +1,22 @@
 """What a row of training data means: its prompt, what of it merges, and its answer.
 
-Source: mlx_lm/LORA.md (formats and ``*_feature`` keys); arXiv 2604.15153 (the whole prompt merges).
+Source: mlx_lm/LORA.md (formats and ``*_feature`` keys); arXiv 2604.15153 (the whole prompt merges);
+the hub datasets bigcode/commitpackft and rajpurkar/squad (rows of a commit, and of a question).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data.jsonl import Row
 from kmerge_mlx.errors import DataError, short
-from kmerge_mlx.prompts.tags import cuts_tag
+from kmerge_mlx.prompts.tags import cuts_tag, escape
+
+EDIT = ("old_contents", "subject", "new_contents")
+QUESTION = ("context", "question", "answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Example:
     bare: bool = False  # no chat template applies, as in mlx-lm's text format
     messages: tuple[Mapping[str, Any], ...] = ()  # instead of all that; the last is the answer
     tools: tuple[Any, ...] | None = None
+    answers: tuple[str, ...] = ()  # every right one of a SQuAD row; the first is ``answer``
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class RowFormat:
     """The keys of a row (mlx-lm's, and ours for what merges and where a text is cut).
 
     A row with a ``context`` keeps its prompt raw; without one, the whole prompt merges. A text that
-    has no ``split`` is cut at the white space before ``text_split``.
+    has no ``split`` is cut at the white space before ``text_split``. Rows of CommitPackFT and SQuAD
+    are known by their own keys; what stays raw of them is the commit's subject, or the question.
     """
 
     prompt_feature: str = "prompt"
@@ -54,6 +60,12 @@ class RowFormat:
 
     def read(self, row: Row) -> Example:
         """Reads a row, or raises DataError; unknown keys are ignored, as in mlx-lm."""
+        named = self.prompt_feature, self.completion_feature, self.chat_feature, self.text_feature
+        if not row.keys() & set(named):
+            if row.keys() >= set(EDIT):
+                return edit_example(row)
+            if row.keys() >= set(QUESTION):
+                return question_example(row)
         asks = self.prompt_feature in row or self.context_feature in row
         others = self.chat_feature in row or self.text_feature in row
         if asks and (self.completion_feature in row or not (others or self.answers)):
@@ -65,7 +77,8 @@ class RowFormat:
         found = ", ".join(map(str, list(row)[:8])) or "no key"
         raise DataError(
             f"found {short(found)}, expected {self.prompt_feature} and {self.completion_feature}, "
-            f"or {self.chat_feature}, or {self.text_feature}"
+            f"or {self.chat_feature}, or {self.text_feature} (or {', '.join(EDIT)}; or "
+            f"{', '.join(QUESTION)})"
         )
 
     def _completion(self, row: Row) -> Example:
@@ -134,6 +147,45 @@ class RowFormat:
         if len(messages) - answered < 1:
             raise DataError(f"{name} holds no prompt, expected a message before the assistant's")
         return Example(messages=tuple(messages), tools=_tools_of(row))
+
+
+def edit_example(row: Row) -> Example:
+    """Reads a commit of CommitPackFT: the file before it merges, and its subject stays raw."""
+    old, subject, new = texts_of(row, EDIT)
+    if not new:
+        raise DataError("new_contents is empty, expected an answer")
+    prompt = f"Write the whole file after this change: {escape(subject)}"
+    return Example(escape(old) or None, prompt, new)
+
+
+def question_example(row: Row) -> Example:
+    """Reads a question of SQuAD: its context merges, and the question stays raw."""
+    context, question = texts_of(row, QUESTION[:2])
+    answers = right_answers(row["answers"])
+    if not answers:
+        raise DataError("answers is empty, expected an answer")
+    return Example(escape(context) or None, escape(question), answers[0], answers=answers)
+
+
+def right_answers(value: Any) -> tuple[str, ...]:
+    """The different answers of a SQuAD row, none if it cannot be answered.
+
+    They are texts, or objects with a ``text``, or (on the hub) an object with a list of them.
+    """
+    found = value.get("text") if isinstance(value, dict) else value
+    items = found if isinstance(found, list) else [None]
+    texts = [item.get("text") if isinstance(item, dict) else item for item in items]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"answers is {short(value)}, expected a list of texts")
+    return tuple(dict.fromkeys(text for text in texts if text.strip()))
+
+
+def texts_of(row: Row, keys: Sequence[str]) -> list[str]:
+    """The texts of some keys, all of which must be there."""
+    for key in keys:
+        if not isinstance(row.get(key), str):
+            raise DataError(f"{key} is {short(row.get(key))}, expected text")
+    return [row[key] for key in keys]
 
 
 def _check_message(message: Any, where: str) -> None:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -53,14 +53,20 @@ class BadLines:
         self.first = self.first or problem
 
 
-def read_rows(path: Path, convert: Callable[[Row], T], bad: BadLines) -> Iterator[tuple[Line, T]]:
+def read_rows(
+    path: Path,
+    convert: Callable[[Row], T],
+    bad: BadLines,
+    wanted: Container[int] | None = None,
+) -> Iterator[tuple[Line, T]]:
     """Yields each good line of a ``.jsonl`` (or ``.gz``) file, and what its row is converted to.
 
-    ``convert`` raises DataError for a bad row. Raises DataError if the file cannot be read, or a
-    line is bad and ``bad`` does not skip it.
+    ``convert`` raises DataError for a bad row; lines whose number is not ``wanted`` are not parsed.
+    Raises DataError if the file cannot be read, or a line is bad and ``bad`` does not skip it.
     """
     for line in raw_lines(path):
-        if line.data is not None and not line.data.strip():
+        skipped = wanted is not None and line.number not in wanted
+        if skipped or (line.data is not None and not line.data.strip()):
             continue
         try:
             value = convert(parse_row(line.data))

@@ -1,31 +1,24 @@
-"""The paper's tasks on reviews and commits, what a task is, and splits that share nothing.
-
-Source: arXiv 2604.15153; the hub datasets McAuley-Lab/Amazon-Reviews-2023 (rows with ``text`` and
-``rating``, 1.0 to 5.0) and bigcode/commitpackft (``old_contents``, ``new_contents``, ``subject``).
-"""
+"""What a task is: it writes splits that share no unit (a tree, a prompt, a file, an article)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
-from kmerge_mlx.config import DATA_SEED, is_number
-from kmerge_mlx.data.examples import Example
-from kmerge_mlx.data.jsonl import BadLines, Row, parse_row, raw_lines, read_rows
+from kmerge_mlx.config import DATA_SEED
+from kmerge_mlx.data.examples import RowFormat
+from kmerge_mlx.data.jsonl import BadLines, Row, read_rows
 from kmerge_mlx.data.sources import SPLITS, ExampleList
-from kmerge_mlx.errors import DataError, SettingsError, first_line, short
-from kmerge_mlx.hub import DATASET, fetch_file
+from kmerge_mlx.errors import DataError, SettingsError, first_line
 
 SUMMARY = "summary.json"
-POSITIVE_FROM = 3.5
 _REPORT_EVERY = 1000
 
 Progress = Callable[[int, int], None]
@@ -45,9 +38,19 @@ def fingerprint(text: str, seed: int | None = None) -> int:
 
 
 class Task:
-    """One of the paper's tasks: it knows how to write its data."""
+    """A task knows how to write its data; a subclass is a dataclass of what can be chosen."""
 
     name: ClassVar[str]
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The settings of a command that are this task's own, by name."""
+        return tuple(f.name for f in fields(cls) if f.name not in ("seed", "sizes", "splits"))
+
+    @classmethod
+    def of(cls, settings: Any, **more: Any) -> Self:
+        """Makes a task of a command's settings; ``more`` are the fields that are not options."""
+        return cls(**{name: getattr(settings, name) for name in cls.options()}, **more)
 
     def write(
         self, path: str | Path, force: bool = False, progress: Progress = silent
@@ -75,23 +78,24 @@ class Task:
         raise NotImplementedError
 
 
-class Pair(NamedTuple):
-    """A prompt and its answer; a row without one is left out.
+class Item(NamedTuple):
+    """A row as it is written, in a form that RowFormat reads."""
 
-    ``unit`` is what no other split may hold (the tree, or the prompt), and ``counted`` what the
-    summary counts, by name.
-    """
+    row: Mapping[str, Any]
+    unit: str  # what no other split may hold: the tree, the prompt, the file
+    counted: Mapping[str, Any]  # what the summary counts, by name
+    key: str | None = None  # of rows with one key the first counts; the unit if None
 
-    prompt: str
-    answer: str
-    unit: str
-    counted: Mapping[str, Any]
+
+def pair(prompt: str, answer: str, unit: str, counted: Mapping[str, Any]) -> Item:
+    """A row in mlx-lm's ``prompt``/``completion`` format."""
+    return Item({"prompt": prompt, "completion": answer}, unit, counted)
 
 
 def write_splits(
-    folder: Path, splits: Iterable[str], rows: Callable[[str, set[int]], Iterable[Pair]], unit: str
+    folder: Path, splits: Iterable[str], rows: Callable[[str, set[int]], Iterable[Item]], unit: str
 ) -> dict[str, Any]:
-    """Writes splits in turn, in mlx-lm's ``prompt``/``completion`` format.
+    """Writes splits in turn.
 
     ``rows`` is called with a split and the fingerprints of the units of those before it. Returns
     each split's rows, tallies and SHA-256, and how many units any two splits share.
@@ -104,14 +108,13 @@ def write_splits(
         count, tallies, own, digest = 0, defaultdict(Counter), set(), hashlib.sha256()
         path = folder / f"{split}.jsonl"
         with path.open("wb") as file:
-            for row in rows(split, set().union(*units.values())):
-                pair = {"prompt": row.prompt, "completion": row.answer}
-                data = json.dumps(pair, ensure_ascii=False).encode() + b"\n"
+            for item in rows(split, set().union(*units.values())):
+                data = json.dumps(item.row, ensure_ascii=False).encode() + b"\n"
                 file.write(data)
                 digest.update(data)
                 count += 1
-                own.add(fingerprint(row.unit))
-                for name, value in row.counted.items():
+                own.add(fingerprint(item.unit))
+                for name, value in item.counted.items():
                     tallies[name][value] += 1
         flush(path)
         units[split] = own
@@ -126,44 +129,34 @@ def write_splits(
 
 
 @dataclass(frozen=True)
-class HubTask(Task):
-    """A task whose rows are in one large JSONL file of the hub; a subclass says what a row means.
+class DrawnTask(Task):
+    """A task that deals rows which are there to splits; a subclass says which rows.
 
-    Each distinct prompt stands for one row (its first), and the rows in the order of a hash of
-    their prompts are the test, validation and training set. So no prompt is in two splits, the
-    order of the file does not matter, and a larger set holds the smaller ones.
+    The units (prompts, files, articles), in the order of a hash, are those of the test, validation
+    and training set, each as many as it needs for its rows. So no unit is in two splits, the order
+    of the rows does not matter, and a larger set holds the smaller ones. A split is in the order of
+    a hash of its rows, and what is more than the size that was given is left out.
     """
 
-    part: str | None = None  # category or language of the dataset; None is the paper's
-    file: str | None = None  # a local one in the dataset's schema instead of the hub's
     seed: int = DATA_SEED
-    skip_bad: bool = False  # count bad lines and go on, instead of stopping at the first
-    sizes: Mapping[str, int] = field(default_factory=dict)  # by split, where not the paper's
+    sizes: Mapping[str, int] = field(default_factory=dict)  # rows by split, where not the default
 
-    repo: ClassVar[str]
-    path: ClassVar[str]  # in the repo, with {} for the part
-    part_name: ClassVar[str]  # the setting that chooses the part
-    default_part: ClassVar[str]
-    part_pattern: ClassVar[str]
-    test: ClassVar[int]
-    valid: ClassVar[int]
+    unit: ClassVar[str] = "prompts"  # what no two splits share
+    skip_bad: ClassVar[bool] = False
+    test: ClassVar[float] = 0.1  # rows, or their share
+    valid: ClassVar[float] = 0.05
     train_share: ClassVar[float] = 1.0  # of the rows that are in neither of the others
 
-    @staticmethod
-    def pair(row: Row) -> Pair:
-        """Makes a prompt and its answer of a row; raises DataError for a bad row."""
+    @property
+    def source(self) -> str:
+        """Where the rows come from."""
         raise NotImplementedError
 
-    def fetch(self) -> Path:
-        """The local file, or the hub's; raises DataError if there is none by the part's name."""
-        if self.file is not None:
-            return Path(self.file)
-        part = self.part or self.default_part
-        if not re.fullmatch(self.part_pattern, part, re.ASCII):
-            raise DataError(
-                f"`{self.part_name}` is {short(part)}, expected a name such as {self.default_part}"
-            )
-        return fetch_file(self.repo, self.path.format(part), DataError, repo_type=DATASET)
+    def rows(
+        self, bad: BadLines, progress: Progress, wanted: Container[int] | None = None
+    ) -> Iterator[tuple[int, Item | None]]:
+        """Reads the rows, or the ``wanted`` ones, each by its number; None has no answer."""
+        raise NotImplementedError
 
     def examples(
         self, splits: Sequence[str] = SPLITS, progress: Progress = silent
@@ -172,120 +165,109 @@ class HubTask(Task):
         drawn, read = self._draw(progress)
         found: dict[str, ExampleList] = {}
         for split in splits:
-            if pairs := drawn.get(split):
-                items = [Example(pair.prompt, None, pair.answer) for pair in pairs]
-                places = [(f"{self.name} {split} row", i + 1) for i in range(len(pairs))]
-                found[split] = ExampleList(items, places, 0 if found else read["bad_lines"])
+            if items := drawn.get(split):
+                examples = [RowFormat().read(item.row) for item in items]
+                places = [(f"{self.name} {split} row", i + 1) for i in range(len(items))]
+                found[split] = ExampleList(examples, places, 0 if found else read["bad_lines"])
         return found
 
     def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         drawn, read = self._draw(progress)
-        source = self.file or f"{self.repo} {self.part or self.default_part}"
-        head = {"task": self.name, "source": source, "seed": self.seed}
-        return head | read | write_splits(folder, drawn, lambda split, _: drawn[split], "prompts")
+        head = {"task": self.name, "source": self.source, "seed": self.seed} | read
+        return head | write_splits(folder, drawn, lambda split, _: drawn[split], self.unit)
 
-    def _draw(self, progress: Progress) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-        """The pairs of each split that has any, and what was read.
+    def _draw(self, progress: Progress) -> tuple[dict[str, list[Item]], dict[str, Any]]:
+        """The items of each split that has any, and what was read.
 
-        The file is read twice: for 16 bytes a row, and for the rows that were drawn.
+        All is read twice: for 24 bytes a row, and for the rows that were drawn.
         """
-        import numpy as np
-
-        source, bad = self.fetch(), BadLines(self.skip_bad)
-        total = 2 * source.stat().st_size if source.is_file() else 0
-        numbers, hashes, unanswered = array("Q"), array("Q"), 0
-        for line, pair in read_rows(source, self.pair, bad):
-            if line.number % _REPORT_EVERY == 0:
-                progress(line.position, total)
-            if pair.answer:
-                numbers.append(line.number)
-                hashes.append(fingerprint(pair.prompt, self.seed))
-            else:
+        bad = BadLines(self.skip_bad)
+        numbers, keys, units, unanswered = array("Q"), array("Q"), array("Q"), 0
+        for number, item in self.rows(bad, lambda done, total: progress(done, 2 * total)):
+            if item is None:
                 unanswered += 1
-        distinct, first = np.unique(np.array(hashes, np.uint64), return_index=True)
-        counts = self._counts(len(distinct), source)
-        rows = {numbers[i]: None for i in first[: sum(counts.values())].tolist()}
-        for line in raw_lines(source):
-            if line.number % _REPORT_EVERY == 0:
-                progress(total // 2 + line.position, total)
-            if line.number in rows:
-                rows[line.number] = self.pair(parse_row(line.data))
-        progress(total, total)
-        pairs = iter(rows.values())
-        drawn = {split: [next(pairs) for _ in range(count)] for split, count in counts.items()}
+                continue
+            numbers.append(number)
+            units.append(fingerprint(item.unit, self.seed))
+            keys.append(units[-1] if item.key is None else fingerprint(item.key, self.seed))
+        dealt, distinct = self._deal(keys, units)
+        of_split = {split: [numbers[i] for i in indices] for split, indices in dealt.items()}
+        wanted = {number for found in of_split.values() for number in found}
+        items: dict[int, Item] = {}
+        again = BadLines(True), lambda done, total: progress(total + done, 2 * total), wanted
+        for number, item in self.rows(*again):
+            items.setdefault(number, item)  # a commit may be in two repositories
+        drawn = {split: [items[n] for n in found] for split, found in of_split.items()}
         return {split: drawn[split] for split in SPLITS if drawn[split]}, {
             "rows_read": len(numbers) + unanswered,
             "bad_lines": bad.count,
             "first_bad": bad.first,
             "rows_without_answer": unanswered,
-            "repeated_prompts": len(numbers) - len(distinct),
+            "repeated_prompts": len(numbers) - distinct,
         }
 
-    def _counts(self, rows: int, source: Path) -> dict[str, int]:
-        """Rows of each split, in the order of the draw, of so many distinct prompts."""
-        sizes = {"test": self.test, "valid": self.valid, **self.sizes}
-        left = rows - sizes["test"] - sizes["valid"]
-        named = " and ".join(f"`{split}` {size}" for split, size in sizes.items())
-        train = sizes.setdefault("train", int(left * self.train_share))
-        if left < train or ("train" not in self.sizes and train < 1):
-            raise DataError(
-                f"{source} is too small: found {rows} distinct prompts, expected more than {named} "
-                f"(`kmerge-mlx data {self.name} --file {source} --test N --valid N` draws fewer)"
-            )
-        if not any(sizes.values()):
+    def _deal(self, keys: array, units: array) -> tuple[dict[str, list[int]], int]:
+        """Which rows each split gets, by their hashed keys and units; how many are distinct."""
+        import numpy as np
+
+        _, first = np.unique(np.array(keys, np.uint64), return_index=True)
+        of_rows = np.array(units, np.uint64)[first]
+        _, unit, counts = np.unique(of_rows, return_inverse=True, return_counts=True)
+        before = np.concatenate([[0], np.cumsum(counts)])  # rows of the units before each
+        rows, dealt, start = len(first), {}, 0
+        shares = {"test": self.test, "valid": self.valid}
+        sizes = {s: n if isinstance(n, int) else max(1, round(n * rows)) for s, n in shares.items()}
+        sizes |= self.sizes
+        if not any(sizes.values()) and "train" in sizes:
             raise SettingsError("`train`, `valid` and `test` are all 0: nothing to write")
-        return sizes
+        for split in reversed(SPLITS):
+            left = rows - int(before[start])
+            size = sizes.get(split, int(left * self.train_share))
+            if size > left or (split not in sizes and size < 1):
+                named = " and ".join(f"`{name}` {n}" for name, n in sizes.items())
+                raise DataError(
+                    f"{self.source} is too small: found {len(counts):,} distinct {self.unit}"
+                    + (f" with {rows:,} rows" if rows > len(counts) else "")
+                    + f", expected more than {named} (`kmerge-mlx data {self.name} ... --test N "
+                    "--valid N` draws fewer)"
+                )
+            end = int(np.searchsorted(before, before[start] + size))
+            mine = first[(start <= unit) & (unit < end)]
+            dealt[split], start = mine[: self.sizes.get(split)].tolist(), end
+        return dealt, rows
 
 
-class AmazonReviews(HubTask):
-    """The paper's second task: is a review of a category ``positive`` or ``negative``?
+@dataclass(frozen=True)
+class FileTask(DrawnTask):
+    """A task whose rows are the lines of a JSONL file; a subclass says what a line means."""
 
-    The paper has no validation set, and trains on a tenth of what is not in the test set.
-    """
+    file: str | None = None
+    skip_bad: bool = False  # count bad lines and go on, instead of stopping at the first
 
-    name = "amazon-reviews"
-    repo = "McAuley-Lab/Amazon-Reviews-2023"
-    path = "raw/review_categories/{}.jsonl"
-    part_name, default_part, part_pattern = "category", "Amazon_Fashion", r"\w+"
-    test, valid = 50_000, 1_000
-    train_share = 0.1
-
-    @staticmethod
-    def pair(row: Row) -> Pair:
-        """Raises a DataError for a review without text or rating."""
-        text, rating = row.get("text"), row.get("rating")
-        if not isinstance(text, str):
-            raise DataError(f"text is {short(text)}, expected the text of a review")
-        if not is_number(rating):
-            raise DataError(f"rating is {short(rating)}, expected a number")
-        label = "positive" if rating >= POSITIVE_FROM else "negative"
-        prompt = f"Review: {text}, Label:"
-        return Pair(prompt, label, prompt, {"labels": label})
-
-
-class CommitPackFT(HubTask):
-    """The paper's third task: a file after a commit, from the file before and the commit's subject.
-
-    The prompt is the paper's to the letter: "instrutions", and "python" whatever the language. The
-    paper has no validation set. A commit that leaves its file empty has no answer.
-    """
-
-    name = "commitpackft"
-    repo = "bigcode/commitpackft"
-    path = "data/{}/data.jsonl"
-    part_name, default_part, part_pattern = "language", "python", r"[\w+#.-]*\w[\w+#.-]*"
-    test, valid = 5_600, 500
+    @property
+    def source(self) -> str:
+        """The file's name."""
+        return str(self.file)
 
     @staticmethod
-    def pair(row: Row) -> Pair:
-        """Raises a DataError for a commit that lacks a text."""
-        for name in ("old_contents", "subject", "new_contents"):
-            if not isinstance(row.get(name), str):
-                raise DataError(f"{name} is {short(row.get(name))}, expected text")
-        prompt = (
-            "Update the old python code content based on the instrutions.\n"
-            f"Old Content: {row['old_contents']}\n"
-            f"Instructions: {row['subject']}\n"
-            "New Content:\n"
-        )
-        return Pair(prompt, row["new_contents"], prompt, {})
+    def item(row: Row) -> Item | None:
+        """Makes an item of a line, None if it has no answer; raises DataError for a bad one."""
+        raise NotImplementedError
+
+    def fetch(self) -> Path:
+        """The file."""
+        if self.file is None:
+            raise SettingsError(f"{self.name} needs a `file` to read rows from")
+        return Path(self.file)
+
+    def rows(
+        self, bad: BadLines, progress: Progress, wanted: Container[int] | None = None
+    ) -> Iterator[tuple[int, Item | None]]:
+        """Reads the lines, or those of the ``wanted`` numbers."""
+        path = self.fetch()
+        total = path.stat().st_size if path.is_file() else 0
+        for count, (line, item) in enumerate(read_rows(path, self.item, bad, wanted)):
+            if count % _REPORT_EVERY == 0:
+                progress(line.position, total)
+            yield line.number, item
+        progress(total, total)

@@ -20,7 +20,7 @@ from string import ascii_uppercase
 from typing import Any, ClassVar, TypeVar
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data.tasks import Pair, Progress, Task, fingerprint, write_splits
+from kmerge_mlx.data.tasks import Item, Progress, Task, fingerprint, pair, write_splits
 from kmerge_mlx.errors import DataError, SettingsError
 
 NAMES = tuple(a + b for a in ascii_uppercase for b in ascii_uppercase)
@@ -221,7 +221,7 @@ class TreeTask(Task):
         trees = {split: size for split, size in self.trees().items() if size}
         done, total = 0, sum(trees.values())
 
-        def rows(split: str, earlier: set[int]) -> Iterator[Pair]:
+        def rows(split: str, earlier: set[int]) -> Iterator[Item]:
             nonlocal done
             for index in range(trees[split]):
                 tree, questions = self.draw(split, index, earlier)
@@ -229,7 +229,7 @@ class TreeTask(Task):
                     label = FIND_PARENT if asked.kind == FIND_PARENT else asked.answer
                     false = {"negatives": asked.kind} if asked.answer == "false" else {}
                     counted = {"labels": label, **false, "depths": asked.depth}
-                    yield Pair(asked.prompt, asked.answer, tree.text, counted)
+                    yield pair(asked.prompt, asked.answer, tree.text, counted)
                 done += 1
                 if done % 100 == 0 or done == total:
                     progress(done, total)

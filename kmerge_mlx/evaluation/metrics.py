@@ -5,11 +5,15 @@ and its bootstrap (of the sums of each resample). Labels are counted in arrays (
 number of labels: how often each label was right, was the answer, and was predicted.
 
 Source: Wilson, J. Am. Stat. Assoc. 22 (1927); Brown, Cai and DasGupta, Stat. Sci. 16 (2001) 101
-(the Jeffreys interval); Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), 13.3.
+(the Jeffreys interval); Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), 13.3;
+the evaluation script of SQuAD 2.0 (its exact match and F1, Rajpurkar et al., arXiv 1806.03822).
 """
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -102,6 +106,29 @@ def macro_f1(counts: np.ndarray, resampled_from: np.ndarray) -> np.ndarray:
     occurs = counts[..., ANSWERED:, :].sum(axis=-2) > 0
     never = resampled_from[ANSWERED:].sum(axis=0) == 0
     return f1(counts).sum(axis=-1) / (occurs | never).sum(axis=-1)
+
+
+def squad_scores(answers: Sequence[str], text: str) -> tuple[float, float]:
+    """SQuAD's exact match and F1 of a text, each that of the right answer that it is nearest to.
+
+    Case, punctuation, articles and white space do not count. A right answer of which nothing is
+    left does not count either, unless there is no other.
+    """
+    found = _words(text)
+    wanted = [words for words in map(_words, answers) if words] or [[]]
+    return max(float(found == words) for words in wanted), max(_f1(found, w) for w in wanted)
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = (Counter(found) & Counter(wanted)).total()
+    return 2 * shared / (len(found) + len(wanted))
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:

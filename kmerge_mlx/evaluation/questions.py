@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from kmerge_mlx.data import HUB_TASKS
+from kmerge_mlx.data import FILE_TASKS
 from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
@@ -48,6 +48,11 @@ class Question:
     row: TokenizedExample | None = None  # its ids, once it is tokenized
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """Every right answer, :attr:`answer` first."""
+        return self.example.answers or (self.answer,)
+
+    @property
     def answer(self) -> str:
         """The right answer's text."""
         if not self.example.messages:
@@ -66,6 +71,7 @@ class Group:
     labels: tuple[str, ...] = ()  # answers that are classes, the positive one first
     anywhere: bool = False  # an answer that contains the right one is right
     place: tuple[int, float] | None = None  # recall: tokens of the prompt, depth from 0 to 1
+    squad: bool = False  # several answers may be right, and are compared as SQuAD does
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,14 @@ def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
     if settings.data is not None:
         found = load_examples(settings.data, RowFormat(), settings.skip_bad, splits)
     else:
-        kind = HUB_TASKS[settings.task]
-        part = getattr(settings, kind.part_name)
-        task = kind(part, settings.file, settings.data_seed, settings.skip_bad)
+        task = FILE_TASKS[settings.task].of(settings, seed=settings.data_seed)
         found = task.examples(splits, bar("Reading"))
     examples, name = found[settings.split], settings.task or "data"
     items = [Question(example, name) for example in examples[: settings.limit]]
     labels = _labels(settings, items, examples.where)
-    return Questions(items, (Group(name, labels),), examples.bad, examples.where)
+    squad = not labels and any(example.answers for example in examples)
+    group = Group(name, labels, squad=squad)
+    return Questions(items, (group,), examples.bad, examples.where)
 
 
 def _tree_questions(settings: EvaluateSettings) -> Questions:
@@ -138,6 +144,8 @@ def _labels(
                     f"({', '.join(settings.labels)})"
                 )
         return _positive_first(settings, settings.labels)
+    if any(question.example.answers for question in items):
+        return ()
     if len(found) <= MOST_LABELS and 2 * len(found) <= len(items):
         return _positive_first(settings, sorted(found, key=lambda label: (-found[label], label)))
     if settings.positive is not None:

@@ -24,7 +24,7 @@ from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.prompts.lay_out import Layout
 
-_SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "exact_match", "recall")
+_SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
 COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
 """The scores of a table, in its order, and whether each is a share."""
 _JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}
@@ -178,7 +178,7 @@ def row_of(method: Method, questions: Questions, predictions: Sequence[Predictio
     sizes, scores = {}, {}
     for group in questions.groups:
         pairs = zip(questions.items, predictions, strict=True)
-        mine = [(q.answer, p) for q, p in pairs if q.group == group.name]
+        mine = [(q.answers, p) for q, p in pairs if q.group == group.name]
         answers, answered = zip(*mine, strict=True)
         tokens = sum(prediction.prompt_tokens for prediction in answered)
         sizes[group.name] = tokens, sum(prediction.positions for prediction in answered)
@@ -187,11 +187,13 @@ def row_of(method: Method, questions: Questions, predictions: Sequence[Predictio
 
 
 def group_scores(
-    group: Group, answers: Sequence[str], predictions: Sequence[Prediction]
+    group: Group, answers: Sequence[Sequence[str]], predictions: Sequence[Prediction]
 ) -> dict[str, Score]:
-    """The scores of a group by name, with a prediction for each right answer (at least one)."""
-    texts, wanted = [p.text.strip() for p in predictions], [a.strip() for a in answers]
-    if group.labels:
+    """The scores of a group by name, with the right answers for each prediction (at least one)."""
+    texts, wanted = [p.text.strip() for p in predictions], [a.strip() for a, *_ in answers]
+    if group.squad:
+        scores = _squad_scores(answers, texts)
+    elif group.labels:
         scores = _label_scores(group.labels, wanted, texts)
     else:
         pairs = zip(wanted, texts, strict=True)
@@ -199,7 +201,7 @@ def group_scores(
         n = len(texts)
         found = Score(right / n, *wilson_interval(right, n))
         scores = {"recall" if group.place else "exact_match": found}
-    if "exact_match" in scores:
+    if "exact_match" in scores and not group.squad:
         similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
         interval = bootstrap_interval(similar, lambda sums: sums / len(texts))
         scores["edit_similarity"] = Score(float(similar.mean()), *interval)
@@ -208,6 +210,14 @@ def group_scores(
     finite = np.isfinite(terms).all()
     interval = bootstrap_interval(terms, metrics.perplexity) if finite else ()
     return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), *interval)}
+
+
+def _squad_scores(answers: Sequence[Sequence[str]], texts: Sequence[str]) -> dict[str, Score]:
+    found = np.array([*map(metrics.squad_scores, answers, texts)])
+    exact, f1 = found.T
+    interval = bootstrap_interval(f1, lambda sums: sums / len(texts))
+    right = Score(float(exact.mean()), *wilson_interval(int(exact.sum()), len(texts)))
+    return {"token_f1": Score(float(f1.mean()), *interval), "exact_match": right}
 
 
 def _label_scores(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kmerge_mlx.config import DATA_SEED
-from kmerge_mlx.data import TASKS
+from kmerge_mlx.data import FILE_TASKS, TASKS
 from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
 from kmerge_mlx.errors import short
 from kmerge_mlx.settings import LayoutSettings, ModelSettings, option
@@ -44,8 +44,7 @@ OWN_OPTIONS = {
         *("split", "stage", "max_nodes", "num_trees", "find_parent", "reference_sampling"),
         *("data_seed", "positive"),
     ),
-    "amazon-reviews": (*_ROWS, "category", "file", "data_seed"),
-    "commitpackft": (*_ROWS, "language", "file", "data_seed"),
+    **{name: (*_ROWS, "data_seed", *task.options()) for name, task in FILE_TASKS.items()},
     RECALL: ("haystack", "length", "depth", "num_needles", "data_seed"),
 }
 """Options that not all tasks have, by task; they are refused beside another one."""
@@ -77,7 +76,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     task: str | None = option(
         None,
         str,
-        "One of the paper's tasks instead, or `recall`: a needle in long prompts.",
+        "One of the paper's tasks or `qa` instead, or `recall`: a needle in long prompts.",
         choices=EVALUATED,
     )
     split: str = option(SPLITS[0], str, "Which split of --data or --task.", choices=SPLITS)

@@ -14,7 +14,7 @@ from kmerge_mlx.plots import COLOURS, MARKERS, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
-DRAWN_ALONE = ("balanced_accuracy", "exact_match", "edit_similarity", "perplexity")
+DRAWN_ALONE = ("balanced_accuracy", "token_f1", "exact_match", "edit_similarity", "perplexity")
 """The scores that are drawn of a group that is the only one."""
 NAMES = {"truncate": "last tokens", "stride": "one token in K", "mean": "mean of K"}
 """The legend's words for a method that was measured at several K."""
@@ -82,7 +82,7 @@ def _draw_panel(
     drawn = [*scores, *([majority] if majority else [])]
     values = [value for score in drawn for value in vars(score).values() if value is not None]
     _quality_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
-    axes.set_ylabel(f"{group.replace('_', ' ')}: {name.replace('_', ' ')}")
+    axes.set_ylabel(f"{group}: {name.replace('f1', 'F1')}".replace("_", " "))
     if majority is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(majority.value, label="majority answer", **style)

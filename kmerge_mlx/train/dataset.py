@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kmerge_mlx.config import is_number
-from kmerge_mlx.data import HUB_TASKS, TASKS
+from kmerge_mlx.data import FILE_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
@@ -194,8 +194,7 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     given = {name: getattr(settings, name) for name in names}
     rows, skip = RowFormat(**given, answers=not settings.teacher_answers), settings.skip_bad
     if settings.task is not None:
-        kind = HUB_TASKS[settings.task]
-        task = kind(getattr(settings, kind.part_name), settings.file, settings.data_seed, skip)
+        task = FILE_TASKS[settings.task].of(settings, seed=settings.data_seed)
         splits = task.examples(TRAIN_SPLITS, bar("Reading"))
     elif settings.hf_dataset is not None:
         splits = load_hub_datasets(settings.hf_dataset, rows, skip, TRAIN_SPLITS)

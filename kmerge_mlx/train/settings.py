@@ -61,7 +61,7 @@ class TrainSettings(Settings):
         None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them.", **_PLACE
     )
     task: str | None = option(
-        None, str, "One of the paper's tasks.", choices=tuple(TASKS), **_MODEL
+        None, str, "One of the paper's tasks, or qa.", choices=tuple(TASKS), **_MODEL
     )
     hf_dataset: Any = option(None, dict, "mlx-lm's hf_dataset entries.", many=True, **_FEATURE)
     prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
@@ -94,7 +94,11 @@ class TrainSettings(Settings):
     category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TASKS)
     language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TASKS)
     file: str | None = option(
-        None, str, "Reviews, commits: a local .jsonl(.gz) to draw from.", fixed=False, **_TASKS
+        None,
+        str,
+        "Reviews, commits, qa: a local .jsonl(.gz) to draw from; qa also SQuAD's .json.",
+        fixed=False,
+        **_TASKS,
     )
 
     k: int = option(

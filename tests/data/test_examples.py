@@ -69,6 +69,32 @@ def test_a_cut_text_is_the_text(text, share):
     assert example.context + example.answer == text
 
 
+COMMIT = {"old_contents": "x = 1 <raw>", "subject": "Use <raw>", "new_contents": "x = <raw>"}
+SQUAD = {"context": "In <raw> France.", "question": "Where?", "answers": ["France", "in France"]}
+
+
+def test_a_commit_keeps_its_subject_raw_and_the_file_before_it_merges():
+    row = {"commit": "1", "message": "Use <raw>\n", "lang": "text", "repos": "a/b"} | COMMIT
+    change = "Write the whole file after this change: Use \\<raw>"  # a tag of code is text
+    assert read(row) == Example("x = 1 \\<raw>", change, "x = <raw>")
+    assert read(row | {"old_contents": ""}).context is None
+    assert read(row | GOOD) == read(GOOD)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["France", "in France", "France", " "],
+        [{"text": "France", "answer_start": 3}, {"text": "in France", "answer_start": 0}],
+        {"text": ["France", "in France"], "answer_start": [3, 0]},
+    ],
+)
+def test_a_question_stays_raw_and_has_every_right_answer(answers):
+    expected = Example("In \\<raw> France.", "Where?", "France", answers=("France", "in France"))
+    assert read(SQUAD | {"answers": answers}) == expected
+    assert read(SQUAD | {"answers": answers}, answers=False) == expected
+
+
 def test_renamed_keys_are_read_and_the_default_ones_are_then_ignored():
     row = {"input": "a", "output": "b", "doc": "c", "prompt": 1, "completion": 2}
     keys = {"prompt_feature": "input", "completion_feature": "output", "context_feature": "doc"}
@@ -127,6 +153,12 @@ BAD = [
     ({"text": "abc", "split": 3}, r"no answer, expected 1 to 2"),
     ({"text": "abc", "split": "1"}, r"split is '1', expected a whole number"),
     ({"text": "abc", "split": True}, r"split is True, expected a whole"),
+    (COMMIT | {"subject": None}, r"subject is None, expected text"),
+    (COMMIT | {"new_contents": ""}, r"new_contents is empty, expected an answer"),
+    (SQUAD | {"question": 1}, r"question is 1, expected text"),
+    (SQUAD | {"answers": "France"}, r"answers is 'France', expected a list of texts"),
+    (SQUAD | {"answers": {"text": "a"}}, r"answers is {'text': 'a'}, expected a list"),
+    (SQUAD | {"answers": []}, r"answers is empty, expected an answer"),
 ]
 
 
@@ -146,7 +178,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 MESSAGE = st.fixed_dictionaries({"role": JSON | st.just("assistant"), "content": JSON})
-KEYS = ("prompt", "completion", "messages", "text", "context", "split", "tools")
+KEYS = ("prompt", "completion", "messages", "text", "context", "split", "tools", *COMMIT, *SQUAD)
 
 
 @given(

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, Pair, silent
+from kmerge_mlx.data.hub_tasks import AmazonReviews, CommitPackFT
+from kmerge_mlx.data.tasks import pair, silent
 from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
@@ -61,7 +62,16 @@ def test_a_review_is_positive_from_three_and_a_half_stars():
     for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
         row = {"text": "Love it", "rating": rating, "title": "Nice"}
         prompt = "Review: Love it, Label:"
-        assert AmazonReviews.pair(row) == Pair(prompt, label, prompt, {"labels": label})
+        assert AmazonReviews.item(row) == pair(prompt, label, prompt, {"labels": label})
+
+
+def test_a_review_of_the_five_core_files_is_read_like_one_of_2023(tmp_path):
+    named = {"text": "reviewText", "rating": "overall"}
+    old = [{named.get(key, key): value for key, value in row.items()} for row in rows_of(REVIEWS)]
+    (tmp_path / "Fashion_5.json").write_text("\n".join(map(json.dumps, old)))
+    draw(tmp_path / "Fashion_5.json", tmp_path / "old")
+    draw(REVIEWS, tmp_path / "new")
+    assert digests(tmp_path / "old") == digests(tmp_path / "new")
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):
@@ -146,7 +156,7 @@ def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
     found = AmazonReviews(file=str(path), sizes=SMALL, skip_bad=True).examples()
     assert sum(examples.bad for examples in found.values()) == 1
     with pytest.raises(DataError, match="subject is None, expected text"):
-        CommitPackFT.pair({"old_contents": "", "subject": None, "new_contents": "a"})
+        CommitPackFT.item({"old_contents": "", "subject": None, "new_contents": "a"})
 
 
 def test_more_rows_than_there_are_is_an_error(tmp_path):
@@ -163,6 +173,6 @@ def test_more_rows_than_there_are_is_an_error(tmp_path):
 def test_a_name_that_is_none_never_reaches_the_hub():
     for name in ("../x", "a b", "Amazon/Fashion"):
         with pytest.raises(DataError, match="expected a name such as Amazon_Fashion"):
-            AmazonReviews(name).fetch()
+            AmazonReviews(category=name).fetch()
         with pytest.raises(DataError, match="expected a name such as python"):
-            CommitPackFT(name).fetch()
+            CommitPackFT(language=name).fetch()

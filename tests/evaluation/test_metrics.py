@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import re
+import string
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +24,7 @@ from kmerge_mlx.evaluation.metrics import (
     macro_f1,
     mean_interval,
     perplexity,
+    squad_scores,
     wilson_interval,
 )
 from kmerge_mlx.evaluation.questions import Group
@@ -31,7 +36,8 @@ SCIKIT_LEARN_WONDERS = pytest.mark.filterwarnings("ignore:A single label", "igno
 
 
 def scores_of(group: Group, answers: list[str], texts: list[str]) -> dict[str, report.Score]:
-    return report.group_scores(group, answers, [Prediction(text, 1.0, 2, 3, 1) for text in texts])
+    predictions = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
+    return report.group_scores(group, [(answer,) for answer in answers], predictions)
 
 
 def random_labels(rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
@@ -111,6 +117,67 @@ def test_edit_similarity_is_one_minus_the_distance_over_the_longer_length():
     found = scores_of(Group("any"), answers, texts)
     assert found["edit_similarity"].value == pytest.approx(np.mean(expected), **EXACT)
     assert found["exact_match"].value == np.mean([a == b for a, b in pairs])
+
+
+def normalize_answer(s):
+    """As in the evaluation script of SQuAD 2.0, restated, and so are the next two."""
+    s = "".join(ch for ch in s.lower() if ch not in set(string.punctuation))
+    return " ".join(re.compile(r"\b(a|an|the)\b", re.UNICODE).sub(" ", s).split())
+
+
+def compute_exact(a_gold, a_pred):
+    return int(normalize_answer(a_gold) == normalize_answer(a_pred))
+
+
+def compute_f1(a_gold, a_pred):
+    gold_toks, pred_toks = (normalize_answer(s).split() if s else [] for s in (a_gold, a_pred))
+    num_same = sum((collections.Counter(gold_toks) & collections.Counter(pred_toks)).values())
+    if len(gold_toks) == 0 or len(pred_toks) == 0:
+        return int(gold_toks == pred_toks)
+    if num_same == 0:
+        return 0
+    precision, recall = num_same / len(pred_toks), num_same / len(gold_toks)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_a_text_scores_as_in_the_script_of_squad():
+    rng = np.random.default_rng(5)
+    pieces = [
+        "The ",
+        "an ",
+        "A",
+        "a",
+        "France",
+        "france",
+        " ",
+        "-",
+        ".",
+        "\u2019",
+        "\u00a0",
+        "in ",
+        "9 ",
+    ]
+    seen = set()
+    for _ in range(2_000):
+        text, *answers = ("".join(rng.choice(pieces, rng.integers(0, 6))) for _ in range(4))
+        # An answer of which nothing is left is no gold answer there, unless it is the only one.
+        gold = [a for a in answers if normalize_answer(a)] or [""]
+        exact, f1 = (max(rule(a, text) for a in gold) for rule in (compute_exact, compute_f1))
+        assert squad_scores(answers, text) == pytest.approx((exact, f1), **EXACT)
+        seen.add((exact, 0 < f1 < 1))
+    assert seen == {(0, False), (0, True), (1, False)}
+
+
+def test_scores_of_questions_with_several_answers_are_their_means_by_hand():
+    answers = [("the 10th century", "10th and 11th"), ("France",), ("Rollo",), ("1066",)]
+    texts = ["In the 10th century.", "France", "William", "1066"]
+    predictions = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
+    scores = report.group_scores(Group("qa", squad=True), answers, predictions)
+    assert list(scores) == ["token_f1", "exact_match", "perplexity"]
+    assert scores["exact_match"].value == 2 / 4
+    assert scores["token_f1"].value == pytest.approx((4 / 5 + 1 + 0 + 1) / 4, **EXACT)
+    assert scores["token_f1"].low < scores["token_f1"].value < scores["token_f1"].high
+    assert report.cell("token_f1", scores["token_f1"]).startswith("70.00% (")
 
 
 def test_perplexity_is_per_token():

@@ -72,6 +72,17 @@ def test_labels_are_few_answers_that_come_often_or_those_given(tmp_path):
         assert asked(data=data, **settings).groups[0].labels == labels
 
 
+def test_rows_of_squad_are_scored_by_its_rule_unless_labels_are_named(tmp_path):
+    row = {"context": "Text.", "question": "Is it?", "answers": ["yes", "it is"]}
+    data = str(write_data(tmp_path, [row] * 4))
+    found = asked(data=data)
+    assert (found.groups[0].squad, found.groups[0].labels) == (True, ())
+    assert [question.answers for question in found.items] == [("yes", "it is")] * 4
+    named = asked(data=data, labels=["yes", "no"])
+    assert (named.groups[0].squad, named.groups[0].labels) == (False, ("yes", "no"))
+    assert asked(data=str(write_data(tmp_path, labelled(["a"])))).items[0].answers == ("a",)
+
+
 def test_an_answer_outside_the_labels_and_a_positive_that_is_not_one_are_refused(tmp_path):
     data = str(write_data(tmp_path, ["", *map(json.dumps, labelled(["true", "maybe", "false"]))]))
     said = "test.jsonl line 3: the answer is 'maybe', expected one of `labels` (true, false)"

@@ -142,7 +142,7 @@ def test_a_number_may_stand_among_other_words_and_a_name_may_not():
     def recall(haystack: str, answer: str, *texts: str) -> float:
         (group,) = Written(haystack=haystack, length=(150,), depth=(0.5,)).questions.groups
         answers = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
-        return group_scores(group, [answer] * len(texts), answers)["recall"].value
+        return group_scores(group, [(answer,)] * len(texts), answers)["recall"].value
 
     assert recall("text", " 12345", "12345", "The number is 12345.", " 1234 5") == 2 / 3
     assert recall("tree", "AB", "AB", " AB\n", "AB is it", "CD") == 2 / 4

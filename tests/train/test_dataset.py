@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx.data import textualized_tree
+from kmerge_mlx.data import AmazonReviews, textualized_tree
 from kmerge_mlx.data.sources import load_examples
-from kmerge_mlx.data.tasks import AmazonReviews
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError, TrainError
 from kmerge_mlx.train.dataset import TokenizedSet, load_stages, num_positions, tree_sets
