@@ -16,7 +16,7 @@ from tests.data.test_tasks import REVIEWS
 from tests.evaluations import Folders, labelled, questions_of, words_of, write_data, write_folders
 
 TRUTH = ["true", "false", "true", "true", "false", "true", "true", "false"]
-QUICK = ("--max-tokens", 1)
+QUICK = ("--max-tokens", 1, "--timed", 0)
 BASE = ("--model", UPSTREAM / "base")
 TREES = ("--task", "textualized-tree")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
 from mlx_lm.tuner.trainer import evaluate as host_evaluate
@@ -24,13 +25,13 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.evaluation.report import read_report
-from kmerge_mlx.evaluation.scoring import LABELS, Method
-from kmerge_mlx.evaluation.settings import BASELINES
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
 from tests.cli_runner import CHATML, copy_base
+from tests.evaluation.baselines.by_hand import attention, chunks, heaviest, surprise
 from tests.evaluations import (
     TEMPLATE,
     Folders,
@@ -124,6 +125,9 @@ def plain_means(model: nn.Module, row: TokenizedExample, k: int) -> mx.array:
 
 def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tuple[float, int]:
     """A row's likelihood and positions, computed by the words that define the method."""
+    if method == "base":
+        ids = row.prompt_ids
+        return naive_nll(load(str(folders.base))[0], ids, row.answer_ids), len(ids)
     model = loaded(folders, k if method in ("merged", "mean") else 1)
     if method == "merged":
         ids = merged_embedding(model).compress(row.segments).ids
@@ -132,19 +136,29 @@ def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tup
         embeddings = plain_means(model, row, k)
         ids = [0] * (embeddings.shape[0] - len(row.answer_ids) + 1)
         return naive_nll(model, ids, row.answer_ids, embeddings), len(ids)
-    ids = []
+    weights = np.zeros(len(row.prompt_ids))
+    if method == "selective-context":
+        weights = surprise(model, row.prompt_ids)
+    elif method == "spec-prefill":
+        weights = attention(model, row.prompt_ids)
+    ids, start = [], 0
     for segment in row.segments:
         part, room = list(segment.ids), math.ceil(len(segment.ids) / k)
+        own, start = weights[start : start + len(part)], start + len(part)
         if segment.merge and method == "truncate":
             part = part[len(part) - room :]
         elif segment.merge and method == "stride":
             part = [part[min(i * k + k - 1, len(part) - 1)] for i in range(room)]
+        elif segment.merge and method == "selective-context":
+            part = heaviest(part, own, room)
+        elif segment.merge and method == "spec-prefill":
+            part = heaviest(part, chunks(own), room)
         ids += part
     return naive_nll(model, ids, row.answer_ids), len(ids)
 
 
-READ = [("uncompressed", 1)] + [
-    (name, k) for k in (2, 4) for name in ("merged", "mean", "truncate", "stride")
+READ = [("uncompressed", 1), ("base", 1)] + [
+    (name, k) for k in (2, 4) for name, method in METHODS.items() if method.compresses
 ]
 
 
@@ -185,7 +199,7 @@ def test_other_models_are_read_as_well_and_an_encoder_with_context(tmp_path, con
     data = str(write_data(tmp_path / "data", rows))
     measured(**folders.settings(baseline=BASELINES, data=data), max_tokens=1, predictions=str(file))
     found, tokenizer = answers_of(file), load(str(base))[1]
-    assert set(found) == {("uncompressed", 1), *((n, 3) for n in LABELS if n != "uncompressed")}
+    assert set(found) == {(n, 3 if METHODS[n].compresses else 1) for n in METHODS}
     for number, row in enumerate(rows):
         example = tokenize(tokenizer, RowFormat().read(row))
         for method in ("merged", "mean"):
@@ -218,7 +232,7 @@ def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw():
     for method, k, size in itertools.product(("truncate", "stride"), (2, 3, 5), range(1, 30)):
         ids, raw = list(range(size)), list(range(100, 100 + size))
         segments = [Segment(raw, False), Segment(ids), Segment([7], False), Segment(ids)]
-        before, first, between, second = Method(method, k).cut(segments)
+        before, first, between, second = METHODS[method](k).read(None, segments)
         assert (list(before.ids), list(between.ids)) == (raw, [7])
         assert len(first.ids) == math.ceil(size / k)
         assert not any(part.merge for part in (before, first, between, second))
@@ -247,11 +261,11 @@ def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_
     data = write_data(tmp_path / "data", labelled(["true", "one two three", "false"]))
     lengths, limits, plain = [], [], scoring.Scorer.score
 
-    def score(self, rows, sizes, max_tokens):
+    def score(self, method, rows, max_tokens):
         lengths.extend(len(row.answer_ids) for row in rows)
         assert {row.answer_ids[-1] for row in rows} == {2}
         limits.extend(max_tokens)
-        return plain(self, rows, sizes, max_tokens)
+        return plain(self, method, rows, max_tokens)
 
     monkeypatch.setattr(scoring.Scorer, "score", score)
     measured(model=str(base), data=str(data))

@@ -14,11 +14,13 @@ from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
+from kmerge_mlx.generation import cost
+from kmerge_mlx.generation.cost import Spread, kv_bytes
 from kmerge_mlx.model import load_source
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
-from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
+from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Trial
 from tests.adapters.test_full import full_adapter
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
@@ -44,13 +46,13 @@ def sides(base) -> list[Side]:
 def runs(monkeypatch) -> list[tuple[object, list[int]]]:
     """What each run of the benchmark gives to mlx-lm: the model, and the ids."""
     seen = []
-    plain = benchmark.generate_step
+    plain = cost.generate_step
 
     def spy(prompt, model, **options):
         seen.append((model, prompt.tolist()))
         return plain(prompt, model, **options)
 
-    monkeypatch.setattr(benchmark, "generate_step", spy)
+    monkeypatch.setattr(cost, "generate_step", spy)
     return seen
 
 
