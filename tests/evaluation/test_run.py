@@ -45,6 +45,7 @@ from tests.evaluations import (
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 QUESTIONS = 12
+WEIGHING = ("selective-context", "spec-prefill")
 MAX_TOKENS = 4
 
 
@@ -360,7 +361,111 @@ def test_a_report_is_read_back_as_it_was_printed(tmp_path, batched):
     assert [row.scores for row in found.rows] == [row.scores for row in report.rows]
     ratios = [row.compression_ratio for row in report.rows]
     assert [row.compression_ratio for row in found.rows] == ratios
+    assert [row.kv_bytes for row in found.rows] == [row.kv_bytes for row in report.rows]
     for broken in ({"rows": [{}]}, {"groups": {}}, {"groups": {"data": {"questions": "7"}}}):
         path.write_text(json.dumps(report.to_json() | broken))
         with pytest.raises(EvaluateError, match="is not what `kmerge-mlx evaluate --json` prints"):
             read_report(path)
+
+
+def test_the_kv_cache_is_that_of_the_mean_prompt(folders, batched):
+    position = 2 * 2 * 2 * 32 * 4  # keys and values of 2 layers of 2 heads, 32 wide, float32
+    for row in batched[1].rows:
+        lines = batched[0][row.method, row.k]
+        mean = sum(line["positions"] for line in lines) / QUESTIONS
+        assert row.kv_bytes == {"data": pytest.approx(mean * position)}
+        assert row.time_to_first_token == {}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, int]]:
+    """The methods and lengths of the prompts that are timed, each of which takes its number."""
+    seen: list[tuple[str, int]] = []
+
+    def seconds(self, method, segments):
+        seen.append((method.name, sum(len(segment.ids) for segment in segments)))
+        return float(len(seen))
+
+    monkeypatch.setattr(scoring.Scorer, "seconds", seconds)
+    return seen
+
+
+def test_prompts_of_all_lengths_are_timed_after_one_that_warms_up(tmp_path, folders, asked):
+    rows = [{"prompt": "AB " * (i + 1), "completion": f"{i} x"} for i in range(9)]
+    data = str(write_data(tmp_path / "data", rows))
+    settings = folders.settings(k=(4,), data=data, baseline=("truncate",), max_tokens=1)
+    report = measured(**settings, timed=3)
+    sizes = [size for name, size in asked if name == "merged"]
+    lengths = sorted(batch_lengths(folders, rows))
+    assert sizes == [lengths[1], lengths[1], lengths[4], lengths[7]]
+    assert {name for name, _ in asked} == {"merged", "truncate"}
+    for row in report.rows:
+        spread = row.time_to_first_token["data"]
+        assert (spread.median, spread.min, spread.max) == (spread.trials[1], *spread.trials[::2])
+    assert len(measured(**settings, timed=99).rows[0].time_to_first_token["data"].trials) == 9
+    named = report.to_json()["rows"][0]["time_to_first_token"]["data"]
+    assert set(named) == {"median", "min", "max", "trials"}
+
+
+def batch_lengths(folders: Folders, rows: list[dict]) -> list[int]:
+    _, tokenizer = load(str(folders.base))
+    return [len(tokenize(tokenizer, RowFormat().read(row)).prompt_ids) for row in rows]
+
+
+def test_needles_at_other_depths_of_one_length_are_not_timed_again(folders, asked):
+    recall = {"task": "recall", "length": (200, 400), "depth": (0, 1), "num_needles": 3}
+    report = measured(model=str(folders.base), **recall, timed=2, max_tokens=1)
+    assert len(asked) == 1 + 2 * 2
+    times = [spread.trials for spread in report.rows[0].time_to_first_token.values()]
+    assert times == [(2, 3), (2, 3), (4, 5), (4, 5)]
+
+
+def test_the_time_of_a_method_includes_its_own_pass(monkeypatch, folders, rows):
+    model, tokenizer = load(str(folders.base), folders.adapters, 1)
+    passes, plain = [], scoring.time_reading
+
+    def timed(model, compress):
+        before = len(passes)
+        reading = plain(model, compress)
+        assert len(passes) == before + 1
+        return reading
+
+    class Watched(METHODS["selective-context"]):
+        def weigh(self, model, ids):
+            passes.append(ids.size)
+            return super().weigh(model, ids)
+
+    monkeypatch.setattr(scoring, "time_reading", timed)
+    assert scoring.Scorer(model, tokenizer, 1).seconds(Watched(2), rows[0].segments) > 0
+    assert passes == [len(rows[0].prompt_ids)]
+
+
+def test_baselines_that_need_no_encoder_are_measured_without_an_adapter(folders, data):
+    asked = {"model": str(folders.base), "data": str(data), "limit": 6, "max_tokens": 1}
+    report = measured(**asked, k=(2, 4), baseline=("all",))
+    assert [(row.method, row.k) for row in report.rows] == [
+        ("uncompressed", 1),
+        *((n, k) for k in (2, 4) for n in ("truncate", "stride", *WEIGHING)),
+    ]
+    for k, baseline, said in (
+        ((2,), (), "`k` is 2, and there is no merge encoder: give `adapter_path`, or compare"),
+        ((2,), ("base",), "only `baseline` truncate, stride, selective-context, spec-prefill"),
+        ((2,), ("all", "mean"), "`baseline` mean needs one, and there is no merge encoder"),
+    ):
+        with pytest.raises(EvaluateError, match=said):
+            measured(**asked, k=k, baseline=baseline)
+
+
+def test_the_base_is_read_beside_an_adapter_for_1(folders, data, batched):
+    asked = {"model": str(folders.base), "data": str(data), "max_tokens": MAX_TOKENS}
+    alone = measured(**asked, batch_size=8)
+    rows = {row.method: row for row in batched[1].rows}
+    assert rows["base"].scores == alone.rows[0].scores != rows["uncompressed"].scores
+
+
+def test_a_report_of_0_1_0_has_no_costs(tmp_path, batched):
+    path, report = tmp_path / "report.json", batched[1].to_json()
+    for row in report["rows"]:
+        del row["kv_bytes"], row["time_to_first_token"]
+    path.write_text(json.dumps(report))
+    assert [row.kv_bytes for row in read_report(path).rows] == [{}] * len(report["rows"])
