@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 STEP = 512
-"""Tokens that a scoring pass reads at once: their logits may be held."""
+"""Tokens that a scoring pass reads at once: in float32 their logits are 311 MB at V = 151,936."""
 
 
 class Weighing(Method):
