@@ -32,15 +32,15 @@ from kmerge_mlx.prompts.lay_out import Layout, chosen
 from kmerge_mlx.source import Source
 from kmerge_mlx.train.rows import by_length
 
-Timed = Mapping[str, tuple[int, ...]]
-"""The questions whose time is measured, by group; groups that differ in depth alone share them."""
-
 MORE_TOKENS = 8  # an answer that has to contain the right one may be so much longer
 Sources = Mapping[int, Source]
 """The base with the adapter for each merge factor, and the base alone (``ALONE``).
 
 It is the base alone for 1, too, if there is no adapter for it.
 """
+
+Timed = Mapping[str, tuple[int, ...]]
+"""The questions whose time is measured, by group; groups that differ in depth alone share them."""
 
 
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.evaluation.baselines.weighing import Weighing, in_steps
@@ -74,8 +73,11 @@ def attention_to(length: int) -> Iterator[list[mx.array]]:
             found.append(_weights(queries, keys, *(options.get(name) for name in names)))
         return attend(queries, keys, *rest, **options)
 
-    with mock.patch.object(mx.fast, "scaled_dot_product_attention", watched):
+    mx.fast.scaled_dot_product_attention = watched
+    try:
         yield found
+    finally:
+        mx.fast.scaled_dot_product_attention = attend
 
 
 def _weights(
