@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-LAST = 8
-"""Tokens at the prompt's end whose attention counts."""
+LAST = 32
+"""Tokens at the prompt's end whose attention counts: enough for a question and a template's end."""
 
 
 class SpecPrefill(Weighing):
-    """Keeps the chunks of 8 tokens to which the prompt's last 8 tokens attend most.
+    """Keeps the chunks of 8 tokens to which the prompt's last 32 tokens attend most.
 
     A token's weight is the largest that any head of any layer gives it, averaged over the last
     tokens. Layers that do not see the whole prompt (sliding windows, linear attention) are left

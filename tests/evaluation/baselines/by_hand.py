@@ -15,7 +15,7 @@ def surprise(model: nn.Module, ids: list[int]) -> np.ndarray:
     return np.array([np.inf, *(-found[i, token].item() for i, token in enumerate(ids[1:]))])
 
 
-def attention(model: nn.Module, ids: list[int], last: int = 8) -> np.ndarray:
+def attention(model: nn.Module, ids: list[int], last: int = 32) -> np.ndarray:
     """The most that any head of a Qwen2 model attends to each token, for its last tokens: mean."""
     inner = model.model
     table = merged_embedding(model) or inner.embed_tokens

@@ -36,14 +36,14 @@ def test_the_weights_are_those_of_transformers(monkeypatch, model, step):
     monkeypatch.setattr(weighing, "STEP", step)
     how = {"attn_implementation": "eager", "dtype": torch.float32}
     reference = transformers.AutoModelForCausalLM.from_pretrained(UPSTREAM / "base", **how)
-    for ids in ([5], *prompts_of(3, 20, 90), list(range(1, 10)), [3] * 8):
+    for ids in ([5], *prompts_of(3, 20, 90), list(range(1, 34)), [3] * 32):
         with torch.no_grad():
             said = reference(torch.tensor([ids]), output_attentions=True)
         logprobs = torch.log_softmax(said.logits[0], dim=-1)
         wanted = [np.inf, *(-logprobs[i, token].item() for i, token in enumerate(ids[1:]))]
         found = SelectiveContext(2).weigh(model, mx.array(ids))
         assert found.tolist() == pytest.approx(wanted, abs=1e-4)
-        heads = torch.cat(said.attentions, dim=1)[0, :, -8:]  # of all layers
+        heads = torch.cat(said.attentions, dim=1)[0, :, -spec_prefill.LAST :]  # of all layers
         wanted = heads.amax(dim=0).mean(dim=0)
         found = SpecPrefill(2).weigh(model, mx.array(ids))
         assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
