@@ -19,6 +19,7 @@ from tests.conftest import UPSTREAM
 from tests.evaluation.baselines.by_hand import attention, chunks, heaviest, surprise
 from tests.evaluations import measured, questions_of, write_data
 from tests.tiny import build, prompts_of, qwen2_config, write_base
+from tests.tools.test_sizing import BASES
 
 WEIGHING = ("selective-context", "spec-prefill")
 
@@ -120,3 +121,15 @@ def test_mlx_has_its_own_attention_again_after_a_pass(model):
     plain = mx.fast.scaled_dot_product_attention
     SpecPrefill(2).weigh(model, mx.array([1, 2, 3]))
     assert mx.fast.scaled_dot_product_attention is plain
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_models_of_every_kind_of_cache_are_weighed_alike_in_steps(monkeypatch, name):
+    model, ids = build(qwen2_config(**BASES[name])), mx.array(prompts_of(1, 60, 60)[0])
+    for method in map(METHODS.get, WEIGHING):
+        found = []
+        for step in (16, 512):
+            monkeypatch.setattr(weighing, "STEP", step)
+            found.append(method(2).weigh(model, ids).tolist())
+        assert len(found[0]) == 60
+        assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
