@@ -61,15 +61,19 @@ class Source:
         adapter_path: str | Path | None = None,
         ks: Sequence[int] = (),
         trust_remote_code: bool = False,
+        needed: bool = True,
     ) -> list[Source]:
         """Finds the base and the adapters for ``ks``, ascending; without ``ks`` for all there are.
 
-        1 is the base model alone where there is no adapter for it.
+        1 is the base model alone where there is no adapter for it. Where there are no adapters at
+        all, other ``ks`` are refused, or, unless they are ``needed``, taken as 1.
         """
         name, path, folders = _look_up(model, adapter_path)
         found = {} if folders is None else folders.found
         ks = sorted({*(ks or found or (1,))})
-        if folders is None:
+        if folders is None and not needed:
+            ks = [1]
+        elif folders is None:
             check_unmerged(ks[-1])
         chosen = [folders.choose(k) if k != 1 or k in found else (None, None) for k in ks]
         path = path or base.resolve(name)

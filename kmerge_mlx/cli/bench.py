@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bar, note, size
+from kmerge_mlx.cli.output import aligned, bar, figure, note, seconds, size
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.source import Source
-    from kmerge_mlx.tools.bench import Row, Side, Spread
+    from kmerge_mlx.tools.bench import Row, Side
     from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 K = 4
@@ -187,25 +187,13 @@ def _table(rows: Sequence[Row], spread: bool) -> str:
     cells = [(*heads, "decode tok/s", "peak memory", "KV cache")]
     for row in rows:
         figures = row.figures
-        seconds, form, unit = figures.time_to_first_token, "{:.2f}", " s"
-        if seconds.median < 1:
-            seconds = type(seconds).of(1e3 * trial for trial in seconds.trials)
-            form, unit = "{:.1f}", " ms"
         prompt = (f"{row.length:,} tokens", str(row.k), f"{row.positions:,}")
         speeds = (
-            _figure(seconds, form, spread, unit),
-            _figure(row.speedup, "{:.2f}", spread, "x"),
-            _figure(row.overhead, "{:.3f}", spread),
-            _figure(figures.prompt_tps, "{:,.1f}", False),
-            _figure(figures.generation_tps, "{:,.1f}", spread),
+            seconds(figures.time_to_first_token, spread),
+            figure(row.speedup, "{:.2f}", spread, "x"),
+            figure(row.overhead, "{:.3f}", spread),
+            figure(figures.prompt_tps, "{:,.1f}", False),
+            figure(figures.generation_tps, "{:,.1f}", spread),
         )
         cells.append((*prompt, *speeds, size(figures.peak_bytes.median), size(figures.kv_bytes)))
     return aligned(cells)
-
-
-def _figure(value: Spread | None, form: str, spread: bool, unit: str = "") -> str:
-    """A median, and how far the rounds were apart."""
-    if value is None:
-        return "-"
-    ends = f" ({form.format(value.min)}-{form.format(value.max)})" if spread else ""
-    return f"{form.format(value.median)}{unit}{ends}"

@@ -6,10 +6,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bar, note
+from kmerge_mlx.cli.output import aligned, bar, note, seconds, size
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -96,11 +97,15 @@ def _table(
     """A line for each method; a column is a group's score, by group and name."""
     from kmerge_mlx.evaluation.report import cell
 
-    lines = [["", "ratio", *heads]]
+    groups = [*dict.fromkeys(group for group, _ in columns)]
+    costs = ["ratio", "KV cache", *(["TTFT"] if rows[0].time_to_first_token else [])]
+    lines = [["", *costs, *heads]]
     for row in rows:
-        ratio = row.ratio(dict.fromkeys(group for group, _ in columns))
+        kept = size(fmean(row.kv_bytes[group] for group in groups))
+        # Groups of one table differ in the needle's depth, and share their times.
+        timed = [seconds(spread) for spread in [row.time_to_first_token.get(groups[0])] if spread]
         cells = [cell(name, row.scores[group][name]) for group, name in columns]
-        lines.append([row.label, f"{ratio:.2f}x", *cells])
+        lines.append([row.label, f"{row.ratio(groups):.2f}x", kept, *timed, *cells])
     return f"{title}\n{aligned(lines)}"
 
 

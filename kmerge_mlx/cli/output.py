@@ -7,9 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
+
+if TYPE_CHECKING:
+    from kmerge_mlx.generation.cost import Spread
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is not a terminal
 
@@ -78,6 +81,22 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     columns = [[cell.ljust(max(map(len, first))) for cell in first]]
     columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def seconds(spread: Spread, with_ends: bool = True) -> str:
+    """A median time as people read it, and how far the rounds were apart."""
+    if spread.median < 1:
+        milli = type(spread).of(1e3 * trial for trial in spread.trials)
+        return figure(milli, "{:.1f}", with_ends, " ms")
+    return figure(spread, "{:.2f}", with_ends, " s")
+
+
+def figure(value: Spread | None, form: str, with_ends: bool, unit: str = "") -> str:
+    """A median, and how far the rounds were apart."""
+    if value is None:
+        return "-"
+    ends = f" ({form.format(value.min)}-{form.format(value.max)})" if with_ends else ""
+    return f"{form.format(value.median)}{unit}{ends}"
 
 
 def size(count: float) -> str:

@@ -17,11 +17,13 @@ from kmerge_mlx import __version__
 from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation import metrics
+from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.metrics import bootstrap_interval, wilson_interval
 from kmerge_mlx.evaluation.questions import Group, Questions
-from kmerge_mlx.evaluation.scoring import Method, Prediction
+from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
+from kmerge_mlx.generation.cost import Spread
 from kmerge_mlx.prompts.lay_out import Layout
 
 _SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
@@ -55,6 +57,8 @@ class Row:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # tokens, positions by group
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)  # by group and name
     refused: str | None = None
+    kv_bytes: Mapping[str, float] = field(default_factory=dict)  # mean of a group's prompts
+    time_to_first_token: Mapping[str, Spread] = field(default_factory=dict)  # seconds, by group
 
     def ratio(self, groups: Iterable[str]) -> float:
         """Original tokens over positions, of some groups."""
@@ -74,7 +78,10 @@ class Row:
         tokens, positions = map(sum, zip(*self.sizes.values(), strict=True))
         scores = {g: {n: s.to_json() for n, s in named.items()} for g, named in self.scores.items()}
         sizes = {"prompt_tokens": tokens, "positions": positions}
-        return entry | sizes | {"compression_ratio": self.compression_ratio, "scores": scores}
+        times = {group: asdict(spread) for group, spread in self.time_to_first_token.items()}
+        costs = {"kv_bytes": self.kv_bytes, "time_to_first_token": times}
+        ratio = {"compression_ratio": self.compression_ratio}
+        return entry | sizes | ratio | costs | {"scores": scores}
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,12 @@ def _saved_row(row: Mapping[str, Any]) -> Row:
         return Score(**{key: math.inf if v is None else float(v) for key, v in score.items()})
 
     scores = {g: {n: read(s) for n, s in named.items()} for g, named in row["scores"].items()}
-    return Row(str(row["method"]), row["k"], str(row["label"]), {"all": sizes}, scores)
+    # 0.1.0 has no costs.
+    kv_bytes = {group: float(size) for group, size in row.get("kv_bytes", {}).items()}
+    times = row.get("time_to_first_token", {})
+    times = {group: Spread.of(map(float, spread["trials"])) for group, spread in times.items()}
+    names = str(row["method"]), row["k"], str(row["label"])
+    return Row(*names, {"all": sizes}, scores, kv_bytes=kv_bytes, time_to_first_token=times)
 
 
 def cell(name: str, score: Score) -> str:

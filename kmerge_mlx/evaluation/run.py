@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import mlx.nn as nn
@@ -18,17 +19,13 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, KMergeError, PromptError
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Base, Merged, Method, Uncompressed
+from kmerge_mlx.evaluation.baselines.method import ALONE
 from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import Method, PredictionsFile, Scorer
-from kmerge_mlx.evaluation.settings import (
-    MERGED,
-    RECALL,
-    TEXT,
-    TREE,
-    UNCOMPRESSED,
-    EvaluateSettings,
-)
+from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer
+from kmerge_mlx.evaluation.settings import ALL, RECALL, TEXT, TREE, EvaluateSettings
+from kmerge_mlx.generation.cost import Spread, kv_bytes_at
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.lay_out import Layout, chosen
@@ -37,18 +34,18 @@ from kmerge_mlx.train.rows import by_length
 
 MORE_TOKENS = 8  # an answer that has to contain the right one may be so much longer
 Sources = Mapping[int, Source]
-"""The base with the adapter for each merge factor; the base alone for 1 if there is none."""
+"""The base with the adapter for each merge factor, and the base alone (``ALONE``).
+
+It is the base alone for 1, too, if there is no adapter for it.
+"""
+
+Timed = Mapping[str, tuple[int, ...]]
+"""The questions whose time is measured, by group; groups that differ in depth alone share them."""
 
 
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     """Measures what the settings ask for."""
-    names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
-    sources = {source.k: source for source in Source.find_all(*names, settings.k, trust)}
-    methods = wanted(settings, [*sources])
-    sources = {
-        k: sources.get(k) or Source.find_all(*names, (k,), trust)[0]
-        for k in sorted({method.adapter_k for method in methods})
-    }
+    sources, methods = _sources(settings)
     own = next(iter(sources.values()))
     settings = replace(
         settings,
@@ -56,7 +53,9 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
         adapter_path=own.adapter_path,
         haystack=settings.haystack or (TREE if own.model == BUNDLED else TEXT),
     )
-    tokenizer = base.read_tokenizer(own.path, base.read_config(own.path), own.model, trust)
+    tokenizer = base.read_tokenizer(
+        own.path, base.read_config(own.path), own.model, own.trust_remote_code
+    )
     layout = _layout(settings, sources)
     layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
     questions = _questions(settings, tokenizer, layout, bar)
@@ -69,21 +68,54 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
         done += more
         show(done, total)
 
+    timed = _timed(questions, settings.timed)
     found: dict[Method, Row] = {}
     for k, source in sources.items():
         mine = [method for method in methods if method.adapter_k == k]
-        found |= _measured(source, mine, questions, file, settings.batch_size, progress)
+        found |= _measured(source, mine, questions, timed, file, settings.batch_size, progress)
     show(total, total)
     return make_report(settings, questions, layout, [found[method] for method in methods])
 
 
-def wanted(settings: EvaluateSettings, ks: Sequence[int]) -> list[Method]:
-    """The methods to measure at these merge factors, in the order in which they are shown."""
-    names = [MERGED, *(n for n in settings.baselines if n != UNCOMPRESSED)]
-    if len(names) > 1 and max(ks) == 1:
-        raise EvaluateError(f"`baseline` {names[1]} has the budget of merging: give `k` above 1")
-    plain = [Method(UNCOMPRESSED, 1)] if 1 in ks or UNCOMPRESSED in settings.baselines else []
-    return plain + [Method(name, k) for k in ks if k > 1 for name in names]
+def _sources(settings: EvaluateSettings) -> tuple[Sources, list[Method]]:
+    """Finds the base and the adapters, and decides what to measure with them."""
+    names, trust = (settings.model, settings.adapter_path), settings.trust_remote_code
+    found = {s.k: s for s in Source.find_all(*names, settings.k, trust, needed=False)}
+    first = next(iter(found.values()))
+    adapted = first.adapter_path is not None
+    methods = wanted(settings, [*found] if adapted else sorted({*settings.k} or {1}), adapted)
+    found[ALONE] = replace(first, adapter=None, merge=None)
+    needed = sorted({method.adapter_k for method in methods})
+    if 1 in needed and 1 not in found:
+        (found[1],) = Source.find_all(*names, (1,), trust)
+    if ALL in settings.baseline and found[1].adapter is None:  # then `uncompressed` is the base
+        methods.remove(Base(1))
+        needed.remove(ALONE)
+    return {k: found[k] for k in needed}, methods
+
+
+def wanted(settings: EvaluateSettings, ks: Sequence[int], adapted: bool) -> list[Method]:
+    """The methods to measure at these merge factors, in the order in which they are shown.
+
+    Without adapters (``adapted``) only those are left that need no encoder.
+    """
+    plain = {Uncompressed: None} if 1 in ks else {}
+    plain |= {METHODS[n]: None for n in settings.baselines if not METHODS[n].compresses}
+    names = [name for name in settings.baselines if METHODS[name].compresses]
+    if names and max(ks) == 1:
+        raise EvaluateError(f"`baseline` {names[0]} has the budget of merging: give `k` above 1")
+    kinds = [METHODS[name] for name in (Merged.name, *names)]
+    if not adapted and max(ks) > 1:
+        kinds = [kind for kind in kinds if not kind.encodes]
+        lacking = [name for name in settings.baseline if name != ALL and METHODS[name].encodes]
+        if lacking or not kinds:
+            what = f"`baseline` {lacking[0]} needs one" if lacking else f"`k` is {max(ks)}"
+            usable = [n for n in BASELINES if METHODS[n].compresses and not METHODS[n].encodes]
+            raise EvaluateError(
+                f"{what}, and there is no merge encoder: give `adapter_path`, or compare only "
+                f"`baseline` {', '.join(usable)}"
+            )
+    return [kind(1) for kind in plain] + [kind(k) for k in ks if k > 1 for kind in kinds]
 
 
 def reader(source: Source) -> tuple[nn.Module, Any]:
@@ -113,6 +145,7 @@ def _measured(
     source: Source,
     methods: Sequence[Method],
     questions: Questions,
+    timed: Timed,
     file: PredictionsFile,
     batch_size: int,
     progress: Callable[[int], None],
@@ -120,26 +153,62 @@ def _measured(
     """The scores of methods that read with one model, which is gone from memory afterwards."""
     model, tokenizer = reader(source)
     scorer, rows = Scorer(model, tokenizer, batch_size), [q.row for q in questions.items]
-    found = {}
+    kv_bytes, found = kv_bytes_at(model), {}
     for method in methods:
         method.prepare(model)
-        cut = [replace(row, segments=method.cut(row.segments)) for row in rows]
         try:
-            for row in cut:
-                check_context(model, row.segments)
+            for row in rows:
+                check_context(model, method.longest(model, row.segments))
+            # Not every method knows its way with every model.
+            method.read(model, max(rows, key=lambda row: row.num_tokens).segments)
         except PromptError as error:
             found[method] = Row(method.name, method.k, method.label, refused=str(error))
             continue
-        for batch in by_length(cut, batch_size, method.k):
+        for batch in by_length(rows, batch_size, method.k):
             if not file.has(method, batch):
                 asked = [questions.items[i] for i in batch]
-                sizes = [len(question.row.prompt_ids) for question in asked]
                 limits = [questions.limits[question.group] for question in asked]
-                predictions = scorer.score([cut[i] for i in batch], sizes, limits)
+                predictions = scorer.score(method, [rows[i] for i in batch], limits)
                 file.add(method, batch, asked, predictions)
             progress(len(batch))
-        found[method] = row_of(method, questions, file.of(method))
+        answers = file.of(method)
+        sizes: dict[str, list[int]] = {}
+        for question, answer in zip(questions.items, answers, strict=True):
+            sizes.setdefault(question.group, []).append(kv_bytes(answer.positions))
+        found[method] = replace(
+            row_of(method, questions, answers),
+            kv_bytes={group: mean(each) for group, each in sizes.items()},
+            time_to_first_token=_times(scorer, method, questions, timed),
+        )
     return found
+
+
+def _timed(questions: Questions, count: int) -> Timed:
+    """Chooses the questions to time: so many prompts of each group, spread over the lengths."""
+    kind_of = {
+        group.name: group.place[0] if group.place else group.name for group in questions.groups
+    }
+    kinds: dict[Any, list[int]] = {}
+    order = sorted(range(len(questions.items)), key=lambda i: questions.items[i].row.num_tokens)
+    for i in order:
+        kinds.setdefault(kind_of[questions.items[i].group], []).append(i)
+
+    def spread(mine: Sequence[int]) -> tuple[int, ...]:
+        parts = min(count, len(mine))  # the middle of as many equal parts
+        return tuple(mine[(2 * part + 1) * len(mine) // (2 * parts)] for part in range(parts))
+
+    return {group: spread(kinds[kind]) for group, kind in kind_of.items() if count}
+
+
+def _times(scorer: Scorer, method: Method, questions: Questions, timed: Timed) -> dict[str, Spread]:
+    """Seconds to the first token of the timed questions, by group, after one that warms up."""
+    rows = [question.row for question in questions.items]
+    found = {}
+    for mine in dict.fromkeys(timed.values()):
+        if not found:
+            scorer.seconds(method, rows[mine[0]].segments)
+        found[mine] = Spread.of(scorer.seconds(method, rows[i].segments) for i in mine)
+    return {group: found[mine] for group, mine in timed.items()}
 
 
 def _questions(settings: EvaluateSettings, tokenizer: Any, layout: Layout, bar: Bar) -> Questions:
@@ -206,5 +275,6 @@ def _identity(
         for name in FILES if source.adapter else ():
             with (source.adapter / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        identity[f"the adapter for K={k}"] = digest.hexdigest() if source.adapter else "none"
+        if k != ALONE:
+            identity[f"the adapter for K={k}"] = digest.hexdigest() if source.adapter else "none"
     return identity

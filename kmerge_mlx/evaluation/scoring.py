@@ -21,71 +21,21 @@ import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import EvaluateError, first_line
+from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
-from kmerge_mlx.evaluation.settings import MEAN, MERGED, STRIDE, TRUNCATE, UNCOMPRESSED
+from kmerge_mlx.generation.cost import time_reading
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 # What is read, and held, at once for likelihoods.
 MOST_POSITIONS = 1 << 14  # at D = 896, some 300 MB
 MOST_LOGITS = 1 << 27  # 512 MiB
 OF = "evaluation"
 MOST_SHOWN = 20  # longer values are digests, and an error does not show them
-LABELS = {
-    MERGED: "K={k}",
-    UNCOMPRESSED: "uncompressed",
-    MEAN: "mean of {k}",
-    TRUNCATE: "last 1/{k} of the tokens",
-    STRIDE: "one token in {k}",
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to read a prompt in K times fewer positions, merged or one of the ``BASELINES``.
-
-    All but ``uncompressed`` read ceil(T / K) positions of T tokens that merge; what a layout keeps
-    raw stays raw. ``merged`` and ``mean`` read with the adapter for K, the others with that for 1
-    or, without one, with the base model.
-    """
-
-    name: str
-    k: int
-
-    @property
-    def label(self) -> str:
-        """Its name in a table."""
-        return LABELS[self.name].format(k=self.k)
-
-    @property
-    def adapter_k(self) -> int:
-        """The merge factor of the adapter that it reads with."""
-        return self.k if self.name in (MERGED, MEAN) else 1
-
-    def prepare(self, model: nn.Module) -> None:
-        """Changes the model for good, before any prompt: ``mean`` takes its encoder away."""
-        if self.name == MEAN:
-            merged = merged_embedding(model)
-            last = merged.encoder.w3  # a quantized one is zero where its scales and biases are
-            last.update({name: mx.zeros_like(array) for name, array in last.parameters().items()})
-            merged.forget_blocks()
-
-    def cut(self, segments: Sequence[Segment]) -> list[Segment]:
-        """What the model reads of a prompt."""
-        if self.name in (MERGED, MEAN):
-            return list(segments)
-        return [Segment(self._keep(s.ids) if s.merge else s.ids, False) for s in segments]
-
-    def _keep(self, ids: Sequence[int]) -> Sequence[int]:
-        """The ids that are read, out of a run that would merge."""
-        if self.name == TRUNCATE:
-            return ids[len(ids) - -(-len(ids) // self.k) :]
-        if self.name == STRIDE:  # the last token of each block
-            return [*ids[self.k - 1 :: self.k], *(ids[-1:] if len(ids) % self.k else [])]
-        return ids
 
 
 @dataclass(frozen=True)
@@ -110,12 +60,12 @@ class Scorer:
         self._embedding = merged_embedding(model)
 
     def score(
-        self, rows: Sequence[TokenizedExample], sizes: Sequence[int], max_tokens: Sequence[int]
+        self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch: ``rows`` hold what is read of prompts of ``sizes`` tokens."""
+        """Answers a batch by a method, written greedily."""
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
-        prompts = [self._embedding.compress(row.segments) for row in rows]
+        prompts = [self._embedding.compress(method.read(self._model, row.segments)) for row in rows]
         answers = batch_generate(
             self._model,
             self._tokenizer,
@@ -131,9 +81,21 @@ class Scorer:
         ]
         nll = self._nll(read)
         return [
-            Prediction(text, loss, len(row.answer_ids), size, len(row.prompt_ids))
-            for row, size, text, loss in zip(read, sizes, answers.texts, nll, strict=True)
+            Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
+            for row, prompt, text, loss in zip(rows, prompts, answers.texts, nll, strict=True)
         ]
+
+    def seconds(self, method: Method, segments: Sequence[Segment]) -> float:
+        """Seconds from a prompt's token ids to the first token of its answer.
+
+        The method's own pass over the prompt, and merging, are part of it.
+        """
+        self._embedding.forget_blocks()
+
+        def compress() -> CompressedPrompt:
+            return self._embedding.compress(method.read(self._model, segments))
+
+        return time_reading(self._model, compress).seconds[0]
 
     def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
         """The negative log-likelihood of each right answer."""
@@ -169,7 +131,8 @@ class PredictionsFile:
 
     def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
         self._path, self._size = None if path is None else Path(path), size
-        self._found: dict[Method, dict[int, Prediction]] = defaultdict(dict)
+        # By a method's name and K: an older file may hold a method that is gone.
+        self._found: dict[tuple[str, int], dict[int, Prediction]] = defaultdict(dict)
         if self._path is None:
             return
         if self._path.exists() and not self._path.is_file():
@@ -193,7 +156,7 @@ class PredictionsFile:
 
     def has(self, method: Method, indices: Sequence[int]) -> bool:
         """Whether a method's answers to all these questions are there."""
-        return {*indices} <= self._found[method].keys()
+        return {*indices} <= self._found[method.name, method.k].keys()
 
     def add(
         self,
@@ -205,7 +168,7 @@ class PredictionsFile:
         """Adds a method's answers to some questions; they are on the disk when it returns."""
         lines = []
         for i, question, prediction in zip(indices, questions, predictions, strict=True):
-            self._found[method][i] = prediction
+            self._found[method.name, method.k][i] = prediction
             place = {"method": method.name, "k": method.k, "question": i}
             asked = {"group": question.group, "answer": question.answer}
             lines.append(place | asked | asdict(prediction))
@@ -214,7 +177,7 @@ class PredictionsFile:
 
     def of(self, method: Method) -> list[Prediction]:
         """A method's answers, in the order of the questions; all must be there."""
-        return [self._found[method][i] for i in range(self._size)]
+        return [self._found[method.name, method.k][i] for i in range(self._size)]
 
     def _append(self, lines: Sequence[Mapping[str, Any]], end: int | None = None) -> None:
         """Writes lines at the end of the file, or at ``end``, where it is cut off first."""
@@ -253,7 +216,7 @@ class PredictionsFile:
                     named = {f.name: line[f.name] for f in fields(Prediction)}
                     if [type(value).__name__ for value in named.values()] != _KINDS:
                         raise ValueError("a value of another type")
-                    method = Method(line["method"], line["k"])
+                    method = line["method"], line["k"]
                     self._found[method][line["question"]] = Prediction(**named)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluateError(

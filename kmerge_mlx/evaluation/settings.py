@@ -9,6 +9,7 @@ from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import FILE_TASKS, TASKS
 from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
 from kmerge_mlx.errors import short
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.settings import LayoutSettings, ModelSettings, option
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -18,17 +19,6 @@ SPLITS = ("test", "valid")
 TEXT, TREE = "text", "tree"
 HAYSTACKS = (TEXT, TREE)
 ALL = "all"
-
-MERGED, UNCOMPRESSED, MEAN = "merged", "uncompressed", "mean"
-TRUNCATE, STRIDE = "truncate", "stride"
-_ABOUT = {
-    UNCOMPRESSED: "all T tokens, as --k 1",
-    MEAN: "of K embeddings, without the encoder",
-    TRUNCATE: "the last T/K tokens",
-    STRIDE: "every K-th token",
-}
-BASELINES = tuple(_ABOUT)
-"""What merging is compared with, in the order in which it is shown."""
 
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
 """Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
@@ -67,7 +57,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         (),
         str,
         "Measure this as well; give it again for another. "
-        + "; ".join(f"{name}: {about}" for name, about in _ABOUT.items())
+        + "; ".join(f"{name}: {METHODS[name].about}" for name in BASELINES)
         + "; all: each of them.",
         many=True,
         choices=(*BASELINES, ALL),
@@ -127,6 +117,9 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         flags=("--max-tokens", "-m"),
     )
     batch_size: int = option(32, int, "Questions answered at once.", low=1)
+    timed: int = option(
+        5, int, "Prompts of each kind whose time to first token is measured, one by one.", low=0
+    )
     predictions: str | None = option(
         None, str, "Write every answer into this JSONL file, and go on from it after a stop."
     )

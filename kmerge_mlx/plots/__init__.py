@@ -11,9 +11,9 @@ from kmerge_mlx.errors import PlotError, first_line
 from kmerge_mlx.files import replacing_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Colour-blind people can tell them apart (Okabe, Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Colour-blind people can tell them apart (Okabe, Ito); the last is a purple in place of yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6A3D9A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
 
 def check_plot(path: str | Path) -> None:

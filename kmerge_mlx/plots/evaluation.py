@@ -1,4 +1,4 @@
-"""Draws an evaluation: quality over the compression ratio, and recall over the needle's depth."""
+"""Draws an evaluation: quality over compression ratio and time, recall over the needle's depth."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ GREY, LIGHT_GREY = "#707070", "#c4c4c4"
 APART = 5.0  # 1/72 inch between points of one place, so that their error bars can be seen
 SAME = 0.05  # doublings within which two ratios are the same
 TICKS_APART = 0.1  # of the axis: labels nearer than that would touch
+ROUND = (1, 2, 5, 3, 1.5, 7)  # digits of a time that is a tick, the best first
 MARGIN = 2**0.35  # left and right of the points
 ABREAST = 3  # panels
 MOST_TICKS = 6  # more depths than that are not all written out
 
-Place = tuple[float, float]  # compression ratio and value
+Place = tuple[float, float]  # compression ratio (or seconds to the first token) and value
 
 
 def draw_report(report: Report, path: str | Path) -> None:
@@ -39,7 +40,8 @@ def draw_report(report: Report, path: str | Path) -> None:
 def draw_quality(report: Report, path: str | Path) -> None:
     """Draws quality over compression ratio, a panel for each score.
 
-    A method looks the same in every panel. Points of one ratio are drawn side by side.
+    Below it there is the same over the time to the first token, where that was measured. A method
+    looks the same in every panel. Points of one ratio are drawn side by side.
     """
     from matplotlib.figure import Figure
 
@@ -50,12 +52,14 @@ def draw_quality(report: Report, path: str | Path) -> None:
     for row in rows:
         labels.setdefault(row.method, []).append(row.label)
     names = {m: ls[0] if len(ls) == 1 else NAMES.get(m, m) for m, ls in labels.items()}
-    figure = Figure(figsize=(1.6 + 5.2 * len(panels), 4.8), layout="constrained")
+    lines = 2 if all(row.time_to_first_token for row in rows) else 1
+    figure = Figure(figsize=(1.6 + 5.2 * len(panels), 0.8 + 4 * lines), layout="constrained")
     entries: dict[str, Any] = {}
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_panel(axes, rows, *panel, names)
-        handles, words = axes.get_legend_handles_labels()
-        entries |= dict(zip(words, handles, strict=True))
+    for number, line in enumerate(figure.subplots(lines, len(panels), squeeze=False)):
+        for axes, panel in zip(line, panels, strict=True):
+            _draw_panel(axes, rows, *panel, names, over_time=number == 1)
+            handles, words = axes.get_legend_handles_labels()
+            entries |= dict(zip(words, handles, strict=True))
     # The methods, in the order in which they came, then the lines.
     order = sorted(entries, key=lambda label: label not in names.values())
     _outside_legend(figure, [entries[label] for label in order], order, len(panels))
@@ -73,54 +77,70 @@ def pareto_frontier(places: Sequence[Place], sign: int = 1) -> list[Place]:
 
 
 def _draw_panel(
-    axes: Any, rows: Sequence[Row], group: str, name: str, names: dict[str, str]
+    axes: Any, rows: Sequence[Row], group: str, name: str, names: dict[str, str], over_time: bool
 ) -> None:
     """Draws one score of a group, of every method."""
     scores = [row.scores[group][name] for row in rows]
-    places = [(row.ratio([group]), score.value) for row, score in zip(rows, scores, strict=True)]
+    along = [row.ratio([group]) for row in rows]
+    if over_time:
+        along = [row.time_to_first_token[group].median for row in rows]
+    places = [(x, score.value) for x, score in zip(along, scores, strict=True)]
     majority = rows[0].scores[group].get(f"majority_{name}")
     drawn = [*scores, *([majority] if majority else [])]
     values = [value for score in drawn for value in vars(score).values() if value is not None]
-    _quality_axes(axes, [ratio for ratio, _ in places], values, is_share=COLUMNS[name])
+    _quality_axes(axes, along, values, is_share=COLUMNS[name], over_time=over_time)
     axes.set_ylabel(f"{group}: {name.replace('f1', 'F1')}".replace("_", " "))
     if majority is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(majority.value, label="majority answer", **style)
-    frontier = pareto_frontier(places, 1 if COLUMNS[name] else -1)
-    if len(places) > 1 and frontier:
-        # A point's quality can be had at every ratio up to its own.
-        axes.step(
-            [axes.get_xlim()[0], *(ratio for ratio, _ in frontier)],
-            [frontier[0][1], *(value for _, value in frontier)],
-            where="pre",
-            color=LIGHT_GREY,
-            linewidth=3,
-            zorder=1,
-            label="Pareto frontier",
-        )
+    frontier = _draw_frontier(axes, places, 1 if COLUMNS[name] else -1, over_time)
     first = sorted(range(len(rows)), key=lambda i: places[i] not in frontier)
-    shifts = _shifts([(rows[i].method, places[i][0]) for i in first])
+    shifts = {} if over_time else _shifts([(rows[i].method, along[i]) for i in first])
     for number, (method, label) in enumerate(names.items()):
         mine = [(places[i][0], scores[i]) for i, row in enumerate(rows) if row.method == method]
         mine.sort(key=lambda point: point[0])
         _draw_scores(axes, mine, number, label, shifts.get(method, 0.0))
 
 
-def _quality_axes(axes: Any, ratios: list[float], values: list[float], is_share: bool) -> None:
+def _draw_frontier(axes: Any, places: Sequence[Place], sign: int, over_time: bool) -> list[Place]:
+    """Draws what no other place beats, and returns it."""
+    turn = -1 if over_time else 1  # a short time is good, as is a high ratio
+    found = pareto_frontier([(turn * x, value) for x, value in places], sign)
+    frontier = [(turn * x, value) for x, value in found]
+    if len(places) > 1 and frontier:
+        # A point's quality can be had at every ratio up to its own, and at every time from it on.
+        end = (axes.get_xlim()[over_time], frontier[0][1])
+        x, y = zip(end, *frontier, strict=True)
+        style = {"color": LIGHT_GREY, "linewidth": 3, "zorder": 1, "label": "Pareto frontier"}
+        axes.step(x, y, where="pre", **style)
+    return frontier
+
+
+def _quality_axes(
+    axes: Any, along: list[float], values: list[float], is_share: bool, over_time: bool
+) -> None:
     """Sets the limits from the true places; some points are drawn beside theirs."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     axes.set_xscale("log", base=2)
-    low, high = min(ratios) / MARGIN, max(ratios) * MARGIN
+    low, high = min(along) / MARGIN, max(along) * MARGIN
     axes.set_xlim(low, high)
-    ticks: list[float] = []  # whole ratios first
-    for ratio in sorted(set(ratios), key=lambda r: (abs(r - round(r)) > 0.05, r)):
-        if all(abs(np.log2(ratio / t)) >= TICKS_APART * np.log2(high / low) for t in ticks):
-            ticks.append(ratio)
+    candidates = sorted(set(along), key=lambda r: (abs(r - round(r)) > 0.05, r))  # whole ones first
+    if over_time:
+        candidates = [first * 10.0**power for first in ROUND for power in range(-5, 5)]
+    ticks: list[float] = []
+    for x in candidates:
+        apart = [abs(np.log2(x / tick)) / np.log2(high / low) for tick in ticks]
+        if low <= x <= high and min(apart, default=1) >= TICKS_APART:
+            ticks.append(x)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.1f}".removesuffix(".0") + "x")
-    axes.set_xlabel("compression ratio (original / compressed positions)")
+    if over_time:
+        axes.xaxis.set_major_formatter(lambda s, _: f"{s:.3g} s" if s >= 1 else f"{1e3 * s:.3g} ms")
+        axes.set_xlabel("time to first token (median)")
+    else:
+        axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.1f}".removesuffix(".0") + "x")
+        axes.set_xlabel("compression ratio (original / compressed positions)")
     finite = [value for value in values if np.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     margin = 0.06 * (high - low)

@@ -11,22 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from statistics import median
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
-from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from kmerge_mlx import base, model
 from kmerge_mlx.adapters.folder import read_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, MergeConfig, inner_size
 from kmerge_mlx.errors import PromptError, findings
+from kmerge_mlx.generation.cost import Spread, time_reading
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
-from kmerge_mlx.virtual_tokens import MergedEmbedding
+from kmerge_mlx.virtual_tokens import CompressedPrompt, MergedEmbedding
 
 
 @dataclass(frozen=True)
@@ -65,22 +62,6 @@ class Trial:
     generation_tps: float | None  # tokens per second after the first one; None: that was all
     peak_bytes: int  # most memory at once: the weights that this side reads, cache, activations
     kv_bytes: int  # of the cache when the first token is sampled: exactly the prompt
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The same figure from every round that counts: median, lowest, highest, and all in order."""
-
-    median: float
-    min: float
-    max: float
-    trials: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of at least one value."""
-        trials = tuple(values)
-        return cls(median(trials), min(trials), max(trials), trials)
 
 
 @dataclass(frozen=True)
@@ -212,32 +193,22 @@ def measure(
 def _run(side: Side, ids: list[int], config: BenchmarkConfig) -> Trial:
     """Reads one prompt and generates; the block table is empty before, and again after."""
     tokens = ids[: side.positions(len(ids))] if side.embedding is None else ids
-    held: list[int] = []
 
-    def greedy(logprobs: mx.array) -> mx.array:
-        if not held:  # when the first token is sampled, exactly the prompt is in the cache
-            held.append(kv_bytes(cache))
-        return mx.argmax(logprobs, axis=-1)
+    def compress() -> CompressedPrompt:
+        if side.embedding is None:
+            return CompressedPrompt(tokens, tokens, [])
+        return side.embedding.compress([Segment(tokens)])
 
     time.sleep(config.delay)
-    mx.clear_cache()
-    with wired_limit(side.llm, [generation_stream]):
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        prompt = None if side.embedding is None else side.embedding.compress([Segment(tokens)])
-        read = tokens if prompt is None else prompt.ids
-        cache = make_prompt_cache(side.llm)
-        how = {"max_tokens": config.generation_tokens, "sampler": greedy, "prompt_cache": cache}
-        how["prefill_step_size"] = config.prefill_step_size
-        steps = generate_step(mx.array(read), side.llm, **how)
-        times = [time.perf_counter() for _ in steps]
-        # mlx-lm queues a step more than it gives: it must not run into the next side's time.
-        mx.synchronize(generation_stream)
+    mx.reset_peak_memory()
+    how = {"prefill_step_size": config.prefill_step_size}
+    run = time_reading(side.llm, compress, config.generation_tokens, **how)
     peak = mx.get_peak_memory() - side.unread_bytes
     if side.embedding is not None:
         side.embedding.forget_blocks()
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    return Trial(len(tokens), len(read), times[0] - start, speed, peak, held[0])
+    first, last, more = run.seconds[0], run.seconds[-1], len(run.seconds) - 1
+    speed = more / (last - first) if more else None
+    return Trial(len(tokens), run.positions, first, speed, peak, run.kv_bytes)
 
 
 def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
@@ -254,16 +225,3 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
         compared = figures[floor], ratios(reference, side), ratios(side, floor)
         rows.append(Row(side.k, length, side.positions(length), figures[side], *compared))
     return rows
-
-
-def kv_bytes(cache: Sequence[Any]) -> int:
-    """Bytes that mlx-lm's cache holds for the positions read so far, not what it has room for."""
-    total = 0
-    for entry in cache:
-        if isinstance(entry, CacheList):
-            total += kv_bytes(entry.caches)
-        elif entry.empty() or not hasattr(entry, "keys_and_values"):
-            total += entry.nbytes
-        else:  # the slices are never evaluated
-            total += sum(array.nbytes for _, array in tree_flatten(entry.keys_and_values()))
-    return total

@@ -29,8 +29,8 @@ from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data import HUB_TASKS
 from kmerge_mlx.errors import KMergeError, UploadError, findings
+from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
-from kmerge_mlx.evaluation.settings import MERGED
 from kmerge_mlx.files import read_json
 from kmerge_mlx.hub import RepoName, fetch, is_namespaced, parse, quiet, why
 from kmerge_mlx.tools.describe import describe_adapter, encoder_line, layout_line, tuning_lines
@@ -252,7 +252,7 @@ def _results(upload: Upload, report: Report) -> Iterator[Any]:
     for group in report.groups:
         for row in _rows_of(upload, report):
             for metric, score in row.scores[group].items():
-                if row.method == MERGED and metric in COLUMNS and math.isfinite(score.value):
+                if row.method == Merged.name and metric in COLUMNS and math.isfinite(score.value):
                     yield EvalResult(
                         task_type="text-generation",
                         dataset_type=kind,

@@ -16,7 +16,7 @@ from tests.data.test_tasks import REVIEWS
 from tests.evaluations import Folders, labelled, questions_of, words_of, write_data, write_folders
 
 TRUTH = ["true", "false", "true", "true", "false", "true", "true", "false"]
-QUICK = ("--max-tokens", 1)
+QUICK = ("--max-tokens", 1, "--timed", 0)
 BASE = ("--model", UPSTREAM / "base")
 TREES = ("--task", "textualized-tree")
 
@@ -96,23 +96,28 @@ def test_json_is_one_object_with_everything(folders, truth):
 
 
 def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, truth):
-    result = evaluated(folders, "--data", truth, "--k", 4, "--baseline", "all")
+    given = ("evaluate", *folders.flags(), "--data", truth, "--k", 4, "--baseline", "all")
+    result = run(*given, "--max-tokens", 1, "--timed", 2)
+    assert result.code == 0, result.err
     title, *_ = lines = result.out.splitlines()
     assert title == ("data: 8 questions (always the most frequent answer: 62.50%, balanced 50.00%)")
     assert len({len(line) for line in lines[1:]}) == 1
     heads, *rows = cells(result.out)
     assert heads == [
-        *("ratio", "balanced accuracy", "accuracy", "F1 (true)", "F1 macro", "perplexity"),
+        *("ratio", "KV cache", "TTFT", "balanced accuracy", "accuracy", "F1 (true)", "F1 macro"),
+        "perplexity",
     ]
-    assert [row[:2] for row in rows] == [
-        *(["uncompressed", "1.00x"], ["K=4", rows[1][1]], ["mean of 4", rows[1][1]]),
-        *(["last 1/4 of the tokens", rows[1][1]], ["one token in 4", rows[1][1]]),
+    assert [row[0] for row in rows] == [
+        *("uncompressed", "base model", "K=4", "mean of 4", "last 1/4 of the tokens"),
+        *("one token in 4", "selective context to 1/4", "speculative prefill to 1/4"),
     ]
+    assert [row[1:3] for row in rows] == [rows[0][1:3]] * 2 + [rows[2][1:3]] * 6
     share = r"\d+\.\d\d% \(\d+\.\d-\d+\.\d\)"
     number = r"[\d.e+]+"
     for row in rows:
-        assert all(re.fullmatch(share, cell) for cell in row[2:6])
-        assert re.fullmatch(rf"{number} \({number}-{number}\)", row[6])
+        assert re.fullmatch(rf"{number} ms \({number}-{number}\)", row[3])
+        assert all(re.fullmatch(share, cell) for cell in row[4:8])
+        assert re.fullmatch(rf"{number} \({number}-{number}\)", row[8])
 
 
 def test_everything_but_the_report_goes_to_stderr(tmp_path, monkeypatch, folders):
@@ -147,7 +152,8 @@ def test_texts_have_other_scores_and_trees_a_table_and_a_panel_for_each_kind(
 ):
     picture = tmp_path / "pareto.svg"
     table = evaluated(folders, "--data", texts, "--plot", picture).out
-    assert cells(table)[0] == ["ratio", "exact match", "edit similarity", "perplexity"]
+    heads = ["ratio", "KV cache", "exact match", "edit similarity", "perplexity"]
+    assert cells(table)[0] == heads
     assert words_of(picture) >= {"data: exact match", "data: edit similarity", "data: perplexity"}
     trees = (*TREES, "--num-trees", 3, "--stage", "small", "--k", 4, "--plot", picture)
     one, two = evaluated(folders, *trees).out.split("\n\n")

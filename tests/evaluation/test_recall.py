@@ -160,22 +160,23 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     recall = ("--task", "recall", "--length", 100, "--length", 600, "--num-needles", 1, "-m", 2)
     result = run(
         *("evaluate", *narrow.flags(), *recall, "--depth", 0.5, "--depth", 0, "--k", 4),
-        *("--baseline", "all", "--plot", picture),
+        *("--baseline", "all", "--plot", picture, "--timed", 2),
     )
     assert result.code == 0, result.err
     note = r"note: uncompressed is left out: the prompt has \d+ positions, and the model's context "
     assert re.search(note + "is 256: shorten it", result.err)
+    assert "note: speculative prefill to 1/4 is left out: the prompt has" in result.err
     ratios: list[set[float]] = []
     for table, length in zip(result.out.split("\n\n"), (100, 600), strict=True):
         title, *lines = table.splitlines()
         assert title == f"recall at {length} tokens: 1 question at each depth"
         heads, *rows = (re.split(r" {2,}", line.strip()) for line in lines)
-        assert heads == ["ratio", "depth 0%", "depth 50%"]
+        assert heads == ["ratio", "KV cache", "TTFT", "depth 0%", "depth 50%"]
         assert [row[0] for row in rows] == [
             *("K=4", "mean of 4", "last 1/4 of the tokens", "one token in 4")
         ]
         ratios.append({float(row[1].removesuffix("x")) for row in rows})
-        assert all(re.fullmatch(r"[\d.]+% \([\d.]+-[\d.]+\)", cell) for r in rows for cell in r[2:])
+        assert all(re.fullmatch(r"[\d.]+% \([\d.]+-[\d.]+\)", cell) for r in rows for cell in r[4:])
     # The raw question weighs less in a longer prompt.
     (short,), (long,) = ratios
     assert 1 < short < long < 4

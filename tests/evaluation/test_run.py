@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
 from mlx_lm.tuner.trainer import evaluate as host_evaluate
@@ -24,13 +25,13 @@ from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
+from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.evaluation.report import read_report
-from kmerge_mlx.evaluation.scoring import LABELS, Method
-from kmerge_mlx.evaluation.settings import BASELINES
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
 from tests.cli_runner import CHATML, copy_base
+from tests.evaluation.baselines.by_hand import attention, chunks, heaviest, surprise
 from tests.evaluations import (
     TEMPLATE,
     Folders,
@@ -44,6 +45,7 @@ from tests.evaluations import (
 from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
 
 QUESTIONS = 12
+WEIGHING = ("selective-context", "spec-prefill")
 MAX_TOKENS = 4
 
 
@@ -124,6 +126,9 @@ def plain_means(model: nn.Module, row: TokenizedExample, k: int) -> mx.array:
 
 def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tuple[float, int]:
     """A row's likelihood and positions, computed by the words that define the method."""
+    if method == "base":
+        ids = row.prompt_ids
+        return naive_nll(load(str(folders.base))[0], ids, row.answer_ids), len(ids)
     model = loaded(folders, k if method in ("merged", "mean") else 1)
     if method == "merged":
         ids = merged_embedding(model).compress(row.segments).ids
@@ -132,19 +137,29 @@ def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tup
         embeddings = plain_means(model, row, k)
         ids = [0] * (embeddings.shape[0] - len(row.answer_ids) + 1)
         return naive_nll(model, ids, row.answer_ids, embeddings), len(ids)
-    ids = []
+    weights = np.zeros(len(row.prompt_ids))
+    if method == "selective-context":
+        weights = surprise(model, row.prompt_ids)
+    elif method == "spec-prefill":
+        weights = attention(model, row.prompt_ids)
+    ids, start = [], 0
     for segment in row.segments:
         part, room = list(segment.ids), math.ceil(len(segment.ids) / k)
+        own, start = weights[start : start + len(part)], start + len(part)
         if segment.merge and method == "truncate":
             part = part[len(part) - room :]
         elif segment.merge and method == "stride":
             part = [part[min(i * k + k - 1, len(part) - 1)] for i in range(room)]
+        elif segment.merge and method == "selective-context":
+            part = heaviest(part, own, room)
+        elif segment.merge and method == "spec-prefill":
+            part = heaviest(part, chunks(own), room)
         ids += part
     return naive_nll(model, ids, row.answer_ids), len(ids)
 
 
-READ = [("uncompressed", 1)] + [
-    (name, k) for k in (2, 4) for name in ("merged", "mean", "truncate", "stride")
+READ = [("uncompressed", 1), ("base", 1)] + [
+    (name, k) for k in (2, 4) for name, method in METHODS.items() if method.compresses
 ]
 
 
@@ -185,7 +200,7 @@ def test_other_models_are_read_as_well_and_an_encoder_with_context(tmp_path, con
     data = str(write_data(tmp_path / "data", rows))
     measured(**folders.settings(baseline=BASELINES, data=data), max_tokens=1, predictions=str(file))
     found, tokenizer = answers_of(file), load(str(base))[1]
-    assert set(found) == {("uncompressed", 1), *((n, 3) for n in LABELS if n != "uncompressed")}
+    assert set(found) == {(n, 3 if METHODS[n].compresses else 1) for n in METHODS}
     for number, row in enumerate(rows):
         example = tokenize(tokenizer, RowFormat().read(row))
         for method in ("merged", "mean"):
@@ -218,7 +233,7 @@ def test_a_cut_prompt_has_the_budget_of_merging_and_keeps_what_is_raw():
     for method, k, size in itertools.product(("truncate", "stride"), (2, 3, 5), range(1, 30)):
         ids, raw = list(range(size)), list(range(100, 100 + size))
         segments = [Segment(raw, False), Segment(ids), Segment([7], False), Segment(ids)]
-        before, first, between, second = Method(method, k).cut(segments)
+        before, first, between, second = METHODS[method](k).read(None, segments)
         assert (list(before.ids), list(between.ids)) == (raw, [7])
         assert len(first.ids) == math.ceil(size / k)
         assert not any(part.merge for part in (before, first, between, second))
@@ -247,11 +262,11 @@ def test_an_answer_ends_where_the_base_ends_and_is_as_long_as_the_longest_right_
     data = write_data(tmp_path / "data", labelled(["true", "one two three", "false"]))
     lengths, limits, plain = [], [], scoring.Scorer.score
 
-    def score(self, rows, sizes, max_tokens):
+    def score(self, method, rows, max_tokens):
         lengths.extend(len(row.answer_ids) for row in rows)
         assert {row.answer_ids[-1] for row in rows} == {2}
         limits.extend(max_tokens)
-        return plain(self, rows, sizes, max_tokens)
+        return plain(self, method, rows, max_tokens)
 
     monkeypatch.setattr(scoring.Scorer, "score", score)
     measured(model=str(base), data=str(data))
@@ -346,7 +361,111 @@ def test_a_report_is_read_back_as_it_was_printed(tmp_path, batched):
     assert [row.scores for row in found.rows] == [row.scores for row in report.rows]
     ratios = [row.compression_ratio for row in report.rows]
     assert [row.compression_ratio for row in found.rows] == ratios
+    assert [row.kv_bytes for row in found.rows] == [row.kv_bytes for row in report.rows]
     for broken in ({"rows": [{}]}, {"groups": {}}, {"groups": {"data": {"questions": "7"}}}):
         path.write_text(json.dumps(report.to_json() | broken))
         with pytest.raises(EvaluateError, match="is not what `kmerge-mlx evaluate --json` prints"):
             read_report(path)
+
+
+def test_the_kv_cache_is_that_of_the_mean_prompt(folders, batched):
+    position = 2 * 2 * 2 * 32 * 4  # keys and values of 2 layers of 2 heads, 32 wide, float32
+    for row in batched[1].rows:
+        lines = batched[0][row.method, row.k]
+        mean = sum(line["positions"] for line in lines) / QUESTIONS
+        assert row.kv_bytes == {"data": pytest.approx(mean * position)}
+        assert row.time_to_first_token == {}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, int]]:
+    """The methods and lengths of the prompts that are timed, each of which takes its number."""
+    seen: list[tuple[str, int]] = []
+
+    def seconds(self, method, segments):
+        seen.append((method.name, sum(len(segment.ids) for segment in segments)))
+        return float(len(seen))
+
+    monkeypatch.setattr(scoring.Scorer, "seconds", seconds)
+    return seen
+
+
+def test_prompts_of_all_lengths_are_timed_after_one_that_warms_up(tmp_path, folders, asked):
+    rows = [{"prompt": "AB " * (i + 1), "completion": f"{i} x"} for i in range(9)]
+    data = str(write_data(tmp_path / "data", rows))
+    settings = folders.settings(k=(4,), data=data, baseline=("truncate",), max_tokens=1)
+    report = measured(**settings, timed=3)
+    sizes = [size for name, size in asked if name == "merged"]
+    lengths = sorted(batch_lengths(folders, rows))
+    assert sizes == [lengths[1], lengths[1], lengths[4], lengths[7]]
+    assert {name for name, _ in asked} == {"merged", "truncate"}
+    for row in report.rows:
+        spread = row.time_to_first_token["data"]
+        assert (spread.median, spread.min, spread.max) == (spread.trials[1], *spread.trials[::2])
+    assert len(measured(**settings, timed=99).rows[0].time_to_first_token["data"].trials) == 9
+    named = report.to_json()["rows"][0]["time_to_first_token"]["data"]
+    assert set(named) == {"median", "min", "max", "trials"}
+
+
+def batch_lengths(folders: Folders, rows: list[dict]) -> list[int]:
+    _, tokenizer = load(str(folders.base))
+    return [len(tokenize(tokenizer, RowFormat().read(row)).prompt_ids) for row in rows]
+
+
+def test_needles_at_other_depths_of_one_length_are_not_timed_again(folders, asked):
+    recall = {"task": "recall", "length": (200, 400), "depth": (0, 1), "num_needles": 3}
+    report = measured(model=str(folders.base), **recall, timed=2, max_tokens=1)
+    assert len(asked) == 1 + 2 * 2
+    times = [spread.trials for spread in report.rows[0].time_to_first_token.values()]
+    assert times == [(2, 3), (2, 3), (4, 5), (4, 5)]
+
+
+def test_the_time_of_a_method_includes_its_own_pass(monkeypatch, folders, rows):
+    model, tokenizer = load(str(folders.base), folders.adapters, 1)
+    passes, plain = [], scoring.time_reading
+
+    def timed(model, compress):
+        before = len(passes)
+        reading = plain(model, compress)
+        assert len(passes) == before + 1
+        return reading
+
+    class Watched(METHODS["selective-context"]):
+        def weigh(self, model, ids):
+            passes.append(ids.size)
+            return super().weigh(model, ids)
+
+    monkeypatch.setattr(scoring, "time_reading", timed)
+    assert scoring.Scorer(model, tokenizer, 1).seconds(Watched(2), rows[0].segments) > 0
+    assert passes == [len(rows[0].prompt_ids)]
+
+
+def test_baselines_that_need_no_encoder_are_measured_without_an_adapter(folders, data):
+    asked = {"model": str(folders.base), "data": str(data), "limit": 6, "max_tokens": 1}
+    report = measured(**asked, k=(2, 4), baseline=("all",))
+    assert [(row.method, row.k) for row in report.rows] == [
+        ("uncompressed", 1),
+        *((n, k) for k in (2, 4) for n in ("truncate", "stride", *WEIGHING)),
+    ]
+    for k, baseline, said in (
+        ((2,), (), "`k` is 2, and there is no merge encoder: give `adapter_path`, or compare"),
+        ((2,), ("base",), "only `baseline` truncate, stride, selective-context, spec-prefill"),
+        ((2,), ("all", "mean"), "`baseline` mean needs one, and there is no merge encoder"),
+    ):
+        with pytest.raises(EvaluateError, match=said):
+            measured(**asked, k=k, baseline=baseline)
+
+
+def test_the_base_is_read_beside_an_adapter_for_1(folders, data, batched):
+    asked = {"model": str(folders.base), "data": str(data), "max_tokens": MAX_TOKENS}
+    alone = measured(**asked, batch_size=8)
+    rows = {row.method: row for row in batched[1].rows}
+    assert rows["base"].scores == alone.rows[0].scores != rows["uncompressed"].scores
+
+
+def test_a_report_of_0_1_0_has_no_costs(tmp_path, batched):
+    path, report = tmp_path / "report.json", batched[1].to_json()
+    for row in report["rows"]:
+        del row["kv_bytes"], row["time_to_first_token"]
+    path.write_text(json.dumps(report))
+    assert [row.kv_bytes for row in read_report(path).rows] == [{}] * len(report["rows"])

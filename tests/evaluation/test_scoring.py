@@ -13,8 +13,9 @@ import pytest
 
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import EvaluateError
+from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.questions import Question
-from kmerge_mlx.evaluation.scoring import Method, Prediction, PredictionsFile
+from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile
 from tests.cli_runner import assert_one_error, command, copy_base, environment, run
 from tests.evaluations import (
     TEMPLATE,
@@ -27,11 +28,11 @@ from tests.evaluations import (
     write_folders,
 )
 
-K4, K2 = Method("merged", 4), Method("merged", 2)
+K4, K2 = Merged(4), Merged(2)
 ASKED = Question(Example("?", None, "right"), "data")
 TOKENS = {"answer_tokens": 2, "prompt_tokens": 9, "positions": 3}
 IDENTITY = {"the base model": "a" * 64, "--batch-size": "2", "the adapter for K=4": "b" * 64}
-QUICK = ("--batch-size", 4, "--max-tokens", 2, "--json")
+QUICK = ("--batch-size", 4, "--max-tokens", 2, "--timed", 0, "--json")
 LINE = {"method": "merged", "k": 4, "question": 0, "text": "a", "nll": 1.5, **TOKENS}
 
 
@@ -234,7 +235,7 @@ def test_killed_and_started_again_it_prints_the_same(tmp_path, folders):
     """Killed, and then ended by Ctrl-C, each after some answers."""
     data = write_data(tmp_path / "data", labelled(["true", "false", "so so"] * 30))
     flags = ("evaluate", *folders.flags(), "--data", data, "--k", 4, "--baseline", "mean")
-    flags += ("--batch-size", 1, "--json")
+    flags += ("--batch-size", 1, "--timed", 0, "--json")
     path, lines = tmp_path / "answers.jsonl", 1 + 2 * 3 * 30  # of two methods, after the header
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):

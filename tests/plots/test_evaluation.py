@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kmerge_mlx.errors import PlotError
+from kmerge_mlx.evaluation import baselines
 from kmerge_mlx.evaluation.metrics import wilson_interval
 from kmerge_mlx.evaluation.report import Report, Row, Score
-from kmerge_mlx.plots import COLOURS, evaluation
+from kmerge_mlx.generation.cost import Spread
+from kmerge_mlx.plots import COLOURS, MARKERS, evaluation
 from kmerge_mlx.plots.evaluation import APART, draw_report, pareto_frontier
 from tests.evaluations import words_of
 
@@ -180,3 +183,38 @@ def test_many_lengths_are_drawn_in_rows_and_many_depths_are_not_all_written_out(
     assert drawn.axes[3].get_position().y1 < drawn.axes[0].get_position().y0
     assert len(drawn.axes[0].get_xticks()) < 11
     assert ticks(figure(recall(1, FIVE, (0.125, 0.9))).axes[0].xaxis) == ["12.5%", "90%"]
+
+
+def timed(method: str, k: int, value: float, seconds: float) -> Row:
+    times = dict.fromkeys(("one", "two"), Spread.of([seconds]))
+    return replace(row(method, k, value), time_to_first_token=times)
+
+
+def test_quality_over_time_is_a_second_line_where_a_short_time_is_good(figure):
+    rows = [timed("uncompressed", 1, 0.9, 2.0), timed("merged", 4, 0.8, 0.6)]
+    rows += [timed("spec-prefill", 4, 0.7, 2.4), timed("spec-prefill", 2, 0.75, 3.0)]
+    drawn = figure(quality(rows, "one", "two"))
+    assert len(drawn.axes) == 4
+    axes = drawn.axes[2]
+    assert axes.get_xlabel() == "time to first token (median)"
+    assert list(line(axes, "spec-prefill").get_xdata()) == [2.4, 3.0]
+    frontier = line(axes, "Pareto frontier")
+    assert list(frontier.get_xdata()) == [axes.get_xlim()[1], 2.0, 0.6]
+    assert list(frontier.get_ydata()) == [0.9, 0.9, 0.8]
+    assert ticks(axes.xaxis) == ["500 ms", "700 ms", "1 s", "1.5 s", "2 s", "3 s"]
+    wide = [timed("a", 2, 0.5, 0.004), timed("b", 2, 0.5, 700)]
+    axes = figure(quality(wide)).axes[1]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 4
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_the_picture_of_all_methods_tells_them_apart(figure):
+    rows = [row("uncompressed", 1, 0.95), row("base", 1, 0.9)]
+    names = [name for name, method in baselines.METHODS.items() if method.compresses]
+    rows += [row(name, k, 0.9 - 0.1 * i) for i, name in enumerate(names) for k in (2, 4)]
+    axes = figure(rows).axes[0]
+    drawn = [found for found in axes.get_lines() if found.get_marker() in MARKERS]
+    assert len(drawn) == len(baselines.METHODS)
+    assert len({to_hex(found.get_color()) for found in drawn}) == len(drawn)
+    assert len({found.get_marker() for found in drawn}) == len(drawn)

@@ -7,18 +7,19 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import cache as caches
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
+from kmerge_mlx.generation import cost
+from kmerge_mlx.generation.cost import Spread
 from kmerge_mlx.model import load_source
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
-from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
+from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Trial
 from tests.adapters.test_full import full_adapter
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
@@ -44,13 +45,13 @@ def sides(base) -> list[Side]:
 def runs(monkeypatch) -> list[tuple[object, list[int]]]:
     """What each run of the benchmark gives to mlx-lm: the model, and the ids."""
     seen = []
-    plain = benchmark.generate_step
+    plain = cost.generate_step
 
     def spy(prompt, model, **options):
         seen.append((model, prompt.tolist()))
         return plain(prompt, model, **options)
 
-    monkeypatch.setattr(benchmark, "generate_step", spy)
+    monkeypatch.setattr(cost, "generate_step", spy)
     return seen
 
 
@@ -72,40 +73,6 @@ def test_the_kv_cache_is_exactly_that_of_ceil_t_over_k_positions(sides):
         assert row.figures.kv_bytes == row.positions * POSITION_BYTES
         assert row.floor is None or row.floor.kv_bytes == row.figures.kv_bytes
         assert row.figures.generation_tps is not None  # an end-of-text token ends nothing
-
-
-def filled(cache, steps: tuple[int, ...]):
-    """A cache that has read so many positions at a time, each of 2 heads, 64 wide, float32."""
-    for count in steps:
-        cache.update_and_fetch(*(mx.ones((1, 2, count, 64)) for _ in range(2)))
-    return cache
-
-
-def chunked():
-    cache = filled(caches.ChunkedKVCache(8), (12,))
-    cache.maybe_trim_front()
-    return filled(cache, (3,))
-
-
-PLAIN = 2 * 2 * 64 * 4
-EIGHT_BITS = 2 * 2 * (64 + 4 + 4)
-
-
-def test_kv_bytes_of_every_kind_of_cache_are_of_what_it_holds():
-    state = caches.ArraysCache(2)
-    state[0] = mx.zeros((1, 3, 5))
-    for cache, held in (
-        (filled(caches.KVCache(), (300, 1)), 301 * PLAIN),
-        (filled(caches.ConcatenateKVCache(), (5, 1)), 6 * PLAIN),
-        (filled(caches.QuantizedKVCache(64, 8), (300, 1)), 301 * EIGHT_BITS),
-        (filled(caches.RotatingKVCache(8), (1,) * 5), 5 * PLAIN),
-        (filled(caches.RotatingKVCache(8), (1,) * 20), 8 * PLAIN),
-        (chunked(), 11 * PLAIN),
-        (caches.CacheList(filled(caches.KVCache(), (5,)), chunked()), 16 * PLAIN),
-        (state, 15 * 4),
-        (caches.KVCache(), 0),
-    ):
-        assert kv_bytes([cache, cache]) == 2 * held
 
 
 def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
