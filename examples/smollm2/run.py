@@ -1,0 +1,184 @@
+"""K-Token Merging on SmolLM2-135M-Instruct and real text: makes data, trains, evaluates and draws.
+
+    python examples/smollm2/run.py out --reviews reviews.jsonl.gz --qa squad.json \\
+        --commits ~/src/app --commits ~/src/lib --held-out ~/src/tool
+
+Every step is a command of kmerge-mlx, printed as it runs. A step whose result is in OUT is left out,
+so after a stop the same command goes on; a training run goes on from its last save. One YAML file in
+runs/ is one training run. The tables are made of what `evaluate --json` printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+KMERGE = [sys.executable, "-m", "kmerge_mlx"]
+QUESTION = "Is this review positive or negative? Answer with one word."
+SEED = 42
+SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
+SMOKE_ROWS, SMOKE_CHARS = 6, 600
+SCORES = {"reviews": "balanced_accuracy", "qa": "f1", "commits": "perplexity"}
+
+
+def say(command: list[Any], out: Path | None = None) -> None:
+    """Runs a command, and keeps what it prints in a file, whole or not at all."""
+    line = [str(part) for part in command]
+    print("+", shlex.join(["kmerge-mlx", *line[3:]] if line[:3] == KMERGE else line), flush=True)
+    if out is None:
+        subprocess.run(line, check=True)
+        return
+    torn = out.with_name(f"{out.name}.torn")
+    with torn.open("w") as file:
+        subprocess.run(line, check=True, stdout=file)
+    torn.rename(out)
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        yield from map(json.loads, file)
+
+
+def make_reviews(given: argparse.Namespace, folder: Path) -> None:
+    """Reviews as a context that merges and a question that does not, in drawn splits."""
+    rows = []
+    for row in rows_of(given.reviews):
+        text, stars = row.get("text", row.get("reviewText")), row.get("rating", row.get("overall"))
+        answer = "positive" if stars > 3 else "negative"
+        rows.append({"context": text, "prompt": QUESTION, "completion": answer})
+    random.Random(SEED).shuffle(rows)
+    splits = {"test": rows[:1000], "valid": rows[1000:1200], "train": rows[1200:]}
+    for split, part in splits.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def make_qa(given: argparse.Namespace, folder: Path) -> None:
+    sizes = ("--valid", 100, "--test", 600)
+    say([*KMERGE, "data", "qa", "--file", given.qa, "--out", folder, *sizes, "--force"])
+
+
+def make_commits(given: argparse.Namespace, folder: Path) -> None:
+    """Edits of some repositories to train on, and those of others to test."""
+    data = [*KMERGE, "data", "commits", "--max-chars", 1500]
+    train = [part for repo in given.commits for part in ("--repo", repo)]
+    test = [part for repo in given.held_out for part in ("--repo", repo)]
+    say([*data, *train, "--out", folder, "--test", 0, "--force"])
+    say([*data, *test, "--out", folder / "held-out", "--train", 0, "--valid", 0])
+    shutil.move(folder / "held-out" / "test.jsonl", folder / "test.jsonl")
+
+
+def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -> None:
+    folder = given.out / "data" / task
+    if folder.exists():
+        return
+    torn = folder.with_name(f"{task}.torn")
+    shutil.rmtree(torn, ignore_errors=True)
+    torn.mkdir(parents=True)
+    make(given, torn)
+    for path in torn.glob("*.jsonl") if given.smoke else ():
+        lines = [line for line in path.read_text().splitlines(True) if len(line) < SMOKE_CHARS]
+        path.write_text("".join(lines[:SMOKE_ROWS]))
+    torn.rename(folder)
+
+
+def train(path: Path, given: argparse.Namespace) -> None:
+    """Trains as one YAML file says, from where it stopped."""
+    task, k = path.stem.split("-")
+    done, adapter = given.out / f"{path.stem}.trained", given.out / "adapters" / task / k
+    if done.exists():
+        return
+    command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
+    command += ["--data", given.out / "data" / task, "--adapter-path", adapter]
+    smoke = [part for pair in SMOKE.items() for part in pair] if given.smoke else []
+    say([*command, *smoke])
+    shutil.copy(adapter / "training" / "log.jsonl", done)
+
+
+def evaluate(task: str, given: argparse.Namespace) -> None:
+    """Scores every adapter of a task and every baseline; answers that are there are kept."""
+    result = given.out / f"{task}.json"
+    if result.exists():
+        return
+    command = [*KMERGE, "evaluate", "--adapter-path", given.out / "adapters" / task]
+    command += ["--data", given.out / "data" / task, "--baseline", "all", "--json"]
+    command += ["--predictions", given.out / f"{task}.answers.jsonl"]
+    say([*command, "--plot", given.out / f"{task}.png"], result)
+
+
+def table(task: str, report: dict[str, Any]) -> list[str]:
+    """The table of one task, in Markdown."""
+    score = SCORES[task]
+    lines = [
+        f"| {task} | ratio | {score.replace('_', ' ')} (95%) | TTFT | KV cache |",
+        "|---" * 5 + "|",
+    ]
+    for row in report["rows"]:
+        if "refused" in row:
+            lines.append(f"| {row['label']} | {row['refused']} | | | |")
+            continue
+        ((group, scores),) = row["scores"].items()
+        found, scale = scores[score], 1 if score == "perplexity" else 100
+        value, low, high = (scale * found[name] for name in ("value", "low", "high"))
+        cells = [row["label"], f"{row['compression_ratio']:.2f}x"]
+        cells += [f"{value:.1f} ({low:.1f}-{high:.1f})"]
+        cells += [f"{row['time_to_first_token'][group]['median']:.3f} s"]
+        cells += [f"{row['kv_bytes'][group] / 1e6:.2f} MB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for everything")
+    parser.add_argument("--model", help="the base; default: made by base.py, in float32")
+    parser.add_argument("--reviews", type=Path, help="Amazon reviews, .jsonl(.gz)")
+    parser.add_argument("--qa", type=Path, help="SQuAD's JSON, or rows of it, .jsonl(.gz)")
+    parser.add_argument("--commits", action="append", default=[], help="a repository to train on")
+    parser.add_argument("--held-out", action="append", default=[], help="a repository to test on")
+    parser.add_argument("--only", nargs="+", help="these runs only, such as qa-k2")
+    parser.add_argument("--smoke", action="store_true", help="a few rows and steps of everything")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.model is None:
+        given.model = given.out / "base"
+        if not given.model.exists():
+            say([sys.executable, HERE / "base.py", given.model, "--dtype", "float32"])
+    tasks = {
+        "reviews": (make_reviews, given.reviews),
+        "qa": (make_qa, given.qa),
+        "commits": (make_commits, given.commits and given.held_out),
+    }
+    tables = []
+    for task, (make, source) in tasks.items():
+        if not source:
+            continue
+        make_data(task, make, given)
+        runs = sorted((HERE / "runs").glob(f"{task}-k*.yaml"))
+        for run in runs:
+            if given.only is None or run.stem in given.only:
+                train(run, given)
+        evaluate(task, given)
+        tables += table(task, json.loads((given.out / f"{task}.json").read_text()))
+    (given.out / "tables.md").write_text("\n".join(tables))
+    print("\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
