@@ -3,9 +3,9 @@
     python examples/smollm2/run.py out --reviews reviews.jsonl.gz --qa squad.json \\
         --commits ~/src/app --commits ~/src/lib --held-out ~/src/tool
 
-Every step is a command of kmerge-mlx, printed as it runs. A step whose result is in OUT is left out,
-so after a stop the same command goes on; a training run goes on from its last save. One YAML file in
-runs/ is one training run. The tables are made of what `evaluate --json` printed.
+Every step is a command of kmerge-mlx, printed as it runs. A step whose result is in OUT is left
+out, so after a stop the same command goes on; a training run goes on from its last save. One YAML
+file in runs/ is one training run. The tables are made of what `evaluate --json` printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 SMOKE_ROWS, SMOKE_CHARS = 6, 600
-SCORES = {"reviews": "balanced_accuracy", "qa": "f1", "commits": "perplexity"}
+SCORES = {"reviews": "balanced_accuracy", "qa": "token_f1", "commits": "perplexity"}
 
 
 def say(command: list[Any], out: Path | None = None) -> None:
