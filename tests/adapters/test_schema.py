@@ -68,15 +68,6 @@ def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
     assert "scale" not in by_module
 
 
-def test_bases_are_told_apart_by_the_fields_that_both_name():
-    one = BaseModelConfig("a", {"x": 1, "y": 2})
-    assert one.config_hash == BaseModelConfig("b", {"y": 2, "x": 1}).config_hash
-    assert one.config_hash != BaseModelConfig("a", {"x": 1, "y": 3}).config_hash
-    assert BaseModelConfig("a").config_hash is None
-    assert one.differences({"x": 1, "z": 3}) == []
-    assert one.differences({"x": 5, "y": 2}) == ["x is 5, the adapter was made for 1"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 import kmerge_mlx
-from tests.bundled_scripts import ASKED, END, NAMED, PROMPT, TREE
-
-
-@pytest.mark.parametrize(
-    ("name", "trained"),
-    [
-        ("packed", {"embed_tokens", "layers.1", "norm"}),
-        ("spread", {"embed_tokens", "layers.1", "norm", "nothing"}),
-        ("first", {"layers.0"}),
-        ("all", {"embed_tokens", "layers.0", "layers.1", "norm"}),
-    ],
-)
-def test_a_phase_trains_its_part_and_leaves_the_rest(scripts, trainer_of, tmp_path, name, trained):
-    trainer = trainer_of(tmp_path / "base")
-    while trainer.phase.name != name:
-        trainer.step += 3
-    trainer._begin()
-    before = dict(tree_flatten(trainer.base.parameters()))
-    next(trainer.train())
-    moved = {
-        path
-        for path, value in tree_flatten(trainer.base.parameters())
-        if not mx.array_equal(value, before[path])
-    }
-    paths = [path.removeprefix("model.model.").split(".") for path in moved]
-    assert {".".join(p[: 2 if p[0] == "layers" else 1]) for p in paths} == trained
+from tests.bundled_scripts import ASKED, NAMED, PROMPT, TREE
 
 
 @pytest.mark.slow
@@ -85,15 +58,3 @@ def test_a_question_is_read_as_if_it_stood_alone(scripts, row_of, trainer_of, tm
         alone = trainer.base.model(mx.array([ids]))[0]
         places = mx.array(rows.places[0, column]) + start
         assert mx.allclose(logits[0, column], alone[places], atol=1e-4)
-
-
-def test_the_text_loss_is_the_weighted_mean_over_the_text(scripts, row_of, trainer_of, tmp_path):
-    train, trainer = scripts["train"], trainer_of(tmp_path / "base")
-    rows = row_of((ASKED, "true"), nodes=6)
-    loss = train.text_loss(trainer.base, train.arrays(rows)).item()
-    ids = mx.array([trainer.tokenizer.encode(f"{PROMPT}true{END}").ids])
-    plain = np.array(nn.losses.cross_entropy(trainer.base.model(ids)[:, :-1], ids[:, 1:]))[0]
-    weights = np.where(np.arange(len(plain)) < len(plain) - 2, 0.1, 1.0)
-    counted = np.arange(len(plain)) != 14  # the first token of the question is not asked for
-    expected = np.average(plain[counted], weights=weights[counted])
-    assert loss == pytest.approx(expected, rel=1e-5)

@@ -34,13 +34,6 @@ def test_convert_prints_one_line_and_replaces_an_adapter_only_when_told(
     assert found["adapters"][0]["dtype"] == "bfloat16"
 
 
-def test_convert_writes_nothing_on_an_error(checkpoint_path, tmp_path):
-    for option, value, code in (("--k", 3, 1), ("--k", 0, 2), ("--dtype", "int8", 2)):
-        result = run("convert", checkpoint_path, tmp_path / "a", option, value)
-        assert_one_error(result, code, option)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_info_says_what_a_checkpoint_and_an_adapter_are(checkpoint_path, adapter_path, base_path):
     assert told(checkpoint_path)[:2] == [f"{checkpoint_path}: checkpoint", "K = 4"]
     lines = told(adapter_path)

@@ -75,15 +75,6 @@ def test_memory_adds_what_fits_and_positions_past_the_context_are_marked(tmp_pat
     assert any(line.startswith("fits memory within 67%") for line in lines)
 
 
-def test_memory_is_read_as_it_is_sold(tmp_path):
-    base = folder_of(tmp_path, "qwen2.5-0.5b")
-    for text, count in (("16GB", 16 << 30), ("16 gib", 16 << 30), ("0.5T", 512 << 30)):
-        result = run("info", "--model", base, "--length", 10, "--memory", text, "--json")
-        found = json.loads(result.out)
-        assert found["settings"]["memory_bytes"] == count
-        assert [row["k"] for row in found["rows"]] == [1, 2, 3, 4, 8]
-
-
 def test_a_cache_of_limited_size_is_said_to_be_ignored_where_mlx_lm_ignores_it(tmp_path):
     asked = ("--length", 1000, "--max-kv-size", 100, "--k", 1)
     base = folder_of(tmp_path, "llama-3.2-1b")

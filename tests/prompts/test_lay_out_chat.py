@@ -167,18 +167,6 @@ def test_random_tags_change_no_id_no_block_straddles_a_border_and_nothing_raw_me
             assert compress(model, tokenizer, segments).lengths == lengths
 
 
-def test_torn_tags_are_one_error_wherever_they_stand(tokenizer):
-    torn = "a <merge>b <raw>c</raw> d"
-    for read in (
-        lambda: lay_out(tokenizer, torn, "x"),
-        lambda: lay_out(tokenizer, None, torn),
-        lambda: lay_out_text(tokenizer, torn),
-        lambda: lay_out_chat(tokenizer, [user(torn)]),
-    ):
-        with pytest.raises(PromptError, match="<merge> at line 1, column 3 is never closed"):
-            read()
-
-
 def test_with_everything_raw_the_output_is_mlx_lms_with_the_same_lora(tmp_path):
     base, path = write_base(tmp_path / "base", qwen2_config()), tmp_path / "adapter"
     save_adapter(random_adapter(build(qwen2_config()), 4, head=False), path)

@@ -6,13 +6,10 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models import cache as caches
 
 from kmerge_mlx import load
-from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import load_source
 from kmerge_mlx.prompts.segments import Segment
@@ -152,19 +149,6 @@ def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
     assert merged.overhead == Spread(1.0, 0.5, 2.0, (2.0, 1.0, 0.5))
     assert merged.figures.prompt_tps.trials == (21 / 4, 21 / 20, 21 / 100)
     assert merged.figures.generation_tps is None
-
-
-def test_an_untrained_encoder_has_the_papers_size_over_the_bases_own_weights(sides):
-    plain = {id(array) for _, array in tree_flatten(sides[0].llm.parameters())}
-    for side in (sides[2], sides[4]):
-        sizes = EncoderConfig(side.k, 64, inner_size(side.k, 64))
-        arrays = {id(array) for _, array in tree_flatten(side.llm.parameters())}
-        assert side.embedding.encoder.config == sizes
-        assert plain < arrays
-        # The plain one does not read the encoders, nor each of these the other's.
-        own = 4 * sizes.num_parameters
-        assert side.unread_bytes == sides[0].unread_bytes - own == sides[1].unread_bytes - own
-        assert not lora.layers(side.llm)
 
 
 def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(

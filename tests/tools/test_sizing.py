@@ -18,7 +18,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.errors import ModelError
-from kmerge_mlx.tools import sizing
 from kmerge_mlx.tools.sizing import MEMORY, SizingConfig, calculate
 from tests.tiny import qwen2_config, random_adapter, write_base
 
@@ -282,15 +281,6 @@ def test_the_floor_is_below_every_speedup_that_was_measured(tmp_path):
     floors = {(row["length"], row["k"]): row["speedup_floor"] for row in rows if row["k"] > 1}
     assert floors.keys() == lowest.keys()
     assert all(floors[key] < lowest[key] for key in floors)
-
-
-def test_the_floor_is_the_worst_balance_up_to_the_assumed_one():
-    whole, merged, limit = (1000, 10), (250, 12), sizing.MULTIPLICATIONS_PER_BYTE
-    balances = [limit * i / 10_000 for i in range(10_001)]
-    # The least there can be on a machine of each balance.
-    speedups = [max(whole[0], b * whole[1]) / (merged[0] + b * merged[1]) for b in balances]
-    assert sizing.floor(whole, merged) == pytest.approx(min(speedups), rel=1e-3)
-    assert sizing.floor((10**9, 10), (10**8, 12)) == 10**9 / (10**8 + limit * 12)
 
 
 @pytest.mark.parametrize(

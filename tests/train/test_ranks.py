@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kmerge_mlx.errors import TrainError
-from kmerge_mlx.train.ranks import Ranks, connect
+from kmerge_mlx.train.ranks import connect
 from tests.rank_processes import CHILD, finish, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -133,13 +133,3 @@ def test_a_wrong_environment_is_an_error_and_not_a_run_of_one(tmp_path, monkeypa
     with pytest.raises(TrainError) as caught:
         connect()
     assert said in str(caught.value)
-
-
-def test_one_process_alone_gets_back_what_it_gives():
-    alone, tree = connect(), {"a": mx.ones(3)}
-    assert isinstance(alone, Ranks)
-    assert (alone.rank, alone.size) == (0, 1)
-    assert alone.sum(tree) is tree
-    assert alone.share(tree["a"]) is tree["a"]
-    assert (alone.share_json("x"), alone.gather(1), alone.any(True)) == ("x", [1], True)
-    alone.same({"k": 4}, "the settings")
