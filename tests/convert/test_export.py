@@ -22,7 +22,7 @@ from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter, lora_to_peft
 from tests.checkpoints import make as make_checkpoint
 from tests.conversions import assert_same_tensors, back, bits, exported, specs
-from tests.peft_adapters import converted
+from tests.convert.test_peft import converted
 from tests.saved_adapters import UP, D, Q, R, make
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "encoder.pth", "kmerge.json"}
