@@ -19,7 +19,7 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
     save_adapter,
 )
-from kmerge_mlx.adapters.schema import FORMAT_VERSION, MergeConfig
+from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.errors import AdapterError
 from tests.cli_runner import change_json
 from tests.conversions import assert_same_tensors
@@ -121,14 +121,10 @@ def test_configs_with_wrong_entries_are_refused_by_the_name_of_their_folder(tmp_
     lora = {"rank": 2, "scale": 8.0, "dropout": 0.0, "keys": [Q, UP]}
     path = saved(tmp_path / "a")
     for name, values in (
-        ("merge_config.json", {"format_version": FORMAT_VERSION + 1}),
-        ("merge_config.json", {"merge_factor": 10**30}),
         ("merge_config.json", {"merge_factor": 10**18, "hidden_size": 10**18}),
         ("merge_config.json", {"head_lora": {"rank": 2**40, "scale": 1.0}}),
-        ("adapter_config.json", {"lora_parameters": lora | {"rank": 3}}),
         ("adapter_config.json", {"lora_parameters": lora | {"rank": 2**40}}),
         ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q, UP, "k_proj"]}}),
-        ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q]}}),
         ("adapter_config.json", {"lora_parameters": {"modules": {"x": {"rank": 2, "scale": 8.0}}}}),
     ):
         kept = (path / name).read_text()

@@ -115,7 +115,6 @@ def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
         (("--model", "b"), "--model needs a --length"),
         (("a", "--length", 5), "--length is an option of --model, not of a PATH"),
         (("--model", "b", "--length", 5, "--memory", "16"), "--memory is 16, expected an amount"),
-        (("--model", "b", "--length", 5, "--memory", "0GB"), "--memory is 0GB, expected"),
         (("--model", "b", "--length", 5, "--kv-bits", 4, "--max-kv-size", 9), "--kv-bits"),
     ],
 )

@@ -183,8 +183,6 @@ BAD_VALUES = {
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "init_lora_weights": ["olora", "corda", "loftq", "lora_ga", "pissa_niter_16", "of_2031", []],
     "megatron_config": [{"a": 1}],
-    "use_qalora": [True],
-    "kasa_config": [{"beta": 1.0}],
     "of_2031": [True, {"nested": [1]}],
     "bias": ["lora_only", None],
     "r": [0, 2.5, None, True],
@@ -194,8 +192,6 @@ BAD_VALUES = {
     "rank_pattern": [{"q_proj": 0}, {"q_proj": 2.0}, ["q_proj"]],
     "alpha_pattern": [{"q_proj": "8"}, {"q_proj": None}],
     "target_modules": [None, {"q_proj": 1}, ["q_proj", 7]],
-    "exclude_modules": [[None]],
-    "layers_pattern": [3],
     "layers_to_transform": ["all", [0, "1"], [True], -1],
 }
 

@@ -94,10 +94,8 @@ def test_a_message_that_is_none_is_named(tokenizer):
     for message, said in (
         (user("<raw>x"), "<raw> at line 1, column 1 is never closed"),
         (user("x", merge="yes"), "merge is 'yes', expected true or false"),
-        (user([], merge="yes"), "merge is 'yes', expected true or false"),
         (user(5), "content is neither text nor a list of parts"),
         (user([{"type": "image_url", "image_url": "x"}]), "expected text parts"),
-        (user([{"type": "text"}]), "expected text parts"),
     ):
         with pytest.raises(PromptError) as error:
             lay_out_chat(tokenizer, [message])

@@ -159,11 +159,8 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
 def test_a_curriculum_that_is_none_is_one_line(tokenizer):
     for settings, said in (
         ({"curriculum": ["nope"]}, "stage is 'nope', expected one of small, xsmall"),
-        ({"curriculum": [5]}, "curriculum holds 5, expected the name of a stage"),
         ({"curriculum": [{"max_depth": 2}]}, "or a mapping of stage (or max_depth, max_nodes"),
-        ({"curriculum": [{"stage": "small", "max_nodes": 7}]}, "expected the name of a stage, or"),
         ({"curriculum": [{"stage": "small", "threshold": 2}]}, "threshold is 2, expected an acc"),
-        ({"stage": "nope"}, "stage is 'nope', expected one of"),
     ):
         with pytest.raises((DataError, TrainError)) as caught:
             load_stages(TrainSettings.of(settings | {"task": "textualized-tree"}), tokenizer, None)
