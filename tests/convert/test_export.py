@@ -67,20 +67,6 @@ def test_the_uniform_form_stays_uniform(tmp_path, layers):
     assert back(tmp_path).tuning == replace(tuning, keys=(UP, Q))
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_lora_on_one_layer_by_its_full_path_is_on_that_layer_alone(tmp_path, layer):
-    made, name = make(), f"model.layers.{layer}.{Q}"
-    made = replace(
-        made,
-        tuning=replace(made.tuning, num_layers=1, keys=(name,)),
-        tuning_weights={n: a for n, a in made.tuning_weights.items() if n.startswith(name)},
-    )
-    assert config_of(exported(made, tmp_path))["target_modules"] == ["lm_head", name]
-    found = back(tmp_path)
-    assert_same_tensors(found, made)
-    assert specs(found) == specs(made)
-
-
 def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
     made = make()
     made = replace(made, merge=MergeConfig(made.merge.encoder, head_lora=made.merge.head_lora))

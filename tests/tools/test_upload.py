@@ -147,10 +147,9 @@ def test_metrics_of_something_else_are_refused_or_said(work, tmp_path):
         run(*ONE, "--dry-run", "--metrics", evaluation(Path("e.json"), k=2)),
         "e.json measured K = 1, 2, what goes up has K = 4",
     )
-    for content in ("[]", '{"groups": {}}', '{"groups": 1}', "{"):
-        Path("bad.json").write_text(content)
-        said = "is not valid JSON" if content == "{" else "is not what `kmerge-mlx evaluate --json`"
-        assert_one_error(run(*ONE, "--dry-run", "--metrics", "bad.json"), 1, said)
+    Path("bad.json").write_text("[]")
+    said = "is not what `kmerge-mlx evaluate --json`"
+    assert_one_error(run(*ONE, "--dry-run", "--metrics", "bad.json"), 1, said)
     other = saved(tmp_path / "other")
     report = evaluation(Path("e.json"), k=4, adapter_path=str(other))
     note = f"note: e.json measured {other}, not adapter\n"

@@ -26,7 +26,6 @@ from tests.train_runs import (
 )
 
 EACH = (*SMALL_TREES, "--steps-per-report", 1, "--steps-per-eval", 2, "--save-every", 1)
-FIGURES = ("train_loss", "grad_norm", "val_loss", "val_accuracy")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -13,7 +12,7 @@ from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.tasks import AmazonReviews
 from kmerge_mlx.data.textualized_tree import Stage, TreeTask
 from kmerge_mlx.errors import DataError, TrainError
-from kmerge_mlx.train.dataset import TokenizedSet, load_stages, num_positions, tree_sets
+from kmerge_mlx.train.dataset import TokenizedSet, load_stages, tree_sets
 from kmerge_mlx.train.settings import TrainSettings
 from tests.cli_runner import CHATML, assert_one_error, copy_base
 from tests.data.test_tasks import REVIEWS
@@ -28,29 +27,6 @@ OPTIONS = ("--batch-size", 4, "--iters", 1, "--val-batches", 1, "--max-seq-lengt
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(BASE)
-
-
-def tokenized(folder: Path, tokenizer) -> TokenizedSet:
-    return TokenizedSet(load_examples(folder)["train"], tokenizer, TrainSettings())
-
-
-def test_a_row_is_prompt_and_answer_and_the_end(tmp_path, tokenizer):
-    data = tokenized(write_data(tmp_path, GOOD), tokenizer)
-    assert len(data) == len(GOOD)
-    for row, example in zip(GOOD, data, strict=True):
-        assert example.prompt_ids == tokenizer.encode(row["prompt"], add_special_tokens=False)
-        answer = tokenizer.encode(row["completion"], add_special_tokens=False)
-        assert [*example.answer_ids] == [*answer, tokenizer.eos_token_id]
-
-
-def test_positions_are_those_of_merged_prompt_and_answer(tmp_path, tokenizer):
-    contexts = ["Tree: AB and C" + ", DE" * i for i in range(5)]
-    rows = [{"context": c, "prompt": "Child: ", "completion": "AB"} for c in contexts]
-    data = tokenized(write_data(tmp_path, rows), tokenizer)
-    lengths = [[len(segment.ids) for segment in example.segments] for example in data]
-    assert {merged % 4 for merged, _ in lengths} != {0}
-    for example, (merged, raw) in zip(data, lengths, strict=True):
-        assert num_positions(example, 4) == -(-merged // 4) + raw + len(example.answer_ids)
 
 
 def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):

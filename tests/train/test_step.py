@@ -61,15 +61,6 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been_saved(tmp_path, name):
     assert equal(after(other, again, range(3, 6)), wanted)
 
 
-def test_a_state_of_something_else_is_refused():
-    layers = model()
-    adam, sgd = (make_optimizer(TrainSettings(optimizer=name)) for name in ("adam", "sgd"))
-    for optimizer in (adam, sgd):
-        optimizer.init(layers.trainable_parameters())
-    with pytest.raises(TrainError, match="the saved state does not fit this run"):
-        refill(sgd.state, dict(tree_flatten(adam.state)))
-
-
 def rates(schedule: dict, count: int) -> list[float]:
     """The learning rate of each update."""
     optimizer, layers, found = make_optimizer(TrainSettings(lr_schedule=schedule)), model(), []
