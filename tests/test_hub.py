@@ -14,8 +14,7 @@ from kmerge_mlx.adapters.folder import look_up
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
 from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse
 from tests.cli_runner import command, environment, run
-from tests.hub_runs import assert_said, settings, using
-from tests.hub_server import Repo, running_hub
+from tests.hub_server import Repo, assert_said, running_hub, settings, using
 from tests.saved_adapters import saved
 
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"

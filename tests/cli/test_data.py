@@ -15,8 +15,7 @@ from mlx_lm.tuner.datasets import load_local_dataset
 from kmerge_mlx.data.sources import load_examples
 from tests.cli_runner import assert_one_error, run
 from tests.data.test_tasks import COMMITS, REVIEWS
-from tests.hub_runs import using
-from tests.hub_server import Repo, running_hub
+from tests.hub_server import Repo, running_hub, using
 
 TREES = ("textualized-tree", "--num-trees", 30)
 SIZES = ("--train", 12, "--valid", 5, "--test", 8)

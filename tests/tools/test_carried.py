@@ -12,8 +12,7 @@ from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import unfreeze
 from tests.cli_runner import assert_one_error, run
-from tests.hub_runs import using
-from tests.hub_server import running_hub
+from tests.hub_server import running_hub, using
 from tests.train_runs import SMALL_TREES, train
 
 TEXT = "Tree: JN\n+WO\n++UP\n++JG\n" * 6

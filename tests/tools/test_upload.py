@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 
 from kmerge_mlx.adapters.folder import FILES, load_adapter
 from tests.cli_runner import assert_one_error, change_json, run
-from tests.hub_runs import assert_said, using
-from tests.hub_server import running_hub
+from tests.hub_server import assert_said, running_hub, using
 from tests.saved_adapters import saved
 
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
