@@ -181,18 +181,6 @@ def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
         assert what in refused(path)
 
 
-def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):
-    for force in (False, True):
-        check_adapter_destination(tmp_path / "new", force)
-    path = saved(tmp_path / "a")
-    check_adapter_destination(path, force=True)
-    (path / "training").mkdir()
-    with pytest.raises(AdapterError, match=r"more than adapter files \(training\): move"):
-        check_adapter_destination(path, force=True)
-    with pytest.raises(AdapterError, match=r"cannot write .*File name too long"):
-        check_adapter_destination(tmp_path / ("x" * 300), force=False)
-
-
 def test_force_replaces_nothing_but_an_adapter(tmp_path):
     kinds = ("empty", "file", "link", "dangling", "several")
     empty, file, link, dangling, several = places = [tmp_path / kind for kind in kinds]

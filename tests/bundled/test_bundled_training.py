@@ -70,23 +70,6 @@ def trainer_of(scripts, monkeypatch):
     mx.enable_compile()
 
 
-@pytest.fixture
-def row_of(make):
-    """Makes the row of one tree and some questions with their answers."""
-    tree = Tree(("AB", "CD", "EF", "GH"), (-1, 0, 1, 0))
-    assert tree.text == TREE.removeprefix("Tree: ")
-
-    def of(*asked: tuple[str, str], nodes: int = 4):
-        kinds = [FIND_PARENT if "Find" in text else "edge" for text, _ in asked]
-        questions = [
-            Question(TREE + text, answer, kind, 1)
-            for (text, answer), kind in zip(asked, kinds, strict=True)
-        ]
-        return make([(tree, questions)], nodes, len(asked))
-
-    return of
-
-
 @pytest.mark.parametrize("text", [PROMPT, " leading", "trailing ", "\n\n+++\n", "a\x00b 木 🌳\r\n"])
 def test_any_text_round_trips_whole_and_streamed(scripts, loaded_tokenizer, text):
     ids = loaded_tokenizer.encode(text, add_special_tokens=False)
@@ -165,9 +148,12 @@ def test_the_folder_loads_in_mlx_lm_and_here_with_the_same_logits(trainer_of, tm
 
 
 @pytest.mark.parametrize("nodes", [4, 7])
-def test_a_question_is_read_as_if_it_stood_alone(scripts, row_of, trainer_of, tmp_path, nodes):
+def test_a_question_is_read_as_if_it_stood_alone(scripts, make, trainer_of, tmp_path, nodes):
     train, trainer = scripts["train"], trainer_of(tmp_path / "base")
-    rows = row_of((NAMED, "AB"), (ASKED, "true"), (NAMED, "CD"), nodes=nodes)
+    tree = Tree(("AB", "CD", "EF", "GH"), (-1, 0, 1, 0))
+    asked = ((NAMED, "AB", FIND_PARENT), (ASKED, "true", "edge"), (NAMED, "CD", FIND_PARENT))
+    questions = [Question(TREE + text, answer, kind, 1) for text, answer, kind in asked]
+    rows = make([(tree, questions)], nodes, len(questions))
     logits = train.answer_logits(trainer.base, train.arrays(rows), "all")
     for column, text in enumerate((f"{NAMED}AB", f"{ASKED}true", f"{NAMED}CD")):
         ids = trainer.tokenizer.encode(TREE).ids

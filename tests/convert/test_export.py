@@ -67,22 +67,6 @@ def test_an_exported_adapter_converts_back_to_itself(tmp_path, k, dtype, head, b
     }
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_uniform_form_stays_uniform(tmp_path, layers):
-    """Of the last layers alone too, where the base says how many there are."""
-    made = make()
-    base = BaseModelConfig("some/base", {"num_hidden_layers": 2, "hidden_size": D})
-    weights = {n: a for n, a in made.tuning_weights.items() if layers == 2 or ".layers.1." in n}
-    tuning = replace(made.tuning, num_layers=layers)
-    merge = replace(made.merge, base=base)
-    targets = config_of(
-        exported(replace(made, merge=merge, tuning=tuning, tuning_weights=weights), tmp_path)
-    )["target_modules"]
-    prefix = "model.layers.1." if layers == 1 else ""
-    assert targets == ["lm_head", f"{prefix}{UP}", f"{prefix}{Q}"]
-    assert back(tmp_path).tuning == replace(tuning, keys=(UP, Q))
-
-
 def test_what_is_not_known_of_an_adapter_stays_unknown(tmp_path):
     made = make()
     made = replace(made, merge=MergeConfig(made.merge.encoder, head_lora=made.merge.head_lora))

@@ -126,16 +126,6 @@ def test_the_frontier_is_what_nothing_beats_up_to_a_points_ratio(figure):
     assert ticks(alone.axes[0].xaxis) == ["4x"]
 
 
-def test_points_of_one_ratio_are_side_by_side_and_the_best_in_their_place(figure):
-    axes = figure(thirteen()[::-1]).axes[0]
-    place = axes.transData.transform((4, 0.5))[0]
-    names = ("merged", "mean of K", "last tokens", "one token in K")
-    shown = {m: line(axes, m).get_transform().transform((4, 0.5))[0] - place for m in names}
-    assert shown["merged"] == 0
-    assert np.diff(sorted(shown.values())) == pytest.approx(APART * axes.figure.dpi / 72)
-    assert line(axes, "uncompressed 1").get_transform().transform((4, 0.5))[0] == place
-
-
 def test_a_line_of_recall_holds_the_values_and_their_intervals(figure):
     for number, axes in enumerate(figure(recall(3)).axes):
         for place, name in enumerate(FIVE):

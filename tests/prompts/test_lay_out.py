@@ -240,13 +240,6 @@ def test_what_a_model_or_a_tool_wrote_holds_no_tags(tokenizer):
     assert [m["content"] for m in plain_messages(messages)][1:] == [said, said, "And then?"]
 
 
-@pytest.mark.parametrize("text", ["\\" * 100_000, "a" + "\n" * 100_000, "\n " * 60_000])
-def test_long_runs_of_what_markup_is_made_of_take_no_longer_than_other_text(tokenizer, text):
-    """If they took the square of their length, this would not end."""
-    assert ids_of(lay_out_text(tokenizer, f"{text}<raw>x</raw>", Layout(threshold=1)))
-    lay_out_chat(tokenizer, [user(text)], BARE)
-
-
 def random_markup(random: Random, depth: int = 0) -> str:
     """Text with nested tags, literal tags among it."""
     pieces = []

@@ -9,14 +9,11 @@ import pytest
 from mlx_lm.models import cache as caches
 
 from kmerge_mlx import load
-from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.model import load_source
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
-from tests.adapters.test_full import full_adapter
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
 CONFIG = BenchmarkConfig((21,), 2, 3, prefill_step_size=2048, seed=0, delay=0)
@@ -151,33 +148,3 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     bare, _, _ = load_source(Source.find(str(base_path)))
     assert mx.array_equal(plain.llm(ids[:, :5]), bare(ids[:, :5]))
     assert floor.llm is plain.llm
-
-
-def test_layers_that_an_adapter_replaces_are_not_read(base, tmp_path):
-    adapter = full_adapter(1)
-    save_adapter(adapter, tmp_path / "a")
-    plain, _, merged = load_sides(base, {adapter.merge.merge_factor: tmp_path / "a"}, (16,))
-    replaced = sum(array.nbytes for array in adapter.tuning_weights.values())
-    assert merged.unread_bytes == replaced
-    encoder = [*adapter.encoder_weights.values(), *adapter.head_weights.values()]
-    assert plain.unread_bytes == replaced + sum(array.nbytes for array in encoder)
-
-
-def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
-    base, base_path, adapter_path, monkeypatch
-):
-    def loaded(*args, **options):
-        raise AdapterError("loading")
-
-    monkeypatch.setattr(benchmark.model, "load_source", loaded)
-    with pytest.raises(AdapterError, match="loading"):
-        load_sides(str(base_path), {4: None}, (2048,))
-    for lengths, said in (
-        ((2049,), "nothing was measured: `length` 2049 is more than the model's context of 2,048"),
-        ((3, 8), "nothing was measured: `k` 4 is more than `length` 3: a block would hold more"),
-        ((3, 9000), "nothing was measured: 2 problems\n"),
-    ):
-        with pytest.raises(PromptError, match=said):
-            load_sides(str(base_path), {4: None}, lengths)
-    with pytest.raises(AdapterError, match="does not fit"):
-        load_sides(base, {4: adapter_path}, (8,))

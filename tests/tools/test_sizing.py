@@ -37,23 +37,11 @@ PARAMETERS = {
     "mistral-7b-v0.3": 7_248_023_552,
 }
 KS = (1, 2, 3, 4, 8)
-GEMMA3 = {
-    "model_type": "gemma3_text",
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
-    "sliding_window": 128,
-    "sliding_window_pattern": 3,
-    "num_hidden_layers": 7,
-}
-LINEAR = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-    "head_dim": 32,
-    "num_hidden_layers": 8,
-}
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 64, "query_pre_attn_scalar": 64}
+GEMMA3 |= {"sliding_window": 128, "sliding_window_pattern": 3, "num_hidden_layers": 7}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+LINEAR |= {"linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "head_dim": 32}
+LINEAR |= {"num_hidden_layers": 8}
 QWEN3_NEXT = EXPERTS | LINEAR | {"model_type": "qwen3_next", "shared_expert_intermediate_size": 32}
 QWEN3_NEXT |= {"partial_rotary_factor": 0.25, "full_attention_interval": 4}
 HYBRIDS = {"qwen3_5": LINEAR | {"model_type": "qwen3_5"}, "qwen3_next": QWEN3_NEXT}

@@ -241,16 +241,3 @@ def test_without_a_token_that_may_nothing_is_made(hub, work, tmp_path):
         with using(hub, tmp_path / token, token=token):
             assert_one_error(run(*ONE), 1, said)
     assert "me/one" not in hub.repos
-
-
-def test_a_fault_of_the_command_line_is_one_line_and_nothing_is_asked(hub, work, online):
-    mit = ("--license", "mit")
-    for args, code, said in (
-        (("adapter", "me/one"), 2, "Missing option '--license'"),
-        (("adapter", "one", *mit), 1, "one is not a hub repo id: expected user/name"),
-        (("adapter", "me/one", *mit, "--revision", "a b"), 1, "is not a revision"),
-        (("adapter", "me/one", *mit, "--data", "a\nb"), 2, "--data is not printable"),
-        (("user/base", "me/one", *mit), 1, "user/base is not a folder"),
-    ):
-        assert_one_error(run("upload", *args), code, said)
-    assert hub.requests == []

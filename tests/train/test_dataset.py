@@ -7,10 +7,9 @@ import json
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from kmerge_mlx.data import textualized_tree
 from kmerge_mlx.data.sources import load_examples
 from kmerge_mlx.data.tasks import AmazonReviews
-from kmerge_mlx.data.textualized_tree import Stage, TreeTask
+from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import DataError, TrainError
 from kmerge_mlx.train.dataset import TokenizedSet, load_stages, tree_sets
 from kmerge_mlx.train.settings import TrainSettings
@@ -41,25 +40,6 @@ def test_a_changed_tokenizer_or_template_is_other_data(tmp_path):
     assert len(digests) == 2
     bare = TrainSettings(ignore_chat_template=True)
     assert TokenizedSet(rows, chat, bare).digest in digests
-
-
-def test_every_tree_is_asked_both_ways_and_is_in_one_split_alone(tokenizer, monkeypatch):
-    """Of six trees of two nodes: without care some would be in two splits."""
-    monkeypatch.setattr(textualized_tree, "NAMES", ("AB", "CD", "EF"))
-    splits = {"train": 30, "valid": 1, "test": 1}
-    task = TreeTask(Stage(1, 2, 1, 1), questions_per_tree=2, splits=splits)
-    sets = tree_sets(task, tokenizer, TrainSettings())
-    trees = {}
-    for split, data in sets.items():
-        assert len(data) == 2 * splits[split]
-        for tree in range(splits[split]):
-            pair = data[2 * tree], data[2 * tree + 1]
-            answers = {tokenizer.decode(list(row.answer_ids[:-1])) for row in pair}
-            assert answers == {"true", "false"}
-            text = tokenizer.decode(pair[0].prompt_ids).split(",")[0]
-            trees.setdefault(split, set()).add(text)
-    assert [len(trees[split]) for split in ("test", "valid", "train")] == [1, 1, 4]
-    assert len(set().union(*trees.values())) == 6
 
 
 def test_a_tree_that_does_not_fit_is_named(tokenizer):
