@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, silent
+from kmerge_mlx.data.tasks import AmazonReviews, CommitPackFT, Pair, silent
 from kmerge_mlx.errors import DataError, SettingsError
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "data"
@@ -55,6 +55,13 @@ def test_the_files_are_those_of_the_first_release_byte_for_byte(tmp_path):
             draw(source, tmp_path / "data", task, sizes, force=True, seed=seed)
             found = digests(tmp_path / "data").values()
             assert " ".join(digest[:12] for digest in found) == expected
+
+
+def test_a_review_is_positive_from_three_and_a_half_stars():
+    for rating, label in ((4, "positive"), (3.5, "positive"), (3.4, "negative")):
+        row = {"text": "Love it", "rating": rating, "title": "Nice"}
+        prompt = "Review: Love it, Label:"
+        assert AmazonReviews.pair(row) == Pair(prompt, label, prompt, {"labels": label})
 
 
 def test_every_row_written_is_a_row_of_the_file_rightly_labelled(tmp_path):

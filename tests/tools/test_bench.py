@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models import cache as caches
 
 from kmerge_mlx import load
 from kmerge_mlx.model import load_source
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
-from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial, kv_bytes
+from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Spread, Trial
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
 CONFIG = BenchmarkConfig((21,), 2, 3, prefill_step_size=2048, seed=0, delay=0)
@@ -66,27 +65,6 @@ def test_the_kv_cache_is_exactly_that_of_ceil_t_over_k_positions(sides):
         assert row.figures.kv_bytes == row.positions * POSITION_BYTES
         assert row.floor is None or row.floor.kv_bytes == row.figures.kv_bytes
         assert row.figures.generation_tps is not None  # an end-of-text token ends nothing
-
-
-def filled(cache, steps: tuple[int, ...]):
-    """A cache that has read so many positions at a time, each of 2 heads, 64 wide, float32."""
-    for count in steps:
-        cache.update_and_fetch(*(mx.ones((1, 2, count, 64)) for _ in range(2)))
-    return cache
-
-
-PLAIN = 2 * 2 * 64 * 4
-
-
-def test_kv_bytes_of_every_kind_of_cache_are_of_what_it_holds():
-    state = caches.ArraysCache(2)
-    state[0] = mx.zeros((1, 3, 5))
-    for cache, held in (
-        (filled(caches.KVCache(), (300, 1)), 301 * PLAIN),
-        (filled(caches.RotatingKVCache(8), (1,) * 20), 8 * PLAIN),
-        (state, 15 * 4),
-    ):
-        assert kv_bytes([cache, cache]) == 2 * held
 
 
 def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
