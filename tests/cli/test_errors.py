@@ -138,8 +138,6 @@ def test_other_faults_are_one_message(generate, checkpoint_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("convert", "no/such", "dst"), "no/such is "),
-        (("convert", "bare", "dst"), "holds no encoder.pth and no adapter_config.json"),
         (("convert", "lora", "peft"), "choose another folder"),
         (("info", "no"), "no is not a folder"),
     ],

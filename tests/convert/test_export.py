@@ -239,9 +239,6 @@ def changed_adapter(kind: str) -> Adapter:
     elif kind == "table":
         tuning = replace(tuning, keys=(*tuning.keys, table))
         lora = {f"{table}.lora_a": mx.zeros((30, R)), f"{table}.lora_b": mx.zeros((R, D))}
-    elif kind == "two_heads":
-        tuning = replace(tuning, keys=(*tuning.keys, "lm_head"))
-        lora = {f"lm_head.{part}": array for part, array in made.head_weights.items()}
     elif kind == "gemma":
         base = BaseModelConfig("google/gemma", {"model_type": "gemma3_text"})
         merge = replace(merge, base=base)
@@ -263,7 +260,6 @@ def changed_adapter(kind: str) -> Adapter:
         ("table", "model.embed_tokens is LoRA on the embedding table"),
         ("gemma", "its base scales embeddings inside the model"),
         ("diverged", "w3.bias holds NaN or infinite values"),
-        ("two_heads", "lm_head has two LoRAs"),
         ("without_lora", "it has no LoRA: `kmerge-mlx fuse` put it into the model"),
     ],
 )
