@@ -56,8 +56,6 @@ def test_every_turn_is_one_long_prompt(chatty, layout):
     assert talk.history.tokens > 1.5 * talk.history.positions
 
 
-
-
 def test_an_answer_that_is_stopped_stays_as_far_as_it_went(chatty):
     talk = Conversation(*chatty)
     answer = talk.ask("one two three", max_tokens=50)
