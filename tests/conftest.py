@@ -12,8 +12,6 @@ import pytest
 
 from tests.cli_runner import PLAIN_USER
 
-pytest_plugins = ("tests.bundled_scripts",)
-
 # No test may reach the hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -12,8 +12,6 @@ import io
 import json
 import pickletools
 import random
-import re
-import resource
 import sys
 import zipfile
 from pathlib import Path
@@ -22,6 +20,7 @@ import mlx.core as mx
 
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import CheckpointError
+from tests.damage import damaged, peak_bytes
 from tests.hostile_torch_files import hostile_files
 from tests.hostile_torch_parts import Record, pack
 
@@ -76,24 +75,10 @@ class Seed:
 
 
 def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One to three bytes changed, deleted, repeated, or the rest cut off."""
-    out = bytearray(data)
+    """One to three places of a file damaged."""
     for _ in range(rng.randint(1, 3)):
-        at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 16, 64))
-        match rng.choice(("flip", "flip", "byte", "byte", "delete", "repeat", "cut")):
-            case "flip":
-                out[at] ^= 1 << rng.randrange(8)
-            case "byte":
-                out[at] = rng.choice((0, 1, 8, 0x7F, 0x80, 0xFF))
-            case "delete":
-                del out[at : at + size]
-            case "repeat":
-                out[at:at] = out[at : at + size]
-            case _:
-                del out[at:]
-        if not out:
-            break
-    return bytes(out)
+        data = damaged(data, rng) if data else data
+    return data
 
 
 def mutated_opcodes(rng: random.Random, seed: Seed) -> bytes:
@@ -121,15 +106,6 @@ def mutation(rng: random.Random, seeds: list[Seed]) -> bytes:
             return seed.with_pickle(mutated_bytes(rng, seed.pickle))
         case _:
             return seed.with_pickle(mutated_opcodes(rng, seed))
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had resident."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    # Not Linux's ru_maxrss: after fork and exec that starts at what the parent, with torch, has.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
 
 
 def main(seed_folder: Path, scratch: Path) -> None:

@@ -1,7 +1,8 @@
-"""Enough of the Hugging Face hub, on the loopback, for ``huggingface_hub`` to use it.
+"""Enough of the Hugging Face hub, on the loopback, for ``huggingface_hub`` to use it; and how.
 
-Source: the requests of huggingface_hub 2.4; https://huggingface.co/docs/hub/api; the LFS batch API,
-https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md.
+Large files lie in git as all others do: that the client can do otherwise is not ours to test.
+
+Source: the requests of huggingface_hub 2.4; https://huggingface.co/docs/hub/api.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import yaml
+import pytest
+from huggingface_hub import close_session, constants
+
+from tests.cli_runner import Result
 
 READ, WRITE = "read", "write"
 
@@ -25,11 +30,6 @@ READ, WRITE = "read", "write"
 def git_oid(data: bytes) -> str:
     """What ``git hash-object`` says of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def is_large(path: str) -> bool:
-    """Whether the hub keeps a file apart from git, as its default .gitattributes say."""
-    return path.endswith((".safetensors", ".pth", ".bin"))
 
 
 @dataclass
@@ -69,10 +69,8 @@ class Hub:
     tokens: dict[str, str] = field(default_factory=dict)  # what each allows: read or write
     locked: set[str] = field(default_factory=set)  # gated repos, open to nobody
     refuse: dict[str, int] = field(default_factory=dict)  # status by route: info, tree, ...
-    word: str = "refused"  # what is said with it
     cut: set[str] = field(default_factory=set)  # files that break off half-way, every time
     requests: list[str] = field(default_factory=list)  # what was asked for, as METHOD path
-    stored: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
 
@@ -117,9 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._route([unquote(part) for part in path.split("/")])
         except _Refused as refused:
-            headers = {"X-Error-Code": refused.code}
-            if refused.message.isprintable():
-                headers["X-Error-Message"] = refused.message
+            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             if refused.status == 429:
                 headers["Retry-After"] = "0"
             text = json.dumps({"error": refused.message}).encode()
@@ -128,18 +124,15 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def _route(self, parts: list[str]) -> None:
-        if parts[0] == "stored":
-            return self._stored(parts[1])
         if parts[:2] == ["api", "validate-yaml"]:
-            return self._validate()
+            return self._json({"errors": [], "warnings": []})
         if parts[:3] == ["api", "repos", "create"]:
             return self._create()
-        if parts[2:] == ["info", "lfs", "objects", "batch"]:
-            return self._batch("/".join(parts[:2]).removesuffix(".git"))
         while parts[0] in ("api", "models", "datasets"):
             parts = parts[1:]
         name, route, rest = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "info", parts[3:]
-        self._fail("info" if route == "revision" else route)
+        if status := self.hub.refuse.get("info" if route == "revision" else route):
+            raise _Refused(status, "", "refused")
         repo = self._repo(name)
         if self.command == "POST":
             self._need(WRITE)
@@ -147,14 +140,18 @@ class _Handler(BaseHTTPRequestHandler):
             if route == "branch":
                 repo.refs[ref] = repo.refs["main"]
                 return self._json({})
-            files = self._commit_of(repo, ref)[1]
-            act = {"preupload": self._preupload, "commit": self._commit}[route]
-            return act(name, repo, ref, files)
+            if route == "preupload":
+                asked = json.loads(self.body)["files"]
+                how = {"uploadMode": "regular", "shouldIgnore": False}
+                return self._json({"files": [{"path": file["path"], **how} for file in asked]})
+            return self._commit(name, repo, ref)
         commit, files = self._commit_of(repo, rest[0] if rest else "main")
         if route == "resolve":
             return self._file(commit, files, "/".join(rest[1:]))
         if route == "tree":
-            return self._json([_entry(path, data) for path, data in files.items()])
+            about = [("file", path, len(data), git_oid(data)) for path, data in files.items()]
+            names = ("type", "path", "size", "oid")
+            return self._json([dict(zip(names, entry, strict=True)) for entry in about])
         siblings = [{"rfilename": path} for path in files]
         about = {"id": name, "modelId": name, "sha": commit, "private": repo.private}
         return self._json(about | {"siblings": siblings})
@@ -190,41 +187,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {ref}")
         return commit, repo.commits[commit]
 
-    def _fail(self, route: str) -> None:
-        if status := self.hub.refuse.get(route):
-            raise _Refused(status, "", self.hub.word)
-
     # ---- downloads ----
 
     def _file(self, commit: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             raise _Refused(404, "EntryNotFound", "Entry not found")
-        data, headers = files[path], {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if not is_large(path):
-            return self._bytes(path, data, headers | {"ETag": f'"{git_oid(data)}"'})
-        oid = hashlib.sha256(data).hexdigest()
-        self.hub.stored[oid] = data
-        # Another host than the hub's, as a CDN is: no token may reach it.
-        port = urlsplit(self.hub.url).port
-        headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-        location = f"http://localhost:{port}/stored/{oid}?name={path}"
-        return self._send(302, b"", headers | {"Location": location})
-
-    def _stored(self, oid: str) -> None:
-        assert "Authorization" not in self.headers
-        if self.command == "PUT":
-            self._fail("put")
-            if hashlib.sha256(self.body).hexdigest() == oid:
-                self.hub.stored[oid] = self.body
-            return self._send(200, b"", {})
-        path = urlsplit(self.path).query.removeprefix("name=")
-        return self._bytes(unquote(path), self.hub.stored[oid], {"ETag": f'"{oid[:32]}"'})
-
-    def _bytes(self, path: str, data: bytes, headers: dict[str, str]) -> None:
+        data = files[path]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes", "ETag": f'"{git_oid(data)}"'}
         body = data[start:]
         if start:
-            headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         sent = body
         if path.rsplit("/", 1)[-1] in self.hub.cut and self.command == "GET":
             sent = b"" if start else data[: len(data) // 2]
@@ -233,18 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- uploads ----
 
-    def _validate(self) -> None:
-        _, head, _ = json.loads(self.body)["content"].split("---\n", 2)
-        data = yaml.safe_load(head)
-        errors, odd = [], []
-        if data["license"] != data["license"].lower():
-            errors = [{"message": '"license" must be one of [apache-2.0, mit]'}]
-        if data["license"] == "other":
-            odd = [{"message": "no license_name\n in the metadata"}]
-        self._json({"errors": errors, "warnings": odd}, 400 if errors else 200)
-
     def _create(self) -> None:
-        self._fail("create")
         self._need(WRITE)
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
@@ -255,47 +217,17 @@ class _Handler(BaseHTTPRequestHandler):
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._json({"url": f"{self.hub.url}/{name}", "name": name})
 
-    def _preupload(self, name: str, repo: Repo, ref: str, files: dict[str, bytes]) -> None:
-        answers = []
-        for file in json.loads(self.body)["files"]:
-            path = file["path"]
-            mode = "lfs" if is_large(path) else "regular"
-            known = {}
-            if path in files:
-                data = files[path]
-                oid = hashlib.sha256(data).hexdigest() if mode == "lfs" else git_oid(data)
-                known = {"oid": oid}
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
-        self._json({"files": answers})
-
-    def _batch(self, name: str) -> None:
-        self._fail("batch")
-        self._need(WRITE)
-        self._repo(name)
-        objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            link = f"http://localhost:{urlsplit(self.hub.url).port}/stored/{wanted['oid']}"
-            there = wanted["oid"] in self.hub.stored
-            objects.append(wanted | ({} if there else {"actions": {"upload": {"href": link}}}))
-        self._json({"transfer": "basic", "objects": objects})
-
-    def _commit(self, name: str, repo: Repo, ref: str, files: dict[str, bytes]) -> None:
+    def _commit(self, name: str, repo: Repo, ref: str) -> None:
         lines = [json.loads(line) for line in self.body.splitlines()]
-        new = dict(files)
+        new = dict(self._commit_of(repo, ref)[1])
         for value, kind in ((line["value"], line["key"]) for line in lines):
             if kind == "header" and value.get("parentCommit", repo.refs[ref]) != repo.refs[ref]:
                 raise _Refused(412, "", "A commit has happened since. Please refresh and try again")
             if kind == "file":
                 new[value["path"]] = base64.b64decode(value["content"])
-            if kind == "lfsFile":
-                if value["oid"] not in self.hub.stored:
-                    raise _Refused(400, "", "LFS pointer pointed to a file that does not exist")
-                new[value["path"]] = self.hub.stored[value["oid"]]
         oid = repo.commit(new, ref)
-        self._json(
-            {"success": True, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"}
-            | {"commitOid": oid}
-        )
+        url = f"{self.hub.url}/{name}/commit/{oid}"
+        self._json({"success": True, "commitUrl": url, "commitOid": oid})
 
     # ---- answers ----
 
@@ -316,9 +248,48 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _entry(path: str, data: bytes) -> dict[str, object]:
-    entry = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
-    if is_large(path):
-        oid = hashlib.sha256(data).hexdigest()
-        entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
-    return entry
+# Nothing here may wait for the real hub: no proxies, no telemetry, no second transport.
+QUIET = {
+    "HF_HUB_OFFLINE": "0",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "NO_PROXY": "*",
+}
+
+
+def settings(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process that uses a hub, with a cache and a login of its own."""
+    return QUIET | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+
+
+@contextmanager
+def using(hub: Hub, home: Path, token: str | None = None, **more: Any) -> Iterator[None]:
+    """Lets this process use a hub: what the client reads from its environment when imported.
+
+    ``home`` holds its cache; another one is another machine. ``more``: constants of the client.
+    """
+    ours = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (ours | more).items():
+            patch.setattr(constants, name, value)
+        patch.setenv("NO_PROXY", "*")
+        patch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            patch.setenv("HF_TOKEN", token)
+        close_session()
+        yield
+    close_session()
+
+
+def assert_said(result: Result, line: str) -> None:
+    """Checks that a command failed with exactly this line."""
+    assert (result.code, result.out, result.err) == (1, "", f"error: {line}\n")

@@ -55,11 +55,6 @@ def test_the_context_length_counts_rope_scaling():
         assert base.context_length(config) == length
 
 
-def test_quantization_does_not_make_another_base():
-    config = {"model_type": "qwen2", "hidden_size": 8}
-    assert base.fingerprint(config) == base.fingerprint(config | {"quantization": {"bits": 4}})
-
-
 def test_the_digest_of_the_weights_changes_with_a_sampled_byte(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(bytes(1 << 20))

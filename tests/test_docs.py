@@ -11,8 +11,7 @@ import pytest
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from tests.cli_runner import CHATML, copy_base
 from tests.doc_blocks import BASE_REPO, PAGES, ROOT, RUN, Sandbox, blocks, in_moments
-from tests.hub_runs import settings, using
-from tests.hub_server import Repo, running_hub
+from tests.hub_server import Repo, running_hub, settings, using
 
 TEXT = "The bridge was closed in May. It will be open again in June, says the council.\n"
 PAGES_WITHOUT_AN_ADAPTER = ("README.md",)

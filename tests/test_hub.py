@@ -12,10 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from kmerge_mlx.adapters.folder import look_up
 from kmerge_mlx.errors import AdapterError, KMergeError, ModelError
-from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse, why
+from kmerge_mlx.hub import RepoName, fetch, is_namespaced, one_version, parse
 from tests.cli_runner import command, environment, run
-from tests.hub_runs import assert_said, settings, using
-from tests.hub_server import Repo, running_hub
+from tests.hub_server import Repo, assert_said, running_hub, settings, using
 from tests.saved_adapters import saved
 
 TREE = "Tree: JN\n+WO\n++UP\n++JG\n"
@@ -216,17 +215,3 @@ def test_a_file_too_large_for_the_disk_is_one_line_and_nothing_torn(hub, work, t
     assert not list((tmp_path / "home").rglob("*.incomplete"))
     with using(hub, tmp_path / "home"):
         assert run("convert", "user/ckpt", "adapter").code == 0
-
-
-def test_a_failure_of_this_machine_is_told_from_one_of_the_network():
-    for failure, said in (
-        (OSError(28, "No space left on device"), "cannot write the hub's cache: No space left"),
-        (OSError(13, "Permission denied", "/cache/x"), "cannot write /cache/x: Permission denied"),
-        (ConnectionResetError(104, "reset"), "the connection to the hub broke: try again"),
-        (OSError("Consistency check failed: file should be of size 3"), "the connection to the"),
-    ):
-        wrapped = RuntimeError("Error while uploading")
-        wrapped.__cause__ = failure
-        assert why(failure, "read").startswith(said)
-        assert why(wrapped, "read").startswith(said)
-    assert why(ValueError("Bad\n- license"), "read") == "the hub's client says: Bad - license"

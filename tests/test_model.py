@@ -64,13 +64,6 @@ def test_a_quantized_folder_of_the_same_base_takes_the_adapter(tmp_path, adapter
     assert drift < (0.5 if bits == 4 else 0.05)
 
 
-def test_the_lora_part_alone_is_what_mlx_lm_loads(base, tmp_path):
-    path = saved(random_adapter(build(qwen2_config()), 4, head=False), tmp_path / "a")
-    theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(path))
-    ids = mx.array([[5, 6, 7, 8]])
-    assert mx.array_equal(load(str(base), path)[0](ids), theirs(ids))
-
-
 def test_a_tied_and_an_untied_head_carry_the_same_lora(tmp_path):
     """An untied base whose head is a copy of its table is the tied base."""
     tied = build(qwen2_config())

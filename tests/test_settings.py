@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -14,9 +14,7 @@ from kmerge_mlx.settings import (
     ModelSettings,
     Settings,
     argument,
-    flags_of,
     option,
-    option_of,
     parse_size,
 )
 
@@ -100,21 +98,6 @@ def test_settings_of_another_choice_are_refused_if_they_were_named():
     made.refuse_foreign("bread", own)
     with pytest.raises(SettingsError, match="`eggs` is not an option of cake"):
         made.refuse_foreign("cake", own)
-
-
-def test_a_field_says_its_flags_and_can_be_taken_over_with_changes():
-    flags = {f.name: flags_of(f) for f in fields(Baking)}
-    assert flags["eggs"] == ("--eggs",)
-    assert flags["names"] == ("--names", "-n")
-    assert flags["flour"] == flags["extra"] == ()
-
-    @dataclass(frozen=True)
-    class Other(Settings):
-        k: int | None = ModelSettings.setting("k", default=4, help="Another.")
-
-    (field,) = fields(Other)
-    assert (field.default, option_of(field).help, option_of(field).low) == (4, "Another.", 1)
-    assert flags_of(field) == ("--k", "--merge-factor")
 
 
 def test_sizes_are_powers_of_1000():

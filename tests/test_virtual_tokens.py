@@ -241,15 +241,6 @@ def test_a_new_encoder_is_exactly_the_mean_of_the_block():
         assert mx.array_equal(encoder(read), read[:, c:].mean(axis=1))
 
 
-def test_the_config_names_the_shapes_that_the_encoder_has():
-    for c in (0, 3):
-        encoder = filled(4, 8, 24, c)
-        found = {name: array.shape for name, array in tree_flatten(encoder.parameters())}
-        assert found == encoder.config.shapes()
-        assert found["w1.weight"] == (24, (4 + c) * 8)
-        assert encoder.config.num_parameters == sum(a.size for _, a in tree_flatten(encoder))
-
-
 def test_the_encoder_computes_in_its_own_dtype():
     encoder = filled(2, 8, 16)
     assert encoder(mx.zeros((3, 2, 8), mx.bfloat16)).dtype == mx.float32

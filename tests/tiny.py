@@ -20,6 +20,10 @@ from kmerge_mlx.base import find_embedding
 from tests.conftest import UPSTREAM
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+# What makes a mixture of experts of a Qwen2 config.
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
+EXPERTS |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 32}
+EXPERTS |= {"norm_topk_prob": True}
 PAD = 223
 VOCAB_SIZE = 700
 

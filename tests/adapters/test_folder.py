@@ -19,7 +19,7 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
     save_adapter,
 )
-from kmerge_mlx.adapters.schema import FORMAT_VERSION, MergeConfig
+from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.errors import AdapterError
 from tests.cli_runner import change_json
 from tests.conversions import assert_same_tensors
@@ -104,19 +104,6 @@ def test_the_experts_layout_of_mlx_lm_is_accepted_at_its_rank(tmp_path):
     assert "lora_b has shape (5, 6, 3), expected (5, 6, 2)" in refused(tmp_path / "a")
 
 
-def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path):
-    for options, part, shapes in (
-        ({"head": False}, "lora_a", [(D, R)]),
-        ({}, "lora_b", [(), (V,), (R, V, 1), (R + 1, V)]),
-    ):
-        for shape in shapes:
-            adapter = make(**options)
-            adapter.head_weights[part] = mx.zeros(shape)
-            save_adapter(adapter, tmp_path / "a")
-            what = "has shape " if "head" not in options else ""
-            assert f"lm_head.{part} {what}{shape}" in refused(tmp_path / "a")
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_torn_file_is_named(tmp_path, name):
     path = saved(tmp_path / "a")
@@ -134,14 +121,10 @@ def test_configs_with_wrong_entries_are_refused_by_the_name_of_their_folder(tmp_
     lora = {"rank": 2, "scale": 8.0, "dropout": 0.0, "keys": [Q, UP]}
     path = saved(tmp_path / "a")
     for name, values in (
-        ("merge_config.json", {"format_version": FORMAT_VERSION + 1}),
-        ("merge_config.json", {"merge_factor": 10**30}),
         ("merge_config.json", {"merge_factor": 10**18, "hidden_size": 10**18}),
         ("merge_config.json", {"head_lora": {"rank": 2**40, "scale": 1.0}}),
-        ("adapter_config.json", {"lora_parameters": lora | {"rank": 3}}),
         ("adapter_config.json", {"lora_parameters": lora | {"rank": 2**40}}),
         ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q, UP, "k_proj"]}}),
-        ("adapter_config.json", {"lora_parameters": lora | {"keys": [Q]}}),
         ("adapter_config.json", {"lora_parameters": {"modules": {"x": {"rank": 2, "scale": 8.0}}}}),
     ):
         kept = (path / name).read_text()
@@ -196,18 +179,6 @@ def test_what_a_folder_is_instead_is_said(tmp_path, checkpoint_path, base_path):
         (tmp_path / ("x" * 300), "File name too long"),
     ):
         assert what in refused(path)
-
-
-def test_a_new_place_is_free_and_an_old_one_needs_force(tmp_path):
-    for force in (False, True):
-        check_adapter_destination(tmp_path / "new", force)
-    path = saved(tmp_path / "a")
-    check_adapter_destination(path, force=True)
-    (path / "training").mkdir()
-    with pytest.raises(AdapterError, match=r"more than adapter files \(training\): move"):
-        check_adapter_destination(path, force=True)
-    with pytest.raises(AdapterError, match=r"cannot write .*File name too long"):
-        check_adapter_destination(tmp_path / ("x" * 300), force=False)
 
 
 def test_force_replaces_nothing_but_an_adapter(tmp_path):

@@ -68,15 +68,6 @@ def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
     assert "scale" not in by_module
 
 
-def test_bases_are_told_apart_by_the_fields_that_both_name():
-    one = BaseModelConfig("a", {"x": 1, "y": 2})
-    assert one.config_hash == BaseModelConfig("b", {"y": 2, "x": 1}).config_hash
-    assert one.config_hash != BaseModelConfig("a", {"x": 1, "y": 3}).config_hash
-    assert BaseModelConfig("a").config_hash is None
-    assert one.differences({"x": 1, "z": 3}) == []
-    assert one.differences({"x": 5, "y": 2}) == ["x is 5, the adapter was made for 1"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -84,23 +75,16 @@ def test_bases_are_told_apart_by_the_fields_that_both_name():
         ({"merge_factor": 0}, "merge_factor is 0, expected a whole number of at least 2"),
         ({"merge_factor": 1}, "hidden_size is 64, expected null: merge_factor 1 has no"),
         ({"encoder_context": -1}, "encoder_context is -1, expected a whole number of at least 0"),
-        ({"encoder_context": 3.0}, r"encoder_context is 3\.0"),
-        ({"merge_factor": "4"}, "merge_factor is '4'"),
-        ({"hidden_size": None}, "hidden_size is None"),
         *(
             ({"encoder_quantization": value}, "expected null or bits of .* and a group_size of")
             for value in ({"bits": 7, "group_size": 64}, {"bits": 4}, 4)
         ),
         ({"pad_token_id": -1}, "pad_token_id is -1"),
-        ({"head_lora": {"rank": 4}}, "head_lora is"),
         ({"head_lora": {"rank": 4, "scale": math.nan}}, "finite scale"),
         ({"base_model": {"id": 3, "config": {}}}, r"base_model\.id is 3"),
-        ({"base_model": []}, r"base_model is \[\]"),
         ({"base_model": {"config": {"hidden_size": 1}, "config_hash": "sha256:0"}}, "was edited"),
-        ({"provenance": "x"}, "provenance is 'x'"),
         ({"layout": 1, "pad_token_id": "x"}, "(?s)layout is 1.*pad_token_id is 'x'"),
         ({"layout": {"merges": "some"}}, "merges is 'some', expected all or contexts"),
-        ({"layout": {"threshold": 0}}, "threshold is 0, expected a whole number >= 1"),
         ({"layout": {"colour": 1}}, "layout has colour, which this release does not know: update"),
     ],
     ids=str,
@@ -114,16 +98,12 @@ def test_a_bad_adapter_config_is_refused():
     parameters = {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": []}
     for change in (
         {"fine_tune_type": "dora"},
-        {"fine_tune_type": ["lora"]},
         {"num_layers": -1},
-        {"num_layers": "3"},
         {"lora_parameters": None},
-        {"lora_parameters": parameters | {"rank": 0}},
         {"lora_parameters": parameters | {"dropout": 1.0}},
         {"lora_parameters": parameters | {"keys": "q_proj"}},
         {"lora_parameters": parameters | {"scale": None}},
         {"lora_parameters": {"modules": {"a": {"rank": 4}}}},
-        {"lora_parameters": {"modules": []}},
     ):
         with pytest.raises(AdapterError, match=r"adapter_config|LoRA with rank"):
             read_tuning(LORAS[0].to_json() | change)

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 
 from kmerge_mlx import stream_generate
-from kmerge_mlx.generation.prompt_cache import CacheFile, common_start, prefill
+from kmerge_mlx.generation.prompt_cache import CacheFile, prefill
 from kmerge_mlx.generation.stream import compress
 from kmerge_mlx.prompts.segments import Segment
 from tests.cli_runner import CHATML, assert_one_error, copy_base, run
@@ -111,19 +111,6 @@ def test_a_cache_is_mlx_lms_file(tiny, tmp_path):
     for ours, theirs in zip(read, cache, strict=True):
         for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
             assert mx.array_equal(a, b)
-
-
-def test_what_prompts_begin_with_alike():
-    def prompt(*parts):
-        return [Segment(list(ids), merge) for ids, merge in parts]
-
-    a = prompt(((1, 2), False), ((3, 4, 5), True), ((6, 7, 8), False))
-    b = prompt(((1, 2), False), ((3, 4, 5), True), ((6, 9), False), ((3,), True))
-    start = prompt(((1, 2), False), ((3, 4, 5), True), ((6,), False))
-    assert common_start([a, b]) == start
-    longer = prompt(((1, 2), False), ((3, 4, 5, 5), True))
-    assert common_start([a, longer]) == a[:1]
-    assert common_start([a, prompt(((1, 2), True))]) == []
 
 
 def test_another_base_adapter_or_k_is_refused_by_name(world, kept, base_path, tmp_path):

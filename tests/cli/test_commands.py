@@ -7,20 +7,25 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from transformers import PreTrainedTokenizerBase
 from typer.main import get_command
 
 import kmerge_mlx.generation.stream
 from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
-from kmerge_mlx.cli import app
+from kmerge_mlx.cli import app, inputs
 from kmerge_mlx.cli.generate import GenerateSettings
-from tests.cli_runner import change_json, command, copy_base, environment, run
+from kmerge_mlx.prompts import lay_out as layout
+from kmerge_mlx.prompts import tags
+from tests.cli_runner import CHATML, change_json, command, copy_base, environment, run
 from tests.conftest import UPSTREAM
 
 EXPECTED = json.loads((UPSTREAM / "expected.json").read_text())
@@ -276,3 +281,47 @@ def test_a_long_prompt_shows_its_progress_on_a_terminal_alone(endless):
     for result in (run(*args), run(*args[:-1], 5000, terminal=True)):
         assert result.code == 0
         assert "Reading" not in result.err
+
+
+# One ``generate`` reads the adapter's config once, parses the tags once, encodes the text once
+
+
+CONTEXT, QUESTION = "One <merge>two three</merge> four.", "Which of <raw>them</raw>?"
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each file was opened, and each text parsed or encoded."""
+    found = Counter()
+
+    def count(owner, name, what, place):
+        inner = getattr(owner, name)
+
+        def counting(*args, **options):
+            found[f"{what} {args[place]}"] += 1
+            return inner(*args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(Path, "open", "opened", 0)
+    for module in (tags, layout, inputs):
+        count(module, "parse", "parsed", 0)
+    for name in ("__call__", "encode"):
+        count(PreTrainedTokenizerBase, name, "encoded", 1)
+    return found
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_everything_is_read_once(counted, base_path, adapter_path, tmp_path, template):
+    base = copy_base(base_path, tmp_path / "base", CHATML)
+    (tmp_path / "context.txt").write_text(CONTEXT)
+    args = ("--model", base, "--adapter-path", adapter_path, "--k", 4, "-m", 2)
+    args += ("--apply-chat-template",) * template
+    counted.clear()
+    done = run("generate", *args, tmp_path / "context.txt", "-p", QUESTION)
+    assert done.code == 0, done.err
+    configs = (adapter_path / name for name in ("merge_config.json", "adapter_config.json"))
+    for name in (*configs, tmp_path / "context.txt"):
+        assert counted[f"opened {name}"] == 1
+    assert counted[f"parsed {CONTEXT}"] == counted[f"parsed {QUESTION}"] == 1
+    assert [n for key, n in counted.items() if key.startswith("encoded ") and "two" in key] == [1]

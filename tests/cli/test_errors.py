@@ -64,8 +64,6 @@ def generate(root, monkeypatch, base_path, adapter_path):
 
 FILES = [
     (["no.txt"], "cannot read no.txt: No such file"),
-    (["."], "cannot read .: Is a directory"),
-    (["x" * 5000], "File name too long"),
     (["empty.txt"], "empty.txt is empty: put the"),
     (["latin.txt"], "latin.txt is not UTF-8: byte 3 is 0xe9; save the file as UTF-8"),
     (["-p", ""], "--prompt is empty: leave it out, or"),
@@ -73,13 +71,11 @@ FILES = [
     (["-", "-p", "-"], "`-` is given more than once"),
     (["-"], "stdin is empty"),
     (["long.txt"], "and the model's context is 2,048: shorten it, or use an adapter with a larger"),
-    (["p.txt", "--temp", 1, "--top-k", 701], "mlx-lm refused these options: --top-k"),
     (
         ["p.txt", "--kv-bits", 4, "--quantized-kv-start", 0],
         "mlx-lm refused these options: --kv-bits and --kv-group-size: ",
     ),
     (["p.txt", "--extra-eos-token", "nope"], "--extra-eos-token nope: the tokenizer has no such"),
-    (["p.txt", "--extra-eos-token", "700"], "--extra-eos-token 700: "),
     (
         ["p.txt", "--system-prompt", "x"],
         "--system-prompt cannot be used without a chat template: this tokenizer has none",
@@ -93,11 +89,6 @@ MODELS = [
         {"adapter_path": None, "k": 4},
         "--k is 4, and there is no merge encoder: give --adapter-path",
     ),
-    ({"adapter_path": "no"}, "no is not a folder"),
-    ({"adapter_path": "bare"}, "merge_config.json is missing"),
-    ({"adapter_path": "lora"}, "is an mlx-lm adapter without a merge encoder"),
-    ({"adapter_path": "peft"}, "is a PEFT adapter without a merge encoder"),
-    ({"adapter_path": "narrow"}, "is a base model, not an adapter"),
     ({"model": "narrow"}, "hidden_size is 32, the adapter was made for 64"),
     ({"model": "shallow"}, ": 2 problems\n  - num_hidden_layers is 2, "),
     ({"model": None, "adapter_path": "nameless"}, "does not name its base model: give --model"),
@@ -105,20 +96,14 @@ MODELS = [
     ({"model": "/no/such/base"}, "/no/such/base is neither a folder nor"),
     ({"model": "some/base"}, "HF_HUB_OFFLINE"),
     ({"model": "p.txt"}, "p.txt is a file"),
-    ({"model": "bare"}, "holds no config.json"),
     ({"model": "torn"}, "cannot load torn"),
 ]
 MISUSE = [
     (["-m", 0], "--max-tokens is 0, which generates nothing"),
-    (["-m", "ten"], "--max-tokens"),
     (["--draft-model", "x"], "--draft-model"),
-    (["--temp", -1], "--temp"),
-    (["--temp", "nan"], "--temp"),
     (["--kv-bits", 7], "--kv-bits is 7, expected one of 2, 3, 4, 5"),
-    (["--kv-group-size", 48], "32, 64, 128"),
     (["--kv-bits", 4, "--max-kv-size", 64], "mlx-lm cannot quantize a cache with --max-kv-size"),
     (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
-    (["--chat-template-config", "[1]"], "--chat-template-config is [1], expected a mapping"),
     (["-p", "\udcff"], "--prompt is not UTF-8"),
 ]
 
@@ -153,12 +138,8 @@ def test_other_faults_are_one_message(generate, checkpoint_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("convert", "no/such", "dst"), "no/such is "),
-        (("convert", "p.txt", "dst"), "p.txt is a file"),
-        (("convert", "bare", "dst"), "holds no encoder.pth and no adapter_config.json"),
         (("convert", "lora", "peft"), "choose another folder"),
         (("info", "no"), "no is not a folder"),
-        (("info", "x" * 5000), "File name too long"),
     ],
 )
 def test_convert_and_info_say_what_they_did_not_find(root, monkeypatch, args, said):

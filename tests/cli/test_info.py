@@ -1,4 +1,4 @@
-"""``kmerge-mlx info``: the calculator's tables, and what a run and its scores look like."""
+"""``kmerge-mlx info`` and ``convert``: folders, the calculator's tables, a run and its scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.tools.sizing import SizingConfig, calculate
 from tests.cli_runner import assert_one_error, change_json, run
+from tests.tiny import build, qwen2_config, random_adapter, write_base
 from tests.train_runs import SMALL_TREES, kmerge, trained
 
 CONFIGS = Path(__file__).parents[1] / "fixtures/configs"
@@ -75,15 +77,6 @@ def test_memory_adds_what_fits_and_positions_past_the_context_are_marked(tmp_pat
     assert any(line.startswith("fits memory within 67%") for line in lines)
 
 
-def test_memory_is_read_as_it_is_sold(tmp_path):
-    base = folder_of(tmp_path, "qwen2.5-0.5b")
-    for text, count in (("16GB", 16 << 30), ("16 gib", 16 << 30), ("0.5T", 512 << 30)):
-        result = run("info", "--model", base, "--length", 10, "--memory", text, "--json")
-        found = json.loads(result.out)
-        assert found["settings"]["memory_bytes"] == count
-        assert [row["k"] for row in found["rows"]] == [1, 2, 3, 4, 8]
-
-
 def test_a_cache_of_limited_size_is_said_to_be_ignored_where_mlx_lm_ignores_it(tmp_path):
     asked = ("--length", 1000, "--max-kv-size", 100, "--k", 1)
     base = folder_of(tmp_path, "llama-3.2-1b")
@@ -124,7 +117,6 @@ def test_of_a_repo_the_config_alone_is_fetched(tmp_path, monkeypatch):
         (("--model", "b"), "--model needs a --length"),
         (("a", "--length", 5), "--length is an option of --model, not of a PATH"),
         (("--model", "b", "--length", 5, "--memory", "16"), "--memory is 16, expected an amount"),
-        (("--model", "b", "--length", 5, "--memory", "0GB"), "--memory is 0GB, expected"),
         (("--model", "b", "--length", 5, "--kv-bits", 4, "--max-kv-size", 9), "--kv-bits"),
     ],
 )
@@ -180,3 +172,75 @@ def test_the_scores_of_a_converted_checkpoint_have_their_own_rows(adapter_path, 
     assert lines.index("provenance") < lines.index("source x") < start
     assert "eval_accuracy left out: 70000 bytes" in lines
     assert "\x1b" not in result.out
+
+
+def told(*args):
+    """The lines that ``info`` prints."""
+    result = run("info", *args)
+    assert (result.code, result.err) == (0, "")
+    return [" ".join(line.split()) for line in result.out.splitlines()]
+
+
+def test_convert_prints_one_line_and_replaces_an_adapter_only_when_told(
+    checkpoint_path, base_path, tmp_path
+):
+    args = ("convert", checkpoint_path, tmp_path / "a")
+    result = run(*args, "--model", base_path, "--k", 4)
+    assert (result.code, result.out) == (0, "")
+    assert result.err == f"{tmp_path}/a: K = 4, D = 64, 50 tensors, 0.9 MB, base {base_path}\n"
+    assert_one_error(run(*args), 1, "exists", "--force")
+    result = run(*args, "--force", "--dtype", "bfloat16")
+    first, second = result.err.splitlines()
+    assert "0.5 MB" in first
+    assert first.endswith("base Qwen/Qwen2.5-0.5B")  # as the checkpoint says
+    assert second.startswith("note: without --model, only sizes")
+    found = json.loads(run("info", tmp_path / "a", "--json").out)
+    assert found["adapters"][0]["dtype"] == "bfloat16"
+
+
+def test_info_says_what_a_checkpoint_and_an_adapter_are(checkpoint_path, adapter_path, base_path):
+    assert told(checkpoint_path)[:2] == [f"{checkpoint_path}: checkpoint", "K = 4"]
+    lines = told(adapter_path)
+    assert lines[:2] == [f"{adapter_path}: adapter", "K = 4"]
+    assert {
+        "encoder D = 64, H = 384, 213,696 parameters, 0.9 MB float32",
+        "LoRA 22 modules, rank 4, scale 4, 0.1 MB",
+        *(f"base {base_path}", "rope_theta 10000.0", "padding token 223"),
+    } <= set(lines)
+    (line,) = told(adapter_path, "--json")
+    found = json.loads(line)
+    assert (found["kind"], found["path"]) == ("adapter", str(adapter_path))
+    (adapter,) = found["adapters"]
+    assert adapter["merge_factor"] == 4
+    assert adapter["encoder_bytes"] == 4 * adapter["encoder_parameters"] == 854_784
+    assert adapter["base_model"] == str(base_path)
+    assert adapter["base_config_hash"].startswith("sha256:")
+    assert adapter["provenance"]["metrics"] == {"merge_factor": 4}
+
+
+def test_info_lists_every_k_of_a_folder_and_says_what_is_not_recorded(adapter_path, tmp_path):
+    model = build(qwen2_config())
+    for k in (5, 2, 3):
+        save_adapter(random_adapter(model, k), tmp_path / f"k{k}")
+    lines = told(tmp_path)
+    assert lines[0] == f"{tmp_path}: adapter"
+    assert [line for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3", "K = 5"]
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_path, folder)
+    change_json(folder / "merge_config.json", base_model=None, layout=None, pad_token_id=None)
+    text = "\n".join(told(folder))
+    assert "not named (its config was not recorded: converted without --model)" in text
+    assert "from the tokenizer" in text
+    assert "layout" not in text
+
+
+def test_info_says_what_a_base_is(base_path, tmp_path):
+    lines = told(base_path)
+    assert lines[0] == f"{base_path}: base model"
+    wanted = {"context 2048 positions", "quantization none"}
+    assert {*wanted, "merging proven by this project's tests"} <= set(lines)
+    base = write_base(tmp_path / "other", qwen2_config(max_position_embeddings=None))
+    quantization = {"group_size": 64, "bits": 4}
+    change_json(base / "config.json", quantization=quantization, model_type="phi3")
+    wanted = {"context unknown", "quantization 4 bits"}
+    assert {*wanted, "merging checked when an adapter is loaded"} <= set(told(base))

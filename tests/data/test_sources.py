@@ -13,8 +13,7 @@ from kmerge_mlx.data.sources import load_examples, load_hub_datasets
 from kmerge_mlx.errors import DataError
 from tests.cli_runner import environment
 from tests.data.test_examples import GOOD, write
-from tests.hub_runs import QUIET
-from tests.hub_server import running_hub
+from tests.hub_server import QUIET, running_hub
 
 KEYS = {"prompt_feature": "q", "completion_feature": "a"}
 

@@ -190,19 +190,6 @@ def test_trees_of_earlier_splits_are_drawn_again_until_none_is_left(monkeypatch)
         task.draw("train", 0, {fingerprint("AA\n+AB"), fingerprint("AB\n+AA")})
 
 
-def test_the_summary_counts_what_is_in_the_files(tmp_path):
-    summary = TreeTask(num_trees=400, find_parent=1).write(tmp_path / "data")
-    for split, found in summary["splits"].items():
-        lines = (tmp_path / "data" / f"{split}.jsonl").read_text().splitlines()
-        labels = Counter(json.loads(line)["completion"] for line in lines)
-        assert found["rows"] == len(lines)
-        assert found["labels"]["true"] == found["labels"]["false"] == labels["true"]
-        assert sum(found["labels"].values()) == sum(found["depths"].values()) == len(lines)
-        assert sum(found["negatives"].values()) == labels["false"]
-    assert list(summary["splits"]) == ["train", "valid", "test"]
-    assert summary["trees"] == {"train": 392, "valid": 4, "test": 4}
-
-
 def test_what_cannot_be_drawn_is_refused():
     for options, message in (
         ({"stage": "huge"}, "stage is 'huge', expected one of small, xsmall"),

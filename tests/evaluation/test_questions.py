@@ -48,14 +48,6 @@ def test_the_split_that_is_asked_for_is_read_up_to_the_limit(tmp_path):
     assert "holds no valid.jsonl" in refused(DataError, data=str(tmp_path), split="valid")
 
 
-def test_an_answer_in_parts_is_their_text_and_a_call_has_none(tmp_path):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
-    answers = [{"role": "assistant", "content": parts}, call]
-    rows = [{"messages": [{"role": "user", "content": "?"}, answer]} for answer in answers]
-    assert [q.answer for q in asked(data=str(write_data(tmp_path, rows))).items] == ["ab", ""]
-
-
 def test_labels_are_few_answers_that_come_often_or_those_given(tmp_path):
     for answers, settings, labels in (
         (TRUTH, {}, ("true", "false")),

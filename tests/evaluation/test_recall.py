@@ -110,17 +110,6 @@ def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
     assert list(trees.values()) == [len(DEPTHS)] * 4
 
 
-def test_lengths_and_depths_are_shown_in_order_and_once():
-    questions = Written(length=(200, 150, 200), depth=(1, 0.125, 0.1251, 0.125)).questions
-    assert [group.place for group in questions.groups] == [
-        (length, depth) for length in (150, 200) for depth in (0.125, 0.1251, 1)
-    ]
-    assert [group.name for group in questions.groups[:3]] == [
-        *("150 tokens, depth 12.5%", "150 tokens, depth 12.51%", "150 tokens, depth 100%")
-    ]
-    assert set(questions.sizes().values()) == {4}
-
-
 def test_the_same_seed_writes_the_same_and_another_other_prompts():
     one = Written(length=(150,)).questions.items
     assert one == Written(length=(100, 150)).questions.items[-len(one) :]

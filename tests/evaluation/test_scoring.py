@@ -88,14 +88,6 @@ def test_a_batch_that_was_cut_short_is_missing_and_a_torn_line_is_cut_off(tmp_pa
         assert path.read_bytes() == whole[: ends[left + 1]]
 
 
-def test_an_answer_given_again_counts(tmp_path):
-    path = filled(tmp_path / "answers.jsonl")
-    with path.open("a") as file:
-        later = {"text": "later", "nll": float("inf")}
-        file.write(json.dumps(lines_of(path)[0] | later) + "\n")
-    assert opened(path).of(K4)[3] == answer(3, **later)
-
-
 def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
     whole = path.read_bytes()

@@ -56,17 +56,6 @@ def test_every_turn_is_one_long_prompt(chatty, layout):
     assert talk.history.tokens > 1.5 * talk.history.positions
 
 
-def test_the_context_merges_and_the_question_does_not(chatty):
-    talk = Conversation(*chatty, context="a b c <raw>d e</raw> f", max_kv_size=64)
-    list(talk.ask("what is it?", max_tokens=2))
-    segments = lay_out_chat(chatty[1], talk.messages[:-1])
-    assert [s.merge for s in segments] == [False, True, False, True, False]
-    texts = [chatty[1].decode(list(s.ids)) for s in segments]
-    assert "a b c" in texts[1]
-    assert "d e" in texts[2]
-    assert "what is it?" in texts[4]
-
-
 def test_an_answer_that_is_stopped_stays_as_far_as_it_went(chatty):
     talk = Conversation(*chatty)
     answer = talk.ask("one two three", max_tokens=50)

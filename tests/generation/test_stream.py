@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from kmerge_mlx import Segment, batch_generate, compress, generate, stream_generate
 from kmerge_mlx.errors import ModelError, PromptError
+from kmerge_mlx.generation.stream import over_original_ids
 from kmerge_mlx.model import attach, merged_embedding
 from tests.conftest import UPSTREAM
 from tests.tiny import PAD, build, prompts_of, qwen2_config, random_adapter, steps
@@ -202,3 +204,51 @@ def test_a_model_without_an_adapter_reads_the_prompt_unmerged():
     last = list(stream_generate(model, tokenizer, [1, 2, 3], max_tokens=2))[-1]
     assert (last.prompt_tokens, last.compressed_tokens, last.compression_ratio) == (3, 3, 1.0)
     assert isinstance(model.model.embed_tokens, nn.Embedding)
+
+
+# Penalties and other logits processors see the original token ids, and cost no wait
+
+
+PENALTIES = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5, "repetition_context_size": 3},
+    {"presence_penalty": 2.0, "presence_context_size": 64},
+    {"frequency_penalty": 1.5, "frequency_context_size": 200},
+    {"logit_bias": {5: 3.0, 699: -2.0}},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", PENALTIES, ids=lambda o: "+".join(o))
+def test_penalties_are_mlx_lms_over_the_original_ids_also_in_a_batch(tiny, options):
+    model, tokenizer = tiny
+
+    def penalties():
+        return make_logits_processors(**options)
+
+    prompts = [*prompts_of(3, 3, 70, seed=9), *prompts_of(1, 61, 61, seed=6)]
+    together = batch_generate(
+        *tiny, prompts, max_tokens=8, logits_processors=penalties(), return_token_ids=True
+    )
+    for ids, batched in zip(prompts, together.token_ids, strict=True):
+        prompt = compress(model, tokenizer, ids)
+        found = stream_generate(*tiny, prompt, max_tokens=8, logits_processors=penalties())
+        cache, read, answer = make_prompt_cache(model), prompt.ids, []
+        for response in found:
+            logits = model(mx.array([read]), cache=cache)[:, -1, :]
+            for processor in penalties():
+                logits = processor(mx.array(ids + answer), logits)
+            wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
+            assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
+            answer.append(response.token)
+            read = [response.token]
+        assert batched == [token for token in answer if token not in tokenizer.eos_token_ids]
+
+
+def test_a_guarded_processor_reads_nothing_back_from_the_device(tiny, monkeypatch):
+    """The decode loop must not wait: the guard only builds arrays."""
+    prompt = compress(*tiny, [1, 2, 3, 4, 5])
+    (guarded,) = over_original_ids([lambda tokens, logits: logits], prompt)
+    for name in ("eval", "async_eval", "synchronize"):
+        monkeypatch.setattr(mx, name, lambda *_: pytest.fail("the guard waited for the device"))
+    guarded(mx.array([*prompt.ids, 3]), mx.zeros((1, V)))

@@ -103,23 +103,6 @@ def test_the_measure_the_ratio_and_every_method_are_named(tmp_path):
         draw_report(quality(thirteen()), tmp_path / "no" / "such.png")
 
 
-def test_a_method_of_one_point_goes_by_its_label_and_of_several_by_its_name(figure):
-    drawn = figure([row("mean", 4, 0.6), row("merged", 4, 0.8), row("merged", 2, 0.9)])
-    assert legend(drawn) == ["mean 4", "merged", "majority answer", "Pareto frontier"]
-    joined = line(drawn.axes[0], "merged")
-    assert (list(joined.get_xdata()), list(joined.get_ydata())) == ([2, 4], [0.9, 0.8])
-
-
-def test_every_method_has_a_colour_and_a_marker_of_its_own_in_all_panels(figure):
-    rows = [row(f"method {i}", 2 + i, 0.5) for i in range(2 * len(COLOURS))]
-    looks = [
-        [(to_hex(m.get_color()), m.get_marker()) for m in (line(axes, r.label) for r in rows)]
-        for axes in figure(quality(rows, "one", "two")).axes
-    ]
-    assert looks[0] == looks[1]
-    assert len(set(looks[0])) == len(rows)
-
-
 def test_error_bars_are_the_intervals_even_beside_the_value_and_cut_at_the_axes(figure):
     skewed = row("a", 4, 0.6, 0.1)
     skewed.scores["one"]["exact_match"] = Score(0.9, 0.5, 0.7)
@@ -148,23 +131,6 @@ def test_the_frontier_is_what_nothing_beats_up_to_a_points_ratio(figure):
     assert ticks(alone.axes[0].xaxis) == ["4x"]
 
 
-def test_ratios_are_ticks_unless_their_labels_would_touch(figure):
-    axes = figure([row("a", ratio, 0.5) for ratio in (1, 1.9, 2, 2.1, 3.87, 7.6)]).axes[0]
-    assert ticks(axes.xaxis) == ["1x", "2x", "3.9x", "7.6x"]
-    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-
-
-def test_points_of_one_ratio_are_side_by_side_and_the_best_in_their_place(figure):
-    axes = figure(thirteen()[::-1]).axes[0]
-    place = axes.transData.transform((4, 0.5))[0]
-    names = ("merged", "mean of K", "last tokens", "one token in K")
-    shown = {m: line(axes, m).get_transform().transform((4, 0.5))[0] - place for m in names}
-    assert shown["merged"] == 0
-    assert np.diff(sorted(shown.values())) == pytest.approx(APART * axes.figure.dpi / 72)
-    assert line(axes, "uncompressed 1").get_transform().transform((4, 0.5))[0] == place
-
-
 def test_a_line_of_recall_holds_the_values_and_their_intervals(figure):
     for number, axes in enumerate(figure(recall(3)).axes):
         for place, name in enumerate(FIVE):
@@ -175,14 +141,6 @@ def test_a_line_of_recall_holds_the_values_and_their_intervals(figure):
         places = [line(axes, name).get_transform().transform((0.5, 0.5))[0] for name in FIVE]
         assert np.diff(places) == pytest.approx(APART * axes.figure.dpi / 72)
     assert bars(figure(recall(1, ("K=4",))).axes[0]) == [pytest.approx(wilson_interval(20, 20))] * 5
-
-
-def test_many_lengths_are_drawn_in_rows_and_many_depths_are_not_all_written_out(figure):
-    drawn = figure(recall(4, FIVE, tuple(i / 10 for i in range(11))))
-    assert len(drawn.axes) == 4
-    assert drawn.axes[3].get_position().y1 < drawn.axes[0].get_position().y0
-    assert len(drawn.axes[0].get_xticks()) < 11
-    assert ticks(figure(recall(1, FIVE, (0.125, 0.9))).axes[0].xaxis) == ["12.5%", "90%"]
 
 
 def timed(method: str, k: int, value: float, seconds: float) -> Row:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache
 from mlx_lm.server import ResponseGenerator
 
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.serving.generator import PromptCache, check_seam
+from kmerge_mlx.serving.generator import check_seam
 from tests.servers import eventually, long_answer, receive_until, serving
 
 
@@ -17,23 +15,6 @@ def test_another_mlx_lm_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(ResponseGenerator, "_tokenize", lambda self, tokenizer, request: None)
     with pytest.raises(ServeError, match=r"_tokenize takes \(self, tokenizer, request\), expected"):
         check_seam()
-
-
-def test_a_prompt_that_is_cached_whole_leaves_something_to_read():
-    results = []
-    cache = PromptCache(4, None, results.append)
-    kv = KVCache()
-    kv.update_and_fetch(*[mx.zeros((1, 1, 4, 4))] * 2)
-    cache.insert_cache("m", [1, 2, 3, 4], [kv])
-    for tokens in ([1, 2, 3, 4], [1, 2, 3], [1], [1, 2, 3, 4, 5], [9]):
-        kept, rest = cache.fetch_nearest_cache("m", tokens)
-        assert rest == tokens[len(tokens) - len(rest) :]
-        assert len(rest) >= 1
-        assert (kept[0].offset if kept else 0) == len(tokens) - len(rest)
-    assert results == ["hit", "hit", "miss", "hit", "miss"]
-    assert list(cache.cached_ids()) == [[1, 2, 3, 4]]
-    cache.trim_to(n_sequences=0)
-    assert list(cache.cached_ids()) == []
 
 
 def test_slots_that_run_out_are_a_503_and_come_back(base_path, adapter_path):

@@ -6,13 +6,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from kmerge_mlx import load
-from kmerge_mlx.adapters import lora
-from kmerge_mlx.adapters.folder import save_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
-from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.generation import cost
 from kmerge_mlx.generation.cost import Spread
 from kmerge_mlx.model import load_source
@@ -20,7 +15,6 @@ from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools import bench as benchmark
 from kmerge_mlx.tools.bench import BenchmarkConfig, Side, Trial
-from tests.adapters.test_full import full_adapter
 from tests.tiny import VOCAB_SIZE, qwen2_config, write_base
 
 CONFIG = BenchmarkConfig((21,), 2, 3, prefill_step_size=2048, seed=0, delay=0)
@@ -121,19 +115,6 @@ def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
     assert merged.figures.generation_tps is None
 
 
-def test_an_untrained_encoder_has_the_papers_size_over_the_bases_own_weights(sides):
-    plain = {id(array) for _, array in tree_flatten(sides[0].llm.parameters())}
-    for side in (sides[2], sides[4]):
-        sizes = EncoderConfig(side.k, 64, inner_size(side.k, 64))
-        arrays = {id(array) for _, array in tree_flatten(side.llm.parameters())}
-        assert side.embedding.encoder.config == sizes
-        assert plain < arrays
-        # The plain one does not read the encoders, nor each of these the other's.
-        own = 4 * sizes.num_parameters
-        assert side.unread_bytes == sides[0].unread_bytes - own == sides[1].unread_bytes - own
-        assert not lora.layers(side.llm)
-
-
 def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     base_path, adapter_path
 ):
@@ -147,33 +128,3 @@ def test_an_adapters_side_is_the_loaded_model_and_the_plain_ones_are_the_base(
     bare, _, _ = load_source(Source.find(str(base_path)))
     assert mx.array_equal(plain.llm(ids[:, :5]), bare(ids[:, :5]))
     assert floor.llm is plain.llm
-
-
-def test_layers_that_an_adapter_replaces_are_not_read(base, tmp_path):
-    adapter = full_adapter(1)
-    save_adapter(adapter, tmp_path / "a")
-    plain, _, merged = load_sides(base, {adapter.merge.merge_factor: tmp_path / "a"}, (16,))
-    replaced = sum(array.nbytes for array in adapter.tuning_weights.values())
-    assert merged.unread_bytes == replaced
-    encoder = [*adapter.encoder_weights.values(), *adapter.head_weights.values()]
-    assert plain.unread_bytes == replaced + sum(array.nbytes for array in encoder)
-
-
-def test_what_cannot_be_read_is_refused_before_anything_is_loaded(
-    base, base_path, adapter_path, monkeypatch
-):
-    def loaded(*args, **options):
-        raise AdapterError("loading")
-
-    monkeypatch.setattr(benchmark.model, "load_source", loaded)
-    with pytest.raises(AdapterError, match="loading"):
-        load_sides(str(base_path), {4: None}, (2048,))
-    for lengths, said in (
-        ((2049,), "nothing was measured: `length` 2049 is more than the model's context of 2,048"),
-        ((3, 8), "nothing was measured: `k` 4 is more than `length` 3: a block would hold more"),
-        ((3, 9000), "nothing was measured: 2 problems\n"),
-    ):
-        with pytest.raises(PromptError, match=said):
-            load_sides(str(base_path), {4: None}, lengths)
-    with pytest.raises(AdapterError, match="does not fit"):
-        load_sides(base, {4: adapter_path}, (8,))

@@ -12,8 +12,7 @@ from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import unfreeze
 from tests.cli_runner import assert_one_error, run
-from tests.hub_runs import using
-from tests.hub_server import running_hub
+from tests.hub_server import running_hub, using
 from tests.train_runs import SMALL_TREES, train
 
 TEXT = "Tree: JN\n+WO\n++UP\n++JG\n" * 6
@@ -154,13 +153,8 @@ def test_what_cannot_work_is_one_message(tmp_path, monkeypatch, base_path, adapt
     fuse, quantize = ("fuse", "--adapter-path", adapter_path), ("quantize", "--model", base_path)
     for args, said in (
         (("fuse", "--model", base_path), "carries no adapter to fuse: give --adapter-path"),
-        ((*fuse, "none.txt"), "cannot read none.txt"),
-        ((*fuse, "--k", 3), "3"),
         ((*fuse, "--save-path", base_path), "--save-path"),
         ((*fuse, "--save-path", "text.txt/x"), "cannot write text."),
-        (("quantize", "--model", "none"), "none"),
-        ((*quantize, "--q-bits", 7), "MLX cannot quantize"),
-        ((*quantize, "--encoder-bits", 8), "--encoder-bits needs a merge"),
         ((*quantize, "empty.txt"), "empty.txt is empty"),
         ((*quantize, "--mlx-path", "text.txt", "--force"), "text.txt"),
     ):

@@ -19,8 +19,6 @@ from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.adapters.schema import EncoderQuantization
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.tools import fuse as fusing
-from kmerge_mlx.tools.fuse import Comparison
 from kmerge_mlx.tools.quantize import Packing
 from tests.adapters.test_full import full_adapter
 from tests.conversions import assert_same_tensors
@@ -146,19 +144,6 @@ def test_everything_wrong_with_a_packed_encoder_is_listed(home, tmp_path):
         assert f"encoder.{name}" in str(error.value)
 
 
-def test_an_entry_that_does_not_fit_the_tensors_is_refused(home, tmp_path):
-    shutil.copytree(home / "q" / "kmerge", tmp_path / "a")
-    path = tmp_path / "a" / "merge_config.json"
-    config = json.loads(path.read_text())
-    for entry in (
-        *(None, 8, {}, {"bits": 7, "group_size": 64}, {"bits": 8, "group_size": 0}),
-        *({"bits": "8", "group_size": 64}, {"bits": 8, "group_size": 64, "mode": "affine"}),
-    ):
-        path.write_text(json.dumps(config | {"encoder_quantization": entry}))
-        with pytest.raises(AdapterError, match=r"encoder_quantization|has dtype U32"):
-            load_adapter(tmp_path / "a")
-
-
 def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(home, tmp_path):
     base, eight = home / "base", {"encoder_bits": 8}
     narrow = write_base(tmp_path / "narrow", qwen2_config(intermediate_size=96))
@@ -179,17 +164,3 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(home, tmp_path):
             quantize_folders(source, adapter, tmp_path / "new", **options)
         assert "\n" not in str(error.value)
         assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_short_text_is_compared_whole_and_a_long_one_within_bounds(tmp_path, monkeypatch):
-    base, adapter = made(tmp_path)
-    model, tokenizer = load(str(base), adapter)
-    short = Comparison(model, tokenizer, "One two three")
-    assert short.plain == short.merged == tokenizer.encode("One two three")
-    long = Comparison(model, tokenizer, "One two three four. " * 2000)
-    assert (len(long.plain), len(long.merged)) == (512, 4 * 512)
-    assert Comparison(model, tokenizer, None).merged == Comparison(model, tokenizer, None).merged
-    monkeypatch.setattr(fusing, "DRIFT_BYTES", 100 * 4 * 700)
-    assert len(Comparison(model, tokenizer, None).plain) == 50
-    model.context_length = 7
-    assert len(Comparison(model, tokenizer, None).plain) == 7
