@@ -27,7 +27,7 @@ KMERGE = [sys.executable, "-m", "kmerge_mlx"]
 QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
-SMOKE_ROWS, SMOKE_CHARS = 6, 600
+SMOKE_ROWS = 4  # of each split, the shortest
 SCORES = {"reviews": "balanced_accuracy", "qa": "token_f1", "commits": "perplexity"}
 
 
@@ -87,7 +87,7 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
     torn.mkdir(parents=True)
     make(given, torn)
     for path in torn.glob("*.jsonl") if given.smoke else ():
-        lines = [line for line in path.read_text().splitlines(True) if len(line) < SMOKE_CHARS]
+        lines = sorted(path.read_text().splitlines(keepends=True), key=len)
         path.write_text("".join(lines[:SMOKE_ROWS]))
     torn.rename(folder)
 
@@ -113,6 +113,7 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
     command = [*KMERGE, "evaluate", "--adapter-path", given.out / "adapters" / task]
     command += ["--data", given.out / "data" / task, "--baseline", "all", "--json"]
     command += ["--predictions", given.out / f"{task}.answers.jsonl"]
+    command += ["--timed", 1] if given.smoke else []
     say([*command, "--plot", given.out / f"{task}.png"], result)
 
 
