@@ -27,8 +27,7 @@ QUANTIZATION = "encoder_quantization"  # absent where the encoder is not quantiz
 START = "encoder_start"  # absent where it is the mean
 MEAN, INFORMATION = "mean", "information"
 STARTS = (MEAN, INFORMATION)
-"""What an encoder gives before training: the block's mean, as the paper's, or its tokens weighed by
-how rare they are (encoder.py)."""
+"""What an encoder gives before training: a block's mean, or its tokens weighed by their rarity."""
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (64, 32, 128)  # MLX's, the preferred one first
@@ -110,10 +109,9 @@ class EncoderConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.start == INFORMATION:
-            d = self.hidden_size
-            shapes = {"center": (d,), "gate_weight": (d,), "gate_bias": (1,)}
+        d = self.hidden_size
+        start = {"center": (d,), "gate_weight": (d,), "gate_bias": (1,)}
+        shapes: dict[str, tuple[int, ...]] = start if self.start == INFORMATION else {}
         for layer, (out, inner) in self.layers().items():
             shapes |= {f"{layer}.weight": (out, inner), f"{layer}.bias": (out,)}
             if (packing := self.quantization) is not None:
@@ -376,13 +374,9 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class FullConfig:
-    """Full fine-tuning: the last layers' own weights take the place of the base's.
+    """Full fine-tuning: the last layers' own weights take the place of the base's."""
 
-    Args:
-        num_layers: How many layers, counted from the last; -1 or 0 means all, as in mlx-lm.
-    """
-
-    num_layers: int
+    num_layers: int  # counted from the last; -1 or 0 means all, as in mlx-lm
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``."""
