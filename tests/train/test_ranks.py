@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,14 +50,22 @@ except KMergeError as error:
 """
 
 
+def free_ports() -> int:
+    """The first of eight free ports, below those that systems give to connections."""
+    while True:
+        first = random.randrange(20_000, 30_000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + 8):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
 def start(
     commands: Sequence[Sequence[object]], folder: Path, **more: str
 ) -> list[subprocess.Popen]:
     """Starts one process a rank, each with its own command."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in commands]
-    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
-    for s in sockets:
-        s.close()
+    first = free_ports()
+    hosts = [[f"127.0.0.1:{first + rank}"] for rank in range(len(commands))]
     file = folder / f"hosts{time.monotonic_ns()}.json"
     file.write_text(json.dumps(hosts))
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | more
@@ -164,8 +174,7 @@ def test_mlx_launch_runs_ranks_and_one_rank_is_a_run_of_one_process():
         program = Path(os.path.realpath(mx.__file__)).parents[4] / "bin" / "mlx.launch"
     code = CHILD.replace("{before}", "pass")
     for count, said in ((2, ["[0, 2, 3]", "[1, 2, 3]"]), (1, ["[0, 1, 1]"])):
-        with socket.create_server(("127.0.0.1", 0)) as s:
-            port = min(s.getsockname()[1], 65000)
+        port = free_ports()
         command = [sys.executable, program, "-n", count, "--backend", "ring"]
         command += ["--starting-port", port, "--", sys.executable, "-c", code]
         command += ["say([rank, ranks.size, ranks.sum(mx.array(rank + 1)).item()])"]
