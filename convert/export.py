@@ -29,7 +29,7 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
     name_ends,
 )
-from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
+from kmerge_mlx.adapters.schema import MEAN, LoRAConfig, LoRASpec
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.convert.checkpoint import COMPANION, PROVENANCE, named_head
 from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
@@ -74,6 +74,11 @@ def _objections(adapter: Adapter) -> list[str]:
             problems.append(
                 f"its encoder also reads the {context} tokens before a block, which the paper's "
                 "code does not: train it without `encoder_context`"
+            )
+        if merge.encoder.start != MEAN:
+            problems.append(
+                f"its encoder starts from `{merge.encoder.start}`, which the paper's code does not "
+                "know: train it with `encoder_start` mean"
             )
         if base.scales_embeddings(merge.base.fields):
             problems.append(

@@ -10,13 +10,23 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from kmerge_mlx.adapters.schema import EncoderConfig
+from kmerge_mlx.adapters.schema import INFORMATION, EncoderConfig
+
+EXPONENT = 4
+"""How sharply rare tokens outweigh frequent ones."""
+LEAST, MOST = 1.0, 14.0  # self-information that counts, in nats
 
 
 class MergeEncoder(nn.Module):
     """``f(e_1..e_K) = mean(e) + W3 relu(W2 relu(W1 [e_1;..;e_K]))``, every W with a bias.
 
     With a context of c, W1 reads ``[e_1-c;..;e_0;e_1;..;e_K]``; the mean is over the block alone.
+
+    The start ``information`` has another term in place of the mean. In a pretrained table, frequent
+    words lie further from the table's ``center`` than rare ones, so that a mean is mostly function
+    words, and shorter than any token. This term adds up directions from the center, each weighed by
+    its token's self-information (read from its embedding by ``gate_weight`` and ``gate_bias``), and
+    has a token's length.
 
     Args:
         config: K, D, H and c, and how the weights are packed, if they are.
@@ -29,6 +39,9 @@ class MergeEncoder(nn.Module):
         self.w1, self.w2, self.w3 = (nn.Linear(inner, out) for out, inner in widths)
         self.w3.weight = mx.zeros_like(self.w3.weight)
         self.w3.bias = mx.zeros_like(self.w3.bias)
+        if config.start == INFORMATION:
+            self.center = mx.zeros(config.hidden_size)
+            self.gate_weight, self.gate_bias = mx.zeros(config.hidden_size), mx.ones(1)
         if config.quantization is not None:
             nn.quantize(self, config.quantization.group_size, config.quantization.bits)
 
@@ -44,4 +57,17 @@ class MergeEncoder(nn.Module):
         x = embeddings.astype(self.w3.bias.dtype)
         hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
         hidden = nn.relu(self.w2(hidden))
-        return x[:, self.config.context :].mean(axis=1) + self.w3(hidden)
+        return self._start(x[:, self.config.context :]) + self.w3(hidden)
+
+    def _start(self, own: mx.array) -> mx.array:
+        """The term that is there before any training, of a block's own tokens ``(N, K, D)``."""
+        if self.config.start != INFORMATION:
+            return own.mean(axis=1)
+        apart = own - self.center
+        lengths = mx.maximum(mx.linalg.norm(apart, axis=-1), 1e-3)  # (N, K)
+        nats = mx.clip(own @ self.gate_weight + self.gate_bias, LEAST, MOST)
+        weights = mx.softmax(EXPONENT * mx.log(nats), axis=1)
+        direction = ((weights / lengths)[..., None] * apart).sum(axis=1)
+        length = (weights * lengths).sum(axis=1, keepdims=True)
+        whole = mx.maximum(mx.linalg.norm(direction, axis=-1, keepdims=True), 1e-3)
+        return self.center + direction * (length / whole)

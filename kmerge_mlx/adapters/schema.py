@@ -24,6 +24,10 @@ ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
 QUANTIZATION = "encoder_quantization"  # absent where the encoder is not quantized
+START = "encoder_start"  # absent where it is the mean
+MEAN, INFORMATION = "mean", "information"
+STARTS = (MEAN, INFORMATION)
+"""What an encoder gives before training: a block's mean, or its tokens weighed by their rarity."""
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (64, 32, 128)  # MLX's, the preferred one first
@@ -67,6 +71,7 @@ class EncoderConfig:
         hidden_size: D, the base model's embedding width.
         inner_size: H, the width of the first hidden layer.
         context: c, how many tokens before its block the encoder also reads; 0 is the paper's.
+        start: What it gives before any training, one of ``STARTS``.
         quantization: How its weights are packed, or None: they are floating-point numbers.
 
     Raises:
@@ -78,6 +83,7 @@ class EncoderConfig:
     inner_size: int
     context: int = 0
     quantization: EncoderQuantization | None = None
+    start: str = MEAN
 
     def __post_init__(self) -> None:
         problems = [
@@ -85,6 +91,8 @@ class EncoderConfig:
             for (name, value), low in zip(self._sizes().items(), (2, 1, 1, 0), strict=True)
             if not is_int(value, low)
         ]
+        if self.start not in STARTS:
+            problems.append(f"{START} is {short(self.start)}, expected one of {', '.join(STARTS)}")
         if not problems and (packing := self.quantization) is not None:
             problems = [
                 f"{layer} reads {inner} numbers, expected whole groups of {packing.group_size}"
@@ -101,7 +109,9 @@ class EncoderConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes, as stored: weights are ``(out, in)``, or packed."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        d = self.hidden_size
+        start = {"center": (d,), "gate_weight": (d,), "gate_bias": (1,)}
+        shapes: dict[str, tuple[int, ...]] = start if self.start == INFORMATION else {}
         for layer, (out, inner) in self.layers().items():
             shapes |= {f"{layer}.weight": (out, inner), f"{layer}.bias": (out,)}
             if (packing := self.quantization) is not None:
@@ -118,12 +128,14 @@ class EncoderConfig:
     @property
     def num_parameters(self) -> int:
         """How many numbers the encoder holds, packed or not."""
-        return sum(out * inner + out for out, inner in self.layers().values())
+        own = 2 * self.hidden_size + 1 if self.start == INFORMATION else 0
+        return own + sum(out * inner + out for out, inner in self.layers().values())
 
     def to_json(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``."""
         packing = {} if self.quantization is None else {QUANTIZATION: asdict(self.quantization)}
-        return self._sizes() | packing
+        start = {} if self.start == MEAN else {START: self.start}
+        return self._sizes() | packing | start
 
     def _sizes(self) -> dict[str, int]:
         sizes = (self.merge_factor, self.hidden_size, self.inner_size, self.context)
@@ -132,8 +144,8 @@ class EncoderConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EncoderConfig | None:
         """Reads the encoder's entries of ``merge_config.json``; None for K = 1, without encoder."""
-        names = (*ENCODER_ENTRIES, QUANTIZATION)
-        factor, hidden, inner, context, packing = (data.get(name) for name in names)
+        names = (*ENCODER_ENTRIES, QUANTIZATION, START)
+        factor, hidden, inner, context, packing, start = (data.get(name) for name in names)
         if is_int(factor) and factor == 1:
             for name in names[1:]:
                 if data.get(name) is not None:
@@ -151,7 +163,8 @@ class EncoderConfig:
                 )
             packing = EncoderQuantization(bits, group)
         # The first adapters do not name the context: theirs is 0.
-        return cls(factor, hidden, inner, 0 if context is None else context, packing)
+        context, start = 0 if context is None else context, MEAN if start is None else start
+        return cls(factor, hidden, inner, context, packing, start)
 
 
 @dataclass(frozen=True)
@@ -361,13 +374,9 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class FullConfig:
-    """Full fine-tuning: the last layers' own weights take the place of the base's.
+    """Full fine-tuning: the last layers' own weights take the place of the base's."""
 
-    Args:
-        num_layers: How many layers, counted from the last; -1 or 0 means all, as in mlx-lm.
-    """
-
-    num_layers: int
+    num_layers: int  # counted from the last; -1 or 0 means all, as in mlx-lm
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``."""

@@ -17,7 +17,7 @@ from kmerge_mlx.adapters.folder import (
     look_up,
     read_adapter,
 )
-from kmerge_mlx.adapters.schema import QUANTIZATION, LoRAConfig
+from kmerge_mlx.adapters.schema import QUANTIZATION, START, LoRAConfig
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.hub import fetch, is_namespaced
@@ -138,6 +138,7 @@ def encoder_line(adapter: dict[str, Any]) -> str:
     context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
     sizes = f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
     sizes += f"{context} tokens of context, " if context else ""
+    sizes += f"starts from {adapter[START]}, " if START in adapter else ""
     numbers = f"at {packing['bits']} bits" if packing else adapter["dtype"]
     megabytes = f"{adapter['encoder_bytes'] / 1e6:.1f} MB"
     return f"{sizes}{adapter['encoder_parameters']:,} parameters, {megabytes} {numbers}"

@@ -27,6 +27,7 @@ from kmerge_mlx.train import teacher as teaching
 from kmerge_mlx.train.checkpoint import State
 from kmerge_mlx.train.dataset import Stage, load_stages
 from kmerge_mlx.train.ranks import Ranks
+from kmerge_mlx.train.rarity import fit_rarity
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
 from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
 
@@ -82,6 +83,8 @@ def prepare(
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
     merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
+    if adapter is None and merge.encoder is not None and merge.encoder.start != schema.MEAN:
+        fit_rarity(model, stages[0])
     made = (settings, path, model, tokenizer, merge, tuning)
     run = Run(*made, stages, weights, digests, ranks, teacher)
     if resumed:
@@ -126,7 +129,8 @@ def _adapt(
         d, encoder = table(mx.array([0])).shape[-1], None
         if settings.k > 1:
             h = schema.inner_size(settings.k, d, settings.encoder_factor)
-            encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context)
+            start = settings.encoder_start
+            encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context, start=start)
         made_for = schema.BaseModelConfig(settings.model, base.fingerprint(config))
         try:
             tuning, head = _tuning(settings, model)
@@ -149,6 +153,7 @@ def _check_adopted(settings: TrainSettings, adapter: Adapter) -> None:
     encoder, tuning = adapter.merge.encoder, adapter.tuning
     pairs = {
         "`encoder_context`": (settings.encoder_context, encoder.context if encoder else 0),
+        "`encoder_start`": (settings.encoder_start, encoder.start if encoder else schema.MEAN),
         "`fine_tune_type`": (settings.fine_tune_type, tuning.to_json()["fine_tune_type"]),
     }
     if encoder is not None and settings.encoder_factor is not None:

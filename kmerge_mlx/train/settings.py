@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kmerge_mlx.adapters.schema import FULL, LORA
+from kmerge_mlx.adapters.schema import FULL, LORA, MEAN, STARTS
 from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.textualized_tree import TreeTask
@@ -108,6 +108,16 @@ class TrainSettings(Settings):
         None, float, "Encoder width H = int(factor * K) * D. Default: the paper's.", low=0, **_MERGE
     )
     encoder_context: int = option(0, int, "Tokens before a block to read too.", **_LENGTH)
+    encoder_start: str = option(
+        MEAN,
+        str,
+        "What it gives before training: the block's mean, or its tokens weighed by their rarity.",
+        choices=STARTS,
+        **_MERGE,
+    )
+    encoder_learning_rate: float | None = option(
+        None, float, "Its peak learning rate. Default: as the rest.", low=0, **_MERGE
+    )
     encoder_warmup: int = option(0, int, "Iterations of the encoder alone.", low=0, **_MERGE)
     encoder_warmup_loss: str = option(
         ANSWER, str, "What it is trained for then.", choices=(ANSWER, RECONSTRUCTION), **_MERGE
@@ -168,13 +178,13 @@ class TrainSettings(Settings):
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
         trees, k1, lora = self.task == TreeTask.name, self.k == 1, self.lora()
         keys, dropout = lora["keys"], lora["dropout"]
+        own = [f for f in fields(self) if f.name.startswith("encoder_")]
+        encoders = [f"`{f.name}`" for f in own if getattr(self, f.name) != f.default]
         reporters = [name.strip() for name in (self.report_to or "").lower().split(",")]
         rules = {
             f"found `{'` and `'.join(sources)}`, expected one of them": len(sources) > 1,
             "`curriculum` is for `task` textualized-tree": bool(self.curriculum) and not trees,
-            "`encoder_context`, `encoder_factor` and `encoder_warmup` need `k` of 2 or more": (
-                k1 and bool(self.encoder_context or self.encoder_factor or self.encoder_warmup)
-            ),
+            f"`k` = 1 has no encoder: leave {' and '.join(encoders)} out": k1 and bool(encoders),
             "`teacher_top_k`, `teacher_file` and `teacher_answers` need `teacher`": (
                 self.teacher is None
                 and bool(self.teacher_top_k or self.teacher_file or self.teacher_answers)

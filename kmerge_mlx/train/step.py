@@ -48,17 +48,30 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
             f"optimizer_config names {short(unknown[0])}, expected one of {', '.join(OPTIMIZERS)}"
         )
     arguments = settings.optimizer_config.get(settings.optimizer) or {}
-    schedule = settings.lr_schedule
+    schedule, encoders = settings.lr_schedule, settings.encoder_learning_rate
     rate = settings.learning_rate if schedule is None else _schedule(schedule)
     try:
-        make = partial(_CLASSES[settings.optimizer], learning_rate=rate, **arguments)
+        make = partial(_CLASSES[settings.optimizer], **arguments)
         # MLX takes most arguments unseen, and would fail at the first step.
         weights = {"matrix": mx.ones((2, 2)), "vector": mx.ones(2)}
-        mx.eval(make().apply_gradients(weights, weights))
-        return make()
+        mx.eval(make(learning_rate=rate).apply_gradients(weights, weights))
+        rest = make(learning_rate=rate)
+        if encoders is None:
+            return rest
+        if schedule is not None:  # its first argument is the rate after warm-up
+            encoders = _scaled(rate, encoders / schedule["arguments"][0])
+        return optim.MultiOptimizer([make(learning_rate=encoders), rest], [_is_encoders])
     except (TypeError, ValueError) as error:
         where = f"optimizer_config.{settings.optimizer}"
         raise TrainError(f"{where} is {short(arguments)}: {first_line(error)}") from error
+
+
+def _is_encoders(path: str, _: mx.array) -> bool:
+    return ".encoder." in path
+
+
+def _scaled(schedule: Callable[[mx.array], mx.array], by: float) -> Callable[[mx.array], mx.array]:
+    return lambda step: schedule(step) * by
 
 
 def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
@@ -158,7 +171,8 @@ class Engine:
     @property
     def learning_rate(self) -> float:
         """Of the last update."""
-        return self._optimizer.learning_rate.item()
+        own = getattr(self._optimizer, "optimizers", [self._optimizer])
+        return own[-1].learning_rate.item()
 
     def step(self, rows: Rows) -> None:
         """Adds a batch up, of which this rank takes its share, and updates when it is time."""

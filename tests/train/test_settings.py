@@ -88,7 +88,7 @@ def test_one_hf_dataset_entry_is_a_list_of_one_as_in_mlx_lm():
     [
         ({"data": "d", "task": "textualized-tree"}, "found `data` and `task`, expected one of"),
         ({"data": "d", "curriculum": ["small"]}, "`curriculum` is for `task` textualized-tree"),
-        ({"k": 1, "encoder_warmup": 2}, "need `k` of 2 or more"),
+        ({"k": 1, "encoder_warmup": 2}, "leave `encoder_warmup` out"),
         ({"teacher_top_k": 3}, "need `teacher`"),
         ({"teacher": "base", "teacher_file": "f"}, "`teacher_file` needs `teacher_top_k`"),
         (
