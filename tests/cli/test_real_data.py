@@ -14,6 +14,8 @@ from tests.data.test_questions import article, write
 from tests.evaluations import words_of
 from tests.train_runs import trained
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--iters", 2, "--batch-size", 2, "--val-batches", 1, "--k", 2, "--encoder-factor", 0.5)
 
 
@@ -56,7 +58,7 @@ def test_questions_are_trained_on_and_scored_as_squad_does(tmp_path, base, squad
     result = run(*args, "--limit", 2)
     assert [line.split() for line in result.out.splitlines()[:2]] == [
         ["data:", "2", "questions"],
-        ["ratio", "token", "F1", "exact", "match", "perplexity"],
+        ["ratio", "KV", "cache", "TTFT", "token", "F1", "exact", "match", "perplexity"],
     ]
 
 

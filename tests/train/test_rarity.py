@@ -7,7 +7,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
@@ -20,7 +19,7 @@ from tests.cli_runner import assert_one_error, run
 from tests.train_runs import BASE, SMALL_TREES, train, trained
 
 START = ("--encoder-start", INFORMATION)
-WEIGHTS = "adapters.safetensors"
+SCHEDULE = "lr_schedule: {name: linear_schedule, arguments: [1e-3, 1e-3, 99]}\n"
 
 
 def test_the_term_is_that_of_numpy_and_is_as_long_as_a_token():
@@ -95,26 +94,18 @@ def test_without_a_start_of_its_own_nothing_about_it_is_stored(tmp_path):
     assert "encoder_start" not in json.loads((tmp_path / "a" / "merge_config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "schedule", ["", "lr_schedule: {name: linear_schedule, arguments: [1e-3, 1e-3, 99]}\n"]
-)
+@pytest.mark.parametrize("schedule", ["", SCHEDULE])
 def test_the_encoders_rate_is_its_own_and_a_stopped_run_goes_on_with_it(tmp_path, schedule):
     more = (*SMALL_TREES, *START, "--encoder-learning-rate", 0)
-    before = prepare(
-        TrainSettings(model=str(BASE), task="textualized-tree", encoder_start=INFORMATION)
-    )
-    still = dict(tree_flatten(merged_embedding(before.model).encoder.parameters()))
-    for name, steps in (("whole", [6]), ("stopped", [3, 6])):
-        for iters in steps:
-            resume = ("--resume",) if iters != steps[0] else ()
+    for name, stops in (("whole", [4]), ("stopped", [2, 4])):
+        for iters in stops:
+            resume = ("--resume",) if iters != stops[0] else ()
             trained(tmp_path / name, *more, *resume, "--iters", iters, yaml=schedule)
     one, two = (load_adapter(tmp_path / name) for name in ("whole", "stopped"))
     assert all(mx.array_equal(one.tuning_weights[n], a) for n, a in two.tuning_weights.items())
-    assert any(mx.any(a != 0).item() for n, a in one.tuning_weights.items() if n.endswith("lora_b"))
-    for name, array in one.encoder_weights.items():
-        if name == "w3.weight":
-            assert not mx.any(array != 0).item()
-        assert array.shape == still[name].shape
+    moved = [n for n, a in one.tuning_weights.items() if n.endswith("lora_b") and mx.any(a != 0)]
+    assert moved
+    assert not mx.any(one.encoder_weights["w3.weight"] != 0).item()
 
 
 def test_settings_of_an_encoder_need_one(tmp_path):

@@ -30,6 +30,7 @@ def model():
     return load(str(UPSTREAM / "base"))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 512])
 def test_the_weights_are_those_of_transformers(monkeypatch, model, step):
     torch = pytest.importorskip("torch")
