@@ -80,7 +80,8 @@ def with_flags(message: str, settings: type[Settings]) -> str:
     """A message in which each setting in backticks is written as the flag that sets it."""
     flags: dict[str, str] = {}
     for setting in fields(settings):
-        for flag in "/".join(flags_of(setting)).split("/"):  # also both sides of --x/--ignore-x
+        # Also both sides of --x/--ignore-x; a setting of YAML alone keeps its name.
+        for flag in filter(None, "/".join(flags_of(setting)).split("/")):
             flags[flag.lstrip("-").replace("-", "_")] = flag
             flags.setdefault(setting.name, flag)
     return re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), message)

@@ -87,7 +87,7 @@ def make_app(service: Service) -> ASGIApp:
         finally:
             status = _LEFT if scope["state"].get("left") else status
             # FastAPI leaves the route here: what a client made up is not a label.
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", "other").split("/{")[0]
             if not connection.refused:  # that was counted
                 service.metrics.requests.labels(route, str(status)).inc()
 
@@ -98,8 +98,15 @@ async def _as_response(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=_LEFT)
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, error.detail, headers=error.headers)
+        asked, headers = repr(request.url.path[:60]), error.headers
+        error = ApiError(404, f"there is no {asked} here", code="not_found")
+        if headers:
+            message = f"{asked} takes {headers['Allow']}, not {request.method}"
+            error = ApiError(405, message, code="method_not_allowed", headers=dict(headers))
     answer = as_api_error(error)
+    if request.state.connection.cycle.waiting_for_100_continue:
+        # A client that has its answer may or may not send the body that it announced.
+        answer.headers = answer.headers | {"Connection": "close"}
     return JSONResponse(answer.as_json(), answer.status, answer.headers)
 
 

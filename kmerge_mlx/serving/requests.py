@@ -38,6 +38,12 @@ def _logprobs(value: Any) -> bool | int:
     return value
 
 
+def _content(value: Any) -> str | list[Any]:
+    if not isinstance(value, str | list):
+        raise ValueError("expected text or a list of parts")
+    return value
+
+
 def _arguments(value: Any) -> Any:
     """A tool call's arguments: templates take an object, and clients send its text."""
     return read_json(value.encode() or b"{}") if isinstance(value, str) else value
@@ -70,7 +76,7 @@ class _ToolCall(_Part, extra="allow"):
 
 class _Message(_Part, extra="allow"):
     role: str
-    content: Any = ""
+    content: Annotated[Any, BeforeValidator(_content)] = ""
     tool_calls: list[_ToolCall] | None = None
 
 
@@ -165,7 +171,7 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
         message = f"the body is not JSON: {first_line(error)}"
         raise ApiError(400, message, code="invalid_json") from None
     if not isinstance(body, dict):
-        raise ApiError(400, f"the body is a JSON {type(body).__name__}, expected an object")
+        raise ApiError(400, f"the body is {short(body)}, expected a JSON object")
     for name in _REFUSED:
         if body.get(name) is not None:
             raise ApiError(400, f"{name} is not supported: the model was chosen at start-up", name)
@@ -194,7 +200,8 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
 def _as_api_error(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, with the field that it is about."""
     found = error.errors(include_url=False)[0]
-    field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found["loc"])[1:]
+    path = [p for p in found["loc"] if p != "[key]"]  # it says that a dictionary's key is wrong
+    field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)[1:]
     reason = f"{short(found['input'])}: {found['msg'].removeprefix('Value error, ')}"
     text = f"{field} is {'missing' if found['type'] == 'missing' else reason}"
     return ApiError(400, text, field)

@@ -81,6 +81,7 @@ def test_messages_that_are_wrong_are_a_400():
         *((None, "messages"), ([], "messages"), ("x", "messages"), (["x"], "messages[0]")),
         ([{"content": "x"}], "messages[0].role"),
         (bad_call, "messages[1].tool_calls[0]"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
     ):
         error = refusal({"messages": messages}, chat=True)
         assert (error.status, error.param) == (400, param)

@@ -13,7 +13,7 @@ from kmerge_mlx.cli.inputs import as_yaml
 from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.settings import option_of
 from kmerge_mlx.train.settings import ELSEWHERE, TrainSettings
-from tests.cli_runner import run
+from tests.cli_runner import assert_one_error, run
 
 # What belongs to the method, and so has the paper's default or must be given.
 OURS = {
@@ -128,3 +128,10 @@ def test_what_a_resumed_run_may_change_is_named_here():
         *("model", "data", "file", "init_from", "teacher_file", "trust_remote_code"),
         *("iters", "clear_cache_threshold"),
     }
+
+
+def test_a_setting_of_yaml_alone_is_named_in_an_error(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("lora_parameters: 3\nlr_schedule: x\n")
+    result = run("train", "-c", file)
+    assert_one_error(result, 2, "`lora_parameters` is 3", "`lr_schedule` is 'x', expected a mapping")
