@@ -133,5 +133,5 @@ def test_what_a_resumed_run_may_change_is_named_here():
 def test_a_setting_of_yaml_alone_is_named_in_an_error(tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text("lora_parameters: 3\nlr_schedule: x\n")
-    result = run("train", "-c", file)
-    assert_one_error(result, 2, "`lora_parameters` is 3", "`lr_schedule` is 'x', expected a mapping")
+    said = ("`lora_parameters` is 3", "`lr_schedule` is 'x', expected a mapping")
+    assert_one_error(run("train", "-c", file), 2, *said)
