@@ -23,6 +23,7 @@ from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import BadLines, read_rows
 from kmerge_mlx.errors import TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
+from kmerge_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from kmerge_mlx.train.prepare import Run
@@ -75,7 +76,8 @@ class State:
 
 def check_same(run: Run, saved: Mapping[str, Any]) -> None:
     """Raises TrainError with every difference of a run from the saved one, by name."""
-    then, now = saved["settings"], json.loads(json.dumps(run.settings.fixed()))
+    now, default = (json.loads(json.dumps(s.fixed())) for s in (run.settings, TrainSettings()))
+    then = default | saved["settings"]  # an older release did not know all of them
     problems = [
         f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
         for name, value in now.items()
