@@ -50,7 +50,7 @@ def fit_rarity(model: nn.Module, stage: Stage) -> None:
         targets += weighed.T @ nats[at]
     ridge = RIDGE * weights.sum() * variance * np.eye(size)
     *gate, bias = np.linalg.solve(products + ridge, targets)
-    # The encoder reads embeddings as they are, so the centre's part goes into the bias.
+    # The encoder reads embeddings as they are, so the center's part goes into the bias.
     found = {"center": center, "gate_weight": gate, "gate_bias": [bias - center @ gate]}
     merged.encoder.update({n: mx.array(np.array(v, np.float32)) for n, v in found.items()})
     mx.eval(merged.encoder.parameters())

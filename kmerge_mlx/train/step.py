@@ -59,7 +59,12 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
         if encoders is None:
             return rest
         if schedule is not None:  # its first argument is the rate after warm-up
-            encoders = _scaled(rate, encoders / schedule["arguments"][0])
+            if not (peak := schedule["arguments"][0]):
+                raise TrainError(
+                    "`encoder_learning_rate` follows lr_schedule, whose first argument stands for "
+                    "the peak rate: found 0, expected more (use `warmup` for a rate that rises)"
+                )
+            encoders = _scaled(rate, encoders / peak)
         return optim.MultiOptimizer([make(learning_rate=encoders), rest], [_is_encoders])
     except (TypeError, ValueError) as error:
         where = f"optimizer_config.{settings.optimizer}"

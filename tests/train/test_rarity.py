@@ -12,6 +12,7 @@ from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.adapters.schema import INFORMATION, EncoderConfig
 from kmerge_mlx.encoder import EXPONENT, MergeEncoder
+from kmerge_mlx.evaluation.baselines import Mean
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.settings import TrainSettings
@@ -106,6 +107,22 @@ def test_the_encoders_rate_is_its_own_and_a_stopped_run_goes_on_with_it(tmp_path
     moved = [n for n, a in one.tuning_weights.items() if n.endswith("lora_b") and mx.any(a != 0)]
     assert moved
     assert not mx.any(one.encoder_weights["w3.weight"] != 0).item()
+
+
+def test_a_schedule_that_begins_at_zero_has_no_peak_for_the_encoders_rate(tmp_path):
+    zero = "lr_schedule: {name: linear_schedule, arguments: [0.0, 1e-3, 99]}\n"
+    more = (*SMALL_TREES, *START, "--encoder-learning-rate", 1e-6, "--iters", 1)
+    assert_one_error(train(tmp_path / "a", *more, yaml=zero), 1, "found 0, expected more")
+
+
+def test_the_baseline_of_the_mean_is_the_mean_whatever_an_encoder_starts_from(tmp_path):
+    trained(tmp_path / "a", *SMALL_TREES, *START, "--iters", 2)
+    model, _ = load(str(BASE), tmp_path / "a", 4)
+    merged, block = merged_embedding(model), mx.array([[5, 6, 7, 8]])
+    mean = merged.embedding(block).mean(axis=1)
+    assert not mx.allclose(merged.encoder(merged.embedding(block)), mean, atol=1e-3).item()
+    Mean(4).prepare(model)
+    assert mx.allclose(merged.encoder(merged.embedding(block)), mean, atol=1e-6).item()
 
 
 def test_settings_of_an_encoder_need_one(tmp_path):

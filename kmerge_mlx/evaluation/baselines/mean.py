@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.evaluation.baselines.merged import Merged
@@ -18,12 +19,14 @@ class Mean(Merged):
     words = "mean of {k}"
 
     def prepare(self, model: nn.Module) -> None:
-        """Takes the encoder's part away: its last layer gives zero from now on."""
+        """Takes the encoder's part away: it starts from the mean, and its last layer gives zero."""
         import mlx.core as mx
 
+        from kmerge_mlx.adapters.schema import MEAN
         from kmerge_mlx.model import merged_embedding
 
         merged = merged_embedding(model)
+        merged.encoder.config = replace(merged.encoder.config, start=MEAN)
         last = merged.encoder.w3  # a quantized one is zero where its scales and biases are
         last.update({name: mx.zeros_like(array) for name, array in last.parameters().items()})
         merged.forget_blocks()
