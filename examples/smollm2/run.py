@@ -11,16 +11,18 @@ file in runs/ is one training run. The tables are made of what `evaluate --json`
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import random
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from kmerge_mlx.data.hub_tasks import review
+from kmerge_mlx.data.jsonl import BadLines, read_rows
 
 HERE = Path(__file__).parent
 KMERGE = [sys.executable, "-m", "kmerge_mlx"]
@@ -45,18 +47,12 @@ def say(command: list[Any], out: Path | None = None) -> None:
     torn.rename(out)
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        yield from map(json.loads, file)
-
-
 def make_reviews(given: argparse.Namespace, folder: Path) -> None:
     """Reviews as a context that merges and a question that does not, in drawn splits."""
-    rows = []
-    for row in rows_of(given.reviews):
-        text, stars = row.get("text", row.get("reviewText")), row.get("rating", row.get("overall"))
-        answer = "positive" if stars > 3 else "negative"
-        rows.append({"context": text, "prompt": QUESTION, "completion": answer})
+    rows = [
+        {"context": text, "prompt": QUESTION, "completion": label}
+        for _, (text, label) in read_rows(given.reviews, review, BadLines(False))
+    ]
     random.Random(SEED).shuffle(rows)
     splits = {"test": rows[:1000], "valid": rows[1000:1200], "train": rows[1200:]}
     for split, part in splits.items():

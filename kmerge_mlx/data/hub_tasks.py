@@ -77,14 +77,19 @@ class AmazonReviews(HubTask):
     @staticmethod
     def item(row: Row) -> Item | None:
         """Raises a DataError for a review without text or rating."""
-        text, rating = row.get("text", row.get("reviewText")), row.get("rating", row.get("overall"))
-        if not isinstance(text, str):
-            raise DataError(f"text is {short(text)}, expected the text of a review")
-        if not is_number(rating):
-            raise DataError(f"rating is {short(rating)}, expected a number")
-        label = "positive" if rating >= POSITIVE_FROM else "negative"
+        text, label = review(row)
         prompt = f"Review: {text}, Label:"
         return pair(prompt, label, prompt, {"labels": label})
+
+
+def review(row: Row) -> tuple[str, str]:
+    """A review's text, and its label by its rating; raises a DataError where one is not there."""
+    text, rating = row.get("text", row.get("reviewText")), row.get("rating", row.get("overall"))
+    if not isinstance(text, str):
+        raise DataError(f"text is {short(text)}, expected the text of a review")
+    if not is_number(rating):
+        raise DataError(f"rating is {short(rating)}, expected a number")
+    return text, "positive" if rating >= POSITIVE_FROM else "negative"
 
 
 @dataclass(frozen=True)
