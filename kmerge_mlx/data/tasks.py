@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ def fingerprint(text: str, seed: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
 
 
-class Task:
+class Task(ABC):
     """A task knows how to write its data; a subclass is a dataclass of what can be chosen."""
 
     name: ClassVar[str]
@@ -74,8 +75,8 @@ class Task:
             raise DataError(f"cannot write {path}: {reason}") from error
         return summary
 
-    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, folder: Path, progress: Progress) -> dict[str, Any]: ...
 
 
 class Item(NamedTuple):
@@ -148,15 +149,15 @@ class DrawnTask(Task):
     train_share: ClassVar[float] = 1.0  # of the rows that are in neither of the others
 
     @property
+    @abstractmethod
     def source(self) -> str:
         """Where the rows come from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(
         self, bad: BadLines, progress: Progress, wanted: Container[int] | None = None
     ) -> Iterator[tuple[int, Item | None]]:
         """Reads the rows, or the ``wanted`` ones, each by its number; None has no answer."""
-        raise NotImplementedError
 
     def examples(
         self, splits: Sequence[str] = SPLITS, progress: Progress = silent
@@ -250,9 +251,9 @@ class FileTask(DrawnTask):
         return str(self.file)
 
     @staticmethod
+    @abstractmethod
     def item(row: Row) -> Item | None:
         """Makes an item of a line, None if it has no answer; raises DataError for a bad one."""
-        raise NotImplementedError
 
     def fetch(self) -> Path:
         """The file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,7 @@ STEP = 512
 """Tokens that a scoring pass reads at once: in float32 their logits are 311 MB at V = 151,936."""
 
 
-class Weighing(Method):
+class Weighing(Method, ABC):
     """Keeps the ceil(T / K) tokens of each merging run that weigh most, in their order.
 
     The pass that weighs them reads the whole prompt with the model that answers. The tokens that
@@ -25,9 +26,9 @@ class Weighing(Method):
 
     chunk: ClassVar[int] = 1  # tokens of a run that stay or go together, by their mean weight
 
+    @abstractmethod
     def weigh(self, model: nn.Module, ids: mx.array) -> mx.array:
         """The weight of every token of a prompt: float32 ``(T,)`` for ids ``(T,)``."""
-        raise NotImplementedError
 
     def read(self, model: nn.Module, segments: Sequence[Segment]) -> list[Segment]:
         import mlx.core as mx
