@@ -26,7 +26,8 @@ class MergeEncoder(nn.Module):
     words lie further from the table's ``center`` than rare ones, so that a mean is mostly function
     words, and shorter than any token. This term adds up directions from the center, each weighed by
     its token's self-information (read from its embedding by ``gate_weight`` and ``gate_bias``), and
-    has a token's length.
+    has a token's length. The MLP reads those directions, at a root mean square of 1, and what it
+    gives is measured in that length too: one learning rate then fits any table.
 
     Args:
         config: K, D, H and c, and how the weights are packed, if they are.
@@ -55,19 +56,19 @@ class MergeEncoder(nn.Module):
             Merged embeddings ``(N, D)`` in the encoder's dtype.
         """
         x = embeddings.astype(self.w3.bias.dtype)
-        hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
-        hidden = nn.relu(self.w2(hidden))
-        return self._start(x[:, self.config.context :]) + self.w3(hidden)
-
-    def _start(self, own: mx.array) -> mx.array:
-        """The term that is there before any training, of a block's own tokens ``(N, K, D)``."""
         if self.config.start != INFORMATION:
-            return own.mean(axis=1)
-        apart = own - self.center
-        lengths = mx.maximum(mx.linalg.norm(apart, axis=-1), 1e-3)  # (N, K)
-        nats = mx.clip(own @ self.gate_weight + self.gate_bias, LEAST, MOST)
-        weights = mx.softmax(EXPONENT * mx.log(nats), axis=1)
-        direction = ((weights / lengths)[..., None] * apart).sum(axis=1)
-        length = (weights * lengths).sum(axis=1, keepdims=True)
+            return x[:, self.config.context :].mean(axis=1) + self._mlp(x)
+        apart = x - self.center
+        lengths = mx.maximum(mx.linalg.norm(apart, axis=-1, keepdims=True), 1e-3)  # (N, c + K, 1)
+        units, own = apart / lengths, slice(self.config.context, None)
+        nats = mx.clip(x[:, own] @ self.gate_weight + self.gate_bias, LEAST, MOST)  # (N, K)
+        weights = mx.softmax(EXPONENT * mx.log(nats), axis=1)[..., None]
+        direction = (weights * units[:, own]).sum(axis=1)
         whole = mx.maximum(mx.linalg.norm(direction, axis=-1, keepdims=True), 1e-3)
-        return self.center + direction * (length / whole)
+        length, rms = (weights * lengths[:, own]).sum(axis=1), self.config.hidden_size**0.5
+        return self.center + length * (direction / whole + self._mlp(units * rms) / rms)
+
+    def _mlp(self, x: mx.array) -> mx.array:
+        """``(N, c + K, D)`` to ``(N, D)``."""
+        hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
+        return self.w3(nn.relu(self.w2(hidden)))

@@ -12,13 +12,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters import lora, schema
-from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, load_adapter
+from kmerge_mlx.adapters.folder import (
+    HEAD,
+    Adapter,
+    check_not_quantized,
+    find_adapters,
+    load_adapter,
+)
 from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig, Tuning
 from kmerge_mlx.data.tasks import Bar, silent
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
 from kmerge_mlx.source import Source
@@ -82,8 +90,12 @@ def prepare(
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
-    merge, tuning = _adapt(settings, model, tokenizer, config, adapter, resumed)
-    if adapter is None and merge.encoder is not None and merge.encoder.start != schema.MEAN:
+    fresh = adapter is None or (not resumed and adapter.merge.merge_factor != settings.k)
+    encoder = _encoder(settings, model) if fresh else adapter.merge.encoder
+    if fresh and adapter is not None:
+        adapter = _with_encoder(adapter, encoder)
+    merge, tuning = _adapt(settings, model, tokenizer, config, encoder, adapter, resumed)
+    if fresh and encoder is not None and encoder.start != schema.MEAN:
         fit_rarity(model, stages[0])
     made = (settings, path, model, tokenizer, merge, tuning)
     run = Run(*made, stages, weights, digests, ranks, teacher)
@@ -107,7 +119,9 @@ def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | N
         path = base.resolve(settings.model)
         return Source(settings.model, path, trust_remote_code=trust), None
     try:
-        source = Source.find(settings.model, start, None if resumed else settings.k, trust)
+        # A run begins from an adapter for its own K, or else from the only one there is.
+        k = settings.k if not resumed and settings.k in find_adapters(start) else None
+        source = Source.find(settings.model, start, k, trust)
         adapter = load_adapter(source.adapter)
         check_not_quantized(adapter.merge, "trained")
     except AdapterError as error:
@@ -115,22 +129,34 @@ def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | N
     return source, adapter
 
 
+def _encoder(settings: TrainSettings, model: nn.Module) -> schema.EncoderConfig | None:
+    """A fresh encoder's sizes; None for K = 1."""
+    if settings.k == 1:
+        return None
+    _, table = base.find_embedding(model, settings.model)
+    d = table(mx.array([0])).shape[-1]
+    h = schema.inner_size(settings.k, d, settings.encoder_factor)
+    context, start = settings.encoder_context, settings.encoder_start
+    return schema.EncoderConfig(settings.k, d, h, context, start=start)
+
+
+def _with_encoder(adapter: Adapter, encoder: schema.EncoderConfig | None) -> Adapter:
+    """What an adapter for another K has learnt of the base, beside a fresh encoder."""
+    weights = {} if encoder is None else dict(tree_flatten(MergeEncoder(encoder).parameters()))
+    return replace(adapter, merge=replace(adapter.merge, encoder=encoder), encoder_weights=weights)
+
+
 def _adapt(
     settings: TrainSettings,
     model: nn.Module,
     tokenizer: Any,
     config: dict[str, Any],
+    encoder: schema.EncoderConfig | None,
     adapter: Adapter | None,
     resumed: bool,
 ) -> tuple[MergeConfig, Tuning]:
     """Puts the given adapter on the model, or a fresh one, and says what it is."""
     if adapter is None:
-        _, table = base.find_embedding(model, settings.model)
-        d, encoder = table(mx.array([0])).shape[-1], None
-        if settings.k > 1:
-            h = schema.inner_size(settings.k, d, settings.encoder_factor)
-            start = settings.encoder_start
-            encoder = schema.EncoderConfig(settings.k, d, h, settings.encoder_context, start=start)
         made_for = schema.BaseModelConfig(settings.model, base.fingerprint(config))
         try:
             tuning, head = _tuning(settings, model)

@@ -123,7 +123,11 @@ class TrainSettings(Settings):
         ANSWER, str, "What it is trained for then.", choices=(ANSWER, RECONSTRUCTION), **_MERGE
     )
     init_from: str | None = option(
-        None, str, "Adapter to start from: a folder or a hub repo.", fixed=False, **_MERGE
+        None,
+        str,
+        "Adapter to start from: a folder or a hub repo. One for another K gives its LoRA alone.",
+        fixed=False,
+        **_MERGE,
     )
 
     fine_tune_type: str = option(

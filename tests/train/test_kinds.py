@@ -158,9 +158,27 @@ def test_a_run_goes_on_with_another_runs_adapter(run_of):
     assert state_of(second)["iteration"] == 5
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_adapter_for_another_k_gives_its_lora_alone(tmp_path, adapter_path, k):
+    path, start = tmp_path / "run", ("--encoder-start", "information") if k > 1 else ()
+    options = ("--k", k, *start, "--init-from", adapter_path, "--learning-rate", 0)
+    trained(path, *RUN, *options)
+    found, given = load_adapter(path), load_adapter(adapter_path)
+    assert found.merge.merge_factor == k
+    assert found.merge.head_lora == given.merge.head_lora
+    for one, other in (
+        (found.tuning_weights, given.tuning_weights),
+        (found.head_weights, given.head_weights),
+    ):
+        assert {n: a.tolist() for n, a in one.items()} == {n: a.tolist() for n, a in other.items()}
+    if k > 1:
+        assert not mx.any(found.encoder_weights["w3.weight"]).item()
+        assert mx.any(found.encoder_weights["center"]).item()
+    check_generates(path, BASE, k)
+
+
 def test_an_adapter_of_another_kind_is_no_beginning(tmp_path, adapter_path):
     for options, said in (
-        (("--k", 2), "K = 4"),
         (("--encoder-context", 2), "--encoder-context is 2, the adapter has 0"),
         (("--fine-tune-type", "full"), "--fine-tune-type is full, the adapter has lora"),
     ):

@@ -43,6 +43,24 @@ def test_the_term_is_that_of_numpy_and_is_as_long_as_a_token():
         assert lengths.min() <= np.linalg.norm(found - center) + 1e-4 <= lengths.max() + 2e-4
 
 
+def test_the_mlp_reads_directions_and_gives_a_share_of_a_tokens_length():
+    """Scaled around its center, a table gives the same, scaled: no rate depends on its size."""
+    mx.random.seed(2)
+    encoder = MergeEncoder(EncoderConfig(3, 8, 16, 2, start=INFORMATION))
+    encoder.update({"center": mx.random.normal((8,)), "gate_bias": mx.array([4.0])})
+    x = mx.random.normal((5, 5, 8))
+    start = encoder(x)
+    encoder.w3.weight = mx.random.normal(encoder.w3.weight.shape)
+    found, center = encoder(x), encoder.center
+    assert not mx.allclose(found, start, atol=1e-2).item()
+    assert mx.allclose(encoder(center + 9 * (x - center)) - center, 9 * (found - center), atol=1e-3)
+    hidden = (x - center) / mx.linalg.norm(x - center, axis=-1, keepdims=True) * 8**0.5
+    for layer in (encoder.w1, encoder.w2):
+        hidden = mx.maximum(layer(hidden.reshape(5, -1)), 0)
+    share = mx.linalg.norm(start - center, axis=-1, keepdims=True) / 8**0.5
+    assert mx.allclose(found - start, share * encoder.w3(hidden), atol=1e-4).item()
+
+
 def test_a_block_of_equal_tokens_is_that_token():
     encoder = MergeEncoder(EncoderConfig(4, 8, 16, start=INFORMATION))
     token = mx.random.normal((1, 1, 8))
