@@ -12,6 +12,7 @@ from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import WRITTEN
 from kmerge_mlx.data.git_history import CommitTask
 from kmerge_mlx.data.sources import SPLITS
+from kmerge_mlx.data.texts import TextTask
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.evaluation.settings import FILE_CLASH, EvaluateSettings
 from kmerge_mlx.settings import Settings, argument, option
@@ -32,14 +33,14 @@ class DataSettings(Settings):
     train: int | None = option(
         None,
         int,
-        "Rows (trees) to train on. Default: the paper's; of qa and commits, what is left.",
+        "Rows (trees) to train on. Default: the paper's; of qa, commits and text, what is left.",
         low=0,
     )
     valid: int | None = option(
-        None, int, "Rows (trees) of the validation set. Default of qa and commits: 5%.", low=0
+        None, int, "Rows (trees) of the validation set. Default of the same: 5%.", low=0
     )
     test: int | None = option(
-        None, int, "Rows (trees) of the test set. Default of qa and commits: 10%.", low=0
+        None, int, "Rows (trees) of the test set. Default of qa and commits: 10%; of text: 0.", low=0
     )
     stage: str = EvaluateSettings.setting("stage")
     max_nodes: int | None = EvaluateSettings.setting("max_nodes")
@@ -59,8 +60,15 @@ class DataSettings(Settings):
     repo: tuple[str, ...] = option(
         (), str, "Commits: a git repository; give it again for another.", many=True
     )
-    max_chars: int = option(
-        CommitTask.max_chars, int, "Commits: longest file, before and after, in characters.", low=1
+    max_chars: int | None = option(
+        None,
+        int,
+        f"Commits: longest file, before and after, in characters; default: {CommitTask.max_chars:,}. "
+        f"Text: longest piece; default: {TextTask.max_chars}.",
+        low=1,
+    )
+    reconstruction: float = option(
+        TextTask.reconstruction, float, "Text: share of the rows that repeat it.", low=0, high=1
     )
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
     force: bool = option(False, bool, "Replace a data folder at --out.")
@@ -76,7 +84,8 @@ def data(settings: DataSettings) -> None:
 
     Writes train.jsonl, valid.jsonl and test.jsonl. No tree, no prompt, no article and no file is in
     two splits. Amazon's reviews and CommitPackFT come from the Hugging Face hub, or from a --file;
-    commits are those of your own git repositories. The folder is written whole or not at all.
+    commits are those of your own git repositories; text is any text, to go on from and to repeat.
+    The folder is written whole or not at all.
 
     \b
     Examples:
@@ -86,6 +95,7 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
       kmerge-mlx data qa --file train-v2.0.json --out ./squad
       kmerge-mlx data commits --repo ~/src/app --repo ~/src/lib --language python --out ./edits
+      kmerge-mlx data text --file articles.jsonl --out ./texts
     """
     settings.refuse_foreign(settings.task, OWN)
     sizes = {s: n for s, n in settings.given().items() if s in SPLITS}

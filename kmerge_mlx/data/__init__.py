@@ -6,6 +6,7 @@ from kmerge_mlx.data.git_history import CommitTask
 from kmerge_mlx.data.hub_tasks import AmazonReviews, CommitPackFT, HubTask
 from kmerge_mlx.data.questions import QuestionTask
 from kmerge_mlx.data.tasks import FileTask, Task
+from kmerge_mlx.data.texts import TextTask
 from kmerge_mlx.data.textualized_tree import TreeTask
 
 HUB_TASKS: dict[str, type[HubTask]] = {task.name: task for task in (AmazonReviews, CommitPackFT)}
@@ -17,5 +18,5 @@ FILE_TASKS: dict[str, type[FileTask]] = {**HUB_TASKS, QuestionTask.name: Questio
 TASKS: dict[str, type[Task]] = {TreeTask.name: TreeTask, **FILE_TASKS}
 """Tasks to train on and to evaluate. Importing them is cheap: ``--help`` shows their names."""
 
-WRITTEN: dict[str, type[Task]] = {**TASKS, CommitTask.name: CommitTask}
+WRITTEN: dict[str, type[Task]] = {**TASKS, CommitTask.name: CommitTask, TextTask.name: TextTask}
 """Tasks whose data ``kmerge-mlx data`` writes."""

@@ -51,7 +51,8 @@ class Task(ABC):
     @classmethod
     def of(cls, settings: Any, **more: Any) -> Self:
         """Makes a task of a command's settings; ``more`` are the fields that are not options."""
-        return cls(**{name: getattr(settings, name) for name in cls.options()}, **more)
+        given = {name: getattr(settings, name) for name in cls.options()}
+        return cls(**{n: v for n, v in given.items() if v is not None}, **more)
 
     def write(
         self, path: str | Path, force: bool = False, progress: Progress = silent

@@ -261,8 +261,8 @@ def _use_file(run: Run, bar: Bar) -> None:
     settings, sets, path = run.settings, run.stages[0].sets, Path(run.settings.teacher_file)
     # The digests of the sets are taken anew: written answers are part of them by now.
     parts = [run.base, *(f"{split} {data.digest}" for split, data in sets.items())]
-    parts += [str(settings.teacher_top_k), str(settings.k)]
-    parts += [str(settings.teacher_answers), str(settings.teacher_max_tokens)]
+    parts += [str(settings.teacher_top_k), str(settings.teacher_answers)]
+    parts += [str(settings.teacher_max_tokens)]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     # A saved run may come from a stranger, and its settings must not name a file to write.
     if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
