@@ -40,7 +40,10 @@ class DataSettings(Settings):
         None, int, "Rows (trees) of the validation set. Default of the same: 5%.", low=0
     )
     test: int | None = option(
-        None, int, "Rows (trees) of the test set. Default of qa and commits: 10%; of text: 0.", low=0
+        None,
+        int,
+        "Rows (trees) of the test set. Default of qa and commits: 10%; of text: none.",
+        low=0,
     )
     stage: str = EvaluateSettings.setting("stage")
     max_nodes: int | None = EvaluateSettings.setting("max_nodes")
@@ -63,8 +66,8 @@ class DataSettings(Settings):
     max_chars: int | None = option(
         None,
         int,
-        f"Commits: longest file, before and after, in characters; default: {CommitTask.max_chars:,}. "
-        f"Text: longest piece; default: {TextTask.max_chars}.",
+        "Commits: longest file, before and after, in characters. "
+        f"Default: {CommitTask.max_chars:,}. Text: longest piece. Default: {TextTask.max_chars}.",
         low=1,
     )
     reconstruction: float = option(

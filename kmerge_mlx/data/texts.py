@@ -36,8 +36,8 @@ class TextTask(FileTask):
     reconstruction: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.max_chars < 2 * SHORTEST:
-            raise SettingsError(f"`max_chars` is {self.max_chars}, expected at least {2 * SHORTEST}")
+        if self.max_chars < (least := 2 * SHORTEST):
+            raise SettingsError(f"`max_chars` is {self.max_chars}, expected at least {least}")
 
     name = "text"
     unit = "texts"
