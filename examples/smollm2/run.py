@@ -28,9 +28,11 @@ HERE = Path(__file__).parent
 KMERGE = [sys.executable, "-m", "kmerge_mlx"]
 QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
+TEXT = "text"
 SMOKE_KS = ("k1", "k4")
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 SMOKE_ROWS = 4  # of each split, the shortest
+READ = ("context", "old_contents", "new_contents")  # keys of what the tasks' rows have to read
 SCORES = {"reviews": "balanced_accuracy", "qa": "token_f1", "commits": "perplexity"}
 
 
@@ -75,6 +77,19 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
     shutil.move(folder / "held-out" / "test.jsonl", folder / "test.jsonl")
 
 
+def make_text(given: argparse.Namespace, folder: Path) -> None:
+    """What the tasks' training sets have to read, without the answers: to learn reading from."""
+    corpus = folder / "corpus.jsonl"
+    with corpus.open("w") as file:
+        for path in sorted((given.out / "data").glob("*/train.jsonl")):
+            rows = map(json.loads, path.open())
+            texts = (row[key] for row in rows for key in READ if key in row)
+            file.writelines(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts))
+    say([*KMERGE, "data", "text", "--file", corpus, "--out", folder / "rows"])
+    for path in (folder / "rows").glob("*.jsonl"):
+        path.rename(folder / path.name)
+
+
 def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -> None:
     folder = given.out / "data" / task
     if folder.exists():
@@ -90,16 +105,24 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
 
 
 def train(path: Path, given: argparse.Namespace) -> None:
-    """Trains as one YAML file says, from where it stopped."""
+    """Trains as one YAML file says, from where it stopped.
+
+    Where K tokens merge, a task goes on from what K has learnt of text, and text from K = 4.
+    """
     task, k = path.stem.split("-")
-    done, adapter = given.out / f"{path.stem}.trained", given.out / "adapters" / task / k
+    adapters = given.out / "adapters"
+    done, start = given.out / f"{path.stem}.trained", adapters / TEXT / (k if task != TEXT else "k4")
     if done.exists() or (given.smoke and k not in SMOKE_KS):
         return
     command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
-    command += ["--data", given.out / "data" / task, "--adapter-path", adapter]
+    command += ["--data", given.out / "data" / task, "--adapter-path", adapters / task / k]
+    if task == TEXT:
+        command += ["--teacher-file", given.out / "teacher.safetensors"]
+    if k != "k1" and path.stem != f"{TEXT}-k4":
+        command += ["--init-from", start]
     smoke = [part for pair in SMOKE.items() for part in pair] if given.smoke else []
     say([*command, *smoke])
-    shutil.copy(adapter / "training" / "log.jsonl", done)
+    shutil.copy(adapters / task / k / "training" / "log.jsonl", done)
 
 
 def evaluate(task: str, given: argparse.Namespace) -> None:
@@ -146,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--qa", type=Path, help="SQuAD's JSON, or rows of it, .jsonl(.gz)")
     parser.add_argument("--commits", action="append", default=[], help="a repository to train on")
     parser.add_argument("--held-out", action="append", default=[], help="a repository to test on")
-    parser.add_argument("--only", nargs="+", help="these runs only, such as qa-k2")
+    parser.add_argument("--only", nargs="+", help="these only: runs (qa-k2), scores (qa)")
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps of everything")
     return parser.parse_args()
 
@@ -163,17 +186,20 @@ def main() -> None:
         "qa": (make_qa, given.qa),
         "commits": (make_commits, given.commits and given.held_out),
     }
-    tables = []
-    for task, (make, source) in tasks.items():
-        if not source:
-            continue
-        make_data(task, make, given)
-        runs = sorted((HERE / "runs").glob(f"{task}-k*.yaml"))
-        for run in runs:
+    made = [task for task, (_, source) in tasks.items() if source]
+    for task in made:
+        make_data(task, tasks[task][0], given)
+    make_data(TEXT, make_text, given)
+    for task in (TEXT, *made):
+        runs = (HERE / "runs").glob(f"{task}-k*.yaml")
+        for run in sorted(runs, key=lambda run: (run.stem != f"{TEXT}-k4", run.stem)):
             if given.only is None or run.stem in given.only:
                 train(run, given)
-        evaluate(task, given)
-        tables += table(task, json.loads((given.out / f"{task}.json").read_text()))
+    tables = []
+    for task in made:
+        if given.only is None or task in given.only:
+            evaluate(task, given)
+            tables += table(task, json.loads((given.out / f"{task}.json").read_text()))
     (given.out / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
 

@@ -170,7 +170,6 @@ def test_a_file_of_something_else_or_none_of_a_teacher_is_refused(tmp_path, stor
     changed = "teacher.safetensors was made of another base, data or --teacher"
     for said, *change in (
         (changed, "--teacher-top-k", 6),
-        (changed, "--k", 2),
         (changed, "--data", other),
         ("not a safetensors file (", "--teacher-file", tmp_path / "file"),
         ("--teacher-top-k is 701, the model has 700 tokens", "--teacher-top-k", V + 1),
