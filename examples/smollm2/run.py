@@ -1,7 +1,8 @@
 """K-Token Merging on SmolLM2-135M-Instruct and real text: makes data, trains, evaluates and draws.
 
-    python examples/smollm2/run.py out --reviews reviews.jsonl.gz --qa squad.json \\
-        --commits ~/src/app --commits ~/src/lib --held-out ~/src/tool
+    python examples/smollm2/second_reviews.py second.jsonl
+    python examples/smollm2/run.py out --reviews reviews.jsonl.gz --second-reviews second.jsonl \\
+        --qa squad.json --commits ~/src/app --commits ~/src/lib --held-out ~/src/tool
 
 Every step is a command of kmerge-mlx, printed as it runs. A step whose result is in OUT is left
 out, so after a stop the same command goes on; a training run goes on from its last save. One YAML
@@ -17,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,15 @@ SEED = 42
 TEXT = "text"
 SMOKE_KS = ("k1", "k4")
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
-SMOKE_ROWS = 4  # of each split, the shortest
+SMOKE_ROWS, SMOKE_SIZE = 4, 400  # of each split, the shortest of at least so many characters
+SECOND = "second-reviews"  # only scored, by the adapters for reviews
 READ = ("context", "old_contents", "new_contents")  # keys of what the tasks' rows have to read
-SCORES = {"reviews": "balanced_accuracy", "qa": "token_f1", "commits": "perplexity"}
+SCORES = {
+    "reviews": "balanced_accuracy",
+    SECOND: "balanced_accuracy",
+    "qa": "token_f1",
+    "commits": "perplexity",
+}
 
 
 def say(command: list[Any], out: Path | None = None) -> None:
@@ -49,17 +56,28 @@ def say(command: list[Any], out: Path | None = None) -> None:
     torn.rename(out)
 
 
-def make_reviews(given: argparse.Namespace, folder: Path) -> None:
-    """Reviews as a context that merges and a question that does not, in drawn splits."""
-    rows = [
-        {"context": text, "prompt": QUESTION, "completion": label}
-        for _, (text, label) in read_rows(given.reviews, review, BadLines(False))
+def read_reviews(path: Path) -> list[dict[str, str]]:
+    """Reviews as a context that merges and a question that does not."""
+    found = read_rows(path, review, BadLines(False))
+    return [
+        {"context": text, "prompt": QUESTION, "completion": label} for _, (text, label) in found
     ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def make_reviews(given: argparse.Namespace, folder: Path) -> None:
+    rows = read_reviews(given.reviews)
     random.Random(SEED).shuffle(rows)
     splits = {"test": rows[:1000], "valid": rows[1000:1200], "train": rows[1200:]}
     for split, part in splits.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (folder / f"{split}.jsonl").write_text("".join(lines))
+        write_rows(folder / f"{split}.jsonl", part)
+
+
+def make_second_reviews(given: argparse.Namespace, folder: Path) -> None:
+    write_rows(folder / "test.jsonl", read_reviews(given.second_reviews))
 
 
 def make_qa(given: argparse.Namespace, folder: Path) -> None:
@@ -79,15 +97,13 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
 
 def make_text(given: argparse.Namespace, folder: Path) -> None:
     """What the tasks' training sets have to read, without the answers: to learn reading from."""
-    corpus = folder / "corpus.jsonl"
-    with corpus.open("w") as file:
-        for path in sorted((given.out / "data").glob("*/train.jsonl")):
-            rows = map(json.loads, path.open())
-            texts = (row[key] for row in rows for key in READ if key in row)
-            file.writelines(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts))
-    say([*KMERGE, "data", "text", "--file", corpus, "--out", folder / "rows"])
-    for path in (folder / "rows").glob("*.jsonl"):
-        path.rename(folder / path.name)
+    corpus = given.out / "corpus.jsonl"
+    texts = []
+    for path in sorted((given.out / "data").glob("*/train.jsonl")):
+        rows = map(json.loads, path.open())
+        texts += [row[key] for row in rows for key in READ if key in row]
+    write_rows(corpus, ({"text": text} for text in dict.fromkeys(texts)))
+    say([*KMERGE, "data", "text", "--file", corpus, "--out", folder, "--force"])
 
 
 def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -> None:
@@ -99,7 +115,8 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
     torn.mkdir(parents=True)
     make(given, torn)
     for path in torn.glob("*.jsonl") if given.smoke else ():
-        lines = sorted(path.read_text().splitlines(keepends=True), key=len)
+        lines = path.read_text().splitlines(keepends=True)
+        lines.sort(key=lambda line: (len(line) < SMOKE_SIZE, len(line)))
         path.write_text("".join(lines[:SMOKE_ROWS]))
     torn.rename(folder)
 
@@ -111,7 +128,10 @@ def train(path: Path, given: argparse.Namespace) -> None:
     """
     task, k = path.stem.split("-")
     adapters = given.out / "adapters"
-    done, start = given.out / f"{path.stem}.trained", adapters / TEXT / (k if task != TEXT else "k4")
+    done, start = (
+        given.out / f"{path.stem}.trained",
+        adapters / TEXT / (k if task != TEXT else "k4"),
+    )
     if done.exists() or (given.smoke and k not in SMOKE_KS):
         return
     command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
@@ -130,7 +150,8 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
     result = given.out / f"{task}.json"
     if result.exists():
         return
-    command = [*KMERGE, "evaluate", "--adapter-path", given.out / "adapters" / task]
+    adapters = given.out / "adapters" / (task if task != SECOND else "reviews")
+    command = [*KMERGE, "evaluate", "--adapter-path", adapters]
     command += ["--data", given.out / "data" / task, "--baseline", "all", "--json"]
     command += ["--predictions", given.out / f"{task}.answers.jsonl"]
     command += ["--timed", 1, "--max-tokens", 4] if given.smoke else []
@@ -166,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder for everything")
     parser.add_argument("--model", help="the base; default: made by base.py, in float32")
     parser.add_argument("--reviews", type=Path, help="Amazon reviews, .jsonl(.gz)")
+    parser.add_argument("--second-reviews", type=Path, help="others, to score by alone")
     parser.add_argument("--qa", type=Path, help="SQuAD's JSON, or rows of it, .jsonl(.gz)")
     parser.add_argument("--commits", action="append", default=[], help="a repository to train on")
     parser.add_argument("--held-out", action="append", default=[], help="a repository to test on")
@@ -183,6 +205,7 @@ def main() -> None:
             say([sys.executable, HERE / "base.py", given.model, "--dtype", "float32"])
     tasks = {
         "reviews": (make_reviews, given.reviews),
+        SECOND: (make_second_reviews, given.reviews and given.second_reviews),
         "qa": (make_qa, given.qa),
         "commits": (make_commits, given.commits and given.held_out),
     }
