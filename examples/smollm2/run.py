@@ -34,7 +34,6 @@ SMOKE_KS = ("k1", "k4")
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 SMOKE_ROWS, SMOKE_SIZE = 4, 400  # of each split, the shortest of at least so many characters
 SECOND = "second-reviews"  # only scored, by the adapters for reviews
-READ = ("context", "old_contents", "new_contents")  # keys of what the tasks' rows have to read
 SCORES = {
     "reviews": "balanced_accuracy",
     SECOND: "balanced_accuracy",
@@ -87,7 +86,7 @@ def make_qa(given: argparse.Namespace, folder: Path) -> None:
 
 def make_commits(given: argparse.Namespace, folder: Path) -> None:
     """Edits of some repositories to train on, and those of others to test."""
-    data = [*KMERGE, "data", "commits", "--max-chars", 1500]
+    data = [*KMERGE, "data", "commits", "--language", "python", "--max-chars", 1500]
     train = [part for repo in given.commits for part in ("--repo", repo)]
     test = [part for repo in given.held_out for part in ("--repo", repo)]
     say([*data, *train, "--out", folder, "--test", 0, "--force"])
@@ -96,12 +95,12 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
 
 
 def make_text(given: argparse.Namespace, folder: Path) -> None:
-    """What the tasks' training sets have to read, without the answers: to learn reading from."""
+    """What reviews and questions have to train on, without the answers: to learn reading from."""
     corpus = given.out / "corpus.jsonl"
     texts = []
     for path in sorted((given.out / "data").glob("*/train.jsonl")):
         rows = map(json.loads, path.open())
-        texts += [row[key] for row in rows for key in READ if key in row]
+        texts += [row["context"] for row in rows if "context" in row]
     write_rows(corpus, ({"text": text} for text in dict.fromkeys(texts)))
     say([*KMERGE, "data", "text", "--file", corpus, "--out", folder, "--force"])
 
