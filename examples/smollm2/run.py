@@ -90,8 +90,8 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
     train = [part for repo in given.commits for part in ("--repo", repo)]
     test = [part for repo in given.held_out for part in ("--repo", repo)]
     say([*data, *train, "--out", folder, "--test", 0, "--force"])
-    say([*data, *test, "--out", folder / "held-out", "--train", 0, "--valid", 0])
-    shutil.move(folder / "held-out" / "test.jsonl", folder / "test.jsonl")
+    say([*data, *test, "--out", folder / "held-out", "--test", 0, "--valid", 0])
+    shutil.move(folder / "held-out" / "train.jsonl", folder / "test.jsonl")
 
 
 def make_text(given: argparse.Namespace, folder: Path) -> None:
