@@ -6,7 +6,7 @@ adapter on a model for training, and :func:`adapter_of` takes the trained one of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model
 from kmerge_mlx import base, bundled
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
-from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, MergeConfig, Tuning
+from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
@@ -179,6 +179,25 @@ def wire(
     if getattr(model, "model_type", None) not in base.PROVEN:
         _probe(model, merged, name)
     return merged
+
+
+def fresh_lora(
+    model: nn.Module,
+    spec: LoRASpec,
+    num_layers: int,
+    dropout: float = 0.0,
+    keys: Sequence[str] | None = None,
+) -> tuple[LoRAConfig, LoRASpec | None]:
+    """LoRA as a fresh adapter has it: on every linear layer and the output head, or on ``keys``.
+
+    The second is the LoRA of a tied head, for which mlx-lm has no place.
+    """
+    keys = [*lora.default_keys(model, num_layers), HEAD] if keys is None else list(keys)
+    head = output_head(model)
+    tied_head = HEAD in keys and head is None
+    if HEAD in keys:
+        keys = [key for key in keys if key != HEAD] + ([] if head is None else [head[0]])
+    return LoRAConfig(num_layers, dropout, spec, tuple(keys)), spec if tied_head else None
 
 
 def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
-    reviews = [{"text": f"Day {i}: it broke. " * 16, "rating": 1 + 4 * (i % 2)} for i in range(1210)]
+    reviews = [
+        {"text": f"Day {i}: it broke. " * 16, "rating": 1 + 4 * (i % 2)} for i in range(1210)
+    ]
     (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
     title = "The {} bridge"
     about = "Bridge {} was built of grey stone in the year {}, and it is still open to carts. " * 4

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.tools.bench import Row, Side
     from kmerge_mlx.virtual_tokens import MergedEmbedding
 
-K = 4
+K, LORA_RANK = 4, 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class BenchSettings(ModelSettings):
     generation_tokens: int = option(
         16, int, "Tokens generated in each run.", low=1, flags=("--generation-tokens", "-g")
     )
+    lora_rank: int = option(
+        LORA_RANK, int, "Rank of the untrained LoRA without --adapter-path; 0 leaves it out.", low=0
+    )
     prefill_step_size: int = CacheSettings.setting("prefill_step_size")
     delay: int = option(0, int, "Seconds of rest before each run.", low=0, high=3600)
     seed: int = option(0, int, "Seed of the random prompts.")
@@ -58,7 +61,8 @@ def bench(settings: BenchSettings) -> None:
     """Measure speed and memory against plain mlx-lm, side by side.
 
     Prompts are random token ids. Plain mlx-lm is the base model without an adapter. Without
-    --adapter-path the encoder is untrained, of the right size: that costs as much as a trained one.
+    --adapter-path the encoder and LoRA are untrained, of the right sizes: they cost as much as
+    trained ones.
 
     \b
     Examples:
@@ -79,18 +83,22 @@ def bench(settings: BenchSettings) -> None:
     config = benchmark.BenchmarkConfig(tuple(sorted(set(settings.length))), **how)
     # On Metal mlx-lm prints a warning about large models.
     with contextlib.redirect_stdout(sys.stderr):
-        sides = benchmark.load_sides(source, merged, config.lengths)
+        sides = benchmark.load_sides(source, merged, config.lengths, settings.lora_rank)
         encoders = [_encoder(side.embedding) for side in sides if side.embedding is not None]
         if encoders and source.adapter_path is None:
             form = "K={merge_factor}: {parameters:,} {dtype}".format_map
             note(
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-                f"({', '.join(map(form, encoders))}), and there is no LoRA"
+                f"({', '.join(map(form, encoders))}), with {_lora(settings.lora_rank)}"
             )
         rows = benchmark.measure(sides, config, bar("Positions read"))
     report = {
         "machine": _machine(sides[0]),
-        "settings": {"model": source.model, "adapter_path": source.adapter_path, **asdict(config)},
+        "settings": {
+            **{name: getattr(source, name) for name in ("model", "adapter_path")},
+            "lora_rank": None if source.adapter_path else settings.lora_rank,
+            **asdict(config),
+        },
         "encoders": encoders,
         "rows": [asdict(row) for row in rows],
     }
@@ -127,6 +135,10 @@ def _encoder(embedding: MergedEmbedding) -> dict[str, Any]:
     return {**config.to_json(), "parameters": config.num_parameters, "dtype": dtype}
 
 
+def _lora(rank: int) -> str:
+    return f"LoRA of rank {rank}" if rank else "no LoRA"
+
+
 def _machine(reference: Side) -> dict[str, str]:
     """Where it ran, and with what."""
     import mlx.core as mx
@@ -160,7 +172,9 @@ def _backend(machine: Mapping[str, str]) -> str:
 def _text(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The report for people: where, what, a table, and what its words mean."""
     machine, settings = report["machine"], report["settings"]
-    adapter = "untrained encoders, no LoRA" if report["encoders"] else "no adapter"
+    adapter = "no adapter"
+    if report["encoders"]:
+        adapter = f"untrained encoders, {_lora(settings['lora_rank'])}"
     if settings["adapter_path"]:
         adapter = f"adapter {settings['adapter_path']}"
     rounds, trials = "figure of 1 round", settings["num_trials"]

@@ -18,7 +18,13 @@ from mlx.utils import tree_flatten
 
 from kmerge_mlx import base, model
 from kmerge_mlx.adapters.folder import read_adapter
-from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, MergeConfig, inner_size
+from kmerge_mlx.adapters.schema import (
+    EncoderConfig,
+    LoRAConfig,
+    LoRASpec,
+    MergeConfig,
+    inner_size,
+)
 from kmerge_mlx.errors import PromptError, findings
 from kmerge_mlx.generation.cost import Spread, time_reading
 from kmerge_mlx.prompts.segments import Segment
@@ -98,12 +104,13 @@ class Row:
 
 
 def load_sides(
-    source: Source, merged: Mapping[int, Source | None], lengths: Sequence[int]
+    source: Source, merged: Mapping[int, Source | None], lengths: Sequence[int], lora_rank: int
 ) -> list[Side]:
     """Loads a base once, and for each K a model over the same weights.
 
     ``merged`` has for each K, above 1, its adapter, or None: an untrained encoder of the default
-    size. The reference comes first, then for each K the floor and the merged side.
+    size, and LoRA of ``lora_rank`` (0: none) on every linear layer and the head. The reference
+    comes first, then for each K the floor and the merged side.
     """
     _check_lengths(lengths, merged, base.context_length(source.config))
     adapters = {
@@ -122,9 +129,13 @@ def load_sides(
         if adapter is None:
             _, table = base.find_embedding(llm, source.model)
             d = table(mx.array([0])).shape[-1]
-            untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)))
+            tuning, head = LoRAConfig(0), None
+            if lora_rank:
+                spec = LoRASpec(lora_rank, 1.0)
+                tuning, head = model.fresh_lora(llm, spec, len(llm.layers))
+            untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)), head_lora=head)
             pad = base.default_pad_token_id(tokenizer)
-            model.wire(llm, untrained, LoRAConfig(0), pad, source.model, max_blocks)
+            model.wire(llm, untrained, tuning, pad, source.model, max_blocks)
             llm.eval()
         else:
             pad = model.padding_of(adapter, tokenizer)

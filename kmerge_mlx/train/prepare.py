@@ -16,9 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from kmerge_mlx import __version__, base
-from kmerge_mlx.adapters import lora, schema
+from kmerge_mlx.adapters import schema
 from kmerge_mlx.adapters.folder import (
-    HEAD,
     Adapter,
     check_not_quantized,
     find_adapters,
@@ -28,7 +27,7 @@ from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.data.tasks import Bar, silent
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
-from kmerge_mlx.model import attach, check_fit, load_source, output_head, padding_of, wire
+from kmerge_mlx.model import attach, check_fit, fresh_lora, load_source, padding_of, wire
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
 from kmerge_mlx.train import teacher as teaching
@@ -225,13 +224,8 @@ def _tuning(settings: TrainSettings, model: nn.Module) -> tuple[Tuning, schema.L
         hint = ": mlx-lm's scale is alpha / rank" if "alpha" in unknown else ""
         known = ", ".join(LORA_PARAMETERS)
         raise TrainError(f"lora_parameters: unknown {short(unknown[0])}{hint}, expected {known}")
-    keys = parameters["keys"]
-    keys = [*lora.default_keys(model, count), HEAD] if keys is None else list(keys)
-    spec, head = schema.LoRASpec(parameters["rank"], parameters["scale"]), output_head(model)
-    tied_head = HEAD in keys and head is None
-    if HEAD in keys:
-        keys = [key for key in keys if key != HEAD] + ([] if head is None else [head[0]])
-    return LoRAConfig(count, parameters["dropout"], spec, tuple(keys)), spec if tied_head else None
+    spec = schema.LoRASpec(parameters["rank"], parameters["scale"])
+    return fresh_lora(model, spec, count, parameters["dropout"], parameters["keys"])
 
 
 def _frozen_copy(source: Source, model: nn.Module) -> nn.Module:

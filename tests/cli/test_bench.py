@@ -61,6 +61,7 @@ def test_json_is_one_object_with_everything_that_was_measured(base):
     assert report["settings"] == {
         "model": str(base),
         "adapter_path": None,
+        "lora_rank": 4,
         "lengths": [9, 20],
         "num_trials": 2,
         "generation_tokens": 3,
@@ -86,8 +87,8 @@ def test_the_table_says_where_it_ran_and_has_a_row_for_each_k_and_length(base):
     where, what, _, *table = result.out.split("\n\nK = 1 ")[0].splitlines()
     assert re.match(r"MLX's (CPU|Metal|CUDA) backend, .*, float32; mlx 0\.", where)
     assert what == (
-        f"{base}, untrained encoders, no LoRA; median (lowest-highest) of 2 rounds after one to "
-        "warm up, 3 tokens generated"
+        f"{base}, untrained encoders, LoRA of rank 4; median (lowest-highest) of 2 rounds after "
+        "one to warm up, 3 tokens generated"
     )
     heads, *rows = (re.split(r" {2,}", line.strip()) for line in table)
     assert heads[3:6] == ["TTFT", "speed-up", "/ floor"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from kmerge_mlx import load
 from kmerge_mlx.generation import cost
@@ -49,10 +50,12 @@ def runs(monkeypatch) -> list[tuple[object, list[int]]]:
     return seen
 
 
-def load_sides(base: str, ks: dict[int, object], lengths: tuple[int, ...]) -> list[Side]:
+def load_sides(
+    base: str, ks: dict[int, object], lengths: tuple[int, ...], lora_rank: int = 0
+) -> list[Side]:
     """Loads a base, and an adapter folder (or None: an untrained encoder) for each K."""
     merged = {k: path and Source.find(base, str(path), k) for k, path in ks.items()}
-    return benchmark.load_sides(Source.find(base), merged, lengths)
+    return benchmark.load_sides(Source.find(base), merged, lengths, lora_rank)
 
 
 def in_rounds(seen: list, size: int) -> list[list]:
@@ -67,6 +70,17 @@ def test_the_kv_cache_is_exactly_that_of_ceil_t_over_k_positions(sides):
         assert row.figures.kv_bytes == row.positions * POSITION_BYTES
         assert row.floor is None or row.floor.kv_bytes == row.figures.kv_bytes
         assert row.figures.generation_tps is not None  # an end-of-text token ends nothing
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_without_an_adapter_lora_is_on_every_layer_and_the_head_or_nowhere(base_path, lora_rank):
+    plain, floor, merged = load_sides(str(base_path), {4: None}, (40,), lora_rank)
+    names = [name for name, _ in tree_flatten(merged.llm.parameters()) if "lora_a" in name]
+    layers = [f"layers.{i}." for i in range(len(plain.llm.layers))]
+    assert [any(layer in name for name in names) for layer in layers] == [bool(lora_rank)] * 3
+    assert len(names) == (len(layers) * 7 + 1 if lora_rank else 0)
+    assert plain.llm is floor.llm
+    assert not [n for n, _ in tree_flatten(plain.llm.parameters()) if "lora_a" in n]
 
 
 def test_the_sides_are_interleaved_and_take_turns_at_being_first(sides, runs):
