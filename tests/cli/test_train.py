@@ -93,9 +93,11 @@ def test_the_end_says_where_the_weights_are_and_how_to_try_them(shown):
     at = f"{state['best_score']:.4f} at iteration {state['best_iteration']}"
     assert best == f"Best validation {at}: {path / 'best'}"
     assert last == f"Last weights: {path}"
-    program, *args = shlex.split(hint.removeprefix("Try them: "))
-    tried = run(*args, "-p", "Tree: AB, Child: ", "--max-tokens", 2)
+    echo, line = hint.removeprefix("Try them: ").split(" | ")
+    program, *args = shlex.split(line)
+    tried = run(*args, stdin=f"{echo.removeprefix('echo ')}\n".encode())  # as it is printed
     assert (program, tried.code) == ("kmerge-mlx", 0), tried.err
+    assert re.search(r"positions \(.*x\), [1-9]\d* merged and 0 raw, ", tried.err)
 
 
 def test_bars_are_drawn_on_a_terminal_alone(tmp_path, shown):

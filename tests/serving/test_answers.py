@@ -305,3 +305,23 @@ def test_metrics_count_what_happened(base_path, adapter_path):
         assert 'request_duration_seconds_bucket{le="+Inf"} 1' in text
         names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
         assert len(names) == len(set(names)) > 10
+
+
+def test_usage_says_how_much_merged_and_the_log_once_why_not(chat_base, adapter_path, caplog):
+    document = "AB CD EF GH IJ KL MN OP QR ST " * 20
+    with serving(chat_base, adapter_path, merges="documents", chat_template=True) as server:
+
+        def usage(content):
+            return server.chat(content, max_tokens=1).json["usage"]
+
+        with caplog.at_level("INFO"):
+            merged, *raw = (usage(text) for text in (f"{document}\nWhat?", document, document))
+        assert merged["merged_tokens"] > 10 * merged["raw_tokens"]
+        for counts in (merged, *raw):
+            assert counts["merged_tokens"] + counts["raw_tokens"] == counts["prompt_tokens"]
+        assert {counts["merged_tokens"] for counts in raw} == {0}
+    said = [r.getMessage() for r in caplog.records if "does not merge" in r.getMessage()]
+    assert said == [
+        "messages[0] (user) does not merge: no line ends between a document and a question "
+        "(docs/prompts.md; logged once)"
+    ]
