@@ -93,7 +93,8 @@ class Renderer:
         """The text of messages whose contents are texts; ``prompt``: an answer is to follow."""
         given = {"add_generation_prompt": prompt and not self.prefilled, "tokenize": False}
         given["continue_final_message"] = self.prefilled
-        if self.date is not None and writes_date(self.tokenizer):
+        own = "chat_template" in self.options
+        if self.date is not None and not own and writes_date(self.tokenizer):
             given["chat_template"] = self._dated()
         shown = [dict(message) for message in messages]
         for message in shown:

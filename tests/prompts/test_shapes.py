@@ -172,3 +172,21 @@ def test_a_text_is_read_as_a_message_and_two_long_ends_keep_the_last_paragraph_r
         segments = lay_out_text(tokenizer, text, merges)
         assert sentences(31) in merged_text(tokenizer, segments)
         assert sentences(32) not in merged_text(tokenizer, segments)
+
+
+def test_a_long_chat_is_tokenized_once(monkeypatch):
+    tokenizer, sizes = words_tokenizer(), []
+    kind = type(tokenizer._tokenizer)
+    encode = kind._encode_plus
+
+    def counting(self, text, *args, **options):
+        sizes.append(len(text))
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(kind, "_encode_plus", counting)
+    answer = {"role": "assistant", "content": DOCUMENT * 10}
+    messages = [user(f"{DOCUMENT * 10}\n{QUESTION}"), answer, user("Why?")]
+    for layout in (DEFAULT_LAYOUT, Layout(CONTEXTS)):
+        sizes.clear()
+        lay_out_chat(tokenizer, messages, layout)
+        assert sum(sizes) < 1.1 * sum(len(message["content"]) for message in messages)

@@ -16,6 +16,7 @@ from mlx_lm.server import Response
 
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
+from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
 from tests.servers import Address, eventually, serving
@@ -118,7 +119,7 @@ def test_mixed_requests_at_once_equal_the_same_one_at_a_time(server, chat_base, 
 def test_a_chat_is_laid_out_and_answered_as_the_library_does(server, library):
     content = "Tree: " + "AB CD " * 40 + "\n\nWhat is it?"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    segments = lay_out_chat(library[1], messages)
+    segments = lay_out_chat(library[1], messages, Layout("contexts"))
     expected = list(stream_generate(*library, segments, 8))
     body = {"messages": messages, "max_tokens": 8, "logprobs": True}
     answer = server.request("POST", "/v1/chat/completions", body).json
