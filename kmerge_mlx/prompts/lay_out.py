@@ -20,11 +20,7 @@ from kmerge_mlx.prompts.segments import Segment, segments_of, wants_special_toke
 from kmerge_mlx.prompts.tags import Span, parse, parsed, text_of
 
 Note = Callable[[str, str], None]
-
-
-def _say_nothing(what: str, why: str) -> None:
-    """The note of whoever does not ask."""
-
+"""Told what of a prompt does not merge, and why."""
 
 _WRITERS = ("system", "user")
 """Roles whose texts may hold tags. In what a model or a tool wrote, a tag is text."""
@@ -87,11 +83,11 @@ def lay_out(
 
 
 def lay_out_text(
-    tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT, note: Note = _say_nothing
+    tokenizer: Any, text: str, layout: Layout = DEFAULT_LAYOUT, note: Note | None = None
 ) -> list[Segment]:
     """Splits a text as a conversation of one user message, without a chat template."""
     spans, why = by_layout(tokenizer, parse(text), "user", True, layout)
-    if why:
+    if why and note is not None:
         note("the prompt", why)
     return _lay_out_bare(tokenizer, spans, layout.merges == ALL)
 
@@ -102,7 +98,7 @@ def lay_out_chat(
     layout: Layout = DEFAULT_LAYOUT,
     options: Mapping[str, Any] | None = None,
     prefilled: bool = False,
-    note: Note = _say_nothing,
+    note: Note | None = None,
 ) -> list[Segment]:
     """Splits a conversation into merged and raw segments.
 
@@ -119,7 +115,7 @@ def lay_out_chat(
         layout: What merges where nothing is specified.
         options: Further arguments of ``apply_chat_template`` (``tools``, for one).
         prefilled: Whether the last message is the beginning of the answer.
-        note: Called with each long message of which nothing merges, and why.
+        note: Called with each long message of which nothing merges, and why; or None.
 
     Returns:
         Segments whose ids, laid end to end, are those of the rendered conversation.
@@ -135,7 +131,7 @@ def lay_out_chat(
     for i, message in enumerate(given):
         role, last = message["role"], [i] == users[-1:]
         message["content"], why = by_layout(tokenizer, message["content"], role, last, layout)
-        if why:
+        if why and note is not None:
             note(f"messages[{i}] ({role})", why)
     outside = layout.merges == ALL
     if not (layout.chat_template and tokenizer.has_chat_template):
