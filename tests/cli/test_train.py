@@ -88,12 +88,12 @@ def test_reports_are_lines_in_mlx_lms_words_and_validations_and_saves_are_too(sh
 
 def test_the_end_says_where_the_weights_are_and_how_to_try_them(shown):
     path, result = shown
-    best, last, hint = result.err.splitlines()[-3:]
+    best, last, _, hint = result.err.splitlines()[-4:]
     state = state_of(path)
     at = f"{state['best_score']:.4f} at iteration {state['best_iteration']}"
     assert best == f"Best validation {at}: {path / 'best'}"
     assert last == f"Last weights: {path}"
-    echo, line = hint.removeprefix("Try them: ").split(" | ")
+    echo, line = hint.split(" | ")
     program, *args = shlex.split(line)
     tried = run(*args, stdin=f"{echo.removeprefix('echo ')}\n".encode())  # as it is printed
     assert (program, tried.code) == ("kmerge-mlx", 0), tried.err
