@@ -6,6 +6,7 @@ what a template may call.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,10 +124,10 @@ class Renderer:
         called = [c.get("function", c) for m in messages for c in m.get("tool_calls", ())]
         if any(f["arguments"] and str(f["arguments"]) in self(messages) for f in called):
             return "the arguments of tool calls"
-        if self.options.get("tools") and self(messages) == replace(
-            self, options={**self.options, "tools": None}
-        )(messages):
-            return "tools"
+        without = replace(self, options={**self.options, "tools": None})
+        with contextlib.suppress(PromptError):  # one that needs the tools writes them
+            if self.options.get("tools") and without(messages) == self(messages):
+                return "tools"
         asked = [i for i, m in enumerate(messages) if m["role"] != "assistant" and m["content"]]
         marked = [dict(message) for message in messages]
         for i in asked:  # in the middle: some templates look at the ends
