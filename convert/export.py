@@ -32,7 +32,8 @@ from kmerge_mlx.adapters.folder import (
 from kmerge_mlx.adapters.schema import MEAN, LoRAConfig, LoRASpec
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.convert.checkpoint import COMPANION, PROVENANCE, named_head
-from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
+from kmerge_mlx.convert.names import PREFIX, SUFFIXES, place
+from kmerge_mlx.convert.peft import neighbours
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
