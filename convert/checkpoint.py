@@ -26,6 +26,7 @@ from kmerge_mlx.adapters.folder import (
     save_adapter,
 )
 from kmerge_mlx.adapters.lora import tensor_problems
+from kmerge_mlx.adapters.portable import found_id
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.base_model import Base
@@ -166,8 +167,8 @@ def read_checkpoint(
     if copies:
         note(f"left out, as copies of the base's tensors: {', '.join(copies)}")
     recorded = config.get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not recorded.isprintable():
-        recorded = None
+    good = isinstance(recorded, str) and recorded.isprintable()
+    recorded = found_id(recorded, folder) if good else None
     # The authors' code merges the whole prompt, and applies no chat template.
     stated = stated or MergeConfig(None, layout=Layout(ALL, chat_template=False))
     # What the encoder was trained with, even where that is not the tokenizer's default.
@@ -202,7 +203,8 @@ def _read_companion(folder: Path) -> tuple[MergeConfig, list[float]] | None:
         merge = MergeConfig.from_json(data[MERGE_CONFIG])
         if not (name := merge.base.id or "").isprintable():
             raise AdapterError(f"base_model.id is {short(name)}, expected a printable name")
-        return merge, scales
+        made_for = replace(merge.base, id=found_id(merge.base.id, folder))
+        return replace(merge, base=made_for), scales
     except AdapterError as error:
         advice = "remove the file to convert without it"
         raise CheckpointError(f"{path}: {error}; {advice}") from None
