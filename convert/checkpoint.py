@@ -64,7 +64,7 @@ def convert_checkpoint(
     k: int | None = None,
     dtype: str | None = None,
     force: bool = False,
-    note: Callable[[str], object] = lambda text: None,
+    note: Callable[[str], object] | None = None,
 ) -> Adapter:
     """Converts a PyTorch checkpoint into an adapter folder.
 
@@ -76,7 +76,7 @@ def convert_checkpoint(
         k: Merge factor the user expects, or None.
         dtype: ``float32``, ``float16`` or ``bfloat16`` to cast to, or None to keep the dtypes.
         force: Replace an adapter folder at ``destination``.
-        note: Receives a line for what was left out of the checkpoint.
+        note: Receives one line if something of the checkpoint was left out.
 
     Returns:
         What was written.
@@ -129,7 +129,7 @@ def read_checkpoint(
     known: Base | None,
     k: int | None,
     source: str,
-    note: Callable[[str], object] = lambda text: None,
+    note: Callable[[str], object] | None = None,
 ) -> Adapter:
     """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed.
 
@@ -164,7 +164,7 @@ def read_checkpoint(
         problems += _companion_problems(stated, encoder, known)
     if problems or lora is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
-    if copies:
+    if copies and note is not None:
         note(f"left out, as copies of the base's tensors: {', '.join(copies)}")
     recorded = config.get("base_model_name_or_path")
     good = isinstance(recorded, str) and recorded.isprintable()
