@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from kmerge_mlx import load
 from kmerge_mlx.convert.peft import copies_of_base
 from tests import conversions
 from tests.checkpoints import PREFIX, Checkpoint, make
+from tests.cli_runner import run
 from tests.conversions import convert, refused
 from tests.tiny import qwen2_config, write_base
 
@@ -96,6 +97,21 @@ def test_copies_of_the_base_are_left_out_with_a_note(tmp_path, tied, table, dtyp
     assert notes == [
         f"left out, as copies of the base's tensors: {', '.join(sorted(names, key=len))}"
     ]
+
+
+def test_the_command_says_what_it_left_out(tmp_path, base_path, checkpoint_path, adapter_path):
+    """A checkpoint of the authors' own code, with what PEFT adds where it cannot see the base."""
+    shutil.copytree(checkpoint_path, tmp_path / "src")
+    file = tmp_path / "src" / "adapter_model.safetensors"
+    table = load_file(base_path / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(load_file(file) | {EMBEDDING: table, HEAD: table}, file)
+    result = run("convert", tmp_path / "src", tmp_path / "dst", "--model", base_path)
+    assert (result.code, result.out) == (0, "")
+    assert f"note: left out, as copies of the base's tensors: {HEAD}, {EMBEDDING}\n" in result.err
+    for name in ("adapters.safetensors", "merge_encoder.safetensors"):
+        assert (tmp_path / "dst" / name).read_bytes() == (adapter_path / name).read_bytes()
+    refused = run("convert", tmp_path / "src", tmp_path / "other")
+    assert (refused.code, refused.err.count("give --model if it is a copy of the base's")) == (1, 2)
 
 
 def test_copies_that_cannot_be_compared_are_refused(tmp_path, tied, table):
