@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -100,7 +99,7 @@ class Base:
 
     def _weights(self) -> dict[str, mx.array]:
         """The base's tensors by name, not read yet; a tied head is its table."""
-        path: Path = base.resolve(self.merge.base.id)
+        path = base.resolve(self.merge.base.id)
         try:
             model, _ = load_model(path, lazy=True, model_config=self.config)
         except base.LOAD_ERRORS as error:

@@ -17,7 +17,7 @@ _START = r"(?:file://|~\w*/|/|(?:\.\./)+|[A-Za-z]:\\|\\\\)"
 _WHOLE = re.compile(_START)
 _BEFORE = r"(?<![\w:/.~\\])"  # not within a word, an address or a path
 _PATH = re.compile(rf"{_BEFORE}{_START}[^\s'\",;:()\[\]{{}}<>|`]+")
-_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})\Z")
 
 
 def portable(merge: MergeConfig, folder: Path) -> MergeConfig:
