@@ -1,6 +1,6 @@
 """Copies an adapter in bfloat16: half the size, for a repository or a download.
 
-    python examples/smollm2/keep.py out/adapters/qa/k2 adapters/smollm2-qa-k2
+python examples/smollm2/keep.py out/adapters/qa/k2 adapters/smollm2-qa-k2
 """
 
 from __future__ import annotations
