@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
 from kmerge_mlx.config import CARRIED
+from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub import fetch
 
@@ -81,7 +82,7 @@ def read_tokenizer(
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
-    return tokenizer
+    return exact(tokenizer)
 
 
 def default_pad_token_id(tokenizer: Any) -> int:
