@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import stream_generate as host_stream_generate
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kmerge_mlx import batch_generate, generate, stream_generate
@@ -19,28 +19,7 @@ from kmerge_mlx.model import load
 from tests.cli_runner import copy_base
 from tests.conftest import UPSTREAM
 from tests.tiny import qwen2_config, write_base
-
-STEPS = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-SENTENCEPIECE = decoders.Sequence([*STEPS, decoders.Strip(" ", 1, 0)])
-PIECES = ["\u2581", "\u2581t", "t", "\u2581the", "a", "\u2581a", "\u00e9", "\ufffd", "\n", "##s"]
-
-
-def sentencepiece(decoder: Any = SENTENCEPIECE) -> Tokenizer:
-    """As Llama 2's: pieces with a visible space, and tokens for the bytes of other characters."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    spaces = normalizers.Replace(" ", "\u2581")
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
-    made.decoder = decoder
-    return made
-
-
-def byte_level(decoder: Any = None) -> Tokenizer:
-    made = Tokenizer.from_file(str(UPSTREAM / "base" / "tokenizer.json"))
-    made.decoder = decoder or made.decoder
-    return made
-
+from tests.vocabularies import PIECES, STEPS, byte_level, sentencepiece, tekken
 
 KINDS = {
     "sentencepiece": sentencepiece(),
@@ -48,7 +27,7 @@ KINDS = {
     "metaspace": sentencepiece(decoders.Metaspace()),
     "wordpiece": sentencepiece(decoders.WordPiece(cleanup=False)),
     "byte level": byte_level(),
-    "tekken": byte_level(SENTENCEPIECE),  # a byte-level vocabulary, converted with that decoder
+    "tekken": tekken(),
 }
 TOKENIZERS = {
     name: exact(PreTrainedTokenizerFast(tokenizer_object=made)) for name, made in KINDS.items()
@@ -56,6 +35,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_streamed_is_what_decode_gives(name, data):
     tokenizer = TOKENIZERS[name]
