@@ -82,6 +82,7 @@ def read_tokenizer(
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
+    tokenizer.table_rows = text_config(config).get("vocab_size")
     return exact(tokenizer)
 
 
@@ -177,13 +178,7 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     A second one, looked up by token id as well (gemma3n's and gemma4's per-layer inputs, n-gram
     embeddings), could not read a virtual id.
     """
-    tables = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-        and (last := path.rsplit(".", 1)[-1]) != "wpe"
-        and "position" not in last
-    }
+    tables = _tables(model)
     if not tables:
         raise ModelError(f"{name} has no embedding table that this release knows how to wrap")
     if len(tables) > 1:
@@ -193,6 +188,21 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
             "table"
         )
     return next(iter(tables.items()))
+
+
+def table_rows(model: nn.Module) -> int:
+    """How many token ids a model's embedding table has rows for."""
+    return max(table.weight.shape[0] for table in _tables(model).values())
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+        and (last := path.rsplit(".", 1)[-1]) != "wpe"
+        and "position" not in last
+    }
 
 
 def weights_digest(path: Path) -> str:

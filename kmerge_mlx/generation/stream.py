@@ -20,10 +20,11 @@ from mlx_lm.generate import GenerationResponse as HostResponse
 from mlx_lm.generate import stream_generate as host_stream_generate
 from mlx_lm.sample_utils import LogitsProcessor
 
+from kmerge_mlx.base import table_rows
 from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.segments import Segment, encode
+from kmerge_mlx.prompts.segments import Segment, check_ids, encode
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
@@ -86,11 +87,12 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         if not segments.ids:
             raise PromptError("the cache holds all of the prompt: leave its last position to read")
         return segments
-    if not any(len(segment.ids) for segment in segments):
+    ids = [i for segment in segments for i in segment.ids]
+    if not ids:
         raise PromptError("the prompt is empty: there is nothing to read")
+    check_ids(ids, table_rows(model), tokenizer)
     if embedding is not None:
         return embedding.compress(segments)
-    ids = [i for segment in segments for i in segment.ids]
     return CompressedPrompt(ids, ids, [1] * len(ids))
 
 
