@@ -13,9 +13,12 @@ import pytest
 from kmerge_mlx.serving.answers import ApiError
 from kmerge_mlx.serving.requests import read_completion
 from tests.cli_runner import CHATML, copy_base
-from tests.servers import serving
+from tests.servers import Address, serving
+from tests.serving.test_text import until_stop
+from tests.vocabularies import base_with, sentencepiece, tekken
 
 VOCABULARY = 700
+EOS = "<|endoftext|>"
 PENALTIES = ("repetition", "presence", "frequency")
 
 
@@ -220,20 +223,50 @@ def request(rng: random.Random) -> tuple[str, bytes]:
     return "/v1/chat/completions" if chat else "/v1/completions", raw
 
 
+def check_text(answer: dict[str, Any], stops: list[str], tokenizer: Any) -> None:
+    """An answer whose tokens are known has their text, up to a stop text."""
+    (choice,) = answer["choices"]
+    ids = [token["id"] for token in choice["logprobs"]["content"]]
+    if choice["finish_reason"] == "stop" and ids[-1] in tokenizer.eos_token_ids:
+        ids.pop()
+    text, _ = until_stop(tokenizer.decode(ids), tuple(stops))
+    assert choice["message"]["content"] == text, (answer, stops)
+
+
+def ask_at_random(server: Address, count: int, seed: int) -> list[int]:
+    """Sends requests of the schema, right and wrong, and checks their answers."""
+    rng, tokenizer = random.Random(seed), server.server.service.tokenizer
+    requests = [request(rng) for _ in range(count)]
+
+    def send(made: tuple[str, bytes]) -> int:
+        answer = server.request("POST", *made)
+        assert answer.status < 500, (answer.body, made)
+        if answer.body.startswith(b"{"):  # not a stream
+            assert ("error" in answer.json) == (answer.status >= 400), (answer.body, made)
+            if answer.status == 200 and answer.json["choices"][0].get("logprobs", {}).get(
+                "content"
+            ):
+                stop = json.loads(made[1]).get("stop") or []
+                check_text(answer.json, [stop] if isinstance(stop, str) else stop, tokenizer)
+        return answer.status
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(send, requests))
+    server.assert_alive()
+    return statuses
+
+
 @pytest.mark.slow
-def test_a_thousand_requests_of_the_schema_get_no_5xx(base_path, adapter_path, tmp_path):
-    base, rng = copy_base(base_path, tmp_path / "base", CHATML), random.Random(2604)
-    requests = [request(rng) for _ in range(1000)]
-    with serving(base, adapter_path, chat_template=True, max_queue=1000) as server:
-
-        def send(made: tuple[str, bytes]) -> int:
-            answer = server.request("POST", *made)
-            assert answer.status < 500, (answer.body, made)
-            assert (b'"error"' in answer.body) == (answer.status >= 400), (answer.body, made)
-            return answer.status
-
-        with ThreadPoolExecutor(8) as pool:
-            statuses = list(pool.map(send, requests))
-        server.assert_alive()
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "tekken"])
+def test_a_thousand_requests_of_the_schema_get_no_5xx(kind, base_path, adapter_path, tmp_path):
+    settings = {"chat_template": True, "max_queue": 1000}
+    if kind == "byte level":
+        base, adapter = copy_base(base_path, tmp_path / "base", CHATML), adapter_path
+    else:  # tables with rows that have no token
+        made, eos = (sentencepiece(), "</s>") if kind == "sentencepiece" else (tekken(), EOS)
+        base, adapter = base_with(tmp_path / "base", made, 710, eos), None
+        (base / "chat_template.jinja").write_text(CHATML)
+    with serving(base, adapter, **settings) as server:
+        statuses = ask_at_random(server, 1000, 2604)
     assert set(statuses) == {200, 400, 404}
     assert statuses.count(200) > 200
