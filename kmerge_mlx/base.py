@@ -14,7 +14,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
-from kmerge_mlx.config import CARRIED
+from kmerge_mlx.config import CARRIED, is_int
 from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub import fetch
@@ -82,7 +82,8 @@ def read_tokenizer(
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
-    tokenizer.table_rows = text_config(config).get("vocab_size")
+    rows = text_config(config).get("vocab_size")
+    tokenizer.table_rows = rows if is_int(rows) else None  # what rows of data are checked with
     return exact(tokenizer)
 
 
