@@ -202,7 +202,7 @@ class BaseModelConfig:
     """The base model an adapter was made for.
 
     Args:
-        id: Folder or hub repo id, as the user gave it; for people.
+        id: Folder or hub repo id, as the user gave it; files hold it relative to themselves.
         fields: The config entries that must agree (see ``base.fingerprint``), or empty where the
             adapter was converted without ``--model``.
     """
