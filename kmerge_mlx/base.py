@@ -14,7 +14,8 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled
-from kmerge_mlx.config import CARRIED
+from kmerge_mlx.config import CARRIED, is_int
+from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub import fetch
 
@@ -81,7 +82,9 @@ def read_tokenizer(
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
-    return tokenizer
+    rows = text_config(config).get("vocab_size")
+    tokenizer.table_rows = rows if is_int(rows) else None  # what rows of data are checked with
+    return exact(tokenizer)
 
 
 def default_pad_token_id(tokenizer: Any) -> int:
@@ -176,13 +179,7 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     A second one, looked up by token id as well (gemma3n's and gemma4's per-layer inputs, n-gram
     embeddings), could not read a virtual id.
     """
-    tables = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-        and (last := path.rsplit(".", 1)[-1]) != "wpe"
-        and "position" not in last
-    }
+    tables = _tables(model)
     if not tables:
         raise ModelError(f"{name} has no embedding table that this release knows how to wrap")
     if len(tables) > 1:
@@ -192,6 +189,21 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
             "table"
         )
     return next(iter(tables.items()))
+
+
+def table_rows(model: nn.Module) -> int:
+    """How many token ids a model's embedding table has rows for."""
+    return max(table.weight.shape[0] for table in _tables(model).values())
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+        and (last := path.rsplit(".", 1)[-1]) != "wpe"
+        and "position" not in last
+    }
 
 
 def weights_digest(path: Path) -> str:

@@ -23,8 +23,8 @@ import mlx.nn as nn
 from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
-from kmerge_mlx.errors import BlockTableFullError, PromptError
-from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.errors import BlockTableFullError
+from kmerge_mlx.prompts.segments import Segment, check_ids
 
 Block = tuple[int, ...]
 
@@ -196,11 +196,7 @@ class MergedEmbedding(nn.Module):
         """
         segments, k = list(segments), self.merge_factor
         original_ids = [i for segment in segments for i in segment.ids]
-        if bad := [i for i in original_ids if not 0 <= i < self.vocab_size]:
-            raise PromptError(
-                f"token id {bad[0]} is outside the base model's vocabulary of {self.vocab_size:,}: "
-                "use the tokenizer of that model"
-            )
+        check_ids(original_ids, self.vocab_size)
         merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
         cut = [split(ids, k, self.pad_token_id, self.context) for ids in merged]
         virtual = self._virtual_ids([block for blocks in cut for block in blocks])

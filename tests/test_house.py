@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # A folder (or a module beside the folders) imports from the rows above its own, and from itself.
 LAYERS = [
     {"errors", "config", "bundled"},
-    {"files", "prompts", "hub"},
+    {"files", "prompts", "hub", "detokenizer"},
     {"settings"},
     {"adapters", "data"},
     {"base", "encoder"},
@@ -160,6 +160,6 @@ def test_the_runtime_needs_no_more_than_it_says():
     known = {name.replace("-", "_").replace("pyyaml", "yaml") for name in names}
     known |= {"kmerge_mlx", "matplotlib", *sys.stdlib_module_names}  # the second one for --plot
     used = set().union(*(names_in(path)[1] for path in FILES))
-    # FastAPI and mlx-lm bring these.
-    assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2"}
+    # FastAPI, mlx-lm and transformers bring these.
+    assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2", "tokenizers"}
     assert "torch==2.13.0" in project["optional-dependencies"]["parity"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import note, note_layout, on_signals
+from kmerge_mlx.errors import ServeError
 from kmerge_mlx.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -33,13 +37,29 @@ def serve(settings: ServeSettings) -> None:
     form = "%(asctime)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=settings.log_level, format=form)
     received: list[int] = []
-    with on_signals(received.append), Server(settings) as server:
+    with _killable():
+        server = Server(settings)
+    with on_signals(received.append), server:
         _report_start(server.service, server.url)
         # A signal may reach another thread: this one must wake up by itself to see it.
         while not received:
             time.sleep(0.1)
+            if server.service.health == "unavailable":
+                raise ServeError("the model has stopped: its log says why")
         note("Ending: requests in flight end first (again: at once)")
-        server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
+        left = server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
+    if left:
+        raise ServeError(f"{left} requests did not end in time and were given up")
+
+
+@contextlib.contextmanager
+def _killable() -> Iterator[None]:
+    """Ctrl-C ends the process at once, as ``kill`` does: Python would wait for what is loading."""
+    kept = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, kept)
 
 
 def _report_start(service: Service, url: str) -> None:

@@ -17,7 +17,7 @@ from kmerge_mlx.errors import DataError, PromptError
 from kmerge_mlx.prompts.chat_template import ChatTemplate, renderer_of
 from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, plain_messages, without_tags
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
-from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.prompts.segments import Segment, check_ids
 
 _BARE = "leave the chat template out (`ignore_chat_template`)"
 _ROWS = f"use prompt and completion rows, and {_BARE}"
@@ -53,8 +53,15 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     ends, so their ids laid end to end are those of the whole conversation, up to the token that
     ends the answer: what a template writes after it (ChatML's line break) is never generated, and
     is left out. Without one, prompt and answer are tokenized apart. Raises DataError where that
-    cannot be done, and PromptError as ``prompts.lay_out`` does.
+    cannot be done, and PromptError as ``prompts.lay_out`` does, or for an id past the base's table.
     """
+    row = _tokenized(tokenizer, example, layout)
+    if (rows := getattr(tokenizer, "table_rows", None)) is not None:
+        check_ids([*row.prompt_ids, *row.answer_ids], rows, tokenizer)
+    return row
+
+
+def _tokenized(tokenizer: Any, example: Example, layout: Layout) -> TokenizedExample:
     templated = layout.chat_template and tokenizer.has_chat_template
     options = {} if example.tools is None else {"tools": list(example.tools)}
     if example.messages:

@@ -19,11 +19,12 @@ from mlx_lm.generate import BatchResponse as HostBatchResponse
 from mlx_lm.generate import GenerationResponse as HostResponse
 from mlx_lm.generate import stream_generate as host_stream_generate
 from mlx_lm.sample_utils import LogitsProcessor
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from kmerge_mlx.base import table_rows
+from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.segments import Segment, encode
+from kmerge_mlx.prompts.segments import Segment, check_ids, encode
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
@@ -86,11 +87,12 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         if not segments.ids:
             raise PromptError("the cache holds all of the prompt: leave its last position to read")
         return segments
-    if not any(len(segment.ids) for segment in segments):
+    ids = [i for segment in segments for i in segment.ids]
+    if not ids:
         raise PromptError("the prompt is empty: there is nothing to read")
+    check_ids(ids, table_rows(model), tokenizer)
     if embedding is not None:
         return embedding.compress(segments)
-    ids = [i for segment in segments for i in segment.ids]
     return CompressedPrompt(ids, ids, [1] * len(ids))
 
 
@@ -128,7 +130,7 @@ def stream_generate(
         raise ModelError("a draft model cannot read merged prompts: leave draft_model out")
     if max_tokens == 0:
         raise PromptError("max_tokens is 0: give at least 1, or -1 for no limit")
-    start = time.perf_counter()
+    start, tokenizer = time.perf_counter(), exact(tokenizer)
     compressed = fitting(model, tokenizer, prompt, options.get("prompt_cache"))
     if logits_processors:
         options["logits_processors"] = over_original_ids(logits_processors, compressed)
@@ -186,8 +188,7 @@ def batch_generate(
         PromptError: A prompt is empty, or longer than the model's context.
         BlockTableFullError: Too many blocks in use at once.
     """
-    if not isinstance(tokenizer, TokenizerWrapper):  # a plain Hugging Face one, as in mlx-lm
-        tokenizer = TokenizerWrapper(tokenizer)
+    tokenizer = exact(tokenizer)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     compressed = _compress_all(model, tokenizer, prompts, prompt_caches, limits)
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
@@ -200,7 +201,7 @@ def batch_generate(
         )
         rows = _drain(generator, uids, return_logprobs, progress)
     return BatchResponse(
-        [tokenizer.decode(row.tokens) for row in rows],
+        [tokenizer.detokenizer.decode(row.tokens) for row in rows],
         stats,
         [row.cache for row in rows] if return_prompt_caches else None,
         [row.tokens for row in rows] if return_token_ids else None,

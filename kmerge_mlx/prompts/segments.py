@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import PromptError, short
 from kmerge_mlx.prompts.tags import Span, text_of
 
 _OUTSIDE, _BORDER = -1, -2
@@ -40,6 +40,18 @@ def wants_special_tokens(tokenizer: Any, text: str) -> bool:
     """Whether mlx-lm adds special tokens to a text: unless it begins with one."""
     bos = tokenizer.bos_token
     return bos is None or not text.startswith(bos)
+
+
+def check_ids(ids: Iterable[int], rows: int, tokenizer: Any = None) -> None:
+    """Refuses token ids past an embedding table of so many rows: MLX would read what lies there."""
+    bad = next((i for i in ids if not 0 <= i < rows), None)
+    if bad is not None:
+        token = tokenizer.convert_ids_to_tokens(bad) if tokenizer and rows <= bad < 2**31 else None
+        named = "" if token is None else f" ({short(token)})"
+        raise PromptError(
+            f"token id {bad}{named} is outside the base model's vocabulary of {rows:,}: use the "
+            "tokenizer of that model"
+        )
 
 
 def segments_of(

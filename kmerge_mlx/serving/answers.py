@@ -6,25 +6,25 @@ Source: https://platform.openai.com/docs/api-reference, guides/error-codes
 from __future__ import annotations
 
 import json
-import re
+import logging
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_lm.generate import TextStateMachine
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import GenerationContext, Response, ToolCallFormatter
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kmerge_mlx.errors import BlockTableFullError, KMergeError
+from kmerge_mlx.errors import BlockTableFullError, KMergeError, first_line
 
 if TYPE_CHECKING:
+    from kmerge_mlx.detokenizer import Detokenizer
     from kmerge_mlx.serving.requests import Completion
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LOWEST = -9999.0  # OpenAI's log-probability of an impossible token: JSON has no minus infinity
-_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level tokenizers
+_log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -77,60 +77,98 @@ def event(value: dict[str, Any]) -> str:
 
 
 class Answer:
-    """The answer to one request, made from mlx-lm's tokens as they come; pieces have ``known``."""
+    """The answer to one prompt, made from mlx-lm's tokens as they come.
+
+    Text is held back only while it may be the beginning of a stop text, or of a marker of thinking
+    or of a tool call.
+
+    Args:
+        completion: The request.
+        context: What mlx-lm says of it before its first token.
+        tokenizer: The tokenizer.
+        index: Which of the request's prompts it answers.
+    """
 
     def __init__(
-        self, completion: Completion, context: GenerationContext, tokenizer: Any, known: dict
+        self, completion: Completion, context: GenerationContext, tokenizer: Any, index: int = 0
     ):
         self._chat, self._stream = completion.chat, completion.stream
-        self._stops, self._top = completion.stop, completion.top
-        self._text = ""
-        name, kind = ("chatcmpl", "chat.completion") if self._chat else ("cmpl", "text_completion")
-        kind += ".chunk" if self._chat and self._stream else ""
-        self._head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
-        self._head |= known
-        self._tokenizer = tokenizer
+        self._stops, self._top, self._index = completion.stop, completion.top, index
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._maybe_stop = ""  # the beginning of a stop text, perhaps
         self._previous = context.initial_state
-        self._state = context.text_sm.make_state(self._previous)
+        markers = make_text_state_machine(tokenizer) if self._chat else TextStateMachine()
+        self._state = markers.make_state(self._previous)
         tools = completion.offered_tools if self._chat else None
         self._format_calls = ToolCallFormatter(context.tool_parser, tools, self._stream)
         self._unsent = defaultdict(str)  # text by mlx-lm's state: normal, reasoning, tool
-        self._calls: list[str] = []
-        self._called = False
+        self._calls: list[dict[str, Any]] = []
+        self._called = self._begun = False
         self._tokens: list[Response] = []
         self.finish_reason: str | None = None
 
     def add(self, response: Response) -> None:
         """Takes a token in; the answer has ended when :attr:`finish_reason` is set."""
         self._tokens.append(response)
-        text, stopped = self._until_stop(response.text)
-        finish = "stop" if stopped else response.finish_reason
+        finish = response.finish_reason
+        if finish != "stop" or response.token not in self._tokenizer.eos_token_ids:
+            self._detokenizer.add_token(response.token)
+        if self._take(last=finish is not None):
+            finish = "stop"
+        self.finish_reason = "tool_calls" if finish == "stop" and self._called else finish
+
+    def let_go(self) -> None:
+        """Lets go of the text that is held back, where no more tokens come."""
+        self._take(last=True)
+
+    def _take(self, last: bool) -> bool:
+        """Takes in the text of new tokens, and says whether a stop text ended it."""
+        if last:
+            self._detokenizer.finalize()
+        text, stopped = self._until_stop(self._detokenizer.last_segment, last)
         self._state, pieces = TextStateMachine.split(self._state, text)
-        if finish == "length":
+        if last or stopped:
             self._state, rest, state = TextStateMachine.flush(self._state)
             pieces.append((state, rest))
         for state, piece in pieces:
             if state == "normal" and self._previous == "tool":
-                self._end_call()
+                self._end_call(closed=True)
             self._unsent[state] += piece
             self._previous = state
-        if finish is not None and self._previous == "tool" and self._unsent["tool"]:
+        if (last or stopped) and self._previous == "tool":
             self._end_call()
-        self.finish_reason = "tool_calls" if finish == "stop" and self._called else finish
+        return stopped
 
-    def _until_stop(self, text: str) -> tuple[str, bool]:
-        """A token's text up to the first stop text, and whether there is one.
+    def _until_stop(self, text: str, last: bool) -> tuple[str, bool]:
+        """The text up to the first stop text, in whatever tokens, and whether there is one."""
+        text = self._maybe_stop + text
+        found = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            end, stop = min(found, key=lambda one: (one[0], -len(one[1])))
+            self._maybe_stop = ""
+            return text[: end - len(stop)], True
+        begun = (n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n]))
+        end = len(text) - (0 if last else max(begun, default=0))
+        self._maybe_stop = text[end:]
+        return text[:end], False
 
-        mlx-lm looks for a stop text's tokens; here the same text in other tokens counts too.
-        """
-        self._text, before = self._text + text, len(self._text)
-        found = [(self._text.find(s, max(0, before - len(s) + 1)), len(s)) for s in self._stops]
-        end = min((place + size for place, size in found if place >= 0), default=None)
-        return self._text[before:end], end is not None
+    def _end_call(self, closed: bool = False) -> None:
+        """A tool call, or the text that the model wrote in the place of one."""
+        text, self._unsent["tool"], self._previous = self._unsent["tool"], "", "normal"
+        if calls := self._read_calls(text):
+            self._calls, self._called = self._calls + calls, True
+        elif text:
+            end = self._tokenizer.tool_call_end if closed else ""
+            self._unsent["normal"] += f"{self._tokenizer.tool_call_start}{text}{end or ''}"
 
-    def _end_call(self) -> None:
-        self._calls.append(self._unsent["tool"])
-        self._unsent["tool"], self._called = "", True
+    def _read_calls(self, text: str) -> list[dict[str, Any]]:
+        try:
+            calls = self._format_calls([text])
+            named = all(isinstance(call["function"]["name"], str) for call in calls)
+        except Exception as error:  # mlx-lm's parsers raise anything over what a model wrote
+            _log.debug("a tool call could not be read: %r", first_line(error))
+            return []
+        return calls if named else []
 
     def chunk(self) -> dict[str, Any] | None:
         """What has come since the last chunk, or None where there is nothing to send yet."""
@@ -138,38 +176,44 @@ class Answer:
         ready = self.finish_reason is not None or (new and self._previous != "tool")
         return self.rest() if ready else None
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk of a stream whose client asked for it."""
-        return self._head | {"choices": [], "usage": usage}
-
     def rest(self) -> dict[str, Any]:
-        """All that has come since the last chunk: without one, the whole answer."""
-        calls = self._format_calls(self._calls)
+        """All that has come since the last chunk, as a choice: without one, the whole answer."""
         text, reasoning = self._unsent["normal"], self._unsent["reasoning"]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
+        choice: dict[str, Any] = {"index": self._index, "finish_reason": self.finish_reason}
         if not self._chat:
             choice["text"] = text
         else:
-            message = {"role": "assistant", "content": text, "reasoning": reasoning}
-            message |= {"tool_calls": calls}
+            role = "" if self._stream and self._begun else "assistant"
+            message = {"role": role, "content": text, "reasoning": reasoning}
+            message |= {"tool_calls": self._calls}
             message = {name: value for name, value in message.items() if value}
             if not self._stream:  # OpenAI's content is null beside tool calls alone
-                message["content"] = text or (None if calls else "")
+                message["content"] = text or (None if self._calls else "")
             choice["delta" if self._stream else "message"] = message
         if self._top is not None:
-            made = _chat_logprobs(self._tokens, self._tokenizer, self._top)
+            made = _chat_logprobs(self._tokens, self._detokenizer, self._top)
             choice["logprobs"] = (
                 {"content": made} if self._chat else _text_logprobs(made, self._top)
             )
         self._unsent["normal"] = self._unsent["reasoning"] = ""
-        self._calls, self._tokens = [], []
-        return self._head | {"choices": [choice]}
+        self._calls, self._tokens, self._begun = [], [], True
+        return choice
 
 
-def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> list[dict[str, Any]]:
+def head_of(completion: Completion, known: dict[str, Any]) -> dict[str, Any]:
+    """What an answer, or every chunk of a stream, begins with."""
+    name, kind = ("chatcmpl", "chat.completion") if completion.chat else ("cmpl", "text_completion")
+    kind += ".chunk" if completion.chat and completion.stream else ""
+    head = {"id": f"{name}-{uuid.uuid4()}", "object": kind, "created": int(time.time())}
+    return head | known
+
+
+def _chat_logprobs(
+    tokens: Sequence[Response], detokenizer: Detokenizer, top: int
+) -> list[dict[str, Any]]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text, data = _token(tokenizer, token)
-        logprob = max(logprob, _LOWEST)
+        text, data = detokenizer.spell(token)
+        logprob = max(_LOWEST, logprob)
         return {"token": text, "logprob": logprob, "bytes": list(data), "id": token}
 
     made = []
@@ -182,24 +226,21 @@ def _chat_logprobs(tokens: Sequence[Response], tokenizer: Any, top: int) -> list
 
 
 def _text_logprobs(tokens: list[dict[str, Any]], top: int) -> dict[str, Any]:
-    likeliest = [{t["token"]: t["logprob"] for t in one["top_logprobs"]} for one in tokens]
     return {
         "tokens": [one["token"] for one in tokens],
         "token_logprobs": [one["logprob"] for one in tokens],
-        "top_logprobs": likeliest if top else None,
+        "top_logprobs": [_by_text(one) for one in tokens] if top else None,
     }
 
 
-def _token(tokenizer: Any, token: int) -> tuple[str, bytes]:
-    """A token's text and bytes; a part of a character is written ``bytes:\\xf0\\x9f``."""
-    text = tokenizer.decode([token])
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if "\ufffd" not in text:
-        return text or piece or "", text.encode("utf-8")
-    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece or ""):
-        data = bytes([int(found[1], 16)])
-    elif piece and all(c in _BYTE_OF for c in piece):
-        data = bytes(_BYTE_OF[c] for c in piece)
-    else:
-        return text, text.encode("utf-8")
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+def _by_text(token: dict[str, Any]) -> dict[str, float]:
+    """The likeliest tokens by their text; of two with one text, one is called by its id."""
+    owners = {token["token"]: token["id"]}
+    for likely in token["top_logprobs"]:
+        owners.setdefault(likely["token"], likely["id"])
+
+    def key(likely: dict[str, Any]) -> str:
+        text, number = likely["token"], likely["id"]
+        return text if owners[text] == number else f"token_id:{number}"
+
+    return {key(likely): likely["logprob"] for likely in token["top_logprobs"]}

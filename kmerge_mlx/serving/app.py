@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import socket
 import time
 from contextlib import AbstractContextManager
@@ -25,9 +26,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
 from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, busy, event
-from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
 
 _LEFT = 499  # nginx's status for a client that left; only the metrics show it
 _MOST_PIPELINED = 2**16
@@ -62,7 +64,7 @@ def make_app(service: Service) -> ASGIApp:
     async def models(wanted: str = "") -> Response:
         name = service.provider.name
         known = {"id": name, "object": "model", "created": started, "owned_by": "kmerge-mlx"}
-        if wanted not in ("", name, DEFAULT_MODEL):
+        if wanted and wanted not in service.provider.names:
             message = f"the model {wanted[:60]!a} is not served here, only {name} is"
             raise ApiError(404, message, "model", "model_not_found")
         return JSONResponse(known if wanted else {"object": "list", "data": [known]})
@@ -104,10 +106,16 @@ async def _as_response(request: Request, error: Exception) -> Response:
             message = f"{asked} takes {headers['Allow']}, not {request.method}"
             error = ApiError(405, message, code="method_not_allowed", headers=dict(headers))
     answer = as_api_error(error)
+    _note(answer, f"{request.method} {request.url.path}")
     if request.state.connection.cycle.waiting_for_100_continue:
         # A client that has its answer may or may not send the body that it announced.
         answer.headers = answer.headers | {"Connection": "close"}
     return JSONResponse(answer.as_json(), answer.status, answer.headers)
+
+
+def _note(error: ApiError, asked: str) -> None:
+    """Logs why a request was refused, in printable letters."""
+    _log.info("%r got %d: %r", asked[:80], error.status, str(error))
 
 
 async def _check_client(service: Service, request: Request) -> None:
@@ -149,7 +157,7 @@ class _Completing(Response):
         self.service, self.asked, self.chat = service, asked, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection, begun = scope["state"]["connection"], False
+        connection, begun, lock = scope["state"]["connection"], False, asyncio.Lock()
 
         async def put(message: Message) -> None:
             try:
@@ -160,11 +168,12 @@ class _Completing(Response):
 
         async def write(text: str, last: bool = False) -> None:
             nonlocal begun
-            if not begun:
-                await put({"type": "http.response.start", "status": 200, "headers": _STREAM})
-                begun = True
             body = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
-            await put(body)
+            async with lock:  # a request may have several prompts
+                if not begun:
+                    await put({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                    begun = True
+                await put(body)
 
         connection.answering = asyncio.current_task()
         try:
@@ -174,7 +183,9 @@ class _Completing(Response):
             except (ApiError, KMergeError) as error:
                 if not begun:
                     raise
-                await write(event(as_api_error(error).as_json()), last=True)
+                answer = as_api_error(error)
+                _note(answer, "a stream")
+                await write(event(answer.as_json()), last=True)
         except (ClientGone, asyncio.CancelledError):
             connection.answering, scope["state"]["left"] = None, True
             connection.transport.abort()
@@ -258,6 +269,7 @@ class _Connection(H11Protocol):
         self._end_timer()
         self._unset_keepalive_if_required()
         self.refused, cycle = True, self.cycle
+        _note(error, "a connection")
         begun = cycle is not None and cycle.response_started
         if not begun or (cycle.response_complete and not cycle.more_body):
             body = json.dumps(error.as_json()).encode()

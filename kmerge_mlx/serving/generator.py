@@ -6,6 +6,7 @@ is merged.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import time
@@ -23,6 +24,7 @@ import mlx.core as mx
 from mlx_lm import server as host
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
@@ -32,9 +34,13 @@ from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
+from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt, split
+
+MOST_FAILURES = 3
+"""Failures of mlx-lm's loop, one after the other without an answer, that end the server."""
 
 _log = logging.getLogger(__name__)
 _host_processors = host._make_logits_processors
@@ -62,6 +68,22 @@ def check_seam() -> None:
             )
 
 
+class _Textless(StreamingDetokenizer):
+    """Makes no text in mlx-lm's thread: an Answer makes it, where no token can end the thread."""
+
+    text = ""
+    offset = 0
+
+    def reset(self) -> None:
+        pass
+
+    def add_token(self, token: int) -> None:
+        pass
+
+    def finalize(self) -> None:
+        pass
+
+
 class PinnedModel(host.ModelProvider):
     """mlx-lm's model provider with one model, which no client can change."""
 
@@ -69,7 +91,12 @@ class PinnedModel(host.ModelProvider):
         own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
         super().__init__(Namespace(**vars(settings) | own))
         self.settings, self.source = settings, source
-        self.name = source.path.resolve().name if Path(source.model).is_dir() else source.model
+        folder = Path(source.model)
+        self.name = source.model
+        if folder.is_dir():  # by its own name, where it is a link too
+            self.name = (folder.resolve() if folder.name in ("", "..") else folder).name
+        # What a request may call it: also as ``model`` was given.
+        self.names = (self.name, DEFAULT_MODEL, source.model)
         self.stored_layout = None if source.merge is None else source.merge.layout
         self.layout = chosen(
             self.stored_layout, settings.merges, settings.merge_threshold, settings.chat_template
@@ -100,7 +127,9 @@ class PinnedModel(host.ModelProvider):
             model(mx.array([[0]]), cache=caches)
             with one_line_refusals():
                 maybe_quantize_kv_cache(caches, 0, settings.kv_group_size, settings.kv_bits)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.own_tokenizer = model, tokenizer
+        self.tokenizer = copy.copy(tokenizer)  # mlx-lm's
+        self.tokenizer._detokenizer = _Textless()
         self.model_key = (self.name, None, None)
 
 
@@ -115,6 +144,7 @@ class Job:
     cancelled: bool = False  # by the client
     alone: bool = False  # not in a batch
     over: bool = False  # mlx-lm needs its blocks only until it takes up another prompt
+    failed: bool = False
     lengths: list[int] = field(default_factory=list)  # original tokens of each position
     generated: int = 0
     first_token_at: float | None = None  # as time.monotonic()
@@ -126,7 +156,7 @@ class Job:
         if isinstance(reply, host.GenerationContext):
             self.context = reply
         elif reply is None or isinstance(reply, Exception):
-            self.over = True
+            self.over, self.failed = True, reply is not None
         elif self.cancelled:
             if self.alone and isinstance(reply, tuple):
                 # mlx-lm would read the prompt to its end.
@@ -163,19 +193,20 @@ class Job:
         positions = self.context.prompt_cache_count if self.context else 0
         return sum(self.lengths[: max(positions, 0)])
 
-    @property
-    def usage(self) -> dict[str, Any]:
-        """The counts that a client gets."""
-        prompt = sum(self.lengths)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": prompt + self.generated,
-            "compressed_tokens": len(self.lengths),
-            "merged_tokens": self.merged_tokens,
-            "raw_tokens": prompt - self.merged_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+
+def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
+    """The counts that a client gets for its prompts."""
+    prompt, generated = sum(sum(job.lengths) for job in jobs), sum(job.generated for job in jobs)
+    merged = sum(job.merged_tokens for job in jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "compressed_tokens": sum(len(job.lengths) for job in jobs),
+        "merged_tokens": merged,
+        "raw_tokens": prompt - merged,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs)},
+    }
 
 
 @dataclass(kw_only=True)
@@ -221,6 +252,7 @@ class CompressingGenerator(host.ResponseGenerator):
         self._held: dict[Job, CompressedPrompt] = {}
         self._loaded: Future[None] = Future()
         self._over: Exception | None = None  # why no job is taken any more
+        self._failures = 0  # of mlx-lm's loop, since an answer came to its end
         size, limit = provider.settings.prompt_cache_size, provider.settings.cache_limit
         super().__init__(provider, PromptCache(size, limit, looked_up))
         self._loaded.result()
@@ -235,6 +267,8 @@ class CompressingGenerator(host.ResponseGenerator):
 
     def forget(self, job: Job) -> None:
         """Stops a job, wherever it is."""
+        if job.over and not job.failed:
+            self._failures = 0
         job.cancelled = True
         self.jobs.discard(job)
 
@@ -251,7 +285,8 @@ class CompressingGenerator(host.ResponseGenerator):
             if (embedding := merged_embedding(provider.model)) is not None:
                 embedding.table.cached_ids = self.prompt_cache.cached_ids
             self._loaded.set_result(None)
-            self._generate()
+            while not self._stop:
+                self._generate_until_it_fails()
         except BaseException as error:
             self._generation_failed = True
             if self._loaded.done():
@@ -264,6 +299,21 @@ class CompressingGenerator(host.ResponseGenerator):
             provider.reset()
             self.prompt_cache = None
             gc.collect()
+
+    def _generate_until_it_fails(self) -> None:
+        """mlx-lm's loop, which ends with the server or with an error; the requests then end too."""
+        try:
+            self._generate()
+        except Exception:
+            self._failures += 1
+            if not self.jobs or self._failures == MOST_FAILURES:  # it would only happen again
+                raise
+            _log.exception("generation failed, and begins anew")
+            self.prompt_cache.trim_to(n_sequences=0)
+            message = "generation failed and has begun anew: try again"
+            for job in list(self.jobs):
+                job.put(busy(503, message, "generation_failed"))
+        gc.collect()
 
     def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
         """Merges a prompt that is laid out already; see mlx-lm's for the result."""

@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, and the fields that ``ml
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
@@ -16,21 +17,37 @@ from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.serving.answers import ApiError
 
 DEFAULT_MODEL = "default_model"
-MAX_TOP_LOGPROBS = 11
+MAX_TOP_LOGPROBS = 20
 
 _BOM = b"\xef\xbb\xbf"
-# The model is chosen at start-up, and a field that would change an answer is not ignored.
-_REFUSED = ("adapters", "adapter", "draft_model", "num_draft_tokens", "role_mapping", "suffix")
+# A field that would change an answer is not ignored. These are of OpenAI, vLLM, llama.cpp, mlx-lm.
+_UNSUPPORTED = (
+    *("adapters", "adapter", "draft_model", "num_draft_tokens", "role_mapping", "suffix"),
+    *("functions", "function_call", "audio", "modalities", "web_search_options"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("structural_tag", "json_schema", "grammar", "regex", "ebnf"),
+    *("stop_token_ids", "bad_words", "allowed_token_ids", "min_tokens", "ignore_eos"),
+    *("include_stop_str_in_output", "add_generation_prompt", "continue_final_message"),
+    *("chat_template", "documents", "prompt_embeds", "truncate_prompt_tokens"),
+    *("use_beam_search", "length_penalty", "typical_p", "mirostat"),
+)
+# Their values that change nothing, where those are not empty.
+_NEUTRAL: dict[str, Any] = {"modalities": ["text"], "add_generation_prompt": True}
+_NEUTRAL |= {"length_penalty": 1, "typical_p": 1}
 
 
-def _prompt(value: Any) -> str | list[int]:
-    if isinstance(value, list) and len(value) == 1 and not is_int(value[0]):
-        value = value[0]  # a list of one prompt
-    if not isinstance(value, str) and not (isinstance(value, list) and all(map(is_int, value))):
-        raise ValueError("expected text, a list of token ids, or a list with one of these")
-    if not value:
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(is_int, value)))
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a request, in a list also where there is one."""
+    prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]
+    if not all(map(_is_prompt, prompts)):
+        raise ValueError("expected text, a list of token ids, or a list of these")
+    if not all(prompts):
         raise ValueError("the prompt is empty: there is nothing to read")
-    return value
+    return prompts
 
 
 def _logprobs(value: Any) -> bool | int:
@@ -83,7 +100,7 @@ class Completion(_Part):
     top_p: _Share | None = None
     min_p: _Share | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0, le=100)] = 0.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
@@ -114,7 +131,7 @@ class Completion(_Part):
 class TextCompletion(Completion):
     """A request to ``/v1/completions``."""
 
-    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
     merge: bool | None = None
 
 
@@ -139,8 +156,11 @@ def read_json(raw: bytes) -> Any:
     return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
 
 
-def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Completion:
-    """Reads and checks the body of a request to the model ``served``; an ApiError names a field."""
+def read_completion(raw: bytes, chat: bool, names: Sequence[str], vocab_size: int) -> Completion:
+    """Reads and checks the body of a request to a model of these names; an ApiError names a field.
+
+    The first of the names is the one that the model is called by.
+    """
     try:
         body = read_json(raw)
     except ValueError as error:
@@ -148,31 +168,39 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
         raise ApiError(400, message, code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {short(body)}, expected a JSON object")
-    for name in _REFUSED:
-        if body.get(name) is not None:
-            raise ApiError(400, f"{name} is not supported: the model was chosen at start-up", name)
+    _check_supported(body)
     try:
         completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
     except ValidationError as error:
         raise _as_api_error(error) from None
     except PromptError as error:
         raise ApiError(400, error.found, error.field) from None
-    if completion.model not in (served, DEFAULT_MODEL):
-        message = f"the model {short(completion.model)} is not served here, only {served} is"
+    if completion.model not in names:
+        message = f"the model {short(completion.model)} is not served here, only {names[0]} is"
         raise ApiError(404, message, "model", "model_not_found")
-    prompt = getattr(completion, "prompt", "")
-    ids = {"top_k": [completion.top_k or 0], "logit_bias": completion.logit_bias, "prompt": prompt}
-    for name, found in ids.items():  # each indexes the logits
-        if found and not isinstance(found, str) and max(found) >= vocab_size:
+    prompts = [p for p in getattr(completion, "prompt", ()) if not isinstance(p, str)]
+    numbers = {"top_k": [completion.top_k or 0], "top_logprobs": [completion.top or 0]}
+    numbers |= {"logit_bias": completion.logit_bias, "prompt": [max(ids) for ids in prompts]}
+    for name, found in numbers.items():  # each indexes the logits
+        if found and max(found) >= vocab_size:
             message = f"{name} has {max(found)}, expected less than {vocab_size}"
             raise ApiError(400, message, name)
-    if completion.stream_options.include_usage and not completion.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     if 0 < completion.repetition_penalty < 0.01:
         raise ApiError(
             400, "repetition_penalty is below 0.01: 0 and 1 are off", "repetition_penalty"
         )
     return completion
+
+
+def _check_supported(body: dict[str, Any]) -> None:
+    wrong = [
+        name
+        for name in _UNSUPPORTED
+        if (value := body.get(name)) is not None and value != _NEUTRAL.get(name, type(value)())
+    ]
+    if wrong:
+        message = f"{wrong[0]} is not supported here and would change the answer: leave it out"
+        raise ApiError(400, message, wrong[0])
 
 
 def _as_api_error(error: ValidationError) -> ApiError:

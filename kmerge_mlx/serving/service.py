@@ -20,9 +20,15 @@ from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import Segment, encode
-from kmerge_mlx.serving.answers import Answer, ApiError, busy, event
+from kmerge_mlx.serving.answers import Answer, ApiError, busy, event, head_of
 from kmerge_mlx.serving.dates import Dates
-from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, Job, PinnedModel
+from kmerge_mlx.serving.generator import (
+    Arguments,
+    CompressingGenerator,
+    Job,
+    PinnedModel,
+    usage_of,
+)
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
 from kmerge_mlx.serving.settings import ServeSettings, read_api_key
 from kmerge_mlx.source import Source
@@ -68,7 +74,7 @@ class Service:
         looked_up = self.metrics.lookups.labels
         self.generator = CompressingGenerator(self.provider, lambda found: looked_up(found).inc())
         # Kept: mlx-lm's thread takes the model with it when it ends.
-        self.tokenizer = self.provider.tokenizer
+        self.tokenizer = self.provider.own_tokenizer
         self.draining, self.in_flight = False, 0
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
@@ -113,50 +119,72 @@ class Service:
         """The whole answer to a request that arrived then, or None if ``write`` streamed it."""
         if self.draining:
             raise busy(503, "the server is shutting down", "shutting_down")
-        if self.in_flight >= self._limit:
-            raise busy(429, "too many requests at once: try again", "queue_full")
-        self.in_flight += 1
-        seconds = self.settings.request_timeout
+        self._admit(1)
+        admitted, seconds = 1, self.settings.request_timeout
         try:
             async with asyncio.timeout_at(arrived + seconds):
                 # Long texts take a while: in another thread, so that others are answered.
-                completion, segments = await asyncio.to_thread(self._read, body, chat)
-                return await self._generate(completion, segments, arrived, write)
+                completion, prompts = await asyncio.to_thread(self._read, body, chat)
+                self._admit(len(prompts) - 1)
+                admitted = len(prompts)
+                return await self._generate_all(completion, prompts, arrived, write)
         except TimeoutError:
             message = f"the answer took more than {seconds:g} s"
             raise ApiError(504, message, code="timeout") from None
         finally:
-            self.in_flight -= 1
+            self.in_flight -= admitted
 
-    def _read(self, body: bytes, chat: bool) -> tuple[Completion, list[Segment]]:
-        """A checked request, and its prompt laid out."""
-        provider, field = self.provider, "messages" if chat else "prompt"
-        completion = read_completion(body, chat, provider.name, provider.vocab_size)
-        code = None
+    def _admit(self, count: int) -> None:
+        if self.in_flight + count > self._limit:
+            raise busy(429, "too many requests at once: try again", "queue_full")
+        self.in_flight += count
+
+    def _read(self, body: bytes, chat: bool) -> tuple[Completion, list[list[Segment]]]:
+        """A checked request, and its prompts laid out."""
+        provider = self.provider
+        completion = read_completion(body, chat, provider.names, provider.vocab_size)
+        if chat:
+            return completion, [self._fitting(lambda: self._lay_out_chat(completion), "messages")]
+        count = len(completion.prompt)
+        if count > self._limit:
+            message = f"prompt has {count} prompts, the server takes {self._limit} at once"
+            raise ApiError(400, message, "prompt")
+        return completion, [
+            self._fitting(lambda prompt=prompt: self._lay_out(prompt, completion.merge), "prompt")
+            for prompt in completion.prompt
+        ]
+
+    def _fitting(self, lay_out: Callable[[], list[Segment]], field: str) -> list[Segment]:
+        """A prompt laid out, if it fits."""
         try:
             with self._tokenizer_lock:
-                segments = self._lay_out(completion)
-            code = "context_length_exceeded"
-            check_context(provider.model, segments)
+                segments = lay_out()
         except PromptError as error:
-            raise ApiError(400, error.found.replace("`", ""), field, code) from None
-        tokens, most = sum(len(s.ids) for s in segments), self.settings.max_prompt_tokens
+            raise ApiError(400, error.found.replace("`", ""), field) from None
+        tokens, model = sum(len(s.ids) for s in segments), self.provider.model
         if not tokens:
             raise ApiError(400, "the prompt is empty: there is nothing to read", field)
+        most, found = self.settings.max_prompt_tokens, None
         if most is not None and tokens > most:
-            message = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-            raise ApiError(400, message, field, code)
-        return completion, segments
+            found = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
+        try:
+            check_context(model, segments)
+        except PromptError as error:
+            most, found = model.context_length, error.found
+        if found is not None:  # OpenAI's words, which clients look for
+            message = f"This model's maximum context length is {most} tokens. However, {found}"
+            raise ApiError(400, message, field, "context_length_exceeded")
+        return segments
 
-    def _lay_out(self, completion: Completion) -> list[Segment]:
+    def _lay_out_chat(self, completion: ChatCompletion) -> list[Segment]:
+        options = self.settings.chat_template_args | completion.chat_template_kwargs
+        options |= {"tools": tools} if (tools := completion.offered_tools) else {}
+        messages = completion.messages
+        layout = replace(self.provider.layout, date=self._dates.of(messages))
+        return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
+
+    def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
         layout = self.provider.layout
-        if isinstance(completion, ChatCompletion):
-            options = self.settings.chat_template_args | completion.chat_template_kwargs
-            options |= {"tools": tools} if (tools := completion.offered_tools) else {}
-            messages = completion.messages
-            layout = replace(layout, date=self._dates.of(messages))
-            return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
-        prompt, merge = completion.prompt, completion.merge
         if isinstance(prompt, list):
             # In bare ids, a question looks like a context.
             return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
@@ -170,33 +198,61 @@ class Service:
             self._noted.add(why)
             _log.info("%s does not merge: %s (docs/prompts.md; logged once)", what, why)
 
-    async def _generate(
-        self, completion: Completion, segments: list[Segment], arrived: float, write: Any
+    async def _generate_all(
+        self, completion: Completion, prompts: list[list[Segment]], arrived: float, write: Any
     ) -> dict[str, Any] | None:
-        stream, loop = completion.stream, asyncio.get_running_loop()
-        job = Job(segments, completion.chat, loop)
+        """The answers to a request's prompts, generated at once."""
+        head, loop = head_of(completion, self._known), asyncio.get_running_loop()
+        jobs = [Job(segments, completion.chat, loop) for segments in prompts]
+
+        async def send(choice: dict[str, Any]) -> None:
+            await write(event(head | {"choices": [choice]}))
+
+        running = [
+            asyncio.create_task(self._generate(completion, job, index, arrived, write, send))
+            for index, job in enumerate(jobs)
+        ]
+        try:
+            answers = await asyncio.gather(*running)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        usage = usage_of(jobs)
+        if not completion.stream:
+            return head | {"choices": [answer.rest() for answer in answers], "usage": usage}
+        if completion.stream_options.include_usage:
+            await write(event(head | {"choices": [], "usage": usage}))
+        await write("data: [DONE]\n\n")
+        return None
+
+    async def _generate(
+        self, completion: Completion, job: Job, index: int, arrived: float, write: Any, send: Any
+    ) -> Answer:
+        """One answer, which is sent as it comes if the client asked for a stream."""
+        stream, answer = completion.stream, None
         try:
             self.generator.submit(job, self._arguments(completion))
-            answer = Answer(completion, await job.next(), self.tokenizer, self._known)
+            answer = Answer(completion, await job.next(), self.tokenizer, index)
             if stream:
                 await write("")  # the headers: the prompt was accepted
             while answer.finish_reason is None and (reply := await job.next()) is not None:
-                if isinstance(reply, tuple):
-                    text = f": keepalive {reply[0]}/{reply[1]}\n\n"
-                else:
+                if not isinstance(reply, tuple):
                     answer.add(reply)
-                    text = event(chunk) if stream and (chunk := answer.chunk()) else ""
-                if stream and text:
-                    await write(text)
+                    if stream and (chunk := answer.chunk()):
+                        await send(chunk)
+                elif stream:
+                    await write(f": keepalive {reply[0]}/{reply[1]}\n\n")
+        except (ApiError, asyncio.CancelledError):
+            if stream and answer is not None:
+                answer.let_go()
+                if chunk := answer.chunk():
+                    await send(chunk)
+            raise
         finally:
             self.generator.forget(job)
             self._count(job, arrived)
-        if not stream:
-            return answer.rest() | {"usage": job.usage}
-        if completion.stream_options.include_usage:
-            await write(event(answer.usage_chunk(job.usage)))
-        await write("data: [DONE]\n\n")
-        return None
+        return answer
 
     def _arguments(self, completion: Completion) -> Arguments:
         """A request's settings as mlx-lm takes them."""
@@ -212,14 +268,19 @@ class Service:
             model=host.ModelDescription(self.provider.name, "default_model", None),
             sampling=some(host.SamplingArguments),
             logits=some(host.LogitsProcessorArguments),
-            stop_words=completion.stop,
+            stop_words=[stop for stop in completion.stop if self._is_tokens(stop)],
             max_tokens=completion.max_completion_tokens or values["max_tokens"],
             num_draft_tokens=0,
             logprobs=completion.top is not None,
             top_logprobs=completion.top or -1,
-            seed=completion.seed,
+            seed=None if completion.seed == -1 else completion.seed,
             chat_template_kwargs=None,
         )
+
+    def _is_tokens(self, stop: str) -> bool:
+        """Whether a stop text's tokens stand for it alone, so that mlx-lm may look for them."""
+        tokens = self.tokenizer.encode(stop, add_special_tokens=False)
+        return self.tokenizer.decode(tokens) == stop
 
     def _count(self, job: Job, arrived: float) -> None:
         metrics = self.metrics
@@ -231,11 +292,16 @@ class Service:
         metrics.cached.inc(job.cached_tokens)
         metrics.generated.inc(job.generated)
 
-    def drain(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Takes no more requests, and waits for those that are in, so long or until enough."""
+    def drain(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> int:
+        """Takes no more requests, and waits for those that are in, so long or until enough.
+
+        Returns:
+            How many are left.
+        """
         self.draining, deadline = True, time.monotonic() + seconds
         while self.in_flight and time.monotonic() < deadline and not enough():
             time.sleep(0.02)
+        return self.in_flight
 
     def close(self) -> None:
         """Gives up the requests that are left, and ends the generation thread."""

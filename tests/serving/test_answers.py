@@ -19,7 +19,7 @@ from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
-from tests.servers import Address, eventually, serving
+from tests.servers import FIXTURE_EOS, Address, eventually, serving
 from tests.tiny import qwen2_config, write_base
 
 TOLERANCE = 1e-3
@@ -230,6 +230,43 @@ def test_a_stop_text_ends_an_answer_whatever_its_tokens(server):
         assert (text, end) == (whole[: whole.index(stop)], "stop")
 
 
+def test_a_list_of_prompts_is_answered_in_one_request(server):
+    prompts = ["AB CD", "the tree is", [7, 8, 9]]
+    body = {"max_tokens": 6, "temperature": 0, "logit_bias": {"0": -100}}
+    alone = [server.complete(prompt=prompt, **body).json for prompt in prompts]
+    together = server.complete(prompt=prompts, **body).json
+    assert [choice["index"] for choice in together["choices"]] == [0, 1, 2]
+    texts = [answer["choices"][0]["text"] for answer in alone]
+    assert [choice["text"] for choice in together["choices"]] == texts
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens", "compressed_tokens"):
+        assert together["usage"][name] == sum(answer["usage"][name] for answer in alone)
+    streamed = ["", "", ""]
+    create = server.client().completions.create
+    for chunk in create(model="default_model", prompt=prompts, stream=True, **body):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+    eventually(lambda: server.metric("requests_in_flight") == 0)
+    error = server.complete(prompt=["x"] * 97).error
+    assert error["param"] == "prompt"
+    assert "97 prompts, the server takes 96" in error["message"]
+
+
+def test_the_role_comes_with_the_first_chunk_alone(server):
+    body = {"messages": [{"role": "user", "content": "AB"}], "logit_bias": {"0": -100}}
+    stream = server.client().chat.completions.create(
+        model="default_model", max_tokens=6, stream=True, **body
+    )
+    roles = [choice.delta.role for chunk in stream for choice in chunk.choices]
+    assert len(roles) > 2
+    assert roles == ["assistant", *[None] * (len(roles) - 1)]
+
+
+def test_a_seed_of_minus_1_is_random(server):
+    body = {"prompt": "AB", "max_tokens": 20, "temperature": 5, "seed": -1}
+    assert len({server.complete(**body).json["choices"][0]["text"] for _ in range(4)}) > 1
+
+
 def test_a_stream_ends_with_usage_for_who_asks(server):
     stream = server.client().completions.create(
         model=server.client().models.list().data[0].id,
@@ -281,8 +318,9 @@ def test_tools_are_shown_to_the_template_and_calls_are_parsed(
             return server.chat("hi", max_tokens=1, **more).json["usage"]["prompt_tokens"]
 
         assert read(tools=[tool]) > read() == read(tools=[tool], tool_choice="none")
-        pieces = [Response(c, 5, 0.0, None, ()) for c in said]
-        real, script = Job.next, iter([*pieces, Response("", 0, 0.0, "stop", ())])
+        tokens = server.server.service.tokenizer.encode(said)
+        pieces = [Response("", token, 0.0, None, ()) for token in tokens]
+        real, script = Job.next, iter([*pieces, Response("", FIXTURE_EOS, 0.0, "stop", ())])
         monkeypatch.setattr(Job, "next", scripted)
         choice = server.chat("hi", tools=[tool], logit_bias={"0": -100}).json["choices"][0]
         assert choice["finish_reason"] == "tool_calls"

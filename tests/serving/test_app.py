@@ -135,12 +135,35 @@ def test_what_is_wrong_with_messages_is_a_400_in_the_words_of_a_client(alive):
 def test_a_prompt_past_the_context_or_the_limit_is_a_400(alive, base_path, adapter_path):
     answer = alive.complete(prompt="<raw>" + "A " * 3000 + "</raw>")
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert answer.error["message"].startswith("This model's maximum context length is 2048 tokens")
     usage = alive.complete(prompt=[5] * 2047, merge=False, max_tokens=50).json["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2047, 1)
     with serving(base_path, adapter_path, max_prompt_tokens=8) as server:
         answer = server.complete(prompt=[5] * 9)
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert "maximum context length is 8 tokens. However," in answer.error["message"]
         assert server.complete(prompt=[5] * 8, max_tokens=1).status == 200
+
+
+def test_the_log_says_why_a_request_was_refused(alive, caplog):
+    caplog.set_level("INFO")
+    alive.complete(prompt="x", temperature="hot\n")
+    exchange(alive, b"NONSENSE\r\n\r\n")
+    for said in ("'POST /v1/completions' got 400: 'temperature is", "got 400: 'the request is mal"):
+        assert said in caplog.text.replace('"', "'")
+    assert "hot\n" not in caplog.text
+
+
+def test_the_model_goes_by_its_folders_name_and_as_it_was_given(base_path, tmp_path):
+    (tmp_path / "my-model").symlink_to(base_path)
+    given = f"{tmp_path}/my-model/"
+    with serving(given, None) as server:
+        (model,) = server.request("GET", "/v1/models").json["data"]
+        assert model["id"] == "my-model"
+        for name in ("my-model", given, "default_model"):
+            answer = server.complete(**SHORT, model=name)
+            assert (answer.status, answer.json["model"]) == (200, "my-model")
+        assert server.complete(**SHORT, model="other").status == 404
 
 
 def test_a_long_text_of_markup_characters_holds_nobody_up(alive):

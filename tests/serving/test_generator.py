@@ -6,8 +6,8 @@ import pytest
 from mlx_lm.server import ResponseGenerator
 
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.serving.generator import check_seam
-from tests.servers import eventually, long_answer, receive_until, serving
+from kmerge_mlx.serving.generator import MOST_FAILURES, check_seam
+from tests.servers import Address, eventually, long_answer, receive_until, serving
 
 
 def test_another_mlx_lm_is_one_clear_error(monkeypatch):
@@ -39,20 +39,52 @@ def test_slots_that_run_out_are_a_503_and_come_back(base_path, adapter_path):
         server.assert_alive()
 
 
-def test_a_generation_thread_that_dies_is_seen(base_path, adapter_path, caplog):
+def break_caching(server: Address, times: int) -> None:
+    """Makes mlx-lm's loop fail so often, as it keeps the cache of a prompt."""
+    generator = server.server.service.generator
+    real, left = generator.prompt_cache.insert_cache, [None] * times
+
+    def broken(*args: object, **options: object) -> None:
+        if left:
+            left.pop()
+            raise RuntimeError("a bug")
+        real(*args, **options)
+
+    generator.prompt_cache.insert_cache = broken
+
+
+def test_generation_that_fails_ends_its_requests_and_begins_anew(base_path, adapter_path, caplog):
     with serving(base_path, adapter_path) as server:
-        generator = server.server.service.generator
+        for _ in range(MOST_FAILURES):  # an answer between them begins the count anew
+            server.assert_alive()
+            with server.open_stream(**long_answer()) as stream:
+                break_caching(server, 1)
+                assert server.complete(prompt="x", max_tokens=1).status in (200, 503)
+                receive_until(stream, lambda got: b'"generation_failed"' in got)
+            eventually(lambda: server.metric("requests_in_flight") == 0)
+        assert "a bug" in caplog.text
         server.assert_alive()
-        with server.open_stream(**long_answer()) as stream:
 
-            def broken(*args: object, **options: object) -> None:
-                raise RuntimeError("a bug")
 
-            generator.prompt_cache.insert_cache = broken
-            assert server.complete(prompt="x", max_tokens=1).status in (200, 503)
-            eventually(lambda: server.request("GET", "/health").status == 503)
-            receive_until(stream, lambda got: b'"unavailable"' in got)
+def test_generation_that_fails_again_and_again_is_given_up(base_path, adapter_path, caplog):
+    with serving(base_path, adapter_path) as server:
+        break_caching(server, 99)
+        codes = []
+        while server.request("GET", "/health").status == 200:
+            answer = server.complete(prompt="x", max_tokens=1)
+            codes += [answer.error["code"]] if answer.status == 503 else []
+            assert len(codes) <= MOST_FAILURES
         assert "a bug" in caplog.text
         assert server.request("GET", "/health").json == {"status": "unavailable"}
         answer = server.complete(prompt="x")
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
+
+
+def test_a_fault_without_a_request_ends_the_thread(base_path, adapter_path, monkeypatch):
+    with serving(base_path, adapter_path) as server:
+
+        def broken(*args: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(server.server.service.generator, "_next_request", broken)
+        eventually(lambda: server.request("GET", "/health").status == 503)

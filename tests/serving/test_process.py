@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 
 import pytest
 
-from tests.cli_runner import assert_one_error, change_json, run
-from tests.servers import PATIENCE, eventually, long_answer, rest_of, serving_process
+from tests.cli_runner import assert_one_error, change_json, environment, run
+from tests.servers import PATIENCE, Address, eventually, long_answer, rest_of, serving_process
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +54,8 @@ def test_what_does_not_end_in_time_or_by_a_second_signal_is_given_up(model, drai
         if drain == 500:
             eventually(lambda: server.address.request("GET", "/health").status == 503)
             server.process.send_signal(signal.SIGINT)
-        assert server.wait() == 0
+        assert server.wait() == 1
+        assert server.said[-1] == "error: 1 requests did not end in time and were given up"
         assert b'"shutting_down"' in rest_of(stream)
 
 
@@ -96,3 +103,60 @@ def test_the_bundled_model_is_served_without_an_argument_and_with_a_key_without_
         assert models.json["data"][0]["id"] == "bundled"
         server.process.terminate()
         assert server.wait() == 0
+
+
+@contextmanager
+def patched(patch: str, until: str) -> Iterator[subprocess.Popen]:
+    """``kmerge-mlx serve`` of the bundled model with other code, once stderr says ``until``."""
+    code = f"import sys, time\n{patch}\nfrom kmerge_mlx.cli import main\nmain()"
+    line = [sys.executable, "-c", code, "serve", "--port", "0", "--log-level", "ERROR"]
+    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        while until not in (said := process.stderr.readline()):
+            assert said
+        process.address = Address(int((re.search(r":(\d+)/v1$", said) or [0, 0])[1]))
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+LOADING = """
+import kmerge_mlx.serving.generator as generator
+def load(*args, **options):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+generator.load_source = load
+"""
+DOWNLOADING = """
+import kmerge_mlx.serving.service as service
+def find(*args):
+    print("loading", file=sys.stderr, flush=True)
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor() as pool:
+        pool.submit(time.sleep, 600).result()
+service.Source.find = find
+"""
+
+
+@pytest.mark.parametrize("work", [LOADING, DOWNLOADING])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_that_is_still_loading(work, number):
+    with patched(work, "loading") as process:
+        process.send_signal(number)
+        assert process.wait(20) == -number
+
+
+def test_a_server_whose_model_has_stopped_exits():
+    patch = """
+import kmerge_mlx.serving.generator as generator
+def fail(*args, **options):
+    raise RuntimeError("a bug")
+generator.PromptCache.insert_cache = fail
+"""
+    with patched(patch, "Serving ") as process:
+        for _ in range(3):
+            with suppress(OSError, HTTPException):
+                process.address.complete(prompt="x", max_tokens=1)
+        assert process.wait(PATIENCE) == 1
+        assert process.stderr.read().endswith("error: the model has stopped: its log says why\n")

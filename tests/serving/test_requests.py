@@ -13,15 +13,18 @@ import pytest
 from kmerge_mlx.serving.answers import ApiError
 from kmerge_mlx.serving.requests import read_completion
 from tests.cli_runner import CHATML, copy_base
-from tests.servers import serving
+from tests.servers import Address, serving
+from tests.serving.test_text import until_stop
+from tests.vocabularies import base_with, sentencepiece, tekken
 
 VOCABULARY = 700
+EOS = "<|endoftext|>"
 PENALTIES = ("repetition", "presence", "frequency")
 
 
 def read(body: Any, chat: bool = False) -> Any:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_completion(raw, chat, "base", VOCABULARY)
+    return read_completion(raw, chat, ("base", "default_model", "models/base"), VOCABULARY)
 
 
 def refusal(body: Any, chat: bool = False) -> ApiError:
@@ -43,31 +46,96 @@ def test_a_body_that_is_not_a_json_object_is_a_400():
 
 def test_a_byte_order_mark_nulls_and_fields_that_do_not_change_the_answer_are_fine():
     completion = read("\ufeff".encode() + b'{"prompt": "x", "seed": null, "stop": null}')
-    assert (completion.prompt, completion.seed, completion.stop) == ("x", None, [])
+    assert (completion.prompt, completion.seed, completion.stop) == (["x"], None, [])
     read({"prompt": ["x"], "user": "me", "metadata": {}, "n": 1, "response_format": {}})
+    read({"prompt": "x", "stream_options": {"include_usage": True}, "seed": -1, "logprobs": 20})
+    read({"prompt": [["x", "y"], "z"][1:], "model": "models/base", "adapters": ""})
+    neutral = {"min_tokens": 0, "ignore_eos": False, "functions": [], "guided_json": None}
+    neutral |= {"add_generation_prompt": True, "continue_final_message": False, "audio": {}}
+    neutral |= {"modalities": ["text"], "typical_p": 1.0, "length_penalty": 1.0}
+    read({"messages": [{"role": "user"}]} | neutral, chat=True)
+
+
+def test_prompts_come_alone_or_in_a_list():
+    for prompt, expected in (
+        *(("x", ["x"]), (["x"], ["x"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]])),
+        *(([[1, 2]], [[1, 2]]), ([[1], "b", [3]], [[1], "b", [3]])),
+    ):
+        assert read({"prompt": prompt}).prompt == expected
+
+
+SCHEMA = {"type": "object"}
+UNSUPPORTED: dict[str, Any] = {
+    "guided_json": SCHEMA,
+    "json_schema": SCHEMA,
+    "structured_outputs": {"json": SCHEMA},
+    "response_format": {"type": "json_object"},
+    "guided_regex": "a+",
+    "guided_choice": ["a"],
+    "guided_grammar": "x",
+    "grammar": "x",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "stop_token_ids": [5],
+    "min_tokens": 3,
+    "ignore_eos": True,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template": "x",
+    "audio": {"voice": "x"},
+    "modalities": ["text", "audio"],
+    "typical_p": 0.5,
+    "suffix": "x",
+    "adapters": "x",
+    "adapter": "x",
+    "draft_model": "x",
+    "n": 2,
+    "best_of": 2,
+}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_field_that_would_change_the_answer_is_refused_by_name(name, chat):
+    asked = {"messages": [{"role": "user"}]} if chat else {"prompt": "x"}
+    error = refusal(asked | {name: UNSUPPORTED[name]}, chat)
+    assert (error.status, error.param.split(".")[0]) == (400, name)
+    assert name in str(error)
 
 
 def test_a_field_that_is_wrong_is_a_400_that_names_it():
     wrong: dict[str, list[Any]] = {
-        "prompt": ["", [], ["a", "b"], [1, 700], [-1], [True], 5, None],
+        "prompt": [
+            "",
+            [],
+            [""],
+            ["a", []],
+            ["a", 5],
+            [1, 700],
+            ["a", [700]],
+            [-1],
+            [True],
+            5,
+            None,
+        ],
         "temperature": ["hot", -1, 1e9, True],
         "top_k": [700, -1, 1.5],
         "top_p": [1.1],
         "max_tokens": [0, True, 2**31],
         "max_completion_tokens": [1.5],
-        "seed": [-1, 2**64],
+        "seed": [-2, 2**64],
         "xtc_threshold": [0.6],
         "repetition_penalty": [1e-30],
         "logit_bias": [{"700": 1}, {"-1": 1}, {"1": 1e9}, {"00000000000701": 1}, []],
         "stop": ["", ["a"] * 17, "x" * 300, [5]],
-        "stream_options": [{"include_usage": True}],
-        "logprobs": [99, "x"],
+        "stream_options": [{"include_usage": 1}],
+        "logprobs": [21, "x"],
+        "top_logprobs": [21, -1],
         "response_format": [{"type": "json_object"}],
         "n": [2],
         "echo": [True],
         "stream": ["yes"],
         "merge": ["yes"],
-        **{name: ["x"] for name in ("suffix", "adapters", "adapter", "draft_model")},
     }
     for field, value in [(name, value) for name in wrong for value in wrong[name]]:
         error = refusal({"prompt": "x"} | {field: value})
@@ -119,7 +187,7 @@ FIELDS: dict[str, list[Any]] = {
     "model": ["default_model", "base", "/etc", "", 5],
     "logit_bias": [{}, {"1": 5}, {"699": -100}, {"700": 1}, {"x": 1}, {"1": "x"}, {"01": 2}],
     "logprobs": [True, False, 0, 3, 12, -1],
-    "top_logprobs": [0, 5, 11, 12, -1, 2.5],
+    "top_logprobs": [0, 5, 20, 21, -1, 2.5],
     "stop": ["x", "", ["a", "b"], [""], ["\n"] * 16, ["\n"] * 17, [5], "x" * 300],
     "stream": [True, False, 1],
     "stream_options": [{}, {"include_usage": True}, {"include_usage": 1}],
@@ -145,7 +213,7 @@ def request(rng: random.Random) -> tuple[str, bytes]:
             for _ in range(rng.randint(0, 4))
         ]
     else:
-        good = ["AB CD", "<merge>AB CD EF</merge> GH", [IDS[0]], *IDS]
+        good = ["AB CD", "<merge>AB CD EF</merge> GH", [IDS[0]], ["AB", IDS[0]], *IDS]
         body["prompt"] = rng.choice([*good * 8, *TEXTS, *ANYTHING])
     for name in rng.sample(list(FIELDS), rng.choice([0, 0, 1, 1, 1, 2, 3, 6])):
         body[name] = rng.choice(ANYTHING if rng.random() < 0.15 else FIELDS[name])
@@ -155,20 +223,50 @@ def request(rng: random.Random) -> tuple[str, bytes]:
     return "/v1/chat/completions" if chat else "/v1/completions", raw
 
 
+def check_text(answer: dict[str, Any], stops: list[str], tokenizer: Any) -> None:
+    """An answer whose tokens are known has their text, up to a stop text."""
+    (choice,) = answer["choices"]
+    ids = [token["id"] for token in choice["logprobs"]["content"]]
+    if choice["finish_reason"] == "stop" and ids[-1] in tokenizer.eos_token_ids:
+        ids.pop()
+    text, _ = until_stop(tokenizer.decode(ids), tuple(stops))
+    assert choice["message"]["content"] == text, (answer, stops)
+
+
+def ask_at_random(server: Address, count: int, seed: int) -> list[int]:
+    """Sends requests of the schema, right and wrong, and checks their answers."""
+    rng, tokenizer = random.Random(seed), server.server.service.tokenizer
+    requests = [request(rng) for _ in range(count)]
+
+    def send(made: tuple[str, bytes]) -> int:
+        answer = server.request("POST", *made)
+        assert answer.status < 500, (answer.body, made)
+        if answer.body.startswith(b"{"):  # not a stream
+            assert ("error" in answer.json) == (answer.status >= 400), (answer.body, made)
+            if answer.status == 200 and answer.json["choices"][0].get("logprobs", {}).get(
+                "content"
+            ):
+                stop = json.loads(made[1]).get("stop") or []
+                check_text(answer.json, [stop] if isinstance(stop, str) else stop, tokenizer)
+        return answer.status
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(send, requests))
+    server.assert_alive()
+    return statuses
+
+
 @pytest.mark.slow
-def test_a_thousand_requests_of_the_schema_get_no_5xx(base_path, adapter_path, tmp_path):
-    base, rng = copy_base(base_path, tmp_path / "base", CHATML), random.Random(2604)
-    requests = [request(rng) for _ in range(1000)]
-    with serving(base, adapter_path, chat_template=True, max_queue=1000) as server:
-
-        def send(made: tuple[str, bytes]) -> int:
-            answer = server.request("POST", *made)
-            assert answer.status < 500, (answer.body, made)
-            assert (b'"error"' in answer.body) == (answer.status >= 400), (answer.body, made)
-            return answer.status
-
-        with ThreadPoolExecutor(8) as pool:
-            statuses = list(pool.map(send, requests))
-        server.assert_alive()
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "tekken"])
+def test_a_thousand_requests_of_the_schema_get_no_5xx(kind, base_path, adapter_path, tmp_path):
+    settings = {"chat_template": True, "max_queue": 1000}
+    if kind == "byte level":
+        base, adapter = copy_base(base_path, tmp_path / "base", CHATML), adapter_path
+    else:  # tables with rows that have no token
+        made, eos = (sentencepiece(), "</s>") if kind == "sentencepiece" else (tekken(), EOS)
+        base, adapter = base_with(tmp_path / "base", made, 710, eos), None
+        (base / "chat_template.jinja").write_text(CHATML)
+    with serving(base, adapter, **settings) as server:
+        statuses = ask_at_random(server, 1000, 2604)
     assert set(statuses) == {200, 400, 404}
     assert statuses.count(200) > 200
