@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from kmerge_mlx import bundled
+from kmerge_mlx import bundled, files
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub import fetch
@@ -194,22 +195,32 @@ def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     return next(iter(tables.items()))
 
 
-def weights_digest(path: Path) -> str:
-    """SHA-256 by which a resumed run knows the base model in a folder again, quick for any size.
+def digests(path: Path) -> tuple[str, str]:
+    """SHA-256 sums by which what is stored knows the base model in a folder again.
 
-    It reads the name and length of each weights file, its beginning (the header) and 64 samples of
-    the rest, not every byte.
+    The first one, which is stored, is of the config as mlx-lm reads it and of every byte of the
+    weights (and of Python files): it is not cheaper than reading them, as loading does too, and
+    nothing less notices every change. The second one is what 0.1.0 stored: samples of the weights.
     """
-    digest, samples, size = hashlib.sha256(), 64, 1 << 16
+    whole = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
     try:
-        for file in sorted(path.glob("*.safetensors")):
-            length = file.stat().st_size
-            digest.update(f"{file.name} {length}\n".encode())
-            with file.open("rb") as weights:
-                digest.update(weights.read(size))
-                for i in range(samples):
-                    weights.seek(length * i // samples)
-                    digest.update(weights.read(size))
+        weights = sorted(path.glob("*.safetensors"))
+        for file in (*weights, *sorted(path.glob("*.py"))):
+            whole.update(f"\n{file.name} {files.digest(file)}".encode())
+        return whole.hexdigest(), _sampled(weights)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _sampled(weights: Sequence[Path]) -> str:
+    """Of the name and length of each file, its beginning (the header), and 64 samples of it."""
+    digest, samples, size = hashlib.sha256(), 64, 1 << 16
+    for file in weights:
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(size))
+            for i in range(samples):
+                opened.seek(length * i // samples)
+                digest.update(opened.read(size))
     return digest.hexdigest()

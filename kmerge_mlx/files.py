@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +29,7 @@ MAX_HEADER_BYTES = 2 << 20
 MAX_NAME_LENGTH = 500
 MAX_DIMENSIONS = 8  # MLX wraps a longer side around, and crashes on many
 MAX_SIDE = 2**31 - 1
+PIECE_BYTES = 8 << 20  # of a file that is hashed by several threads
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 ALL_DTYPES = (*FLOAT_DTYPES, "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "BOOL")
 
@@ -123,6 +126,25 @@ def read_safetensors(
         return dict(sorted(mx.load(str(path)).items()))
     except (RuntimeError, ValueError) as e:
         raise error(f"{path} cannot be read: {first_line(e)}") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's length and of the SHA-256 of each of its pieces, hashed side by side.
+
+    A core hashes some 1.5 GB a second; all of them together, as fast as the disk reads.
+    """
+    size = path.stat().st_size
+
+    def of_piece(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(PIECE_BYTES)).digest()
+
+    whole = hashlib.sha256(b"%d" % size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for piece in pool.map(of_piece, range(0, size, PIECE_BYTES)):
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

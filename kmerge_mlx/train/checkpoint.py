@@ -83,9 +83,11 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
         for name, value in now.items()
         if value != then.get(name)
     ]
-    if saved.get("base") != run.base:
+    if saved.get("base") not in run.base:
         model, old = run.settings.model, short(then.get("model"))
-        problems.append(f"`model` {model} has other weights than the run's base, {old}")
+        problems.append(
+            f"`model` {model} has other weights, or another config, than the run's base, {old}"
+        )
     if saved.get("data") != run.data and not problems:
         problems.append(
             "the data are not those that the run was started with: give those, or start anew "
@@ -143,7 +145,7 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {"settings": run.settings.saved(), "base": run.base, "data": run.data}
+            about |= {"settings": run.settings.saved(), "base": run.base[0], "data": run.data}
             about |= {"ranks": run.ranks.size, "state": asdict(state)}
             files.write_json(training / STATE, about)
     except OSError as error:
