@@ -6,6 +6,7 @@ to change. A setting stands in backticks; the command line writes its flag.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -98,3 +99,11 @@ def short(value: object) -> str:
     """A value as it may stand in an error: printable, and not longer than 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, which a terminal would obey, are written out."""
+    return "".join(
+        ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c
+        for c in text
+    )

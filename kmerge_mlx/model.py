@@ -23,6 +23,7 @@ from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeCo
 from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
+from kmerge_mlx.files import check_memory
 from kmerge_mlx.source import Source, check_unmerged
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
@@ -84,6 +85,8 @@ def load_source(
     trust = source.trust_remote_code
     if adapter is not None:
         check_fit(adapter, config, name)
+    if not lazy:
+        check_memory(path.glob("model*.safetensors"), ModelError)
     try:
         model, config = load_model(path, lazy, model_config=config, trust_remote_code=trust)
     except base.LOAD_ERRORS as error:

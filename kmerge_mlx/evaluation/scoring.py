@@ -223,7 +223,9 @@ class PredictionsFile:
             else:
                 named = {f.name: line[f.name] for f in fields(Prediction)}
                 text, nll, *counts = named.values()
-                good = isinstance(text, str) and is_number(nll) and all(is_int(c, 1) for c in counts)
+                good = (
+                    isinstance(text, str) and is_number(nll) and all(is_int(c, 1) for c in counts)
+                )
                 method = line["method"], line["k"]
                 self._found[method][line["question"]] = Prediction(**named)
             if not good:

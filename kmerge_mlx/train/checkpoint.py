@@ -62,12 +62,13 @@ class State:
             good = (
                 set(data) == set(vars(state))
                 and all(map(is_int, numbers))
-                and (score is None or is_number(score))
+                and (is_number(score) if is_int(best) else score is best is None)
                 and (state.finished is None or state.finished.isprintable())
                 and len(state.rng) in (0, 2)
                 and max(state.place.epoch, *state.rng, 0) < 2**32
+                and max(numbers) < 2**63
             )
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, ValueError):
             good = False
         if not good:
             raise TrainError(f"{STATE} holds {short(data)}, expected a run's state")
@@ -107,6 +108,7 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror}") from None
     if there and resume:
+        _check_plain(path)
         return True
     if there and not force:
         raise TrainError(
@@ -116,6 +118,16 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     names = (*FILES, BEST, TRAINING)
     files.check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
     return False
+
+
+def _check_plain(path: Path) -> None:
+    """Refuses a run's folder, which may come from a stranger, that leads to files outside of it."""
+    inside = [(BEST,), (TRAINING,), *((name,) for name in FILES), *((BEST, n) for n in FILES)]
+    inside += [(TRAINING, name) for name in (STATE, TENSORS, ANSWERS, LOG, TIMING)]
+    for at in (path.joinpath(*names) for names in inside):
+        wanted = at.is_dir() if at.name in (BEST, TRAINING) else at.is_file()
+        if at.is_symlink() or (at.exists() and not wanted):
+            raise TrainError(f"{at} is not what a run writes: `resume` takes no links or devices")
 
 
 def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
@@ -131,7 +143,9 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
                 (folder / BEST).mkdir()
                 write_adapter(best, folder / BEST)
             elif state.best_score is not None and (path / BEST).is_dir():
-                shutil.copytree(path / BEST, folder / BEST, copy_function=_link)
+                (folder / BEST).mkdir()
+                for name in FILES:
+                    _link(path / BEST / name, folder / BEST / name)
             training = folder / TRAINING
             training.mkdir()
             # A run that begins has no log: the one that --force replaces belongs to another run.
@@ -157,7 +171,10 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
     """The identity, state and tensors that :func:`save` wrote; TrainError for any others."""
     tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
-    return _about(path), read_progress(path), tensors
+    about, state = _about(path), read_progress(path)
+    if not state.rng:
+        raise TrainError(f"{path / TRAINING / STATE} has no random state, as every save has")
+    return about, state, tensors
 
 
 def read_progress(path: Path) -> State:
@@ -210,7 +227,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """Shares a file that is never written again; copies it where that is not possible."""
     try:
         os.link(source, target)

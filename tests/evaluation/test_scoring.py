@@ -41,7 +41,8 @@ def answer(number: int, **changes) -> Prediction:
 
 
 def opened(path: Path, size: int = 4, **identity: str) -> PredictionsFile:
-    return PredictionsFile(str(path), IDENTITY | identity, size)
+    known = {name: (value,) for name, value in (IDENTITY | identity).items()}
+    return PredictionsFile(str(path), known, size)
 
 
 def filled(path: Path) -> Path:
