@@ -89,6 +89,7 @@ def load_source(
         check_memory(path.glob("model*.safetensors"), ModelError)
     try:
         model, config = load_model(path, lazy, model_config=config, trust_remote_code=trust)
+        model(mx.array([[0]]))  # not evaluated: shows what of its config has a wrong type
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)
