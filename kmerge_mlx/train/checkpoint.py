@@ -21,7 +21,7 @@ from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import BadLines, read_rows
-from kmerge_mlx.errors import TrainError, findings, first_line, short
+from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -219,8 +219,15 @@ def cut_logs(path: Path, state: State) -> None:
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of the log in a run's ``training/`` folder; raises DataError."""
-    for _, record in read_rows(folder / LOG, dict, BadLines(False)):
+    for _, record in read_rows(folder / LOG, _record, BadLines(False)):
         yield record
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    numbers = [value for name, value in row.items() if name not in ("stage", "begins")]
+    if not is_int(row.get("iteration")) or not all(map(is_number, numbers)):
+        raise DataError(f"found {short(row)}, expected a record of a run")
+    return row
 
 
 def _size(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from random import Random
@@ -221,13 +222,16 @@ def test_a_strangers_file_is_refused_in_one_line(kept, tmp_path, change):
     assert_one_error(ask(changed(kept, tmp_path / "a.safetensors", change)), 1)
 
 
-def test_a_file_of_0_1_0_is_read_and_a_damaged_one_of_today_is_not(kept, tmp_path):
+def test_a_file_of_0_1_0_is_read_and_a_damaged_one_of_today_is_not(world, kept, tmp_path):
     """0.1.0 wrote no digest of the KV caches, and other ones of base and adapter."""
     file, whole = tmp_path / "a.safetensors", ask(kept)
     assert whole.code == 0
     assert ask(changed(kept, file, lambda a, m, e: None)).out == whole.out
+    parts = ("adapter_config.json", "adapters.safetensors", "merge_encoder.safetensors")
+    adapter = b"".join((world[1][3] / name).read_bytes() for name in parts)
     was = {
         "the base model": "5f4ba6278daadd9b25d169424490ba8e85b408366812c4fc8663230fefbd183f",
+        "the adapter": hashlib.sha256(adapter).hexdigest(),
     }
     found = changed(kept, file, lambda a, m, e: e["identity"].update(was))
     assert ask(found).out == whole.out
