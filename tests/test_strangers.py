@@ -121,6 +121,46 @@ def test_a_file_of_settings_is_bounded(tmp_path):
     assert "seed: 7" in found.out
 
 
+CODE = "import pathlib; pathlib.Path(__file__).with_name('ran').touch(); raise ValueError('ran')"
+
+
+@pytest.fixture
+def with_code(base_path, adapter_path, tmp_path):
+    """A base with a Python file of its own, and an adapter that names that base."""
+    base = copy_base(base_path, tmp_path / "base", model_file="evil.py")
+    (base / "evil.py").write_text(CODE)
+    adapter = Path(shutil.copytree(adapter_path, tmp_path / "adapter"))
+    merge = json.loads((adapter / "merge_config.json").read_text())["base_model"]
+    change_json(adapter / "merge_config.json", base_model=merge | {"id": str(base)})
+    return base, adapter
+
+
+@pytest.mark.parametrize("name", ["generate", "cache", "evaluate", "train"])
+def test_no_file_permits_code_or_chooses_whose_runs(with_code, tmp_path, name):
+    base, adapter = with_code
+    more = {"cache": ("--prompt-cache-file", tmp_path / "a.safetensors"), "train": ("--resume",)}
+    args = (name, "--adapter-path", adapter, *more.get(name, ()))
+    args += ("-p", "x") if name in ("generate", "cache") else ()
+    said = "--trust-remote-code needs --model: no file chooses whose code runs"
+    assert_one_error(run(*args, "--trust-remote-code"), 2, said)
+    if name in ("evaluate", "train"):
+        file = tmp_path / "c.yaml"
+        file.write_text(f"trust_remote_code: true\nmodel: {base}\n")
+        said = "--trust-remote-code is taken from the command line alone"
+        assert_one_error(run(*args, "-c", file), 2, said)
+    assert not (base / "ran").exists()
+
+
+def test_code_runs_where_the_command_asks_for_it(with_code):
+    """So that the test above is about a file that would run."""
+    base, adapter = with_code
+    named = ("generate", "--model", base, "--adapter-path", adapter, "-p", "x")
+    assert_one_error(run(*named), 1, "requires importing and running")
+    assert not (base / "ran").exists()
+    assert_one_error(run(*named, "--trust-remote-code"), 1, "ran")
+    assert (base / "ran").exists()
+
+
 def test_an_adapter_is_read_when_it_is_loaded(base_path, adapter_path, tmp_path):
     """What becomes of its files afterwards changes no answer."""
     folder = Path(shutil.copytree(adapter_path, tmp_path / "adapter"))

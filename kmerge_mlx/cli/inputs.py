@@ -63,6 +63,7 @@ def command(
                 named = [f for f in fields(settings) if given.get(f.name) is not None]
                 flags = {f.name: _read(f, given[f.name]) for f in named}
                 made = settings.of(_read_yaml(config) if config else {}, flags)
+                _check_trust(made, flags)
                 if show:
                     print(as_yaml(to_print(made)), end="")
                 else:
@@ -77,6 +78,18 @@ def command(
         return run
 
     return decorate
+
+
+def _check_trust(made: Settings, flags: Mapping[str, Any]) -> None:
+    """Only the command line permits code, and no file chooses whose."""
+    if not getattr(made, "trust_remote_code", False):
+        return
+    if not flags.get("trust_remote_code"):
+        raise SettingsError(
+            "`trust_remote_code` is taken from the command line alone: give it there"
+        )
+    if made.model is None:
+        raise SettingsError("`trust_remote_code` needs `model`: no file chooses whose code runs")
 
 
 def with_flags(message: str, settings: type[Settings]) -> str:
