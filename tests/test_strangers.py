@@ -139,6 +139,7 @@ def with_code(base_path, adapter_path, tmp_path):
 def test_no_file_permits_code_or_chooses_whose_runs(with_code, tmp_path, name):
     base, adapter = with_code
     more = {"cache": ("--prompt-cache-file", tmp_path / "a.safetensors"), "train": ("--resume",)}
+    more["evaluate"] = ("--data", tmp_path)
     args = (name, "--adapter-path", adapter, *more.get(name, ()))
     args += ("-p", "x") if name in ("generate", "cache") else ()
     said = "--trust-remote-code needs --model: no file chooses whose code runs"
@@ -146,7 +147,7 @@ def test_no_file_permits_code_or_chooses_whose_runs(with_code, tmp_path, name):
     if name in ("evaluate", "train"):
         file = tmp_path / "c.yaml"
         file.write_text(f"trust_remote_code: true\nmodel: {base}\n")
-        said = "--trust-remote-code is taken from the command line alone"
+        said = "--trust-remote-code in a file is not enough: give it as a flag, too"
         assert_one_error(run(*args, "-c", file), 2, said)
     assert not (base / "ran").exists()
 

@@ -85,9 +85,7 @@ def _check_trust(made: Settings, flags: Mapping[str, Any]) -> None:
     if not getattr(made, "trust_remote_code", False):
         return
     if not flags.get("trust_remote_code"):
-        raise SettingsError(
-            "`trust_remote_code` is taken from the command line alone: give it there"
-        )
+        raise SettingsError("`trust_remote_code` in a file is not enough: give it as a flag, too")
     if made.model is None:
         raise SettingsError("`trust_remote_code` needs `model`: no file chooses whose code runs")
 
