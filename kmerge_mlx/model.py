@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
@@ -89,7 +90,8 @@ def load_source(
         check_memory(path.glob("model*.safetensors"), ModelError)
     try:
         model, config = load_model(path, lazy, model_config=config, trust_remote_code=trust)
-        model(mx.array([[0]]))  # not evaluated: shows what of its config has a wrong type
+        # Not evaluated: it shows what of the config has a wrong type.
+        model(mx.array([[0]]), cache=make_prompt_cache(model))
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)

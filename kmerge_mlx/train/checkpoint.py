@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,10 +183,15 @@ def read_progress(path: Path) -> State:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings from which a resumed run begins, if any; they never allow remote code."""
+    """The settings from which a resumed run begins, if any.
+
+    They never allow remote code, or say where anything is written: that the command alone does.
+    """
     if not (path / TRAINING / STATE).is_file():
         return {}
-    return {n: v for n, v in _about(path)["settings"].items() if n != "trust_remote_code"}
+    mine = {f.name for f in fields(TrainSettings)} - TrainSettings().saved().keys()
+    mine.add("trust_remote_code")
+    return {n: v for n, v in _about(path)["settings"].items() if n not in mine}
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -236,6 +236,21 @@ def test_a_saved_run_permits_nothing_and_writes_nowhere_else(tmp_path):
     assert not file.exists()
 
 
+def test_where_a_resumed_run_writes_is_not_taken_from_its_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture, settings = tmp_path / "picture.svg", json.loads((path / STATE).read_text())["settings"]
+    picture.write_text("years of work")
+    settings |= {"plot": str(picture), "adapter_path": "elsewhere", "force": True, "seed": 0}
+    settings |= {"report_to": "wandb", "project_name": "x"}
+    change_json(path / "training" / "state.json", settings=settings)
+    path.rename("adapters")  # the default, which the command does not name
+    result = kmerge("train", "--resume", "--iters", 5)
+    assert result.code == 0, result.err
+    assert state_of(Path("adapters"))["iteration"] == 5
+    assert picture.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "picture.svg"]
+
+
 def test_a_state_without_its_random_numbers_writes_no_file_that_it_names(tmp_path):
     """A state as it is before the first save, so that a file of the teacher would be made."""
     data, path = write_data(tmp_path / "data", rows_of(16)), tmp_path / "run"
