@@ -220,14 +220,14 @@ def digests(path: Path) -> tuple[str, str]:
     weights (and of Python files): it is not cheaper than reading them, as loading does too, and
     nothing less notices every change. The second one is what 0.1.0 stored: samples of the weights.
     """
-    whole = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
     try:
+        whole = hashlib.sha256(json.dumps(load_config(path), sort_keys=True).encode())
         weights = sorted(path.glob("*.safetensors"))
         for file in (*weights, *sorted(path.glob("*.py"))):
             whole.update(f"\n{file.name} {files.digest(file)}".encode())
         return whole.hexdigest(), _sampled(weights)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except LOAD_ERRORS as error:
+        raise ModelError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _sampled(weights: Sequence[Path]) -> str:

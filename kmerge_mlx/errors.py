@@ -6,7 +6,7 @@ to change. A setting stands in backticks; the command line writes its flag.
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -101,9 +101,10 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+# All but line ends and tabs; and what turns the direction of all that follows.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+
+
 def printable(text: str) -> str:
     """A text whose control characters, which a terminal would obey, are written out."""
-    return "".join(
-        ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" else c
-        for c in text
-    )
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -164,7 +164,7 @@ def digest(path: Path) -> str:
             return hashlib.sha256(file.read(PIECE_BYTES)).digest()
 
     whole = hashlib.sha256(b"%d" % size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for piece in pool.map(of_piece, range(0, size, PIECE_BYTES)):
             whole.update(piece)
     return whole.hexdigest()

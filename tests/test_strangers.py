@@ -91,9 +91,19 @@ def test_what_a_strangers_file_says_is_written_out_for_a_terminal(
 
 
 def test_words_stay_words():
-    for text in ("naïve\n\tcafé", "東京\u3000日本", "a\u00a0b", "👩🏽", "-\\x1b-"):
+    for text in (
+        "naïve\n\tcafé",
+        "東京\u3000日本",
+        "a\u00a0b",
+        "👩🏽",
+        "می\u200cروم",
+        "👨\u200d👩\u200d👧",
+        "-\\x1b-",
+        "a\r\nb",
+    ):
         assert printable(text) == text
     assert printable(HIDES) == SHOWN
+    assert printable("paid\rfree") == "paid\\rfree"
 
 
 def test_what_is_read_without_knowing_its_end_has_one(monkeypatch, base_path, adapter_path):
