@@ -8,12 +8,20 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tests.cli_runner import PLAIN_USER
 
 # No test may reach the hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# On Metal, products of float32 may be rounded to 19 bits; ours are compared with the CPU's.
+os.environ["MLX_ENABLE_TF32"] = "0"
+
+# On Apple silicon the CPU backend is tested, too.
+if os.environ.get("TEST_DEVICE") == "cpu":
+    mx.set_default_device(mx.cpu)
 
 # A shell that starts a run in the background has Ctrl-C ignored, by the run and by its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

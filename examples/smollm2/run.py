@@ -127,10 +127,8 @@ def train(path: Path, given: argparse.Namespace) -> None:
     """
     task, k = path.stem.split("-")
     adapters = given.out / "adapters"
-    done, start = (
-        given.out / f"{path.stem}.trained",
-        adapters / TEXT / (k if task != TEXT else "k4"),
-    )
+    done = given.out / f"{path.stem}.trained"
+    start = adapters / TEXT / ("k4" if task == TEXT else k)
     if done.exists() or (given.smoke and k not in SMOKE_KS):
         return
     command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
@@ -155,6 +153,10 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
     command += ["--predictions", given.out / f"{task}.answers.jsonl"]
     command += ["--timed", 1, "--max-tokens", 4] if given.smoke else []
     say([*command, "--plot", given.out / f"{task}.png"], result)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def table(task: str, report: dict[str, Any]) -> list[str]:
@@ -217,11 +219,11 @@ def main() -> None:
         for run in sorted(runs, key=lambda run: (run.stem != f"{TEXT}-k4", run.stem)):
             if given.only is None or run.stem in given.only:
                 train(run, given)
-    tables = []
     for task in made:
         if given.only is None or task in given.only:
             evaluate(task, given)
-            tables += table(task, json.loads((given.out / f"{task}.json").read_text()))
+    scored = [(task, given.out / f"{task}.json") for task in made]
+    tables = [line for t, path in scored if path.exists() for line in table(t, read(path))]
     (given.out / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
 

@@ -15,7 +15,7 @@ import typer
 
 from kmerge_mlx.cli.output import bar, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
-from kmerge_mlx.errors import KMergeError, PromptError, SettingsError
+from kmerge_mlx.errors import KMergeError, PromptError, SettingsError, first_line
 from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
@@ -44,6 +44,21 @@ MAX_YAML_BYTES, MAX_ALIASES = 1 << 20, 20
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
 
+_DEVICE = {
+    "the memory ran out": ("OutOfMemory", "Insufficient Memory", "malloc", "allocate"),
+    "macOS ended a GPU program that took too long": ("Timeout", "Interactivity"),
+}
+"""What is wrong, and words of MLX's RuntimeErrors by which it is known."""
+_HELPS = {
+    "batch_size": "a smaller `batch_size`",
+    "max_seq_length": "a smaller `max_seq_length`",
+    "grad_checkpoint": "`grad_checkpoint`",
+    "prefill_step_size": "a smaller `prefill_step_size`",
+    "k": "a larger `k`",
+    "resume": "and `resume` to go on from the last save",
+}
+"""What may help, by a setting that a command must have."""
+
 
 def command(
     settings: type[Settings],
@@ -71,6 +86,10 @@ def command(
             except KMergeError as error:
                 error.args = (with_flags(str(error), settings),)
                 raise
+            except RuntimeError as error:
+                if (found := _device_error(error, settings)) is None:
+                    raise
+                raise KMergeError(with_flags(found, settings)) from error
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(_parameters(settings, config_file))
@@ -88,6 +107,15 @@ def _check_trust(made: Settings, flags: Mapping[str, Any]) -> None:
         raise SettingsError("`trust_remote_code` in a file is not enough: give it as a flag, too")
     if made.model is None:
         raise SettingsError("`trust_remote_code` needs `model`: no file chooses whose code runs")
+
+
+def _device_error(error: RuntimeError, settings: type[Settings]) -> str | None:
+    """What MLX says of the device, with what helps; None for anything else, which is a bug."""
+    text = str(error)
+    what = next((what for what, words in _DEVICE.items() if any(w in text for w in words)), None)
+    names = {f.name for f in fields(settings)}
+    helps = ", ".join(help for name, help in _HELPS.items() if name in names)
+    return what and f"{what} ({first_line(error)}): try {helps or 'a smaller model'}"
 
 
 def with_flags(message: str, settings: type[Settings]) -> str:

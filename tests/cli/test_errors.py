@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import mlx_lm.generate  # noqa: F401
 import pytest
 
 from tests.cli_runner import (
@@ -161,3 +163,41 @@ def test_a_full_disk_is_one_message():
         done = subprocess.run(command("--version"), stdout=full, **where)
     assert done.returncode == 1
     assert done.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory "
+            "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            "the memory ran out ([METAL] Command",
+        ),
+        ("[metal::malloc] Attempting to allocate 9 bytes which is", "the memory ran out ([metal"),
+        ("[malloc_or_wait] Unable to allocate 9 bytes.", "the memory ran out ([malloc"),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+            "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+            "macOS ended a GPU program that took too long ([METAL]",
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_one_line_with_what_helps(monkeypatch, generate, said, wanted):
+    """The messages are those of MLX's Metal backend, which cannot be had here."""
+
+    def fails(*args, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(sys.modules["mlx_lm.generate"], "generate_step", fails)
+    result = run(*generate("p.txt"))
+    assert_one_error(result, 1, wanted, "try a smaller --prefill-step-size, a larger --k")
+    assert "batch" not in result.err
+
+
+def test_any_other_error_of_mlx_is_a_bug_and_not_hidden(monkeypatch, generate):
+    def fails(*args, **options):
+        raise RuntimeError("[matmul] shapes do not fit")
+
+    monkeypatch.setattr(sys.modules["mlx_lm.generate"], "generate_step", fails)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(*generate("p.txt"))

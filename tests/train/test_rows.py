@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 
 import pytest
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.train.rows import WINDOW, Place, Rows, by_length, shuffled
+from kmerge_mlx.train.dataset import num_positions
+from kmerge_mlx.train.rows import WINDOW, Place, Rows, by_length, make_batch, shuffled
 
 K, B = 4, 3
 SEED = (7, 0)
@@ -76,3 +78,24 @@ def test_validation_reads_every_example_once_the_shortest_first(count):
     assert [len(batch) for batch in batches[:-1]] == [B] * (len(batches) - 1)
     lengths = [-(-len(data[i].prompt_ids) // K) for batch in batches for i in batch]
     assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("answers", [(2, 2), (2, 40), (20, 400)])
+def test_a_step_is_traced_for_few_shapes_and_little_is_padding(answers):
+    """Lengths spread as those of reviews, questions and commits are: long tails."""
+    drawn, size = random.Random(1), 8
+
+    def example() -> TokenizedExample:
+        context = min(600, int(drawn.lognormvariate(4.8, 0.7)) + 32)
+        ids = [drawn.randrange(900) for _ in range(context)]
+        segments = [Segment([1] * 20, False), Segment(ids), Segment([2] * 12, False)]
+        return TokenizedExample(segments, [3] * drawn.randint(*answers))
+
+    data, shapes, real, padded = [example() for _ in range(1600)], set(), 0, 0
+    for rows in islice(shuffled(data, size, 2, SEED, Place()), 1000):
+        batch = make_batch(rows.examples, 2, 0, 1000)
+        shapes.add((*batch.ids.shape, batch.blocks.shape[0], batch.targets.size))
+        real += sum(num_positions(e, 2) - 1 for e in rows.examples)
+        padded += batch.ids.size
+    assert len(shapes) <= 90
+    assert 1 - real / padded < 0.13
