@@ -33,19 +33,20 @@ def refused(folder: Path, *args: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "content",
+    "part",
     [
-        "{}",
-        "[]",
-        "null",
-        '{"version": "1.0", "model": {"type": "BPE"}}',
-        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
-        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}',
+        {"pre_tokenizer": {"type": "Nope"}},
+        {"decoder": {"type": "Nope"}},
+        {"normalizer": 3},
+        {"model": 3},
+        {"version": "9"},
+        {"truncation": {"max_length": -1}},
     ],
+    ids=str,
 )
-def test_a_tokenizer_that_its_library_refuses_is_one_line(base_path, tmp_path, content):
+def test_a_tokenizer_that_its_library_refuses_is_one_line(base_path, tmp_path, part):
     base = copy_base(base_path, tmp_path / "base")
-    (base / "tokenizer.json").write_text(content)
+    change_json(base / "tokenizer.json", **part)
     assert refused(base).startswith(f"cannot load {base}: ")
 
 
