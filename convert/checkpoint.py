@@ -10,7 +10,7 @@ code).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from kmerge_mlx.adapters.folder import (
     save_adapter,
 )
 from kmerge_mlx.adapters.lora import tensor_problems
+from kmerge_mlx.adapters.portable import found_id
 from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConfig
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.convert.peft import lora_from_peft
+from kmerge_mlx.convert.base_model import Base
+from kmerge_mlx.convert.names import unwrapped
+from kmerge_mlx.convert.peft import ZERO_3, copies_of_base, lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, KMergeError, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
@@ -61,6 +64,7 @@ def convert_checkpoint(
     k: int | None = None,
     dtype: str | None = None,
     force: bool = False,
+    note: Callable[[str], object] | None = None,
 ) -> Adapter:
     """Converts a PyTorch checkpoint into an adapter folder.
 
@@ -72,6 +76,7 @@ def convert_checkpoint(
         k: Merge factor the user expects, or None.
         dtype: ``float32``, ``float16`` or ``bfloat16`` to cast to, or None to keep the dtypes.
         force: Replace an adapter folder at ``destination``.
+        note: Receives one line if something of the checkpoint was left out.
 
     Returns:
         What was written.
@@ -84,8 +89,8 @@ def convert_checkpoint(
     """
     check_adapter_destination(destination, force)
     folder = find_checkpoint(source)
-    known = None if model is None else _read_base(model)
-    adapter = read_checkpoint(folder, known, k, source)
+    known = None if model is None else Base.read(model)
+    adapter = read_checkpoint(folder, known, k, source, note)
     if dtype is not None:
         adapter = _cast(adapter, dtype)
     save_adapter(adapter, destination)
@@ -119,29 +124,28 @@ def find_checkpoint(source: str) -> Path:
     )
 
 
-def _read_base(model: str) -> MergeConfig:
-    """What a base model says of the adapters for it: name, fingerprint and padding token."""
-    path = base.resolve(model, weights=False)
-    config = base.read_config(path)
-    pad = base.default_pad_token_id(base.read_tokenizer(path, config, model))
-    # A folder is recorded so that it can be found from anywhere.
-    name = str(path.resolve()) if Path(model).is_dir() else model
-    return MergeConfig(None, BaseModelConfig(name, base.fingerprint(config)), pad)
-
-
-def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, source: str) -> Adapter:
+def read_checkpoint(
+    folder: Path,
+    known: Base | None,
+    k: int | None,
+    source: str,
+    note: Callable[[str], object] | None = None,
+) -> Adapter:
     """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed.
 
-    ``known`` holds base model and padding token, where the user named the base.
+    ``known`` is the base, where the user named it.
     """
     problems: list[str] = []
     stated, scales = _collect(problems, _read_companion, folder) or (None, [])
-    facts = known or stated or MergeConfig(None)
+    facts = known.merge if known else stated or MergeConfig(None)
     fields = facts.base.fields
     encoder, encoder_weights = _read_encoder(folder, k, stated, problems)
     tensors = _collect(problems, _read_peft_tensors, folder)
     config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
+    copies = copies_of_base(tensors) if tensors and known else {}
+    if copies:
+        problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
     if tensors is not None and (config is not None or not problems):
         # The head's LoRA of an untied base may lie beside the encoder for all that.
         apart = known is None and stated is not None and stated.head_lora is not None
@@ -152,15 +156,19 @@ def read_checkpoint(folder: Path, known: MergeConfig | None, k: int | None, sour
     problems += not_finite(encoder_weights)
     if lora is not None:
         problems += not_finite(lora.tuning_weights | named_head(lora))
-        by = f"`model` {known.base.id}" if known else f"the base in {COMPANION}"
+        by = str(known) if known else f"the base in {COMPANION}"
         problems += _cross_check(encoder, lora, fields, by)
+        if known is not None:
+            problems += known.lora_problems(lora.tuning_weights)
     if stated is not None:
         problems += _companion_problems(stated, encoder, known)
     if problems or lora is None:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
+    if copies and note is not None:
+        note(f"left out, as copies of the base's tensors: {', '.join(copies)}")
     recorded = config.get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not recorded.isprintable():
-        recorded = None
+    good = isinstance(recorded, str) and recorded.isprintable()
+    recorded = found_id(recorded, folder) if good else None
     # The authors' code merges the whole prompt, and applies no chat template.
     stated = stated or MergeConfig(None, layout=Layout(ALL, chat_template=False))
     # What the encoder was trained with, even where that is not the tokenizer's default.
@@ -195,14 +203,15 @@ def _read_companion(folder: Path) -> tuple[MergeConfig, list[float]] | None:
         merge = MergeConfig.from_json(data[MERGE_CONFIG])
         if not (name := merge.base.id or "").isprintable():
             raise AdapterError(f"base_model.id is {short(name)}, expected a printable name")
-        return merge, scales
+        made_for = replace(merge.base, id=found_id(merge.base.id, folder))
+        return replace(merge, base=made_for), scales
     except AdapterError as error:
         advice = "remove the file to convert without it"
         raise CheckpointError(f"{path}: {error}; {advice}") from None
 
 
 def _companion_problems(
-    stated: MergeConfig, encoder: EncoderConfig | None, known: MergeConfig | None
+    stated: MergeConfig, encoder: EncoderConfig | None, known: Base | None
 ) -> list[str]:
     """Where ``kmerge.json`` contradicts the encoder or the base that are there."""
     differences = []
@@ -214,8 +223,8 @@ def _companion_problems(
         wrong = [name for name in said if found.get(name) != said[name]]
         differences = [f"the encoder has {n} {found.get(n)}, not {said[n]}" for n in wrong]
     if known is not None:
-        by = f"`model` {known.base.id}"
-        differences += [f"{by}: {d}" for d in stated.base.differences(known.base.fields)]
+        fields = known.merge.base.fields
+        differences += [f"{known}: {d}" for d in stated.base.differences(fields)]
     return [f"{d} (says {COMPANION}; remove it to convert without it)" for d in differences]
 
 
@@ -227,13 +236,12 @@ def _read_encoder(
         if k not in (None, 1):
             problems.append(f"{COMPANION} says K = 1, but `k` is {k}: give 1 or leave it out")
         return None, {}
-    state = _collect(problems, read_state_dict, folder / ENCODER)
+    state = _collect(problems, _gathered, read_state_dict, folder / ENCODER)
     if state is None:
         return None, {}
-    # DistributedDataParallel puts a prefix before every name.
-    plain = {name.removeprefix("module."): array for name, array in state.items()}
+    plain = {unwrapped(name): array for name, array in state.items()}
     if len(plain) < len(state):
-        twice = "some tensors are there with and without the prefix module. (keep one)"
+        twice = "some tensors are there with and without a wrapper's prefix, as module. (keep one)"
         problems.append(f"{ENCODER}: {twice}")
     sizes = _collect(problems, _encoder_sizes, plain)
     if sizes is None:
@@ -269,10 +277,19 @@ def _encoder_sizes(state: Mapping[str, mx.array]) -> EncoderConfig:
 def _read_peft_tensors(folder: Path) -> dict[str, mx.array]:
     safe, pickled = (folder / name for name in PEFT_WEIGHTS)
     if safe.is_file():
-        return read_safetensors(safe, CheckpointError)
+        return _gathered(read_safetensors, safe, CheckpointError)
     if pickled.is_file():
-        return read_state_dict(pickled)
+        return _gathered(read_state_dict, pickled)
     raise CheckpointError(f"{folder} holds neither {safe.name} nor {pickled.name}")
+
+
+def _gathered(read: Callable[..., dict[str, mx.array]], path: Path, *more: Any) -> Any:
+    """The tensors of a file; refuses those of which only the names are there."""
+    tensors = read(path, *more)
+    if empty := [name for name, array in tensors.items() if array.shape == (0,)]:
+        listed = f"{len(empty)} of {len(tensors)} tensors are empty"
+        raise CheckpointError(f"{path}: {listed}, {empty[0]} for one; {ZERO_3}")
+    return tensors
 
 
 def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:

@@ -10,7 +10,6 @@ Source: as for ``peft.py``.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
@@ -29,10 +28,12 @@ from kmerge_mlx.adapters.folder import (
     load_adapter,
     name_ends,
 )
+from kmerge_mlx.adapters.portable import portable, stored_id
 from kmerge_mlx.adapters.schema import MEAN, LoRAConfig, LoRASpec
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.convert.checkpoint import COMPANION, PROVENANCE, named_head
-from kmerge_mlx.convert.peft import PREFIX, SUFFIXES, neighbours, place
+from kmerge_mlx.convert.names import PREFIX, SUFFIXES, place
+from kmerge_mlx.convert.peft import neighbours
 from kmerge_mlx.convert.torch_write import write_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, findings, first_line
 from kmerge_mlx.files import check_destination, replacing_folder, write_json, write_safetensors
@@ -107,30 +108,24 @@ def _objections(adapter: Adapter) -> list[str]:
     ]
 
 
-def _base_model(adapter: Adapter) -> str | None:
-    """The base as PEFT is to call it: a folder that can be found from anywhere, or a repo id."""
-    name = adapter.merge.base.id
-    if name == bundled.BUNDLED:
-        return str(bundled.BASE)
-    is_folder = name and os.path.isdir(name)  # noqa: PTH112 (Path's fails on a name too long)
-    return str(Path(name).resolve()) if is_folder else name
-
-
 def _write(adapter: Adapter, folder: Path) -> None:
-    config, tensors, scales = lora_to_peft(adapter, _base_model(adapter))
+    own = adapter.merge.base.id
+    named = str(bundled.BASE) if own == bundled.BUNDLED else own
+    config, tensors, scales = lora_to_peft(adapter, stored_id(named, folder))
     write_json(folder / PEFT_CONFIG, config)
     write_safetensors(folder / PEFT_WEIGHTS, tensors, "pt")
     if encoder := adapter.encoder_weights:
         state = {theirs: encoder[ours] for theirs, ours in checkpoint.ENCODER_NAMES.items()}
         write_state_dict(folder / checkpoint.ENCODER, state)
-    provenance = dict(adapter.merge.provenance)
+    merge = portable(adapter.merge, folder)
+    provenance = dict(merge.provenance)
     for path in (folder / name for name in PROVENANCE):
         if isinstance(content := provenance.get(path.stem), dict):
             write_json(path, content)
             # Past this, `convert` would not take it from there.
             if path.stat().st_size <= checkpoint.MAX_PROVENANCE_BYTES:
                 del provenance[path.stem]
-    merge = replace(adapter.merge, provenance=provenance)
+    merge = replace(merge, provenance=provenance)
     write_json(folder / COMPANION, {MERGE_CONFIG: merge.to_json(), "scales": scales})
 
 

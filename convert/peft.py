@@ -17,19 +17,17 @@ import mlx.core as mx
 from kmerge_mlx.adapters.folder import HEAD, Adapter, name_ends
 from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.convert.names import (
+    ADAPTER_NAME,
+    COPIES,
+    SUFFIXES,
+    in_causal_lm,
+    place,
+    unwrapped,
+)
 from kmerge_mlx.errors import CheckpointError, short
 
-PREFIX = "base_model.model."
 MAX_REPEATS = 10_000  # the product of all {n}: repeats of repeats can take all memory
-
-# What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
-SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
-
-# Tensors that only repeat the base model. PEFT saves them when the head is a target.
-COPIES = (".base_layer.weight", ".base_layer.bias")
-
-# PEFT saves no adapter name; a raw state dict has its default one.
-ADAPTER_NAME = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter)\.default(?=\.|$)")
 
 # Tensor name part -> why it cannot be converted.
 REFUSED_TENSORS = (
@@ -46,6 +44,7 @@ HARMLESS = {
     *("eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config"),
     *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "task_type"),
+    *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # ms-swift's, of its optimizer
 }
 REFUSED_OPTIONS = {
     "use_dora": "DoRA: retrain with use_dora=False, or merge it in PEFT",
@@ -85,11 +84,41 @@ OPTIONS = {
     "alpha_pattern": (lambda v: _holds(dict, v, is_number), "names and numbers"),
 }
 NEEDED = ("r", "lora_alpha", "target_modules")
+NAMED = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+"""Options that name modules."""
 HONOURED = {*OPTIONS, "init_lora_weights", "bias"}
+
+ZERO_3 = (
+    "DeepSpeed's ZeRO-3 writes such files: gather the weights before they are saved, with "
+    "stage3_gather_16bit_weights_on_model_save or deepspeed.zero.GatheredParameters"
+)
 
 # Ways to start that leave the base model's weights alone; the others (pissa, olora, corda, loftq,
 # lora_ga) change them, so the adapter means nothing on the original base.
 INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+def _unwrapped_option(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unwrapped_option(item) for item in value]
+    if isinstance(value, dict):
+        return {unwrapped(key): item for key, item in value.items()}
+    return unwrapped(value) if isinstance(value, str) else value
+
+
+def copies_of_base(tensors: Mapping[str, mx.array]) -> dict[str, str]:
+    """The tensors that are no LoRA's, so that only copies of the base's can be meant.
+
+    PEFT saves embedding and head if their size was changed, or where it cannot tell. Gives the
+    tensors' names, each with that in the base.
+    """
+    lora = ("lora_", *(part for part, _ in REFUSED_TENSORS))
+    paths = {name: unwrapped(name) for name in tensors}
+    return {
+        name: in_causal_lm(path)
+        for name, path in paths.items()
+        if not path.endswith(COPIES) and not any(part in path for part in lora)
+    }
 
 
 def lora_from_peft(
@@ -111,6 +140,7 @@ def lora_from_peft(
     problems += _config_problems(config)
     if len(problems) > before:
         return None
+    config = config | {name: _unwrapped_option(config.get(name)) for name in NAMED}
     pairs = _pairs(tensors, problems)
     try:
         rules = NameRules(config)
@@ -127,8 +157,11 @@ def lora_from_peft(
         "such module, remove it from adapter_config.json)"
         for target in rules.unused_targets(pairs)
     ]
+    if len({*map(in_causal_lm, pairs)}) < len(pairs):
+        problems.append("some modules are there with and without the prefix model. (keep one)")
     if len(problems) > before:
         return None
+    specs, pairs = ({in_causal_lm(n): x for n, x in each.items()} for each in (specs, pairs))
     head, head_weights = None, {}
     if not head_is_a_layer and HEAD in specs:
         head, head_weights = specs.pop(HEAD), pairs.pop(HEAD)
@@ -174,7 +207,7 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
     """Module path to its ``lora_a`` and ``lora_b``, transposed."""
     pairs: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
-        path = ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
+        path = ADAPTER_NAME.sub(r".\1", unwrapped(name))
         reason = next((why for part, why in REFUSED_TENSORS if part in path), None)
         suffix = next((s for s in SUFFIXES if path.endswith(s)), "")
         module, shape = path.removesuffix(suffix), tuple(array.shape)
@@ -183,7 +216,10 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
         elif path.endswith(COPIES):
             continue
         elif not suffix:
-            problems.append(f"tensor {name} {shape} is not part of a LoRA")
+            problems.append(
+                f"tensor {name} {shape} is not part of a LoRA: give `model` if it is a copy of the "
+                "base's, or save without it (save_embedding_layers=False)"
+            )
         elif array.ndim != 2 or 0 in shape:
             problems.append(f"tensor {name} has shape {shape}, expected (r, in) or (out, r)")
         elif SUFFIXES[suffix] in pairs.setdefault(module, {}):
@@ -191,7 +227,7 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
         else:
             pairs[module][SUFFIXES[suffix]] = array.T
     if not pairs and not problems:
-        problems.append("the adapter holds no LoRA tensors")
+        problems.append(f"the adapter holds no LoRA tensors ({ZERO_3})")
     return pairs
 
 
@@ -226,15 +262,6 @@ def _spec(
 def neighbours(value: float) -> tuple[float, float, float]:
     """A float64 and the two beside it."""
     return value, math.nextafter(value, math.inf), math.nextafter(value, -math.inf)
-
-
-def place(name: str) -> tuple[str, int | None, str]:
-    """The stack of layers that a module is in, the layer's index, and the path inside the layer."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[1:-1], 1):
-        if part.isascii() and part.isdigit() and len(part) < 7 and part == str(int(part)):
-            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
-    return "", None, name
 
 
 def _lora_config(

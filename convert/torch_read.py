@@ -51,6 +51,11 @@ _UNREADABLE = (  # (how a global's name starts, what was found, what to do)
     (("torch.float8_", "torch.float4_"), "found float8 or float4", "save it as float16"),
     ("torch._utils._rebuild_qtensor", "found a quantized tensor", "save its dequantize()"),
     ("torch._utils._rebuild_sparse", "found a sparse tensor", "save its to_dense()"),
+    (
+        "torch.distributed.",
+        "found a DTensor, one rank's part of a tensor",
+        "save its full_tensor()",
+    ),
 )
 STORAGES = {
     "torch.FloatStorage": mx.float32,
@@ -71,6 +76,8 @@ _GLOBALS = {
     *(f"torch._utils._rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
     *STORAGES,
     *_DTYPES,
+    # Of a subclass of Tensor: what comes after these says which, and is refused.
+    *("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_wrapper_subclass"),
 }
 
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from kmerge_mlx.encoder import MergeEncoder
     from kmerge_mlx.generation.stream import batch_generate, compress, generate, stream_generate
     from kmerge_mlx.model import load
-    from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, lay_out, lay_out_chat
+    from kmerge_mlx.prompts.chat_template import ChatTemplate
+    from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat
+    from kmerge_mlx.prompts.policy import Layout
     from kmerge_mlx.prompts.segments import Segment
 
 _HOMES = {
@@ -24,8 +26,8 @@ _HOMES = {
     "generate": "generation.stream",
     "stream_generate": "generation.stream",
     "load": "model",
-    "Layout": "prompts.lay_out",
-    "ChatTemplate": "prompts.lay_out",
+    "Layout": "prompts.policy",
+    "ChatTemplate": "prompts.chat_template",
     "Segment": "prompts.segments",
     "lay_out": "prompts.lay_out",
     "lay_out_chat": "prompts.lay_out",

@@ -37,11 +37,12 @@ class PromptError(KMergeError):
     Args:
         found: What is wrong.
         advice: What helps on the command line, where a server's client could not do it.
+        field: Which message, or part of one, it is about: ``messages[0].role``.
     """
 
-    def __init__(self, found: str, advice: str = ""):
+    def __init__(self, found: str, advice: str = "", field: str | None = None):
         super().__init__(f"{found}: {advice}" if advice else found)
-        self.found = found
+        self.found, self.field = found, field
 
 
 class DataError(KMergeError):

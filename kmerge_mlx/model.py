@@ -52,7 +52,7 @@ def load(
         k: Merge factor wanted; None takes the adapter's only one.
         tokenizer_config: Further arguments for the tokenizer.
         revision: Hub revision of the base, where its id names none.
-        lazy: Leave the base's weights unevaluated.
+        lazy: Leave the base's weights unevaluated: the model stays with the thread that loads it.
         return_config: Give the base's config as well, spelled as mlx-lm reads it.
         trust_remote_code: Let the base's own Python files run.
         max_blocks: Slots of the block table.
@@ -100,6 +100,8 @@ def load_source(
     if adapter is not None:
         attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
     widen(model, path)
+    if not lazy:
+        mx.eval(model.state)  # what waits belongs to the thread that asked for it
     return model, tokenizer, config
 
 

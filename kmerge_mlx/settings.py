@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import SettingsError, findings, short
-from kmerge_mlx.prompts.lay_out import MERGES
+from kmerge_mlx.prompts.policy import MERGES
 
 SIZE = "size"  # the kind of a number of bytes: a whole number, or text such as 4GB
 MAX_INT = 2**63 - 1  # the largest whole number that arrays, seeds and files can hold
@@ -222,16 +222,15 @@ class LayoutSettings(Settings):
     merges: str | None = option(
         None,
         str,
-        "What merges where nothing is said: long contexts, or all, chat template and question too. "
-        "(A FILE beside a --prompt always merges, and that prompt never.) Default: as the adapter "
-        "was trained.",
+        "What merges where nothing is said: documents (long texts beside a question), contexts (as "
+        "up to 0.1.0), or all, chat template and question too. (A FILE beside a --prompt always "
+        "merges, and that prompt never.) Default: as the adapter was trained.",
         choices=MERGES,
     )
     merge_threshold: int | None = option(
         None,
         int,
-        "Fewest tokens of a conversation's text that merges as a context. Default: as the adapter "
-        "was trained.",
+        "Fewest tokens of a conversation's text that merges. Default: as the adapter was trained.",
         low=1,
     )
     chat_template: bool | None = option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.generate import generate_step
 
-from kmerge_mlx import Segment, compress, load, stream_generate
+from kmerge_mlx import Segment, compress, generate, load, stream_generate
 from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, LoRASpec
 from kmerge_mlx.base import fingerprint
@@ -62,6 +63,27 @@ def test_a_quantized_folder_of_the_same_base_takes_the_adapter(tmp_path, adapter
     assert isinstance(merged_embedding(model).embedding, nn.QuantizedEmbedding)
     drift = mx.abs(logits[0] - logits[1]).max().item() / mx.abs(logits[0]).max().item()
     assert drift < (0.5 if bits == 4 else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["bundled", "converted", "quantized"])
+def test_a_model_that_one_thread_loaded_generates_in_another(
+    tmp_path, base_path, adapter_path, adapter, kind
+):
+    """Nothing is left to compute, which MLX would ask the ended thread's stream for on a GPU."""
+    if kind == "quantized":
+        packed = qwen2_config(quantization={"group_size": 32, "bits": 4})
+        names = (str(write_base(tmp_path / "base", packed)), saved(adapter, tmp_path / "a"))
+    else:
+        names = ("bundled",) * 2 if kind == "bundled" else (str(base_path), adapter_path)
+    with ThreadPoolExecutor(1) as other:
+        model, tokenizer = other.submit(load, *names, 4).result()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model.state)
+    assert max(mx.get_peak_memory(), mx.get_active_memory()) <= held
+    prompt = [Segment(prompts_of(1, 40, 40)[0] if kind != "bundled" else [5, 6, 7, 8])]
+    here = load(*names, 4)
+    assert generate(model, tokenizer, prompt, max_tokens=4) == generate(*here, prompt, max_tokens=4)
 
 
 def test_a_tied_and_an_untied_head_carry_the_same_lora(tmp_path):

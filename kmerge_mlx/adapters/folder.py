@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from kmerge_mlx import bundled
 from kmerge_mlx.adapters.lora import LORA_PARTS, tensor_problems
+from kmerge_mlx.adapters.portable import found_id, portable
 from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig, Tuning, read_tuning
 from kmerge_mlx.config import CARRIED
 from kmerge_mlx.errors import AdapterError, findings, first_line
@@ -121,6 +122,9 @@ def _look_up(path: str | Path) -> AdapterFolders:
         for folder in folders:
             if (folder / MERGE_CONFIG).is_file():
                 merge = _read_config(folder, MERGE_CONFIG, MergeConfig.from_json)
+                if repo is None:  # what a repo names is not on this machine
+                    made_for = replace(merge.base, id=found_id(merge.base.id, folder))
+                    merge = replace(merge, base=made_for)
                 if (k := merge.merge_factor) in found:
                     several = f"{path} holds several adapters for K = {k}"
                     names = f"{found[k][0].name}, {folder.name}"
@@ -233,13 +237,14 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Writes an adapter's files into a folder that its caller makes appear whole."""
+    """Writes an adapter's files into a folder that its caller makes appear whole, where it is."""
+    merge = portable(adapter.merge, folder)
     merged = {f"{ENCODER}.{name}": array for name, array in adapter.encoder_weights.items()}
     merged |= {f"{HEAD}.{name}": array for name, array in adapter.head_weights.items()}
-    tuning = adapter.tuning.to_json() | {"model": adapter.merge.base.id}
+    tuning = adapter.tuning.to_json() | {"model": merge.base.id}
     write_json(folder / TUNING_CONFIG, tuning)
     write_safetensors(folder / TUNING_WEIGHTS, adapter.tuning_weights)
-    write_json(folder / MERGE_CONFIG, adapter.merge.to_json())
+    write_json(folder / MERGE_CONFIG, merge.to_json())
     write_safetensors(folder / MERGE_WEIGHTS, merged)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kmerge_mlx.config import MAX_RANK, is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
-from kmerge_mlx.prompts.lay_out import Layout
+from kmerge_mlx.prompts.policy import Layout
 
 FORMAT_VERSION = 1
 """Version of the adapter folder that this release writes, and the newest it reads."""
@@ -202,7 +202,7 @@ class BaseModelConfig:
     """The base model an adapter was made for.
 
     Args:
-        id: Folder or hub repo id, as the user gave it; for people.
+        id: Folder or hub repo id, as the user gave it; files hold it relative to themselves.
         fields: The config entries that must agree (see ``base.fingerprint``), or empty where the
             adapter was converted without ``--model``.
     """
@@ -267,7 +267,7 @@ class MergeConfig:
                 "config": dict(self.base.fields),
             },
             "head_lora": None if self.head_lora is None else asdict(self.head_lora),
-            "layout": None if self.layout is None else asdict(self.layout),
+            "layout": None if self.layout is None else self.layout.to_json(),
             "provenance": dict(self.provenance),
         }
 

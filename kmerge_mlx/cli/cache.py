@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
 from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import PromptError, one_line_refusals
-from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, ChatTemplate, Layout, lay_out
+from kmerge_mlx.prompts.chat_template import ChatTemplate
+from kmerge_mlx.prompts.lay_out import lay_out
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import option
 
@@ -157,7 +159,7 @@ def _about(opened: Opened, context: str | None, prompt: str | None) -> dict[str,
     return {
         "context": context,
         "prompt": prompt,
-        "layout": asdict(opened.layout),
+        "layout": opened.layout.to_json(),
         "system_prompt": chat.system_prompt,
         "options": dict(chat.options),
         "templated": opened.chat is not None,

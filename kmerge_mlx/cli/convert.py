@@ -41,7 +41,7 @@ def convert(settings: ConvertSettings) -> None:
     """
     from kmerge_mlx.convert.checkpoint import convert_checkpoint
 
-    adapter = convert_checkpoint(**asdict(settings))
+    adapter = convert_checkpoint(**asdict(settings), note=lambda text: note(f"note: {text}"))
     _show(adapter, settings.destination)
     if settings.model is None and not adapter.merge.base.fields:
         note("note: without --model, only sizes tell a wrong base when the adapter is loaded")

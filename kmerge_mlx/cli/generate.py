@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
-from kmerge_mlx.cli.inputs import PromptSettings, command, open_model, read_prompt
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
 from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import lay_out
+from kmerge_mlx.prompts.policy import NOTED
 from kmerge_mlx.settings import SamplingSettings, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation.stream import GenerationResponse
+    from kmerge_mlx.prompts.segments import Segment
+    from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 _LOOKS_BACK = "How many original tokens it looks back."
 
@@ -156,10 +159,21 @@ def generate(settings: GenerateSettings) -> None:
             max_kv_size=settings.max_kv_size,
             **settings.options(opened.tokenizer),
         )
-        print_answer(responses, settings.json)
+        print_answer(responses, settings.json, _merging(opened, prompt))
 
 
-def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None:
+def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
+    """How much of a prompt merges, in words, and a note where nothing of a long one does."""
+    if opened.source.k == 1 or not isinstance(prompt, list):
+        return ""
+    total = sum(len(segment.ids) for segment in prompt)
+    merged = sum(len(segment.ids) for segment in prompt if segment.merge)
+    if not merged and total >= NOTED * opened.layout.threshold:
+        note("note: none of it merges: give a long text as a FILE, or mark it with <merge>")
+    return f"{merged:,} merged and {total - merged:,} raw, "
+
+
+def print_answer(responses: Iterator[GenerationResponse], as_json: bool, merging: str = "") -> None:
     """Prints an answer as it streams, and what it cost; or all of it as one JSON object."""
     texts, tokens = [], []
     try:
@@ -181,7 +195,7 @@ def print_answer(responses: Iterator[GenerationResponse], as_json: bool) -> None
         return
     note(
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
-        f"({last.compression_ratio:.2f}x), {last.prompt_tps:.3f} tokens-per-sec, "
+        f"({last.compression_ratio:.2f}x), {merging}{last.prompt_tps:.3f} tokens-per-sec, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB"

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,7 +16,8 @@ import typer
 from kmerge_mlx.cli.output import bar, note, note_layout
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import KMergeError, PromptError, SettingsError, first_line
-from kmerge_mlx.prompts.lay_out import ChatTemplate, Layout, chosen
+from kmerge_mlx.prompts.chat_template import ChatTemplate, needs_template, now
+from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
     SIZE,
@@ -347,7 +348,9 @@ def open_model(settings: PromptSettings) -> Opened:
                 f"note: this adapter names {made_for.id} as its base and was converted without "
                 f"--model, so only sizes show that it fits {source.model}"
             )
+    needs_template(tokenizer, settings.chat_template)
     layout = chosen(stored, settings.merges, settings.merge_threshold, settings.chat_template)
+    layout = replace(layout, date=now(tokenizer))
     note_layout(stored, layout, tokenizer.has_chat_template)
     return Opened(model, tokenizer, source, layout, _applied(tokenizer, settings, layout))
 

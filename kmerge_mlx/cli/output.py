@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kmerge_mlx.errors import printable
-from kmerge_mlx.prompts.lay_out import CONTEXTS, Layout
+from kmerge_mlx.prompts.policy import ALL, Layout
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation.cost import Spread
@@ -60,7 +60,7 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         found.append("with a chat template" if stored.chat_template else "without a chat template")
     if stored.merges != used.merges:
         found.append(f"with --merges {stored.merges}")
-    elif stored.threshold != used.threshold and used.merges == CONTEXTS:
+    elif stored.threshold != used.threshold and used.merges != ALL:
         found.append(f"with --merge-threshold {stored.threshold}")
     if found:
         note(f"note: this adapter was trained {' and '.join(found)}")

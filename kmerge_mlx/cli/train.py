@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,10 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
         lines.insert(0, f"Stopped at iteration {state.iteration}: --resume goes on from here")
     elif state.finished:
         lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
-    lines.append(f"Try them: kmerge-mlx generate --adapter-path {best}")
+    command = ["kmerge-mlx", "generate", "--model", run.settings.model, "--adapter-path", best]
+    command += ["--trust-remote-code"] * run.settings.trust_remote_code
+    # A FILE merges, and `-` is one: the line does something as it is, in any shell.
+    lines += ["Try them:", f"echo Your text | {shlex.join(map(str, command))} -"]
     note("\n".join(lines))
 
 

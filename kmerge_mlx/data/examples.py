@@ -12,7 +12,8 @@ from typing import Any
 
 from kmerge_mlx.config import is_number
 from kmerge_mlx.data.jsonl import Row
-from kmerge_mlx.errors import DataError, short
+from kmerge_mlx.errors import DataError, PromptError, short
+from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.prompts.tags import cuts_tag, escape
 
 EDIT = ("old_contents", "subject", "new_contents")
@@ -128,21 +129,20 @@ class RowFormat:
 
     def _chat(self, row: Row) -> Example:
         name = self.chat_feature
-        messages = row[name]
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{name} is {short(messages)}, expected a list of messages")
-        for number, message in enumerate(messages):
-            _check_message(message, f"{name}[{number}]")
+        try:
+            messages = normalised(row[name], name)
+        except PromptError as error:
+            raise DataError(str(error)) from None
         if row.get(self.context_feature) is not None:
             raise DataError(
-                f"found {self.context_feature} beside {name}, whose prompt merges whole: "
-                f"use {self.prompt_feature} and {self.completion_feature}"
+                f"found {self.context_feature} beside {name}: mark what merges in the messages, "
+                f"or use {self.prompt_feature} and {self.completion_feature}"
             )
         last = messages[-1]
         answered = last["role"] == "assistant"
         if self.answers and not answered:
             raise DataError(f"{name} ends with {last['role']!r}, expected the assistant")
-        if self.answers and not last.get("content") and not last.get("tool_calls"):
+        if self.answers and not last["content"] and not last.get("tool_calls"):
             raise DataError(f"{name} ends with an empty answer")
         if len(messages) - answered < 1:
             raise DataError(f"{name} holds no prompt, expected a message before the assistant's")
@@ -186,14 +186,6 @@ def texts_of(row: Row, keys: Sequence[str]) -> list[str]:
         if not isinstance(row.get(key), str):
             raise DataError(f"{key} is {short(row.get(key))}, expected text")
     return [row[key] for key in keys]
-
-
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where} is {short(message)}, expected an object with role and content")
-    content = message.get("content")
-    if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-        raise DataError(f"{where}.content is {short(content)}, expected text")
 
 
 def _text_of(row: Row, key: str) -> str:

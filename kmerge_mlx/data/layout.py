@@ -13,19 +13,14 @@ from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.data.examples import Example
-from kmerge_mlx.errors import DataError, first_line
-from kmerge_mlx.prompts.lay_out import (
-    DEFAULT_LAYOUT,
-    ChatTemplate,
-    Layout,
-    lay_out,
-    lay_out_chat,
-    plain_messages,
-    without_tags,
-)
+from kmerge_mlx.errors import DataError, PromptError
+from kmerge_mlx.prompts.chat_template import ChatTemplate, renderer_of
+from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, plain_messages, without_tags
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.segments import Segment
 
-_BARE = "use prompt and completion rows and leave the chat template out"
+_BARE = "leave the chat template out (`ignore_chat_template`)"
+_ROWS = f"use prompt and completion rows, and {_BARE}"
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,20 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     if example.messages:
         if not templated:
             why = "it is left out" if tokenizer.has_chat_template else "this tokenizer has none"
-            raise DataError(f"messages need a chat template, and {why}: {_BARE}")
+            raise DataError(f"messages need a chat template, and {why}: {_ROWS}")
         answered = example.messages[-1]["role"] == "assistant"
         asked = example.messages[: len(example.messages) - answered]
-        segments = lay_out_chat(tokenizer, asked, layout, options)
+        try:
+            segments = lay_out_chat(tokenizer, asked, layout, options)
+        except PromptError as error:
+            raise DataError(f"{error.found}: change the row, or {_ROWS}") from None
         turns = plain_messages(asked)
         whole = plain_messages(example.messages) if answered else None
     else:
         chat = ChatTemplate(options=options) if templated and not example.bare else None
         segments = lay_out(tokenizer, example.context, example.prompt, chat, layout)
+        if options and chat is None:
+            raise DataError("tools need a chat template, and none is applied: leave them out")
         if chat is None and example.answer is not None:
             ids = list(tokenizer.encode(example.answer, add_special_tokens=False))
             return TokenizedExample(segments, _ended(tokenizer, ids))
@@ -84,7 +84,11 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     row = TokenizedExample(segments, [])
     if whole is None:
         return row
-    ids = _after_prompt(tokenizer, row.prompt_ids, turns, whole, options)
+    try:
+        ids = _after_prompt(tokenizer, row.prompt_ids, turns, whole, options, layout.date)
+    except (DataError, PromptError) as error:
+        found = error.found if isinstance(error, PromptError) else error
+        raise DataError(f"{found}: {_ROWS if example.messages else _BARE}") from None
     return TokenizedExample(segments, _ended(tokenizer, ids))
 
 
@@ -94,31 +98,23 @@ def _after_prompt(
     turns: Sequence[Mapping[str, Any]],
     whole: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
+    date: str | None,
 ) -> list[int]:
     """The ids of a conversation that follow its prompt; tokenized apart if a token straddles it."""
-
-    def render(messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
-        messages = [dict(message) for message in messages]
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **options
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise DataError(f"the chat template refused ({first_line(error)}): {_BARE}") from error
-
-    text = render(whole, False)
+    render = renderer_of(tokenizer, turns, options, date=date)
+    text = render(whole, prompt=False)
     rest = list(tokenizer.encode(text, add_special_tokens=False))
     if rest[: len(prompt)] == prompt:
         rest = rest[len(prompt) :]
-    elif text.startswith(before := render(turns, True)):
+    elif text.startswith(before := render(turns)):
         rest = list(tokenizer.encode(text[len(before) :], add_special_tokens=False))
     else:
         raise DataError(
             "the chat template writes the prompt otherwise when an answer follows it, so the "
-            f"answer cannot be told from the prompt: {_BARE}"
+            "answer cannot be told from the prompt"
         )
     if not rest:
-        raise DataError(f"the chat template leaves the answer out: {_BARE}")
+        raise DataError("the chat template leaves the answer out")
     return rest
 
 

@@ -24,7 +24,7 @@ from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.generation.cost import Spread
-from kmerge_mlx.prompts.lay_out import Layout
+from kmerge_mlx.prompts.policy import Layout
 
 _SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
 COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
@@ -136,7 +136,7 @@ def make_report(
         __version__,
         str(mx.default_device()),
         {_JSON_NAMES.get(n, n): v for n, v in named.items() if n not in _UNREPORTED},
-        asdict(layout),
+        layout.to_json(),
         questions.bad,
         about,
         rows,

@@ -23,12 +23,13 @@ from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Base, Merged, Me
 from kmerge_mlx.evaluation.baselines.method import ALONE
 from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
-from kmerge_mlx.evaluation.scoring import PredictionsFile, Scorer
+from kmerge_mlx.evaluation.scoring import DATE, PredictionsFile, Scorer, stored_date
 from kmerge_mlx.evaluation.settings import ALL, RECALL, TEXT, TREE, EvaluateSettings
 from kmerge_mlx.generation.cost import Spread, kv_bytes_at
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
-from kmerge_mlx.prompts.lay_out import Layout, chosen
+from kmerge_mlx.prompts.chat_template import needs_template, now
+from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.source import Source
 from kmerge_mlx.train.rows import by_length
 
@@ -56,8 +57,10 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     tokenizer = base.read_tokenizer(
         own.path, base.read_config(own.path), own.model, own.trust_remote_code
     )
-    layout = _layout(settings, sources)
-    layout = replace(layout, chat_template=layout.chat_template and tokenizer.has_chat_template)
+    needs_template(tokenizer, settings.chat_template)
+    layout, date = _layout(settings, sources), stored_date(settings.predictions) or now(tokenizer)
+    templated = layout.chat_template and tokenizer.has_chat_template
+    layout = replace(layout, chat_template=templated, date=date if templated else None)
     questions = _questions(settings, tokenizer, layout, bar)
     size, identity = len(questions.items), {}
     if settings.predictions is not None:
@@ -272,6 +275,7 @@ def _identity(
         "--max-tokens": (str(settings.max_tokens),),
         "the chat template": ("used" if layout.chat_template else "unused",),
     }
+    identity |= {DATE: layout.date} if layout.date else {}
     for k, source in sources.items():
         digest = hashlib.sha256()
         for name in FILES if source.adapter else ():

@@ -36,7 +36,7 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt
 # What is read, and held, at once for likelihoods.
 MOST_POSITIONS = 1 << 14  # at D = 896, some 300 MB
 MOST_LOGITS = 1 << 27  # 512 MiB
-OF = "evaluation"
+OF, DATE = "evaluation", "the date"
 MOST_SHOWN = 20  # longer values are digests, and an error does not show them
 
 
@@ -120,6 +120,17 @@ def _in_passes(
         if end == len(rows) or positions > MOST_POSITIONS or logits > MOST_LOGITS:
             yield rows[start:end]
             start = end
+
+
+def stored_date(path: str | None) -> str | None:
+    """The date that the chat template wrote into the questions of a predictions file, if any."""
+    begun = f'{{"{OF}": {{'.encode()
+    try:
+        lines = [] if path is None else Path(path).read_bytes().splitlines()
+        known = [json.loads(line)[OF] for line in lines if line.startswith(begun)]
+    except (OSError, ValueError, RecursionError):  # the file itself says so later
+        return None
+    return next((about[DATE] for about in known if about.get(DATE)), None)
 
 
 class PredictionsFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -17,7 +17,9 @@ from kmerge_mlx.generation.stream import (
     positions_read,
     stream_generate,
 )
-from kmerge_mlx.prompts.lay_out import DEFAULT_LAYOUT, Layout, lay_out_chat
+from kmerge_mlx.prompts.chat_template import now
+from kmerge_mlx.prompts.lay_out import lay_out_chat
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.tags import Span, parsed
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
@@ -79,6 +81,7 @@ class Conversation:
     def reset(self) -> None:
         """Forgets all but the context and the system prompt."""
         self.messages: list[dict[str, Any]] = []
+        self._layout = replace(self._layout, date=now(self._tokenizer))
         if self._system_prompt is not None:
             self.messages.append({"role": "system", "content": self._system_prompt})
         self._turns = self._cached = 0

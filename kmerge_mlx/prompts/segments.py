@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from kmerge_mlx.errors import PromptError
@@ -52,11 +54,19 @@ def segments_of(
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]
     merges = [*(span.merge for span in spans), False, outside]  # the last two have no span
     decided = [_OUTSIDE if span.merge is None else n for n, span in enumerate(spans)]
-    owners = [decided[n] for n, span in enumerate(spans) for _ in span.text]
+    ends = list(accumulate(len(span.text) for span in spans))
     owner_before, segments = None, []
+    low = high = 0  # of the span in which the last token lies
     for token, (start, end) in _tokens(tokenizer, text, special):
-        touched = set(owners[start:end]) or {_OUTSIDE}
+        if low <= start < end <= high:
+            segments[-1].ids.append(token)
+            continue
+        first, last = bisect_right(ends, start), bisect_right(ends, end - 1)
+        touched = {decided[n] for n in range(first, last + 1)} if start < end else {_OUTSIDE}
         owner = touched.pop() if len(touched) == 1 else _BORDER
+        low = high = 0
+        if start < end and first == last:
+            low, high = ends[first] - len(spans[first].text), ends[first]
         # Raw beside raw is one segment.
         if segments and (owner == owner_before or not (merges[owner] or segments[-1].merge)):
             segments[-1].ids.append(token)
@@ -77,7 +87,14 @@ def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[in
         raise PromptError(
             "this tokenizer does not report where its tokens lie in the text, so a part of it "
             "cannot be merged beside a raw one",
-            "put all of it in one FILE, without tags",
+            "put all of it in one text without tags, and let all of it merge (`merges` all)",
         )
     found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
-    return zip(found["input_ids"], found["offset_mapping"], strict=True)
+    places, end_before = [], 0
+    for start, end in found["offset_mapping"]:
+        # With trim_offsets, as GPT-NeoX has it, the spaces of a token are left out of its place.
+        if end_before < start and text[end_before:start].isspace():
+            start = end_before
+        places.append((start, end))
+        end_before = max(end_before, end)
+    return zip(found["input_ids"], places, strict=True)

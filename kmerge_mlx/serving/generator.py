@@ -28,7 +28,8 @@ from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
 from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.model import load_source, merged_embedding
-from kmerge_mlx.prompts.lay_out import chosen
+from kmerge_mlx.prompts.chat_template import needs_template
+from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
 from kmerge_mlx.serving.settings import ServeSettings
@@ -82,6 +83,7 @@ class PinnedModel(host.ModelProvider):
         """Loads the model, in mlx-lm's generation thread."""
         settings = self.settings
         model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
+        needs_template(tokenizer, settings.chat_template)
         has_template = self.layout.chat_template and tokenizer.has_chat_template
         if settings.chat_template_args and not has_template:
             raise ServeError("`chat_template_args` needs a chat template, and none is applied")
@@ -149,6 +151,13 @@ class Job:
         return reply
 
     @property
+    def merged_tokens(self) -> int:
+        """How many original tokens were read in merged form."""
+        read = sum(self.lengths)  # with K = 1, what is laid out to merge is read one by one
+        shorter = len(self.lengths) < read
+        return sum(len(s.ids) for s in self.segments if s.merge) if shorter else 0
+
+    @property
     def cached_tokens(self) -> int:
         """How many original tokens a KV cache held already."""
         positions = self.context.prompt_cache_count if self.context else 0
@@ -163,6 +172,8 @@ class Job:
             "completion_tokens": self.generated,
             "total_tokens": prompt + self.generated,
             "compressed_tokens": len(self.lengths),
+            "merged_tokens": self.merged_tokens,
+            "raw_tokens": prompt - self.merged_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError,
 from pydantic_core import from_json
 
 from kmerge_mlx.config import is_int
-from kmerge_mlx.errors import first_line, short
+from kmerge_mlx.errors import PromptError, first_line, short
+from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.serving.answers import ApiError
 
 DEFAULT_MODEL = "default_model"
@@ -38,17 +39,6 @@ def _logprobs(value: Any) -> bool | int:
     return value
 
 
-def _content(value: Any) -> str | list[Any]:
-    if not isinstance(value, str | list):
-        raise ValueError("expected text or a list of parts")
-    return value
-
-
-def _arguments(value: Any) -> Any:
-    """A tool call's arguments: templates take an object, and clients send its text."""
-    return read_json(value.encode() or b"{}") if isinstance(value, str) else value
-
-
 def _template_options(value: Any) -> Any:
     if isinstance(value, dict) and "chat_template" in value:
         raise ValueError("chat_template cannot be chosen by a request")
@@ -64,20 +54,6 @@ class _Part(BaseModel, strict=True, allow_inf_nan=False):
         if isinstance(value, dict):
             return {name: kept for name, kept in value.items() if kept is not None}
         return value
-
-
-class _Function(_Part, extra="allow"):
-    arguments: Annotated[Any, BeforeValidator(_arguments)] = None
-
-
-class _ToolCall(_Part, extra="allow"):
-    function: _Function | None = None
-
-
-class _Message(_Part, extra="allow"):
-    role: str
-    content: Annotated[Any, BeforeValidator(_content)] = ""
-    tool_calls: list[_ToolCall] | None = None
 
 
 class _StreamOptions(_Part):
@@ -146,7 +122,7 @@ class ChatCompletion(Completion):
     """A request to ``/v1/chat/completions``."""
 
     chat: ClassVar[bool] = True
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], BeforeValidator(normalised)]
     logprobs: bool = False
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["auto", "none"] = "auto"
@@ -179,6 +155,8 @@ def read_completion(raw: bytes, chat: bool, served: str, vocab_size: int) -> Com
         completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
     except ValidationError as error:
         raise _as_api_error(error) from None
+    except PromptError as error:
+        raise ApiError(400, error.found, error.field) from None
     if completion.model not in (served, DEFAULT_MODEL):
         message = f"the model {short(completion.model)} is not served here, only {served} is"
         raise ApiError(404, message, "model", "model_not_found")

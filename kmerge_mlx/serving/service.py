@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -20,10 +21,13 @@ from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import Segment, encode
 from kmerge_mlx.serving.answers import Answer, ApiError, busy, event
+from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, Job, PinnedModel
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
 from kmerge_mlx.serving.settings import ServeSettings, read_api_key
 from kmerge_mlx.source import Source
+
+_log = logging.getLogger(__name__)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -66,6 +70,8 @@ class Service:
         # Kept: mlx-lm's thread takes the model with it when it ends.
         self.tokenizer = self.provider.tokenizer
         self.draining, self.in_flight = False, 0
+        self._noted: set[str] = set()
+        self._dates = Dates(self.tokenizer)
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)
@@ -147,15 +153,22 @@ class Service:
         if isinstance(completion, ChatCompletion):
             options = self.settings.chat_template_args | completion.chat_template_kwargs
             options |= {"tools": tools} if (tools := completion.offered_tools) else {}
-            messages = completion.model_dump(include={"messages"}, exclude_none=True)["messages"]
-            return lay_out_chat(self.tokenizer, messages, layout, options)
+            messages = completion.messages
+            layout = replace(layout, date=self._dates.of(messages))
+            return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
         prompt, merge = completion.prompt, completion.merge
         if isinstance(prompt, list):
             # In bare ids, a question looks like a context.
             return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
         if merge is not None:
             return [Segment(encode(self.tokenizer, prompt), merge)]
-        return lay_out_text(self.tokenizer, prompt, layout)
+        return lay_out_text(self.tokenizer, prompt, layout, self._note_once)
+
+    def _note_once(self, what: str, why: str) -> None:
+        """Logs why a long text of a request does not merge, the first time."""
+        if self.provider.source.k > 1 and why not in self._noted:
+            self._noted.add(why)
+            _log.info("%s does not merge: %s (docs/prompts.md; logged once)", what, why)
 
     async def _generate(
         self, completion: Completion, segments: list[Segment], arrived: float, write: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from kmerge_mlx.adapters.schema import QUANTIZATION, START, LoRAConfig
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.hub import fetch, is_namespaced
-from kmerge_mlx.prompts.lay_out import CONTEXTS
+from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 _NAMES = {*FILES, *checkpoint.FETCHED}
@@ -111,7 +110,7 @@ def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, 
         "base_config": dict(merge.base.fields),
         "base_config_hash": merge.base.config_hash,
         "pad_token_id": merge.pad_token_id,
-        "layout": None if merge.layout is None else asdict(merge.layout),
+        "layout": None if merge.layout is None else merge.layout.to_json(),
         "provenance": dict(merge.provenance),
         "training": None if folder is None else _training(folder),
     }
@@ -169,6 +168,6 @@ def layout_line(adapter: dict[str, Any]) -> str | None:
     if (layout := adapter["layout"]) is None:
         return None
     merges = "everything merges"
-    if layout["merges"] == CONTEXTS:
-        merges = f"contexts of {layout['threshold']} tokens and more merge"
+    if layout["merges"] != ALL:
+        merges = f"{layout['merges']} of {layout['threshold']} tokens and more merge"
     return f"{merges}, {'with' if layout['chat_template'] else 'without'} a chat template"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from kmerge_mlx.adapters.folder import (
     look_up,
     read_adapter,
 )
+from kmerge_mlx.adapters.portable import without_paths
 from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data import HUB_TASKS
@@ -46,9 +46,6 @@ LIMITS = """## Limits
 - Refused on a base of other sizes; a fine-tune of the same base is not told apart.
 - mlx-lm alone loads the changes to the base, but not the encoder: nothing merges.
 - The base model's own licence and limits apply as well."""
-
-# A path from the root or the home folder, whole or in the middle of a text.
-_PATH = re.compile(r"(?<![\w:/.~])~?/[^\s'\",;:()\[\]{}<>|`]+")
 
 
 @dataclass(frozen=True)
@@ -186,31 +183,14 @@ def _configs(folder: Path, on_hub: str) -> tuple[dict[str, Any], list[str]]:
     if entry.get("id") != on_hub:
         changes.append(f"{MERGE_CONFIG}: base_model.id is {entry.get('id')}, goes up as {on_hub}")
     merge["base_model"], tuning["model"] = entry | {"id": on_hub}, on_hub
+
+    def changed(where: str, old: str, new: str) -> None:
+        changes.append(f"{where} is {' '.join(old.split())}, goes up as {new}")
+
     configs = {MERGE_CONFIG: merge, TUNING_CONFIG: tuning}
     for name, config in configs.items():
-        config |= {k: _without_paths(v, f"{name}: {k}", changes) for k, v in config.items()}
+        config |= {k: without_paths(v, changed, f"{name}: {k}") for k, v in config.items()}
     return configs, changes
-
-
-def _without_paths(value: Any, where: str, changes: list[str]) -> Any:
-    """The same with each path of this machine cut down to its last part."""
-    if isinstance(value, dict):
-        return {name: _without_paths(v, f"{where}.{name}", changes) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(inner, where, changes) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("/", "~", "..")) and "\n" not in value:
-        cut = _last_part(value)
-    else:
-        cut = _PATH.sub(lambda match: _last_part(match[0]), value)
-    if cut != value:
-        changes.append(f"{where} is {' '.join(value.split())}, goes up as {cut}")
-    return cut
-
-
-def _last_part(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2] or "/"
 
 
 def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Report]) -> str:
@@ -221,7 +201,7 @@ def card(upload: Upload, license: str, data: Sequence[str], reports: Sequence[Re
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = data or _recorded_data(upload)
+    data = [without_paths(text) for text in data] or _recorded_data(upload)
     lora = ["lora"] if any(facts["lora_modules"] for facts in upload.adapters) else []
     repo = None if upload.base.id == BUNDLED else upload.base.id.partition("@")[0]
     results = [result for report in reports for result in _results(upload, report)]

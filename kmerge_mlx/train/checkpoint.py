@@ -90,9 +90,11 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
             f"`model` {model} has other weights, or another config, than the run's base, {old}"
         )
     if saved.get("data") != run.data and not problems:
+        dated = run.settings.template_date and not saved["settings"].get("template_date")
+        day = " (the chat template writes the date: that day's is `template_date`)" * bool(dated)
         problems.append(
-            "the data are not those that the run was started with: give those, or start anew "
-            "in another `adapter_path`"
+            f"the data are not those that the run was started with: give those{day}, or start "
+            "anew in another `adapter_path`"
         )
     if saved.get("ranks") != run.ranks.size:
         problems.append(f"found {run.ranks.size} machines, the run has {short(saved.get('ranks'))}")

@@ -28,6 +28,7 @@ from kmerge_mlx.data.tasks import Bar, silent
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.model import attach, check_fit, fresh_lora, load_source, padding_of, wire
+from kmerge_mlx.prompts.chat_template import now
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
 from kmerge_mlx.train import teacher as teaching
@@ -83,6 +84,9 @@ def prepare(
     mx.random.seed(settings.seed)
     bare = replace(source, adapter_path=None, adapter=None, merge=None)
     model, tokenizer, config = load_source(bare)
+    if settings.template_date is None and not settings.ignore_chat_template:
+        date = teaching.stored_date(settings.teacher_file) or now(tokenizer)
+        settings = replace(settings, template_date=ranks.share_json(date))
     stages = load_stages(settings, tokenizer, bar)
     data, weights = [stage.digest for stage in stages], base.digests(source.path)
     ranks.same(settings.fixed() | {"model": weights[0], "data": data}, "the settings")
@@ -199,7 +203,7 @@ def _check_adopted(settings: TrainSettings, adapter: Adapter) -> None:
 def _signed(settings: TrainSettings, merge: MergeConfig, tokenizer: Any) -> MergeConfig:
     """What an adapter says of itself, with the layout and the settings of this run."""
     templated = bool(tokenizer.has_chat_template) and not settings.ignore_chat_template
-    layout = replace(settings.layout(), chat_template=templated)
+    layout = replace(settings.layout(), chat_template=templated, date=None)
     provenance = {
         "trained_by": f"kmerge-mlx {__version__}",
         "data": settings.task or settings.data or "hf_dataset",
@@ -261,6 +265,8 @@ def _use_file(run: Run, bar: Bar, resumed: bool) -> None:
     # A saved run may come from a stranger, and its settings must not name a file to write.
     if run.ranks.rank == 0 and not path.exists() and not resumed:
         progress = bar("Asking the teacher")
-        teaching.store(path, known[0], run.teacher, sets, settings.batch_size, progress)
+        date = {"date": settings.template_date} if settings.template_date else {}
+        about = {"digest": known[0]} | date
+        teaching.store(path, about, run.teacher, sets, settings.batch_size, progress)
     run.ranks.any(False)  # the others wait for the file
     run.teacher = StoredTeacher(path, known, run.teacher, sets)

@@ -14,7 +14,7 @@ from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
-from kmerge_mlx.prompts.lay_out import CONTEXTS, DEFAULT_LAYOUT, MERGES, Layout
+from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout, is_date
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
@@ -76,10 +76,22 @@ class TrainSettings(Settings):
         False, bool, "Train on the bare text, without the tokenizer's chat template.", **_MODEL
     )
     merges: str = option(
-        CONTEXTS, str, "What merges without tags: long contexts, or all.", choices=MERGES, **_MODEL
+        DEFAULT_LAYOUT.merges,
+        str,
+        "What merges without tags: documents (long texts beside a question), contexts (only what "
+        "stands before the last paragraph), or all.",
+        choices=MERGES,
+        **_MODEL,
     )
     merge_threshold: int = option(
-        DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a context that merges.", low=1, **_MODEL
+        DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a text that merges.", low=1, **_MODEL
+    )
+    template_date: str | None = option(
+        None,
+        str,
+        "Date that the chat template writes as today's, such as 2026-11-28. Default: that of the "
+        "run which is resumed, of the --teacher-file, or today.",
+        **_PLACE,
     )
     trust_remote_code: bool = option(False, bool, "Let the base's own Python files run.", **_PLACE)
 
@@ -212,6 +224,9 @@ class TrainSettings(Settings):
             f"lora_parameters.dropout is {short(dropout)}, expected a number from 0 up to 1": (
                 not is_number(dropout) or not 0 <= dropout < 1
             ),
+            f"`template_date` is {short(self.template_date)}, expected a date such as 2026-11-28": (
+                self.template_date is not None and not is_date(self.template_date)
+            ),
             "`num_layers` is 0, expected a number of layers, or -1 for all": self.num_layers == 0,
             f"`report_to` is {short(self.report_to)}, expected {', '.join(REPORTERS)} or both": (
                 self.report_to is not None and not set(reporters) <= set(REPORTERS)
@@ -236,7 +251,8 @@ class TrainSettings(Settings):
 
     def layout(self) -> Layout:
         """What merges without tags, and whether a chat template applies."""
-        return Layout(self.merges, self.merge_threshold, not self.ignore_chat_template)
+        templated = not self.ignore_chat_template
+        return Layout(self.merges, self.merge_threshold, templated, self.template_date)
 
     def lora(self) -> dict[str, Any]:
         """LoRA's rank, scale, dropout and keys; those not given are the paper's."""

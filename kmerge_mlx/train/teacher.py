@@ -105,15 +105,29 @@ class StoredTeacher:
         return replace(batch, teacher_ids=mx.array(ids), teacher_logprobs=mx.array(logprobs))
 
 
+def stored_date(path: str | None) -> str | None:
+    """The date that the chat template wrote into the prompts of a teacher's file, if any."""
+    if path is None or not Path(path).exists():
+        return None
+    from safetensors import safe_open
+
+    safetensors_shapes(Path(path), TrainError, ("I32", "F32"))
+    with safe_open(str(path), framework="numpy") as file:
+        return (file.metadata() or {}).get("date")
+
+
 def store(
     path: Path,
-    digest: str,
+    about: Mapping[str, str],
     teacher: Teacher,
     sets: Mapping[str, TokenizedSet],
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Writes a file of the teacher's top tokens at every answer token, whole or not at all."""
+    """Writes a file of the teacher's top tokens at every answer token, whole or not at all.
+
+    ``about``: the ``digest`` of what it is made of, and the ``date`` in its prompts, if any.
+    """
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
@@ -131,7 +145,7 @@ def store(
         tensors |= {f"{split}.ids": ids, f"{split}.logprobs": logprobs}
     try:
         with replacing_file(path) as new:
-            save_file(tensors, str(new), {"digest": digest})
+            save_file(tensors, str(new), dict(about))
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise TrainError(f"cannot write `teacher_file` {path}: {first_line(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from kmerge_mlx.adapters.schema import (
     read_tuning,
 )
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.prompts.lay_out import ALL, Layout
+from kmerge_mlx.prompts.policy import ALL, DEFAULT_LAYOUT, Layout, chosen
 
 MERGE = MergeConfig(
     EncoderConfig(4, 64, 384),
@@ -55,11 +56,23 @@ def test_earlier_releases_files_are_understood():
         ({"chat_template": False}, Layout(ALL, chat_template=False)),
         ({"merged": "prompt", "chat_template": False}, Layout(ALL, chat_template=False)),
         ({"merges": "contexts", "threshold": 9, "chat_template": True}, Layout("contexts", 9)),
+        ({"merges": "documents", "threshold": 9, "chat_template": True}, Layout("documents", 9)),
     ):
         assert MergeConfig.from_json(MERGE.to_json() | {"layout": stored}).layout == layout
     data = MERGE.to_json()
     assert data.pop("encoder_context") == 0  # the first adapters do not name it
     assert MergeConfig.from_json(data) == MERGE
+
+
+def test_an_adapter_goes_on_being_read_as_it_was_trained_whatever_the_default_is():
+    """0.1.0 wrote ``contexts``, its default; what it left open, it read in the same way."""
+    assert DEFAULT_LAYOUT.merges == "documents"
+    for stored in (Layout("contexts"), Layout("documents"), Layout(ALL)):
+        kept = replace(MERGE, layout=stored).to_json()
+        assert set(kept["layout"]) == {"merges", "threshold", "chat_template"}
+        assert chosen(MergeConfig.from_json(kept).layout) == stored
+    assert chosen(None) == Layout("contexts")
+    assert chosen(Layout("contexts"), "documents") == Layout("documents")
 
 
 def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
@@ -84,7 +97,10 @@ def test_the_uniform_form_is_mlx_lms_and_the_other_has_no_scale_to_misread():
         ({"base_model": {"id": 3, "config": {}}}, r"base_model\.id is 3"),
         ({"base_model": {"config": {"hidden_size": 1}, "config_hash": "sha256:0"}}, "was edited"),
         ({"layout": 1, "pad_token_id": "x"}, "(?s)layout is 1.*pad_token_id is 'x'"),
-        ({"layout": {"merges": "some"}}, "merges is 'some', expected all or contexts"),
+        (
+            {"layout": {"merges": "some"}},
+            "merges is 'some', expected one of documents, con",
+        ),
         ({"layout": {"colour": 1}}, "layout has colour, which this release does not know: update"),
     ],
     ids=str,

@@ -137,6 +137,18 @@ def test_other_faults_are_one_message(generate, checkpoint_path):
     assert_one_error(run(*generate("p.txt", "--json", k=2)), 1, "--k 2")
 
 
+def test_a_template_that_is_not_there_cannot_be_applied(base_path, adapter_path, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a b c d", "completion": "e"}\n')
+    named = ("--model", base_path, "--adapter-path", adapter_path, "--apply-chat-template")
+    said = "--apply-chat-template: this tokenizer has no chat template: leave it out, or use a base"
+    for args in (
+        ("generate", "-p", "x", *named),
+        ("evaluate", "--data", tmp_path, *named),
+        ("serve", "--port", 0, *named),
+    ):
+        assert_one_error(run(*args), 1, said)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -142,7 +142,7 @@ def test_a_run_shows_how_far_it_came_and_its_best_validation(run_path, folder):
     lines = lines_of(kmerge("info", run_path / folder).out)
     assert "training 4 iterations" in lines
     assert f"val_loss {best['val_loss']:.6g}" in lines
-    assert "layout contexts of 32 tokens and more merge, without a chat template" in lines
+    assert "layout documents of 32 tokens and more merge, without a chat template" in lines
     assert "data textualized-tree" in lines
 
 

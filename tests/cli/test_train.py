@@ -88,14 +88,16 @@ def test_reports_are_lines_in_mlx_lms_words_and_validations_and_saves_are_too(sh
 
 def test_the_end_says_where_the_weights_are_and_how_to_try_them(shown):
     path, result = shown
-    best, last, hint = result.err.splitlines()[-3:]
+    best, last, _, hint = result.err.splitlines()[-4:]
     state = state_of(path)
     at = f"{state['best_score']:.4f} at iteration {state['best_iteration']}"
     assert best == f"Best validation {at}: {path / 'best'}"
     assert last == f"Last weights: {path}"
-    program, *args = shlex.split(hint.removeprefix("Try them: "))
-    tried = run(*args, "-p", "Tree: AB, Child: ", "--max-tokens", 2)
+    echo, line = hint.split(" | ")
+    program, *args = shlex.split(line)
+    tried = run(*args, stdin=f"{echo.removeprefix('echo ')}\n".encode())  # as it is printed
     assert (program, tried.code) == ("kmerge-mlx", 0), tried.err
+    assert re.search(r"positions \(.*x\), [1-9]\d* merged and 0 raw, ", tried.err)
 
 
 def test_bars_are_drawn_on_a_terminal_alone(tmp_path, shown):

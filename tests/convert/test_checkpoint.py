@@ -88,14 +88,16 @@ def test_the_configs_say_what_was_known(tmp_path, tied):
     made.metrics = {"accuracy": [0.25, 0.5], "best": None}
     path = convert(tmp_path, made, model=str(tied), k=4)
     merge = json.loads((path / "merge_config.json").read_text())
-    assert merge["base_model"]["id"] == str(tied)
+    name = os.path.relpath(tied, path)
+    assert merge["base_model"]["id"] == name
+    assert load_adapter(path).merge.base.id == str(tied)
     assert merge["base_model"]["config"]["vocab_size"] == 700
     assert merge["pad_token_id"] == PAD
     assert merge["layout"] == {"merges": "all", "threshold": 32, "chat_template": False}
     assert merge["provenance"]["metrics"] == made.metrics
-    assert merge["provenance"]["source"] == str(tmp_path / "src")
+    assert merge["provenance"]["source"] == "src"
     assert merge["provenance"]["peft_version"] == "0.21.2"
-    assert json.loads((path / "adapter_config.json").read_text())["model"] == str(tied)
+    assert json.loads((path / "adapter_config.json").read_text())["model"] == name
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
 
 
@@ -156,7 +158,24 @@ def test_the_prefix_of_distributed_training_is_dropped(tmp_path):
     assert all(found[name].tobytes() == array.tobytes() for name, array in wanted.items())
     made.encoder["net.0.bias"] = made.encoder["module.net.0.bias"]
     shutil.rmtree(tmp_path / "dst")
-    assert "with and without the prefix module. (keep one)" in refused(tmp_path, made)
+    assert "there with and without a wrapper's prefix" in refused(tmp_path, made)
+
+
+@pytest.mark.parametrize("bin_file", [False, True])
+def test_what_zero_3_leaves_is_one_line_a_file_that_says_how_to_save(tmp_path, bin_file):
+    made = make()
+    for tensors in (made.encoder, made.adapter):
+        tensors |= {name: np.empty(0, "f4") for name in list(tensors)[:4]}
+    source = made.write(tmp_path / "src", bin_file)
+    lines = refused(tmp_path, source).splitlines()
+    names = (
+        "encoder.pth: 4 of 6",
+        f"adapter_model.{'bin' if bin_file else 'safetensors'}: 4 of 15",
+    )
+    for name, line in zip(names, lines[1:], strict=True):
+        assert f"{source}/{name} tensors are empty, " in line
+        assert "ZeRO-3" in line
+        assert "stage3_gather_16bit_weights_on_model_save" in line
 
 
 def test_an_encoder_that_does_not_fit_itself_is_refused(tmp_path):

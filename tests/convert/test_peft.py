@@ -17,7 +17,8 @@ import pytest
 
 from kmerge_mlx.adapters.schema import LoRAConfig, LoRASpec
 from kmerge_mlx.convert.checkpoint import named_head
-from kmerge_mlx.convert.peft import HARMLESS, HONOURED, PREFIX, NameRules, lora_from_peft
+from kmerge_mlx.convert.names import PREFIX
+from kmerge_mlx.convert.peft import HARMLESS, HONOURED, NameRules, lora_from_peft
 from kmerge_mlx.errors import KMergeError
 from kmerge_mlx.files import read_json, read_safetensors
 from tests.checkpoints import CONFIG
@@ -360,11 +361,18 @@ def test_a_pair_that_does_not_fit_is_refused_by_name(changed, complaint):
 
 
 def test_an_adapter_without_tensors_is_refused():
-    assert refused(config(), {}) == [
-        "the adapter holds no LoRA tensors",
+    empty, unused = refused(config(), {})
+    assert empty.startswith("the adapter holds no LoRA tensors (DeepSpeed's ZeRO-3 writes such")
+    assert unused == (
         "target_modules names 'q_proj', but no tensor belongs to it (if the base has no such "
-        "module, remove it from adapter_config.json)",
-    ]
+        "module, remove it from adapter_config.json)"
+    )
+
+
+def test_options_of_ms_swifts_optimizer_change_nothing():
+    """As ms-swift 4 writes them (``swift/tuners/lora.py``)."""
+    swift = {"lora_dtype": "float32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-06}
+    assert converted(config(**swift), layered(Q)).tuning == converted(config(), layered(Q)).tuning
 
 
 def test_the_same_lora_in_every_layer_takes_mlx_lms_form():

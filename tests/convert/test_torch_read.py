@@ -129,6 +129,22 @@ def test_what_torch_saved_but_cannot_be_read_says_what_to_save(tmp_path):
         assert remedy in message
 
 
+@pytest.mark.slow  # torch.distributed takes 6 s to import
+def test_a_tensor_of_a_sharded_model_says_how_to_make_it_whole(tmp_path):
+    from torch.distributed import tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = tensor.init_device_mesh("cpu", (1,))
+        whole = torch.ones(4, 4)
+        save(tmp_path / "x.pth", {"w": tensor.distribute_tensor(whole, mesh, [tensor.Shard(0)])})
+    finally:
+        torch.distributed.destroy_process_group()
+    message = refusal(tmp_path / "x.pth")
+    assert message.endswith("found a DTensor, one rank's part of a tensor; save its full_tensor()")
+
+
 @pytest.mark.slow
 def test_1500_mutated_files_are_read_or_refused_in_little_memory(tmp_path):
     seeds, scratch, cwd = tmp_path / "seeds", tmp_path / "scratch", tmp_path / "cwd"

@@ -35,11 +35,16 @@ def question(random, low=3, high=40):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(threshold=8), Layout(ALL), Layout(threshold=8, chat_template=False)],
-    ids=["contexts", "all", "no template"],
+    ("layout", "ratio"),
+    [
+        (Layout("documents", 8), 1.1),  # questions stay raw, earlier ones too
+        (Layout("contexts", 8), 1.5),
+        (Layout(ALL), 1.5),
+        (Layout("contexts", 8, chat_template=False), 1.5),
+    ],
+    ids=["documents", "contexts", "all", "no template"],
 )
-def test_every_turn_is_one_long_prompt(chatty, layout):
+def test_every_turn_is_one_long_prompt(chatty, layout, ratio):
     random = Random(1)
     talk = Conversation(*chatty, layout, context=question(random, 60, 60))
     for turn in range(7):
@@ -53,7 +58,7 @@ def test_every_turn_is_one_long_prompt(chatty, layout):
             assert asked[0].prompt_tokens < whole[0].prompt_tokens / 2 or turn < 4
     assert talk.history.turns == 7
     assert len(talk.messages) == 14
-    assert talk.history.tokens > 1.5 * talk.history.positions
+    assert talk.history.tokens > ratio * talk.history.positions
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_went(chatty):

@@ -16,6 +16,7 @@ from mlx_lm.server import Response
 
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
+from kmerge_mlx.prompts.policy import Layout
 from kmerge_mlx.serving.generator import Job
 from tests.cli_runner import CHATML, copy_base
 from tests.servers import Address, eventually, serving
@@ -118,7 +119,7 @@ def test_mixed_requests_at_once_equal_the_same_one_at_a_time(server, chat_base, 
 def test_a_chat_is_laid_out_and_answered_as_the_library_does(server, library):
     content = "Tree: " + "AB CD " * 40 + "\n\nWhat is it?"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    segments = lay_out_chat(library[1], messages)
+    segments = lay_out_chat(library[1], messages, Layout("contexts"))
     expected = list(stream_generate(*library, segments, 8))
     body = {"messages": messages, "max_tokens": 8, "logprobs": True}
     answer = server.request("POST", "/v1/chat/completions", body).json
@@ -305,3 +306,23 @@ def test_metrics_count_what_happened(base_path, adapter_path):
         assert 'request_duration_seconds_bucket{le="+Inf"} 1' in text
         names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
         assert len(names) == len(set(names)) > 10
+
+
+def test_usage_says_how_much_merged_and_the_log_once_why_not(chat_base, adapter_path, caplog):
+    document = "AB CD EF GH IJ KL MN OP QR ST " * 20
+    with serving(chat_base, adapter_path, merges="documents", chat_template=True) as server:
+
+        def usage(content):
+            return server.chat(content, max_tokens=1).json["usage"]
+
+        with caplog.at_level("INFO"):
+            merged, *raw = (usage(text) for text in (f"{document}\nWhat?", document, document))
+        assert merged["merged_tokens"] > 10 * merged["raw_tokens"]
+        for counts in (merged, *raw):
+            assert counts["merged_tokens"] + counts["raw_tokens"] == counts["prompt_tokens"]
+        assert {counts["merged_tokens"] for counts in raw} == {0}
+    said = [r.getMessage() for r in caplog.records if "does not merge" in r.getMessage()]
+    assert said == [
+        "messages[0] (user) does not merge: no line ends between a document and a question "
+        "(docs/prompts.md; logged once)"
+    ]

@@ -76,7 +76,7 @@ def test_a_field_that_is_wrong_is_a_400_that_names_it():
 
 
 def test_messages_that_are_wrong_are_a_400():
-    bad_call = [{"role": "user"}, {"role": "assistant", "tool_calls": [5]}]
+    bad_call = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [5]}]
     for messages, param in (
         *((None, "messages"), ([], "messages"), ("x", "messages"), (["x"], "messages[0]")),
         ([{"content": "x"}], "messages[0].role"),
@@ -92,7 +92,7 @@ def test_arguments_of_a_tool_call_are_an_object_for_the_template():
         call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
         return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
 
-    (message,) = read(calling('{"a": 1}'), chat=True).model_dump()["messages"]
+    (message,) = read(calling('{"a": 1}'), chat=True).messages
     assert message["content"] == ""
     assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"a": 1}}
     for arguments in ('{"a": "\\ud800"}', '{"a": NaN}', "{", "[" * 100_000):

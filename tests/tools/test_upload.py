@@ -180,19 +180,22 @@ def test_no_path_of_this_machine_goes_up_unnoticed(hub, work, online):
         "metrics": "left out: cannot read /home/jane/x/metrics.json: gone",
         "data": ["~/jane/data", "../jane/more", "user/data", "./data"],
         "see": "https://hub/a/b and 3/4 and/or (/home/jane/notes.md)",
+        "/home/jane/scores": {"file:///home/jane/a.json": 0.5},
     }
     change_json(work / "adapter" / "merge_config.json", provenance=provenance)
-    result = run(*ONE)
+    result = run(*ONE, "--data", "Rows of /home/jane/rows.jsonl.", "--data", "user/data")
     files = hub.repos["me/one"].files()
     assert json.loads(files["merge_config.json"])["provenance"] == {
         "source": "best",
         "metrics": "left out: cannot read metrics.json: gone",
         "data": ["data", "more", "user/data", "./data"],
         "see": "https://hub/a/b and 3/4 and/or (notes.md)",
+        "scores": {"a.json": 0.5},
     }
     assert b"jane" not in b"".join(files.values())
+    assert b"- Rows of rows.jsonl.\n" in files["README.md"]
     notes = [line for line in result.err.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 5
+    assert len(notes) == 7
     assert "merge_config.json: provenance.source is /Users/jane doe/runs/best" in result.err
 
 

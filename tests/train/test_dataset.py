@@ -104,7 +104,7 @@ def test_conversations_train_where_there_is_a_template(tmp_path):
     data = write_data(tmp_path / "data", map(chat_of, GOOD))
     result = trained(tmp_path / "run", "--data", data, *OPTIONS, model=base)
     layout = json.loads((tmp_path / "run" / "merge_config.json").read_text())["layout"]
-    assert layout == {"merges": "contexts", "threshold": 32, "chat_template": True}
+    assert layout == {"merges": "documents", "threshold": 32, "chat_template": True}
     assert "prompts compressed 1.00x\nnote: next to nothing of them merges" in result.err
     result = trained(tmp_path / "all", "--data", data, *OPTIONS, "--merges", "all", model=base)
     assert "note: " not in result.err

@@ -126,7 +126,7 @@ def test_what_a_resumed_run_may_change_is_named_here():
     """Places, lengths and outputs; whatever changes the arithmetic is fixed."""
     assert set(FIELDS) - set(TrainSettings().fixed()) - OUTPUTS == {
         *("model", "data", "file", "init_from", "teacher_file", "trust_remote_code"),
-        *("iters", "clear_cache_threshold"),
+        *("template_date", "iters", "clear_cache_threshold"),
     }
 
 
