@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from kmerge_mlx import bundled
-from kmerge_mlx.config import CARRIED, is_int
+from kmerge_mlx import bundled, files
+from kmerge_mlx.config import CARRIED, is_int, is_number
 from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, first_line
 from kmerge_mlx.hub import fetch
@@ -29,6 +30,9 @@ FINGERPRINT = (
 # What mlx-lm and transformers raise over a folder that is not a model, or over impossible sizes.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, RuntimeError, OSError)
 LOAD_ERRORS += (ArithmeticError, AssertionError, AttributeError)
+# Sizes of a base's files beyond which it is not one: ten times those of the largest known.
+CONFIGS = ("config.json", "generation_config.json")
+MAX_CONFIG_BYTES, MAX_TEXT_BYTES, MAX_LAYERS = 4 << 20, 256 << 20, 1024
 # What weights may be cast to, as configs and ``--dtype`` name it.
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Architectures that the tests compare with transformers and PEFT; others are probed at load.
@@ -57,14 +61,29 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None, weights: b
 def read_config(path: Path) -> dict[str, Any]:
     """A base model's config, spelled the way every mlx-lm model reads it."""
     try:
-        config = load_config(path)
+        _check_files(path)
+        config = normalise(load_config(path))
     except FileNotFoundError:
         raise ModelError(f"{path} holds no config.json: `model` takes a base model") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{path}/config.json cannot be read: {first_line(error)}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}/config.json names no model_type: `model` takes a base model")
-    return normalise(config)
+    for name, value in text_config(config).items():
+        if name.endswith("layers") and is_int(value, MAX_LAYERS + 1):
+            raise ModelError(f"{path}/config.json: {name} is {value}, expected up to {MAX_LAYERS}")
+    return config
+
+
+def _check_files(path: Path) -> None:
+    """Refuses what mlx-lm and transformers would read without end: pipes, devices, huge texts."""
+    for pattern in DEFAULT_ALLOW_PATTERNS:
+        for file in path.glob(pattern):
+            most = MAX_CONFIG_BYTES if file.name in CONFIGS else MAX_TEXT_BYTES
+            if file.suffix in (".safetensors", ".jsonl"):  # the one is weighed later, the other
+                most = 1 << 62  # is nothing of a model
+            if file.exists():
+                files.check_plain(file, most, ModelError)
 
 
 def read_tokenizer(
@@ -78,7 +97,7 @@ def read_tokenizer(
     settings = {"trust_remote_code": trust_remote_code, **(options or {})}
     try:
         tokenizer = load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
-    except LOAD_ERRORS as error:
+    except Exception as error:  # the tokenizers library has no class of its own for its errors
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
@@ -163,7 +182,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     if isinstance(scaling := text.get("rope_scaling"), Mapping):
         trained, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
         # Some configs already give the stretched length (Llama 3), some the trained one (Qwen).
-        if isinstance(trained, int) and isinstance(factor, int | float) and trained >= length:
+        if is_int(trained, length) and is_number(factor):
             return int(trained * factor)
     return length
 
@@ -206,22 +225,32 @@ def _tables(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def weights_digest(path: Path) -> str:
-    """SHA-256 by which a resumed run knows the base model in a folder again, quick for any size.
+def digests(path: Path) -> tuple[str, str]:
+    """SHA-256 sums by which what is stored knows the base model in a folder again.
 
-    It reads the name and length of each weights file, its beginning (the header) and 64 samples of
-    the rest, not every byte.
+    The first one, which is stored, is of the config as mlx-lm reads it and of every byte of the
+    weights (and of Python files): it is not cheaper than reading them, as loading does too, and
+    nothing less notices every change. The second one is what 0.1.0 stored: samples of the weights.
     """
-    digest, samples, size = hashlib.sha256(), 64, 1 << 16
     try:
-        for file in sorted(path.glob("*.safetensors")):
-            length = file.stat().st_size
-            digest.update(f"{file.name} {length}\n".encode())
-            with file.open("rb") as weights:
-                digest.update(weights.read(size))
-                for i in range(samples):
-                    weights.seek(length * i // samples)
-                    digest.update(weights.read(size))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+        whole = hashlib.sha256(json.dumps(load_config(path), sort_keys=True).encode())
+        weights = sorted(path.glob("*.safetensors"))
+        for file in (*weights, *sorted(path.glob("*.py"))):
+            whole.update(f"\n{file.name} {files.digest(file)}".encode())
+        return whole.hexdigest(), _sampled(weights)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def _sampled(weights: Sequence[Path]) -> str:
+    """Of the name and length of each file, its beginning (the header), and 64 samples of it."""
+    digest, samples, size = hashlib.sha256(), 64, 1 << 16
+    for file in weights:
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(size))
+            for i in range(samples):
+                opened.seek(length * i // samples)
+                digest.update(opened.read(size))
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import math
 MAX_BLOCKS = 131_072  # most distinct blocks in use at once: 512k tokens at K=4
 # Blocks that the encoder reads at once: its activations stay near 30 MB at D=896 for any T.
 BLOCKS_PER_CHUNK = 512
+MAX_RANK = 65_536  # of LoRA; more than any model is wide, and a stranger's file may say anything
 CONTEXT_SEPARATOR = "\n\n"  # between two FILEs, and between the FILEs and the ``-p`` text
 DATA_SEED = 42  # of every draw and split of data, as in the paper
 CARRIED = "kmerge"  # the sub-folder of a model folder that holds the adapter it carries

@@ -6,6 +6,7 @@ to change. A setting stands in backticks; the command line writes its flag.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -99,3 +100,12 @@ def short(value: object) -> str:
     """A value as it may stand in an error: printable, and not longer than 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# All but line ends and tabs; and what turns the direction of all that follows.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, which a terminal would obey, are written out."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
+import hashlib
 import json
 import math
 import os
@@ -10,15 +13,19 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from kmerge_mlx.errors import KMergeError, findings, first_line
+
+T = TypeVar("T")
 
 # What a file may cost before it is known to be good: a byte of it takes up to 40 bytes of memory.
 MAX_JSON_BYTES = 1 << 20
@@ -27,6 +34,7 @@ MAX_HEADER_BYTES = 2 << 20
 MAX_NAME_LENGTH = 500
 MAX_DIMENSIONS = 8  # MLX wraps a longer side around, and crashes on many
 MAX_SIDE = 2**31 - 1
+PIECE_BYTES = 8 << 20  # of a file that is hashed by several threads
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 ALL_DTYPES = (*FLOAT_DTYPES, "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "BOOL")
 
@@ -66,6 +74,23 @@ def _integer(text: str) -> int | str:
 
 def _float(text: str) -> float | str:
     return value if math.isfinite(value := float(text)) else text
+
+
+def check_plain(path: Path, most: int, error: type[KMergeError]) -> None:
+    """Refuses a file that is larger than ``most`` bytes, a folder, and what may never end."""
+    if (size := _regular_size(path, error)) > most:
+        raise error(f"{path} holds {size:,} bytes, expected at most {most:,}")
+
+
+def check_memory(paths: Iterable[Path], error: type[KMergeError]) -> None:
+    """Refuses files of tensors that this machine's memory could never hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = {path: _regular_size(path, error) for path in paths}
+    if (size := sum(sizes.values())) > memory:
+        raise error(
+            f"{max(sizes, key=sizes.get)} is of {size / 1e9:,.0f} GB of tensors, expected at most "
+            f"this machine's memory of {memory / 1e9:,.0f} GB"
+        )
 
 
 def _regular_size(path: Path, error: type[KMergeError]) -> int:
@@ -119,10 +144,30 @@ def read_safetensors(
 ) -> dict[str, mx.array]:
     """Reads the tensors of a safetensors file, lazily, after :func:`safetensors_shapes`."""
     safetensors_shapes(path, error, dtypes)
+    check_memory([path], error)
     try:
         return dict(sorted(mx.load(str(path)).items()))
     except (RuntimeError, ValueError) as e:
         raise error(f"{path} cannot be read: {first_line(e)}") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's length and of the SHA-256 of each of its pieces, hashed side by side.
+
+    A core hashes some 1.5 GB a second; all of them together, as fast as the disk reads.
+    """
+    size = path.stat().st_size
+
+    def of_piece(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(PIECE_BYTES)).digest()
+
+    whole = hashlib.sha256(b"%d" % size)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for piece in pool.map(of_piece, range(0, size, PIECE_BYTES)):
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -182,6 +227,50 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def alone(path: Path, error: type[KMergeError]) -> Iterator[None]:
+    """Lets one process at a time write a path, of those that ask; raises while another one does.
+
+    The system frees the lock, a hidden file beside the path, however its process ends.
+    """
+    path = Path(os.path.realpath(path))
+    lock, made = path.parent / f".{path.name}.lock", [p for p in path.parents if not p.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while (descriptor := _locked(lock)) is None:
+            pass
+    except BlockingIOError:
+        raise error(f"{path} is being written by another run: wait, or name another") from None
+    except OSError as e:
+        raise error(f"cannot write {path}: {e.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+        for folder in made:
+            with suppress(OSError):  # it is in use by now
+                folder.rmdir()
+
+
+def _locked(lock: Path) -> int | None:
+    """A descriptor of a lock file that is held; None if its last holder was removing it."""
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), lock.stat()):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes ``path``, as :func:`replacing_file`."""
     path = Path(os.path.realpath(path))
@@ -201,6 +290,39 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def settled(path: Path, read: Callable[[], T]) -> T:
+    """What ``read`` finds in a folder that :func:`replacing_folder` may replace meanwhile.
+
+    All of it is of one version: a folder that was replaced is another one to the file system.
+    """
+    for _ in range(100):
+        before = _version(path)
+        try:
+            found = read()
+        except KMergeError:
+            if _version(path) == before != _SWAPPED:
+                raise
+        else:
+            if _version(path) == before:
+                return found
+        time.sleep(0.01)
+    return read()
+
+
+_SWAPPED = "swapped"
+
+
+def _version(path: Path) -> Any:
+    """What changes when a folder is replaced: None where there is none, ``_SWAPPED`` for a gap."""
+    try:
+        status = path.stat()
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+    except OSError:
+        path = Path(os.path.realpath(path))
+        gap = any(path.parent.glob(f".{glob.escape(path.name)}.old-*"))
+        return _SWAPPED if gap else None
 
 
 def check_destination(

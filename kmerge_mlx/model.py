@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
@@ -23,6 +24,7 @@ from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeCo
 from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
+from kmerge_mlx.files import check_memory
 from kmerge_mlx.source import Source, check_unmerged
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
@@ -84,8 +86,12 @@ def load_source(
     trust = source.trust_remote_code
     if adapter is not None:
         check_fit(adapter, config, name)
+    if not lazy:
+        check_memory(path.glob("model*.safetensors"), ModelError)
     try:
         model, config = load_model(path, lazy, model_config=config, trust_remote_code=trust)
+        # Not evaluated: it shows what of the config has a wrong type.
+        model(mx.array([[0]]), cache=make_prompt_cache(model))
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)

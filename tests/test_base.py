@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -55,13 +56,27 @@ def test_the_context_length_counts_rope_scaling():
         assert base.context_length(config) == length
 
 
-def test_the_digest_of_the_weights_changes_with_a_sampled_byte(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.safetensors").write_bytes(bytes(1 << 20))
-    before = base.weights_digest(tmp_path)
-    assert base.weights_digest(tmp_path) == before
-    (tmp_path / "b.safetensors").write_bytes(bytes((1 << 20) - 1) + b"x")
-    assert base.weights_digest(tmp_path) != before
+def test_the_digest_of_a_base_changes_with_every_byte_and_with_its_config(tmp_path):
+    """The older one, of samples, is still known, and sees less."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    weights, size = tmp_path / "model.safetensors", 16 << 20
+    weights.write_bytes(bytes(size))
+    first, sampled = base.digests(tmp_path)
+    assert base.digests(tmp_path) == (first, sampled)
+    seen = set()
+    for at in (0, 200_000, (8 << 20) - 1, 8 << 20, size - 1):
+        content = bytearray(size)
+        content[at] = 1
+        weights.write_bytes(content)
+        seen.add(base.digests(tmp_path)[0])
+        assert at != 200_000 or base.digests(tmp_path)[1] == sampled
+    weights.write_bytes(bytes(size))
+    for change in ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_theta": 5e5}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | change))
+        seen.add(base.digests(tmp_path)[0])
+    assert len(seen - {first}) == 7
+    (tmp_path / "config.json").write_text('{ "model_type":"qwen2" }')
+    assert base.digests(tmp_path) == (first, sampled)
 
 
 def test_blocks_are_filled_with_a_space_else_pad_else_eos():
@@ -80,10 +95,44 @@ def test_blocks_are_filled_with_a_space_else_pad_else_eos():
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, r"holds no config\.json"), ("{", "cannot be read"), ("[]", "cannot be read|names no"),
-     ("{}", "names no model_type"), ('{"model_type": 3}', "names no model_type")],
+     ("{}", "names no model_type"), ('{"model_type": 3}', "names no model_type"),
+     ('{"model_type": "qwen2", "num_hidden_layers": 1000000}', "expected up to 1024"),
+     ('{"model_type": "x", "text_config": {"num_layers": 1000000}}', "expected up to 1024"),
+     ('{"model_type": "x", "layer_types": ' + "[" * 99_999, "cannot be read"),
+     (" " * (5 << 20), "expected at most 4,194,304")],
 )  # fmt: skip
 def test_folders_that_hold_no_base_model_are_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=message):
+        base.read_config(tmp_path)
+
+
+READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "model.safetensors",
+    "merges.txt",
+)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("kind", ["pipe", "zero"])
+def test_what_may_never_end_is_not_read(tmp_path, name, kind):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=f"cannot read .*{name}: it is not a file"):
+        base.read_config(tmp_path)
+
+
+def test_a_tokenizer_without_end_is_refused_at_once(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "tokenizer.json").touch()
+    os.truncate(tmp_path / "tokenizer.json", 1 << 40)
+    with pytest.raises(ModelError, match=r"tokenizer\.json holds 1,099,511,627,776 bytes"):
         base.read_config(tmp_path)

@@ -6,11 +6,14 @@ oracles of what a good one holds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,14 +21,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kmerge_mlx import files
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.files import (
+    alone,
     clear_leftovers,
+    digest,
     read_json,
     read_safetensors,
     replacing_file,
     replacing_folder,
     safetensors_shapes,
+    settled,
     write_json,
     write_safetensors,
 )
@@ -247,3 +254,86 @@ def test_what_is_of_a_living_run_or_of_somebody_else_stays(tmp_path):
         other.stdin.close()
     assert {p.name for p in tmp_path.iterdir()} == {*names, "z"}
     assert not (tmp_path / "z").is_symlink()
+
+
+# ---- at the same time ----
+
+
+def test_a_path_is_written_by_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
+    path = tmp_path / "run"
+    code = (
+        "import sys; from pathlib import Path; from kmerge_mlx.files import alone\n"
+        "with alone(Path(sys.argv[1]), Exception):\n    print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [PYTHON, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(AdapterError, match="is being written by another run"):
+            alone(path, AdapterError).__enter__()
+        other.kill()
+    with alone(path, AdapterError), alone(tmp_path / "other", AdapterError):
+        pass
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / ".run.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(AdapterError, match="cannot write"):
+        alone(path, AdapterError).__enter__()
+    assert not (tmp_path / "precious").exists()
+
+
+def test_a_folder_is_read_from_one_version_while_it_is_replaced(tmp_path):
+    """Without ``settled`` some readings are of two versions, and some find nothing."""
+    path, versions, done = tmp_path / "z", set(), threading.Event()
+
+    def write(number: int) -> None:
+        with replacing_folder(path) as new:
+            for name in "ab":
+                (new / name).write_text(str(number))
+
+    def write_on() -> None:
+        number = 1
+        while not done.is_set():
+            write(number := number + 1)
+
+    def read() -> tuple[str, str]:
+        try:
+            first = (path / "a").read_text()
+            time.sleep(0.001)
+            return first, (path / "b").read_text()
+        except OSError as error:
+            raise AdapterError("gone") from error
+
+    write(0)
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        for _ in range(30):
+            one, two = settled(path, read)
+            assert one == two
+            versions.add(one)
+    finally:
+        done.set()
+        writer.join()
+    assert len(versions) > 1
+    with pytest.raises(AdapterError, match="gone"):
+        settled(tmp_path / "absent", lambda: (_ for _ in ()).throw(AdapterError("gone")))
+
+
+def test_the_digest_of_a_file_is_that_of_its_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    path = tmp_path / "a"
+    for content in (b"", b"0123456789", b"0123456789abc"):
+        path.write_bytes(content)
+        pieces = [hashlib.sha256(content[i : i + 10]).digest() for i in range(0, len(content), 10)]
+        whole = hashlib.sha256(str(len(content)).encode() + b"".join(pieces))
+        assert digest(path) == whole.hexdigest()
+
+
+def test_tensors_that_no_memory_holds_are_refused_before_they_are_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    content = header({"a": entry([1 << 20, 1 << 18], 0, 1 << 40)})
+    path.write_bytes(content)
+    os.truncate(path, len(content) + (1 << 40))
+    assert "is of 1,100 GB of tensors, expected at most this machine's" in message(
+        read_safetensors, path
+    )

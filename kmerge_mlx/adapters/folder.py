@@ -28,6 +28,7 @@ from kmerge_mlx.files import (
     read_json,
     read_safetensors,
     replacing_folder,
+    settled,
     write_json,
     write_safetensors,
 )
@@ -107,6 +108,10 @@ def look_up(path: str | Path) -> AdapterFolders:
     It is an adapter folder, a folder of them (``k2/``, ``k4/``), a model folder that carries one, a
     hub repo of any of these (``user/name@revision``), or ``bundled``. Two of one K are refused.
     """
+    return settled(Path(path), lambda: _look_up(path))
+
+
+def _look_up(path: str | Path) -> AdapterFolders:
     found: dict[int, tuple[Path, MergeConfig]] = {}
     try:
         root, repo = _local(path)
@@ -194,6 +199,10 @@ def load_adapter(path: str | Path, k: int | None = None) -> Adapter:
 
 def read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
     """Reads an adapter, lazily; an AdapterError lists every tensor that does not fit."""
+    return settled(folder, lambda: _read_adapter(folder, merge))
+
+
+def _read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
     tuning = _read_config(folder, TUNING_CONFIG, read_tuning)
     tuned = read_safetensors(folder / TUNING_WEIGHTS, AdapterError)
     packed = merge.encoder is not None and merge.encoder.packed

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.config import MAX_RANK, is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
 from kmerge_mlx.prompts.policy import Layout
 
@@ -176,17 +176,17 @@ class LoRASpec:
         scale: mlx-lm's scale, which is PEFT's alpha / r (alpha / sqrt(r) under rsLoRA).
 
     Raises:
-        AdapterError: A rank below 1, or a scale that is not a finite number.
+        AdapterError: A rank out of range, or a scale that is not a finite number.
     """
 
     rank: int
     scale: float
 
     def __post_init__(self) -> None:
-        if not is_int(self.rank, 1) or not is_number(self.scale):
+        if not is_int(self.rank, 1) or self.rank > MAX_RANK or not is_number(self.scale):
             raise AdapterError(
                 f"LoRA with rank {short(self.rank)} and scale {short(self.scale)}: "
-                "expected a whole rank of at least 1 and a finite scale"
+                f"expected a whole rank of 1 to {MAX_RANK:,} and a finite scale"
             )
 
     @classmethod

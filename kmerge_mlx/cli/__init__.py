@@ -23,10 +23,11 @@ from kmerge_mlx.cli.evaluate import evaluate
 from kmerge_mlx.cli.fuse import fuse, quantize
 from kmerge_mlx.cli.generate import generate
 from kmerge_mlx.cli.info import info
+from kmerge_mlx.cli.output import Terminal
 from kmerge_mlx.cli.serve import serve
 from kmerge_mlx.cli.train import train
 from kmerge_mlx.cli.upload import upload
-from kmerge_mlx.errors import KMergeError, SettingsError
+from kmerge_mlx.errors import KMergeError, SettingsError, printable
 from kmerge_mlx.hub import one_version
 
 app = typer.Typer(
@@ -76,6 +77,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may write what the terminal's encoding lacks: a `?` beats half an answer.
         sys.stdout.reconfigure(errors="replace")
+    if sys.stdout.isatty():
+        sys.stdout = Terminal(sys.stdout)
     try:
         with one_version():
             code = app(standalone_mode=False)
@@ -96,5 +99,5 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(code)

@@ -119,14 +119,15 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
         named |= {"model": about["model"], "adapter_path": about["adapter_path"]}
     # A beginning of the answer goes into the file's template, if it has one.
     opened = open_model(replace(settings, prefill_response=None, **named))
-    cache = file.load(prompt_cache.identity(opened.source))
+    file.check(prompt_cache.identity(opened.source))
+    start = compress(opened.model, opened.tokenizer, file.held)
+    cache = file.load(opened.model, len(start.ids))
     bits = next((each.bits for each in cache if hasattr(each, "bits")), None)
     if bits is not None and settings.kv_bits not in (None, bits):
         raise PromptError(f"`kv_bits` is {settings.kv_bits}, {path} was made with {bits}")
     spans = parse(about["context"] or "")
     segments = _lay_out(opened.tokenizer, about, spans, question, settings.prefill_response)
     whole = compress(opened.model, opened.tokenizer, segments)
-    start = compress(opened.model, opened.tokenizer, file.held)
     if whole.ids[: len(start.ids)] != start.ids:
         raise PromptError(
             f"this `prompt` changes how the end of {path} is read: begin it differently"

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from kmerge_mlx.source import Source
 
 STDIN = "-"
+MAX_TEXT_BYTES = 64 << 20
+"""Longest text that is read: some 16 million tokens, more than any model's context."""
+MAX_YAML_BYTES, MAX_ALIASES = 1 << 20, 20
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
 
@@ -76,6 +79,7 @@ def command(
                 named = [f for f in fields(settings) if given.get(f.name) is not None]
                 flags = {f.name: _read(f, given[f.name]) for f in named}
                 made = settings.of(_read_yaml(config) if config else {}, flags)
+                _check_trust(made, flags)
                 if show:
                     print(as_yaml(to_print(made)), end="")
                 else:
@@ -94,6 +98,16 @@ def command(
         return run
 
     return decorate
+
+
+def _check_trust(made: Settings, flags: Mapping[str, Any]) -> None:
+    """Only the command line permits code, and no file chooses whose."""
+    if not getattr(made, "trust_remote_code", False):
+        return
+    if not flags.get("trust_remote_code"):
+        raise SettingsError("`trust_remote_code` in a file is not enough: give it as a flag, too")
+    if made.model is None:
+        raise SettingsError("`trust_remote_code` needs `model`: no file chooses whose code runs")
 
 
 def _device_error(error: RuntimeError, settings: type[Settings]) -> str | None:
@@ -183,7 +197,14 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            found = yaml.load(file, yaml_loader)
+            text = file.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise SettingsError(f"--config {path} is larger than {MAX_YAML_BYTES >> 20} MiB")
+        # Aliases of aliases grow without limit once they are written out.
+        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
+            raise SettingsError(f"--config {path} has over {MAX_ALIASES} aliases: write them out")
+        found = yaml.load(text, yaml_loader)
+        json.dumps(found, default=str, skipkeys=True)  # a ValueError where one is in itself
     except OSError as error:
         raise SettingsError(f"cannot read --config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -276,7 +297,13 @@ def read_text(name: str) -> str:
     if name == STDIN and sys.stdin is None:
         raise PromptError("cannot read stdin: it is closed")
     try:
-        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+        if name == STDIN:
+            data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise PromptError(f"{shown} holds over {MAX_TEXT_BYTES >> 20} MiB: no model reads that")
         text = data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise PromptError(f"cannot read {shown}: {error.strerror}") from None

@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from kmerge_mlx.errors import printable
 from kmerge_mlx.prompts.policy import ALL, Layout
 
 if TYPE_CHECKING:
@@ -17,11 +18,25 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is not a terminal
 
 
+class Terminal:
+    """Stdout where it is a terminal: what strangers' files say, and models write, is only text."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text, its control characters written out."""
+        return self._stream.write(printable(text))
+
+
 def note(text: str) -> None:
     """Prints on stderr what is not a result, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import typer
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import bar, note, on_signals
+from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -45,12 +46,22 @@ def train(settings: TrainSettings) -> None:
       kmerge-mlx train --model ./base --task textualized-tree --k 4 --adapter-path ./out
       kmerge-mlx train -c config.yaml --adapter-path ./out --resume
     """
-    from kmerge_mlx.plots import check_plot
-    from kmerge_mlx.train.loop import Trainer, reporters
-    from kmerge_mlx.train.prepare import prepare
+    from kmerge_mlx.files import alone
     from kmerge_mlx.train.ranks import connect
 
     ranks = connect()
+    path = Path(settings.adapter_path)
+    # The first machine alone reads and writes the folder, and until it ends no other run does.
+    with alone(path, TrainError) if ranks.rank == 0 else contextlib.nullcontext():
+        _train(settings, ranks)
+
+
+def _train(settings: TrainSettings, ranks: Ranks) -> None:
+    """Trains, and says how it ended."""
+    from kmerge_mlx.plots import check_plot
+    from kmerge_mlx.train.loop import Trainer, reporters
+    from kmerge_mlx.train.prepare import prepare
+
     first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)

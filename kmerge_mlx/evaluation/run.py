@@ -62,7 +62,9 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     templated = layout.chat_template and tokenizer.has_chat_template
     layout = replace(layout, chat_template=templated, date=date if templated else None)
     questions = _questions(settings, tokenizer, layout, bar)
-    identity, size = _identity(settings, sources, questions, layout), len(questions.items)
+    size, identity = len(questions.items), {}
+    if settings.predictions is not None:
+        identity = _identity(settings, sources, questions, layout)
     file = PredictionsFile(settings.predictions, identity, size)
     show, done, total = bar("Evaluating"), 0, len(methods) * size
 
@@ -258,8 +260,8 @@ def _limits(settings: EvaluateSettings, questions: Questions) -> dict[str, int]:
 
 def _identity(
     settings: EvaluateSettings, sources: Sources, questions: Questions, layout: Layout
-) -> dict[str, str]:
-    """What answers depend on, by name: files by their digest, and settings."""
+) -> dict[str, tuple[str, ...]]:
+    """What answers depend on, by name: files by their digest (and the older one), and settings."""
     digest = hashlib.sha256()
     for question in questions.items:
         prompt = [[segment.merge, *segment.ids] for segment in question.row.segments]
@@ -267,11 +269,11 @@ def _identity(
         digest.update(json.dumps(about).encode() + b"\n")
     path = next(iter(sources.values())).path
     identity = {
-        "the base model": base.weights_digest(path),
-        "the questions": digest.hexdigest(),
-        "--batch-size": str(settings.batch_size),
-        "--max-tokens": str(settings.max_tokens),
-        "the chat template": "used" if layout.chat_template else "unused",
+        "the base model": base.digests(path),
+        "the questions": (digest.hexdigest(),),
+        "--batch-size": (str(settings.batch_size),),
+        "--max-tokens": (str(settings.max_tokens),),
+        "the chat template": ("used" if layout.chat_template else "unused",),
     }
     identity |= {DATE: layout.date} if layout.date else {}
     for k, source in sources.items():
@@ -280,5 +282,6 @@ def _identity(
             with (source.adapter / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         if k != ALONE:
-            identity[f"the adapter for K={k}"] = digest.hexdigest() if source.adapter else "none"
+            known = digest.hexdigest() if source.adapter else "none"
+            identity[f"the adapter for K={k}"] = (known,)
     return identity

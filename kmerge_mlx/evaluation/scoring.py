@@ -19,6 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kmerge_mlx.config import is_int, is_number
+from kmerge_mlx.data.jsonl import MAX_LINE_BYTES
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import EvaluateError, first_line
 from kmerge_mlx.evaluation.baselines import Method
@@ -47,9 +49,6 @@ class Prediction:
     answer_tokens: int
     prompt_tokens: int
     positions: int  # that the prompt was read in
-
-
-_KINDS = [field.type for field in fields(Prediction)]
 
 
 class Scorer:
@@ -137,10 +136,11 @@ def stored_date(path: str | None) -> str | None:
 class PredictionsFile:
     """Answers by method and question, in a file or, where ``path`` is None, in memory alone.
 
-    A file that is not a predictions file, or of something else than ``identity``, is left alone.
+    ``identity`` names what the answers depend on, each by all values by which a file may know it,
+    the first of which is written. A file of something else, or of another kind, is left alone.
     """
 
-    def __init__(self, path: str | None, identity: Mapping[str, str], size: int):
+    def __init__(self, path: str | None, identity: Mapping[str, Sequence[str]], size: int):
         self._path, self._size = None if path is None else Path(path), size
         # By a method's name and K: an older file may hold a method that is gone.
         self._found: dict[tuple[str, int], dict[int, Prediction]] = defaultdict(dict)
@@ -151,10 +151,10 @@ class PredictionsFile:
         known, end = self._read() if self._path.exists() else ({}, 0)
         changed = [
             name
-            if max(len(str(known[name])), len(what)) > MOST_SHOWN
-            else f"{name}, {known[name]} there and {what} here"
-            for name, what in identity.items()
-            if known.get(name, what) != what
+            if max(map(len, (known[name], *values))) > MOST_SHOWN
+            else f"{name}, {known[name]} there and {values[0]} here"
+            for name, values in identity.items()
+            if known.get(name, values[0]) not in values
         ]
         if changed:
             raise EvaluateError(
@@ -162,7 +162,7 @@ class PredictionsFile:
                 f"{'; '.join(changed)}): name another file, or remove it"
             )
         # An adapter that the file does not know yet is added.
-        more = {name: what for name, what in identity.items() if name not in known}
+        more = {name: values[0] for name, values in identity.items() if name not in known}
         self._append([{OF: more}] if more else [], end)
 
     def has(self, method: Method, indices: Sequence[int]) -> bool:
@@ -208,31 +208,41 @@ class PredictionsFile:
         known: dict[str, str] = {}
         end, begun = 0, f'{{"{OF}": {{'.encode()
         try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
+            with self._path.open("rb") as file:
+                lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
+                for number, data in enumerate(lines, 1):
+                    if number == 1 and data[: len(begun)] != begun[: len(data)]:
+                        raise EvaluateError(
+                            f"`predictions` {self._path} is not a predictions file: name another, "
+                            "or a new one"
+                        )
+                    if not data.endswith(b"\n") and len(data) < MAX_LINE_BYTES:
+                        break  # torn when a run was killed
+                    self._take(number, data, known)
+                    end += len(data)
         except OSError as error:
             raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
-        for number, data in enumerate(lines, 1):
-            if number == 1 and data[: len(begun)] != begun[: len(data)]:
-                raise EvaluateError(
-                    f"`predictions` {self._path} is not a predictions file: name another, or a "
-                    "new one"
-                )
-            if not data.endswith(b"\n"):
-                break  # torn when a run was killed
-            try:
-                line = json.loads(data)
-                if OF in line:
-                    known |= line[OF]
-                else:
-                    named = {f.name: line[f.name] for f in fields(Prediction)}
-                    if [type(value).__name__ for value in named.values()] != _KINDS:
-                        raise ValueError("a value of another type")
-                    method = line["method"], line["k"]
-                    self._found[method][line["question"]] = Prediction(**named)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise EvaluateError(
-                    f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "
-                    "remove the file, or its lines from there on"
-                ) from None
-            end += len(data)
         return known, end
+
+    def _take(self, number: int, data: bytes, known: dict[str, str]) -> None:
+        """Takes one line: an answer, or more of what the answers depend on."""
+        try:
+            line = json.loads(data)
+            if OF in line:
+                known |= line[OF]
+                good = all(isinstance(value, str) for value in known.values())
+            else:
+                named = {f.name: line[f.name] for f in fields(Prediction)}
+                text, nll, *counts = named.values()
+                good = (
+                    isinstance(text, str) and is_number(nll) and all(is_int(c, 1) for c in counts)
+                )
+                method = line["method"], line["k"]
+                self._found[method][line["question"]] = Prediction(**named)
+            if not good:
+                raise ValueError("a value of another type")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EvaluateError(
+                f"`predictions` {self._path} line {number} is damaged ({first_line(error)}): "
+                "remove the file, or its lines from there on"
+            ) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,43 @@ from safetensors import safe_open
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import MERGE_WEIGHTS, TUNING_CONFIG, TUNING_WEIGHTS
-from kmerge_mlx.errors import PromptError, findings, first_line
-from kmerge_mlx.files import ALL_DTYPES, MAX_HEADER_BYTES, replacing_file, safetensors_shapes
+from kmerge_mlx.errors import PromptError, findings, first_line, short
+from kmerge_mlx.files import (
+    ALL_DTYPES,
+    MAX_HEADER_BYTES,
+    PIECE_BYTES,
+    replacing_file,
+    safetensors_shapes,
+)
+from kmerge_mlx.generation import kv_cache
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 ENTRY = "kmerge_mlx"
 VERSION = 1
-_K = "--k"
-"""The file's name for the merge factor."""
+_BASE, _ADAPTER, _K = "the base model", "the adapter", "--k"
+"""The file's names for what it belongs to."""
 
 
-def identity(source: Source) -> dict[str, Any]:
-    """What a prompt cache belongs to, by name: digests of base and adapter, and K."""
-    adapter = None
+def identity(source: Source) -> dict[str, tuple[Any, ...]]:
+    """What a prompt cache belongs to, by name: base, adapter and K.
+
+    Each has all values by which a file may know it: the first is written, and the digests of
+    earlier releases follow it.
+    """
+    adapter: tuple[Any, ...] = (None,)
     if source.adapter is not None:
-        digest = hashlib.sha256()
+        merge, digest = source.merge, hashlib.sha256()
         for name in (TUNING_CONFIG, TUNING_WEIGHTS, MERGE_WEIGHTS):
-            digest.update((source.adapter / name).read_bytes())
-        adapter = digest.hexdigest()
-    digests = {"the base model": base.weights_digest(source.path), "the adapter": adapter}
-    return digests | {_K: source.k}
+            with (source.adapter / name).open("rb") as file:
+                while piece := file.read(PIECE_BYTES):
+                    digest.update(piece)
+        earlier = digest.hexdigest()
+        head = None if merge.head_lora is None else asdict(merge.head_lora)
+        digest.update(json.dumps([merge.encoder_entries(), merge.pad_token_id, head]).encode())
+        adapter = digest.hexdigest(), earlier
+    return {_BASE: base.digests(source.path), _ADAPTER: adapter, _K: (source.k,)}
 
 
 def prefill(
@@ -64,18 +79,21 @@ class CacheFile:
     """A prompt cache file: its model's :func:`identity`, and what its positions stand for."""
 
     path: Path
-    identity: dict[str, Any]
+    identity: Mapping[str, Sequence[Any]]
     held: Sequence[Segment]
-    about: dict[str, Any]
+    about: Mapping[str, Any]
     """How the prompt was made, for whoever goes on with it."""
+    digest: str | None = None
+    """Of the KV caches; files of 0.1.0 have none."""
 
     def save(self, cache: Sequence[Any]) -> None:
         """Writes the file with mlx-lm's KV caches, whole or not at all."""
         entry = {
             "version": VERSION,
-            "identity": self.identity,
+            "identity": {name: values[0] for name, values in self.identity.items()},
             "held": [[segment.merge, *segment.ids] for segment in self.held],
             "about": self.about,
+            "digest": kv_cache.digest(cache),
         }
         text = json.dumps(entry)
         if len(text) > MAX_HEADER_BYTES // 2:
@@ -105,29 +123,33 @@ class CacheFile:
             entry = json.loads(text)
             if (version := entry["version"]) != VERSION:
                 raise PromptError(
-                    f"{path}: its version is {version!r}, expected {VERSION}: make it again"
+                    f"{path}: its version is {short(version)}, expected {VERSION}: make it again"
                 )
             held = [Segment([index(i) for i in ids], bool(merge)) for merge, *ids in entry["held"]]
-            return cls(path, dict(entry["identity"]), held, dict(entry["about"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            known = {name: (value,) for name, value in dict(entry["identity"]).items()}
+            return cls(path, known, held, dict(entry["about"]), entry.get("digest"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
 
-    def load(self, used_with: Mapping[str, Any]) -> list[Any]:
-        """mlx-lm's KV caches, evaluated, for the model that :func:`identity` describes."""
-        problems = [
-            f"`k` is {used_with.get(name)}, the file was made with {value}"
-            if name == _K
-            else f"{name} is not the one that the file was made with"
-            for name, value in self.identity.items()
-            if used_with.get(name) != value
-        ]
+    def check(self, used_with: Mapping[str, Sequence[Any]]) -> None:
+        """Raises PromptError if a file was made with another model than :func:`identity` says."""
+        problems = []
+        for name, values in used_with.items():
+            made_with = self.identity.get(name)
+            if made_with is None:
+                problems.append(f"it does not say what {name} it was made with: make it again")
+            elif made_with[0] not in values and name == _K:
+                problems.append(f"`k` is {values[0]}, the file was made with {short(made_with[0])}")
+            elif made_with[0] not in values:
+                problems.append(f"{name} is not the one that the file was made with")
         if problems:
             raise PromptError(findings(str(self.path), problems))
-        try:
-            cache = host.load_prompt_cache(str(self.path))
-            mx.eval([c.state for c in cache])
-        except Exception as error:  # mlx-lm raises anything on a file that is torn inside
-            raise PromptError(f"{self.path} is not a prompt cache: {first_line(error)}") from error
+
+    def load(self, model: nn.Module, positions: int) -> list[Any]:
+        """The model's KV caches, evaluated, with so many positions; PromptError for any others."""
+        cache = kv_cache.read(self.path, model, positions)
+        if self.digest is not None and kv_cache.digest(cache) != self.digest:
+            raise PromptError(f"{self.path} is damaged: make it again")
         return cache
 
 

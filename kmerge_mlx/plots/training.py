@@ -24,7 +24,7 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         _line(losses, log, "val_loss", f"{label}validation", color=colour)
         _line(losses, log, "val_kl", f"{label}KL to the base", color=colour, linestyle="--")
         _line(accuracies, log, "val_accuracy", f"{label}accuracy", color=colour)
-        measured = [record for record in log if "val_accuracy" in record]
+        measured = [r for r in log if {"val_accuracy", "val_balanced_accuracy"} <= r.keys()]
         if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in measured):
             balanced = f"{label}balanced accuracy"
             _line(accuracies, log, "val_balanced_accuracy", balanced, color=colour, linestyle=":")
@@ -32,7 +32,8 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
             if "begins" in record:
                 at, style = record["iteration"], {"color": colour, "rotation": 90}
                 accuracies.axvline(at, color=colour, linewidth=0.8, alpha=0.6)
-                accuracies.text(at, 0.02, record["begins"], fontsize="x-small", **style)
+                begins = str(record["begins"])
+                accuracies.text(at, 0.02, begins, fontsize="x-small", parse_math=False, **style)
     losses.set_ylabel("loss (nats per answer token)")
     low, high = losses.dataLim.intervaly
     if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from kmerge_mlx import __version__, files
 from kmerge_mlx.adapters.folder import FILES, MERGE_CONFIG, Adapter, write_adapter
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import BadLines, read_rows
-from kmerge_mlx.errors import TrainError, findings, first_line, short
+from kmerge_mlx.errors import DataError, TrainError, findings, first_line, short
 from kmerge_mlx.train.rows import Place
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -62,12 +62,13 @@ class State:
             good = (
                 set(data) == set(vars(state))
                 and all(map(is_int, numbers))
-                and (score is None or is_number(score))
+                and (is_number(score) if is_int(best) else score is best is None)
                 and (state.finished is None or state.finished.isprintable())
                 and len(state.rng) in (0, 2)
                 and max(state.place.epoch, *state.rng, 0) < 2**32
+                and max(numbers) < 2**63
             )
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, ValueError):
             good = False
         if not good:
             raise TrainError(f"{STATE} holds {short(data)}, expected a run's state")
@@ -83,9 +84,11 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
         for name, value in now.items()
         if value != then.get(name)
     ]
-    if saved.get("base") != run.base:
+    if saved.get("base") not in run.base:
         model, old = run.settings.model, short(then.get("model"))
-        problems.append(f"`model` {model} has other weights than the run's base, {old}")
+        problems.append(
+            f"`model` {model} has other weights, or another config, than the run's base, {old}"
+        )
     if saved.get("data") != run.data and not problems:
         dated = run.settings.template_date and not saved["settings"].get("template_date")
         day = " (the chat template writes the date: that day's is `template_date`)" * bool(dated)
@@ -107,6 +110,7 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror}") from None
     if there and resume:
+        _check_plain(path)
         return True
     if there and not force:
         raise TrainError(
@@ -116,6 +120,16 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
     names = (*FILES, BEST, TRAINING)
     files.check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
     return False
+
+
+def _check_plain(path: Path) -> None:
+    """Refuses a run's folder, which may come from a stranger, that leads to files outside of it."""
+    inside = [(BEST,), (TRAINING,), *((name,) for name in FILES), *((BEST, n) for n in FILES)]
+    inside += [(TRAINING, name) for name in (STATE, TENSORS, ANSWERS, LOG, TIMING)]
+    for at in (path.joinpath(*names) for names in inside):
+        wanted = at.is_dir() if at.name in (BEST, TRAINING) else at.is_file()
+        if at.is_symlink() or (at.exists() and not wanted):
+            raise TrainError(f"{at} is not what a run writes: `resume` takes no links or devices")
 
 
 def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
@@ -131,7 +145,9 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
                 (folder / BEST).mkdir()
                 write_adapter(best, folder / BEST)
             elif state.best_score is not None and (path / BEST).is_dir():
-                shutil.copytree(path / BEST, folder / BEST, copy_function=_link)
+                (folder / BEST).mkdir()
+                for name in FILES:
+                    _link(path / BEST / name, folder / BEST / name)
             training = folder / TRAINING
             training.mkdir()
             # A run that begins has no log: the one that --force replaces belongs to another run.
@@ -145,7 +161,7 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {"settings": run.settings.saved(), "base": run.base, "data": run.data}
+            about |= {"settings": run.settings.saved(), "base": run.base[0], "data": run.data}
             about |= {"ranks": run.ranks.size, "state": asdict(state)}
             files.write_json(training / STATE, about)
     except OSError as error:
@@ -157,7 +173,10 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:
     """The identity, state and tensors that :func:`save` wrote; TrainError for any others."""
     tensors = files.read_safetensors(path / TRAINING / TENSORS, TrainError, files.ALL_DTYPES)
-    return _about(path), read_progress(path), tensors
+    about, state = _about(path), read_progress(path)
+    if not state.rng:
+        raise TrainError(f"{path / TRAINING / STATE} has no random state, as every save has")
+    return about, state, tensors
 
 
 def read_progress(path: Path) -> State:
@@ -166,10 +185,15 @@ def read_progress(path: Path) -> State:
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings from which a resumed run begins, if any; they never allow remote code."""
+    """The settings from which a resumed run begins, if any.
+
+    They never allow remote code, or say where anything is written: that the command alone does.
+    """
     if not (path / TRAINING / STATE).is_file():
         return {}
-    return {n: v for n, v in _about(path)["settings"].items() if n != "trust_remote_code"}
+    mine = {f.name for f in fields(TrainSettings)} - TrainSettings().saved().keys()
+    mine.add("trust_remote_code")
+    return {n: v for n, v in _about(path)["settings"].items() if n not in mine}
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -202,15 +226,22 @@ def cut_logs(path: Path, state: State) -> None:
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of the log in a run's ``training/`` folder; raises DataError."""
-    for _, record in read_rows(folder / LOG, dict, BadLines(False)):
+    for _, record in read_rows(folder / LOG, _record, BadLines(False)):
         yield record
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    numbers = [value for name, value in row.items() if name not in ("stage", "begins")]
+    if not is_int(row.get("iteration")) or not all(map(is_number, numbers)):
+        raise DataError(f"found {short(row)}, expected a record of a run")
+    return row
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """Shares a file that is never written again; copies it where that is not possible."""
     try:
         os.link(source, target)

@@ -51,7 +51,7 @@ class Run:
     merge: MergeConfig
     tuning: Tuning
     stages: list[Stage]  # at least one
-    base: str  # digest of the base model's files
+    base: tuple[str, str]  # base.digests
     data: list[str]  # digest of each stage
     ranks: Ranks
     teacher: Teacher | StoredTeacher | None
@@ -88,8 +88,8 @@ def prepare(
         date = teaching.stored_date(settings.teacher_file) or now(tokenizer)
         settings = replace(settings, template_date=ranks.share_json(date))
     stages = load_stages(settings, tokenizer, bar)
-    digests, weights = [stage.digest for stage in stages], base.weights_digest(source.path)
-    ranks.same(settings.fixed() | {"model": weights, "data": digests}, "the settings")
+    data, weights = [stage.digest for stage in stages], base.digests(source.path)
+    ranks.same(settings.fixed() | {"model": weights[0], "data": data}, "the settings")
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
@@ -101,16 +101,16 @@ def prepare(
     if fresh and encoder is not None and encoder.start != schema.MEAN:
         fit_rarity(model, stages[0])
     made = (settings, path, model, tokenizer, merge, tuning)
-    run = Run(*made, stages, weights, digests, ranks, teacher)
+    run = Run(*made, stages, weights, data, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
         checkpoint.check_same(run, saved)
-        if run.state.stage >= len(stages):
-            raise TrainError(f"{path} cannot be resumed: it has {len(stages)} stages")
+        if run.state.stage >= len(stages) or run.state.added >= settings.grad_accumulation_steps:
+            raise TrainError(f"{path} cannot be resumed: its state is not of a run like this")
     if settings.teacher_answers:
         _answer(run, bar)
     if settings.teacher_file:
-        _use_file(run, bar)
+        _use_file(run, bar, resumed)
     return run
 
 
@@ -254,19 +254,19 @@ def _answer(run: Run, bar: Bar) -> None:
             sets[split].set_answer(int(index), ids)
 
 
-def _use_file(run: Run, bar: Bar) -> None:
+def _use_file(run: Run, bar: Bar, resumed: bool) -> None:
     """Puts the teacher's file in the place of the teacher; a run that begins makes it if needed."""
     settings, sets, path = run.settings, run.stages[0].sets, Path(run.settings.teacher_file)
     # The digests of the sets are taken anew: written answers are part of them by now.
-    parts = [run.base, *(f"{split} {data.digest}" for split, data in sets.items())]
-    parts += [str(settings.teacher_top_k), str(settings.teacher_answers)]
-    parts += [str(settings.teacher_max_tokens)]
-    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    rest = [f"{split} {data.digest}" for split, data in sets.items()]
+    rest += [str(settings.teacher_top_k), str(settings.teacher_answers)]
+    rest += [str(settings.teacher_max_tokens)]
+    known = [hashlib.sha256(" ".join([of, *rest]).encode()).hexdigest() for of in run.base]
     # A saved run may come from a stranger, and its settings must not name a file to write.
-    if run.ranks.rank == 0 and not path.exists() and not run.state.rng:
+    if run.ranks.rank == 0 and not path.exists() and not resumed:
         progress = bar("Asking the teacher")
         date = {"date": settings.template_date} if settings.template_date else {}
-        about = {"digest": digest} | date
+        about = {"digest": known[0]} | date
         teaching.store(path, about, run.teacher, sets, settings.batch_size, progress)
     run.ranks.any(False)  # the others wait for the file
-    run.teacher = StoredTeacher(path, digest, run.teacher, sets)
+    run.teacher = StoredTeacher(path, known, run.teacher, sets)

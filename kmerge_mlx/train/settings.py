@@ -99,7 +99,9 @@ class TrainSettings(Settings):
     curriculum: Any = option([], list, "Trees: stages, such as small,xsmall.", **_TASKS)
     stage_threshold: float = option(0.85, float, "Trees: accuracy that ends a stage.", **_SHARE)
     last_threshold: float = option(0.95, float, "Trees: accuracy that ends the run.", **_SHARE)
-    num_trees: int = option(500_000, int, "Trees: how many before they repeat.", low=1, **_TASKS)
+    num_trees: int = option(
+        500_000, int, "Trees: how many before they repeat.", low=1, high=10**9, **_TASKS
+    )
     find_parent: int = option(0, int, "Trees: 1 also asks for a parent's name.", **_SHARE)
     reference_sampling: bool = option(False, bool, "Trees: ask every pair of nodes.", **_TASKS)
     data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.", **_TASKS)

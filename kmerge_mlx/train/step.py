@@ -97,8 +97,11 @@ def _schedule(entry: dict[str, Any]) -> Callable[[mx.array], mx.array]:
 
 def refill(tree: Any, saved: dict[str, mx.array]) -> Any:
     """A tree of the same form, its arrays replaced by saved ones, by flat name."""
-    parts = {(name, array.shape) for name, array in tree_flatten(tree)}
-    if wrong := {name for name, _ in parts ^ {(n, array.shape) for n, array in saved.items()}}:
+    kinds = [
+        {(name, a.shape, mx.issubdtype(a.dtype, mx.floating)) for name, a in arrays}
+        for arrays in (tree_flatten(tree), saved.items())
+    ]
+    if wrong := {name for name, _, _ in kinds[0] ^ kinds[1]}:
         raise TrainError(
             f"the saved state does not fit this run ({short(min(wrong))} and {len(wrong) - 1} "
             "more): start anew in another `adapter_path`"

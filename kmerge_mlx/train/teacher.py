@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,13 @@ class Teacher:
 class StoredTeacher:
     """Takes a teacher's place with the file of its top tokens that :func:`store` made."""
 
-    def __init__(self, path: Path, digest: str, teacher: Teacher, sets: Mapping[str, TokenizedSet]):
+    def __init__(
+        self,
+        path: Path,
+        digests: Collection[str],
+        teacher: Teacher,
+        sets: Mapping[str, TokenizedSet],
+    ):
         from safetensors import safe_open
 
         self._vocab_size = teacher.vocab_size
@@ -79,7 +85,7 @@ class StoredTeacher:
             for part in ("ids", "logprobs")
         }
         self._file: Any = safe_open(str(path), framework="numpy")
-        if (self._file.metadata() or {}).get("digest") != digest or shapes != wanted:
+        if (self._file.metadata() or {}).get("digest") not in digests or shapes != wanted:
             raise TrainError(
                 f"`teacher_file` {path} was made of another base, data or `teacher_top_k`: remove "
                 "it, or name another file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from random import Random
@@ -14,7 +15,7 @@ from kmerge_mlx import stream_generate
 from kmerge_mlx.generation.prompt_cache import CacheFile, prefill
 from kmerge_mlx.generation.stream import compress
 from kmerge_mlx.prompts.segments import Segment
-from tests.cli_runner import CHATML, assert_one_error, copy_base, run
+from tests.cli_runner import CHATML, assert_one_error, change_json, copy_base, run
 
 CONTEXT = "One two three four five six.\n\nSeven eight nine ten eleven twelve thirteen.\n"
 QUESTIONS = ("Which is it?", "0", " \n\nx", "<raw>Nine</raw> or <merge>ten ten ten ten</merge>?")
@@ -88,7 +89,7 @@ def test_random_prompts_go_on_alike_from_memory_and_from_disk(tiny, tmp_path):
         start = compress(model, tokenizer, held)
         cache = prefill(model, start, **options)
         path = tmp_path / "held.safetensors"
-        CacheFile(path, {"--k": 4}, held, {"case": case}).save(cache)
+        CacheFile(path, {"--k": (4,)}, held, {"case": case}).save(cache)
         found = CacheFile.read(path)
         assert found.about == {"case": case}
         assert found.held == held
@@ -98,7 +99,7 @@ def test_random_prompts_go_on_alike_from_memory_and_from_disk(tiny, tmp_path):
             # A quantized cache stays what it is; a short one forgets as it did.
             return [r.token for r in stream_generate(model, tokenizer, rest, 8, prompt_cache=read)]
 
-        assert tokens(found.load({"--k": 4})) == tokens(cache)
+        assert tokens(found.load(model, len(start.ids))) == tokens(cache)
 
 
 def test_a_cache_is_mlx_lms_file(tiny, tmp_path):
@@ -147,6 +148,109 @@ def test_a_torn_file_is_refused(kept, tmp_path):
     mx.save_safetensors(str(torn), {"a": mx.zeros(2)})
     assert_one_error(ask(torn), 1, "does not record which tokens it holds", "kmerge-mlx cache")
     assert_one_error(ask(tmp_path / "none.safetensors"), 1, "none.safetensors")
+
+
+def changed(kept, path, change, honest=False):
+    """A copy of a file whose arrays and metadata a function has changed.
+
+    Unless it is ``honest``, it has no digest, as files of 0.1.0, or of a stranger, have none.
+    """
+    arrays, metadata = mx.load(str(kept), return_metadata=True)
+    metadata = {name: text for name, text in metadata.items() if name != "format"}
+    entry = json.loads(metadata["0.kmerge_mlx"])
+    if not honest:
+        entry.pop("digest", None)
+    change(arrays, metadata, entry)
+    mx.save_safetensors(
+        str(path),
+        arrays,
+        {"0.kmerge_mlx": json.dumps(entry)}
+        | {name: text for name, text in metadata.items() if name != "0.kmerge_mlx"},
+    )
+    return path
+
+
+def put(name, value):
+    """A change of one array: another one, none, or what a function makes of it."""
+
+    def change(arrays, metadata, entry):
+        if value is None:
+            del arrays[name]
+        else:
+            arrays[name] = value(arrays[name]) if callable(value) else mx.array(value)
+
+    return change
+
+
+STRANGE = {
+    "a missing array": put("0.1", None),
+    "one too many": put("999999999.0", 1.0),
+    "a missing layer": lambda a, m, e: [a.pop(f"1.{i}") for i in range(3)] and m.pop("1.1"),
+    "a layer far away": lambda a, m, e: m.update({"1.999999999": "KVCache"}),
+    "other kinds": lambda a, m, e: m.update({"1.0": "BatchKVCache"}),
+    "what is no kind": lambda a, m, e: m.update({"1.0": "deque"}),
+    "rotating, but is not": lambda a, m, e: m.update({"1.0": "RotatingKVCache"}),
+    "quantized, but is not": lambda a, m, e: m.update({"1.0": "QuantizedKVCache"}),
+    "more positions": put("0.2", lambda a: a + 1),
+    "fewer positions": put("0.2", lambda a: a - 1),
+    "positions past the end": put("0.2", 999_999_999),
+    "negative positions": put("0.2", -1),
+    "half a position": put("0.2", 8.5),
+    "many numbers of positions": put("0.2", [1, 2]),
+    "another dtype": put("0.0", lambda a: a.astype(mx.float16)),
+    "bytes": put("0.0", lambda a: a.astype(mx.uint8)),
+    "another width": put("0.0", lambda a: a[..., :-1]),
+    "fewer heads": put("0.0", lambda a: a[:, :1]),
+    "two prompts": put("0.0", lambda a: mx.concatenate([a, a])),
+    "too short": put("0.0", lambda a: a[..., :4, :]),
+    "values of another length": put("0.1", lambda a: a[..., :100, :]),
+    "far too long": put("0.0", lambda a: mx.concatenate([a] * 4, axis=2)),
+    "what is not a number": put("1.1", lambda a: a * float("nan")),
+    "no identity": lambda a, m, e: e.update(identity={}),
+    "an identity of another shape": lambda a, m, e: e.update(identity={"--k": [4]}),
+    "no tokens": lambda a, m, e: e.update(held=[]),
+    "other tokens": lambda a, m, e: e["held"][0].__setitem__(3, 7),
+    "tokens past the vocabulary": lambda a, m, e: e["held"][0].__setitem__(3, 999_999_999),
+    "negative tokens": lambda a, m, e: e["held"][0].__setitem__(3, -1),
+    "a layout of another shape": lambda a, m, e: e["about"].update(layout={"merges": 3}),
+    "a device for a model": lambda a, m, e: e["about"].update(model="/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
+def test_a_strangers_file_is_refused_in_one_line(kept, tmp_path, change):
+    assert_one_error(ask(changed(kept, tmp_path / "a.safetensors", change)), 1)
+
+
+def test_a_file_of_0_1_0_is_read_and_a_damaged_one_of_today_is_not(world, kept, tmp_path):
+    """0.1.0 wrote no digest of the KV caches, and other ones of base and adapter."""
+    file, whole = tmp_path / "a.safetensors", ask(kept)
+    assert whole.code == 0
+    assert ask(changed(kept, file, lambda a, m, e: None)).out == whole.out
+    parts = ("adapter_config.json", "adapters.safetensors", "merge_encoder.safetensors")
+    adapter = b"".join((world[1][3] / name).read_bytes() for name in parts)
+    was = {
+        "the base model": "5f4ba6278daadd9b25d169424490ba8e85b408366812c4fc8663230fefbd183f",
+        "the adapter": hashlib.sha256(adapter).hexdigest(),
+    }
+    found = changed(kept, file, lambda a, m, e: e["identity"].update(was))
+    assert ask(found).out == whole.out
+    for name in ("0.0", "1.1"):
+        swapped = changed(kept, file, put(name, lambda a: -a), honest=True)
+        assert_one_error(ask(swapped), 1, f"{file} is damaged: make it again")
+
+
+def test_a_changed_config_of_base_or_adapter_is_noticed(world, kept, base_path, tmp_path):
+    """0.1.0 sampled the weights, and answered with a file of another model."""
+    named = world[1]
+    scaled = {"type": "linear", "factor": 2.0}
+    base = copy_base(base_path, tmp_path / "base", CHATML, rope_scaling=scaled)
+    said = "the base model is not the one that the file was made with"
+    assert_one_error(ask(kept, "--model", base, *named[2:]), 1, said)
+    adapter = shutil.copytree(named[3], tmp_path / "adapter")
+    change_json(adapter / "merge_config.json", pad_token_id=5)
+    said = "the adapter is not the one that the file was made with"
+    assert_one_error(ask(kept, *named[:2], "--adapter-path", adapter), 1, said)
 
 
 def test_what_a_file_holds_is_not_given_again(kept):

@@ -13,6 +13,7 @@ import pytest
 
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import EvaluateError
+from kmerge_mlx.evaluation import scoring
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.questions import Question
 from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile
@@ -41,7 +42,8 @@ def answer(number: int, **changes) -> Prediction:
 
 
 def opened(path: Path, size: int = 4, **identity: str) -> PredictionsFile:
-    return PredictionsFile(str(path), IDENTITY | identity, size)
+    known = {name: (value,) for name, value in (IDENTITY | identity).items()}
+    return PredictionsFile(str(path), known, size)
 
 
 def filled(path: Path) -> Path:
@@ -111,9 +113,34 @@ def test_a_damaged_line_is_named(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
     whole = path.read_bytes()
     untyped = json.dumps(LINE | {"text": None})
-    for line in ("{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', untyped):
+    strange = [{"nll": float("nan")}, {"nll": 10**400}, {"positions": 0}, {"prompt_tokens": 1.5}]
+    strange += [{"k": [4]}, {"question": {}}, {"evaluation": [1]}, {"evaluation": {"a": 1}}]
+    strange = [json.dumps(LINE | change) for change in strange]
+    for line in ("{", "[1]", "7", "\x00", '{"method": "merged", "k": 4}', untyped, *strange):
         path.write_bytes(whole + f"{line}\n{json.dumps(LINE)}\n".encode())
         assert "line 6 is damaged" in refused(path)
+
+
+def test_a_line_without_end_is_not_read_whole_and_the_file_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_LINE_BYTES", 1 << 20)
+    path = filled(tmp_path / "answers.jsonl")
+    os.truncate(path, 1 << 40)  # sparse: a terabyte of zeros
+    with pytest.raises(EvaluateError, match="line 6 is damaged"):
+        opened(path)
+    assert path.stat().st_size == 1 << 40
+
+
+def test_what_an_earlier_release_wrote_of_a_file_is_known(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    now, earlier = "c" * 64, IDENTITY["the base model"]
+    filled(path)
+    file = PredictionsFile(str(path), {"the base model": (now, earlier)}, 4)
+    assert file.has(K4, range(4))
+    with pytest.raises(EvaluateError, match="not the same: the base model"):
+        PredictionsFile(str(path), {"the base model": (now, "d" * 64)}, 4)
+    other = tmp_path / "other.jsonl"
+    PredictionsFile(str(other), {"the base model": (now, earlier)}, 4)
+    assert json.loads(other.read_text()) == {"evaluation": {"the base model": now}}
 
 
 def test_a_folder_a_device_and_a_missing_folder_are_refused(tmp_path):

@@ -43,7 +43,7 @@ def answered(
     ``end``: by the end token (``stop``), by ``max_tokens`` (``length``), or broken off (None).
     """
     tokenizer, kind = tokenizer_of(), ChatCompletion if chat else TextCompletion
-    asked = {"messages": [{"role": "user"}]} if chat else {"prompt": "x"}
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     asked |= {"stop": list(stop), "stream": stream}
     context = GenerationContext(True, True, parse_tool_call, TextStateMachine(), "normal", [])
     answer, choices = Answer(kind.model_validate(asked), context, tokenizer), []

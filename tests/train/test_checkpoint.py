@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.cli.train import TrainingBar
-from tests.cli_runner import assert_one_error, change_json
+from kmerge_mlx.errors import TrainError
+from kmerge_mlx.files import alone
+from tests.cli_runner import assert_one_error, change_json, copy_base
 from tests.train_runs import (
     BASE,
     SMALL_TREES,
@@ -68,11 +71,16 @@ def test_a_changed_setting_or_base_is_named_and_nothing_is_touched(tmp_path, pat
     weights = mx.load(str(other / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     mx.save_safetensors(str(other / "model.safetensors"), weights, metadata={"format": "mlx"})
+    scaled = copy_base(BASE, tmp_path / "scaled", rope_scaling={"type": "linear", "factor": 2.0})
     before = files_of(path)
     for options, said in (
         (("--learning-rate", 2e-3, "--k", 2), "--learning-rate is 0.002, the run has 0.001"),
         (("--teacher", "base"), "--teacher is 'base', the run has None"),
-        (("--model", other), f"--model {other} has other weights than the run's base, "),
+        (
+            ("--model", other),
+            f"--model {other} has other weights, or another config, than the run's base, ",
+        ),
+        (("--model", scaled), f"--model {scaled} has other weights, or another config, than"),
     ):
         result = resume(path, "--iters", 9, *options)
         assert (result.code, result.out) == (1, "")
@@ -93,6 +101,17 @@ def test_the_same_base_and_data_may_be_somewhere_else(tmp_path):
     write_data(two, rows_of(16, 1))
     result = resume(path, "--iters", 6, "--data", two, "--model", base)
     assert_one_error(result, 1, "the run was started with: give those, or start anew")
+
+
+def test_a_run_that_0_1_0_began_goes_on_with_its_base_and_with_no_other(path):
+    """The number is what 0.1.0 wrote for the fixture's base."""
+    was = "5f4ba6278daadd9b25d169424490ba8e85b408366812c4fc8663230fefbd183f"
+    file = path / "training" / "state.json"
+    change_json(file, base=was)
+    assert resume(path, "--iters", 5).code == 0
+    assert json.loads(file.read_text())["base"] != was
+    change_json(file, base=was[:-1] + "0")
+    assert_one_error(resume(path, "--iters", 6), 1, "has other weights, or another config, than")
 
 
 def test_a_run_that_is_there_is_replaced_with_its_log_by_force_alone(path):
@@ -137,6 +156,12 @@ STATE, TENSORS = "training/state.json", "training/state.safetensors"
         (STATE, {"settings": {"nope": 1}}, "unknown setting 'nope'"),
         (STATE, {"format_version": 2}, "has format_version 2, this release reads 1"),
         (STATE, {"state": {"iteration": 4}}, "holds {'iteration': 4}, expected a run's state"),
+        (STATE, {"state.best_score": None}, "expected a run's state"),
+        (STATE, {"state.trained_tokens": 2**70}, "expected a run's state"),
+        (STATE, {"state.rng": []}, "has no random state, as every save has"),
+        (STATE, {"state.added": 1}, "its state is not of a run like this"),
+        (STATE, {"state.stage": 1}, "its state is not of a run like this"),
+        (STATE, {"settings.num_trees": 2**62}, "--num-trees is 46116860"),
         (TENSORS, b"\x09", "state.safetensors is torn or not a safetensors file"),
     ],
 )
@@ -145,9 +170,14 @@ def test_a_torn_run_is_one_line(path, name, damage, said):
     if isinstance(damage, bytes):
         (path / name).write_bytes(damage)
     else:
-        change_json(path / name, **damage)
+        document = json.loads((path / name).read_text())
+        for at, value in damage.items():
+            *outer, last = at.split(".")
+            (document[outer[0]] if outer else document)[last] = value
+        (path / name).write_text(json.dumps(document))
     before = files_of(path)
-    assert_one_error(resume(path, "--iters", 9), 2 if "unknown" in said else 1, said)
+    code = 2 if "unknown" in said or said.startswith("--") else 1
+    assert_one_error(resume(path, "--iters", 9), code, said)
     assert files_of(path) == before
 
 
@@ -204,3 +234,61 @@ def test_a_saved_run_permits_nothing_and_writes_nowhere_else(tmp_path):
     file.unlink()
     assert_one_error(resume(path, "--iters", 3), 1, "teacher.safetensors")
     assert not file.exists()
+
+
+def test_where_a_resumed_run_writes_is_not_taken_from_its_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture, settings = tmp_path / "picture.svg", json.loads((path / STATE).read_text())["settings"]
+    picture.write_text("years of work")
+    settings |= {"plot": str(picture), "adapter_path": "elsewhere", "force": True, "seed": 0}
+    settings |= {"report_to": "wandb", "project_name": "x"}
+    change_json(path / "training" / "state.json", settings=settings)
+    path.rename("adapters")  # the default, which the command does not name
+    result = kmerge("train", "--resume", "--iters", 5)
+    assert result.code == 0, result.err
+    assert state_of(Path("adapters"))["iteration"] == 5
+    assert picture.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "picture.svg"]
+
+
+def test_a_state_without_its_random_numbers_writes_no_file_that_it_names(tmp_path):
+    """A state as it is before the first save, so that a file of the teacher would be made."""
+    data, path = write_data(tmp_path / "data", rows_of(16)), tmp_path / "run"
+    file = tmp_path / "teacher.safetensors"
+    teacher = ("--teacher", "base", "--teacher-top-k", 2, "--teacher-file", file)
+    trained(path, "--data", data, *teacher, "--iters", 1)
+    file.unlink()
+    change_json(path / "training" / "state.json", state=state_of(path) | {"rng": []})
+    assert_one_error(resume(path, "--iters", 2), 1, "has no random state")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["training/log.jsonl", "training", "best", "best/adapters.safetensors"]
+)
+def test_a_runs_folder_that_leads_elsewhere_is_refused(tmp_path, path, name):
+    elsewhere = tmp_path / "precious"
+    (path / name).rename(elsewhere)
+    (path / name).symlink_to(elsewhere)
+    before = elsewhere.read_bytes() if elsewhere.is_file() else files_of(elsewhere)
+    said = f"{path / name} is not what a run writes: --resume takes no links or devices"
+    assert_one_error(resume(path, "--iters", 5), 1, said)
+    assert before == (elsewhere.read_bytes() if elsewhere.is_file() else files_of(elsewhere))
+
+
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(path):
+    (path / "training" / "timing.jsonl").unlink()
+    os.mkfifo(path / "training" / "timing.jsonl")
+    assert_one_error(resume(path, "--iters", 5), 1, "is not what a run writes")
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(tmp_path):
+    path = tmp_path / "new" / "run"
+    with alone(path, TrainError):
+        said = f"error: {path} is being written by another run: wait, or name another"
+        assert_one_error(train(path, *EACH, "--iters", 1), 1, said)
+    assert [*tmp_path.iterdir()] == []
+    trained(path, *EACH, "--iters", 1)
+    with alone(path, TrainError):
+        assert_one_error(resume(path, "--iters", 2), 1, said)
+    assert [p.name for p in path.parent.iterdir()] == ["run"]
