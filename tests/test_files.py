@@ -294,6 +294,7 @@ def test_a_folder_is_read_from_one_version_while_it_is_replaced(tmp_path):
         number = 1
         while not done.is_set():
             write(number := number + 1)
+            time.sleep(0.004)
 
     def read() -> tuple[str, str]:
         try:

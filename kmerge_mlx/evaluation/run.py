@@ -275,7 +275,7 @@ def _identity(
         "--max-tokens": (str(settings.max_tokens),),
         "the chat template": ("used" if layout.chat_template else "unused",),
     }
-    identity |= {DATE: layout.date} if layout.date else {}
+    identity |= {DATE: (layout.date,)} if layout.date else {}
     for k, source in sources.items():
         digest = hashlib.sha256()
         for name in FILES if source.adapter else ():

@@ -53,7 +53,7 @@ def test_a_byte_order_mark_nulls_and_fields_that_do_not_change_the_answer_are_fi
     neutral = {"min_tokens": 0, "ignore_eos": False, "functions": [], "guided_json": None}
     neutral |= {"add_generation_prompt": True, "continue_final_message": False, "audio": {}}
     neutral |= {"modalities": ["text"], "typical_p": 1.0, "length_penalty": 1.0}
-    read({"messages": [{"role": "user"}]} | neutral, chat=True)
+    read({"messages": [{"role": "user", "content": "x"}]} | neutral, chat=True)
 
 
 def test_prompts_come_alone_or_in_a_list():
@@ -97,7 +97,7 @@ UNSUPPORTED: dict[str, Any] = {
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_field_that_would_change_the_answer_is_refused_by_name(name, chat):
-    asked = {"messages": [{"role": "user"}]} if chat else {"prompt": "x"}
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     error = refusal(asked | {name: UNSUPPORTED[name]}, chat)
     assert (error.status, error.param.split(".")[0]) == (400, name)
     assert name in str(error)
