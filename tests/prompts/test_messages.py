@@ -121,7 +121,9 @@ def test_a_wrong_message_is_refused_alike_in_rows_and_requests(messages, said):
     with pytest.raises(DataError) as row:
         RowFormat().read({"messages": messages})
     with pytest.raises(ApiError) as request:
-        read_completion(json.dumps({"messages": messages}).encode(), True, ("base", "default_model"), 700)
+        read_completion(
+            json.dumps({"messages": messages}).encode(), True, ("base", "default_model"), 700
+        )
     assert str(row.value) == str(request.value)
     assert str(row.value).startswith(said)
     assert request.value.param == said.split(" ")[0]
