@@ -37,8 +37,8 @@ def sandbox(tmp_path, base_path, checkpoint_path, request):
         for split in ("train", "valid", "test"):
             sandbox.write(f"data/{split}.jsonl", row * 8)
         if request.param.name not in PAGES_WITHOUT_AN_ADAPTER:
-            convert_checkpoint(str(checkpoint_path), folder / "adapter", model=str(base))
-            sandbox.copy(folder / "adapter", "adapters/k4")
+            for name in ("adapter", "adapters/k4"):
+                convert_checkpoint(str(checkpoint_path), folder / name, model=str(base))
         yield sandbox
 
 

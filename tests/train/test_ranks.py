@@ -291,7 +291,7 @@ def test_a_killed_run_of_two_ranks_is_resumed_by_the_first_ones_folder(tmp_path,
 def test_ranks_with_other_settings_or_a_batch_that_they_cannot_share_do_not_begin(tmp_path):
     """As the other rank tells it: it has another seed, base and data."""
     ranks = Ranks()
-    ranks.size, ranks.gather = 2, lambda mine: [mine, dict.fromkeys(mine, "other")]
+    ranks.size, ranks.gather = 2, lambda mine: [mine, dict.fromkeys(mine or (), "other")]
     data = str(write_data(tmp_path / "data", rows_of(8)))
     settings = {"model": str(BASE), "data": data, "adapter_path": f"{tmp_path}/run"}
     with pytest.raises(TrainError, match="settings of rank 1 are not those of rank 0") as caught:
