@@ -150,9 +150,11 @@ def test_a_signal_ends_a_server_that_is_still_loading(work, number):
 def test_a_server_whose_model_has_stopped_exits():
     patch = """
 import kmerge_mlx.serving.generator as generator
-def fail(*args, **options):
+def fail(self):
+    while not self.jobs:
+        time.sleep(0.01)
     raise RuntimeError("a bug")
-generator.PromptCache.insert_cache = fail
+generator.CompressingGenerator._generate = fail
 """
     with patched(patch, "Serving ") as process:
         for _ in range(3):
