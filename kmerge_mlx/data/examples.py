@@ -106,8 +106,7 @@ class RowFormat:
         """The character at which the answer of a text begins."""
         at = row.get(self.split_feature)
         if at is None and self.text_split is not None:
-            at = int(len(text) * self.text_split)
-            at = max(*(text.rfind(c, 1, at + 1) for c in " \n\t"), 0) or max(at, 1)
+            at = max(space_before(text, 0, int(len(text) * self.text_split)), 1)
         elif at is None and not self.answers:
             at = len(text)
         elif at is None:
@@ -147,6 +146,12 @@ class RowFormat:
         if len(messages) - answered < 1:
             raise DataError(f"{name} holds no prompt, expected a message before the assistant's")
         return Example(messages=tuple(messages), tools=_tools_of(row))
+
+
+def space_before(text: str, start: int, end: int) -> int:
+    """Where to cut a text: before the last white space after ``start``, if any, up to ``end``."""
+    found = max(text.rfind(c, start + 1, end + 1) for c in " \n\t")
+    return found if found > 0 else end
 
 
 def edit_example(row: Row) -> Example:

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from random import Random
 
+from kmerge_mlx.data.examples import space_before
 from kmerge_mlx.data.jsonl import BadLines, Row
 from kmerge_mlx.data.tasks import FileTask, Item, Progress, fingerprint
 from kmerge_mlx.errors import DataError, SettingsError, short
@@ -67,18 +68,15 @@ class TextTask(FileTask):
         while len(text) - start >= SHORTEST:
             repeats = drawn.random() < self.reconstruction
             size = drawn.randint(SHORTEST, self.max_chars // 2 if repeats else self.max_chars)
-            piece = text[start : _space(text, start, start + size)]
+            piece = text[start : _end(text, start, start + size)]
             row = {"context": escape(piece), "prompt": REPEAT, "completion": piece}
             if not repeats:
-                merges = piece[: _space(piece, 0, max(LEAST, len(piece) - GO_ON))]
+                merges = piece[: _end(piece, 0, max(LEAST, len(piece) - GO_ON))]
                 begun = escape(merges)
                 row = {"text": begun + piece[len(merges) :], "split": len(begun)}
             yield Item(row, text, {"kinds": KINDS[repeats]}, f"{start}\0{piece}")
             start += len(piece)
 
 
-def _space(text: str, start: int, end: int) -> int:
-    """Where to cut a text at ``end`` at the latest: before white space, if there is any."""
-    if end >= len(text):
-        return len(text)
-    return max(start, *(text.rfind(c, start + 1, end + 1) for c in " \n\t")) or end
+def _end(text: str, start: int, end: int) -> int:
+    return len(text) if end >= len(text) else space_before(text, start, end)

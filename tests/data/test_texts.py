@@ -70,6 +70,13 @@ def test_the_beginning_merges_and_a_text_that_spells_tags_is_text(tmp_path):
             assert example.bare == (share == 0.0)
 
 
+def test_a_text_without_white_space_is_cut_all_the_same(tmp_path):
+    text = "".join(chr(0x4E00 + i) for i in range(3000))
+    found = written(tmp_path, [{"text": text}], sizes={"valid": 0})
+    assert len(found["train"]) > 3
+    assert all(piece_of(row) in text for row in found["train"])
+
+
 def test_a_text_that_comes_again_is_one_and_rows_of_squad_have_texts(tmp_path):
     given = [{"context": text, "question": str(i)} for i in range(3) for text in texts(4)]
     found = written(tmp_path, given, sizes={"valid": 0})
