@@ -37,6 +37,7 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt
 MOST_POSITIONS = 1 << 14  # at D = 896, some 300 MB
 MOST_LOGITS = 1 << 27  # 512 MiB
 OF, DATE = "evaluation", "the date"
+_BEGUN = f'{{"{OF}": {{'.encode()  # how a line begins that says what answers depend on
 MOST_SHOWN = 20  # longer values are digests, and an error does not show them
 
 
@@ -124,10 +125,12 @@ def _in_passes(
 
 def stored_date(path: str | None) -> str | None:
     """The date that the chat template wrote into the questions of a predictions file, if any."""
-    begun = f'{{"{OF}": {{'.encode()
+    if path is None or not Path(path).is_file():
+        return None
     try:
-        lines = [] if path is None else Path(path).read_bytes().splitlines()
-        known = [json.loads(line)[OF] for line in lines if line.startswith(begun)]
+        with Path(path).open("rb") as file:
+            lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
+            known = [json.loads(line)[OF] for line in lines if line.startswith(_BEGUN)]
     except (OSError, ValueError, RecursionError):  # the file itself says so later
         return None
     return next((about[DATE] for about in known if about.get(DATE)), None)
@@ -206,12 +209,12 @@ class PredictionsFile:
     def _read(self) -> tuple[dict[str, str], int]:
         """Takes the answers of whole lines; returns what they depend on, and where those end."""
         known: dict[str, str] = {}
-        end, begun = 0, f'{{"{OF}": {{'.encode()
+        end = 0
         try:
             with self._path.open("rb") as file:
                 lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
                 for number, data in enumerate(lines, 1):
-                    if number == 1 and data[: len(begun)] != begun[: len(data)]:
+                    if number == 1 and data[: len(_BEGUN)] != _BEGUN[: len(data)]:
                         raise EvaluateError(
                             f"`predictions` {self._path} is not a predictions file: name another, "
                             "or a new one"

@@ -16,7 +16,7 @@ from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import scoring
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.questions import Question
-from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile
+from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile, stored_date
 from tests.cli_runner import assert_one_error, command, copy_base, environment, run
 from tests.evaluations import (
     TEMPLATE,
@@ -146,6 +146,8 @@ def test_what_an_earlier_release_wrote_of_a_file_is_known(tmp_path):
 def test_a_folder_a_device_and_a_missing_folder_are_refused(tmp_path):
     assert refused(tmp_path).endswith("is not a file: name one")
     assert refused(Path(os.devnull)).endswith("is not a file: name one")
+    os.mkfifo(tmp_path / "pipe")
+    assert stored_date(str(tmp_path / "pipe")) is None  # at once: nobody writes into it
     assert refused(tmp_path / "no" / "answers.jsonl").endswith(": No such file or directory")
 
 
