@@ -66,9 +66,19 @@ def test_generation_that_fails_ends_its_requests_and_begins_anew(base_path, adap
         server.assert_alive()
 
 
-def test_generation_that_fails_again_and_again_is_given_up(base_path, adapter_path, caplog):
+def test_generation_that_fails_again_and_again_is_given_up(
+    base_path, adapter_path, caplog, monkeypatch
+):
     with serving(base_path, adapter_path) as server:
-        break_caching(server, 99)
+        generator = server.server.service.generator
+
+        def broken() -> None:
+            eventually(lambda: generator.jobs)
+            raise RuntimeError("a bug")
+
+        # From the first failure on: one after an answer would begin the count anew.
+        monkeypatch.setattr(generator, "_generate", broken)
+        break_caching(server, 1)
         codes = []
         while server.request("GET", "/health").status == 200:
             answer = server.complete(prompt="x", max_tokens=1)
