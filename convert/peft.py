@@ -107,10 +107,10 @@ def _unwrapped_option(value: Any) -> Any:
 
 
 def copies_of_base(tensors: Mapping[str, mx.array]) -> dict[str, str]:
-    """The tensors that are no LoRA's, so that only copies of the base's can be meant.
+    """The tensors that belong to no LoRA, by name, each with the name of what it may copy.
 
-    PEFT saves embedding and head if their size was changed, or where it cannot tell. Gives the
-    tensors' names, each with that in the base.
+    PEFT saves the base's embedding and head, too, if their size was changed, or where it cannot
+    tell.
     """
     lora = ("lora_", *(part for part, _ in REFUSED_TENSORS))
     paths = {name: unwrapped(name) for name in tensors}

@@ -116,17 +116,17 @@ class Renderer:
         template = self.tokenizer.get_chat_template(tools=self.options.get("tools"))
         return _CLOCK.sub(lambda found: json.dumps(written(found[2])), template)
 
-    def left_out(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What of the messages, or which option, the template does not write; empty: nothing.
+    def left_out(self, messages: Sequence[Mapping[str, Any]], written: str) -> str:
+        """What of the messages, or which option, is not in what the template wrote; empty: nothing.
 
         An object that it writes as Python's ``{'a': 1}`` counts as left out.
         """
         called = [c.get("function", c) for m in messages for c in m.get("tool_calls", ())]
-        if any(f["arguments"] and str(f["arguments"]) in self(messages) for f in called):
+        if any(f["arguments"] and str(f["arguments"]) in written for f in called):
             return "the arguments of tool calls"
         without = replace(self, options={**self.options, "tools": None})
         with contextlib.suppress(PromptError):  # one that needs the tools writes them
-            if self.options.get("tools") and without(messages) == self(messages):
+            if self.options.get("tools") and without(messages) == written:
                 return "tools"
         asked = [i for i, m in enumerate(messages) if m["role"] != "assistant" and m["content"]]
         marked = [dict(message) for message in messages]
@@ -169,8 +169,7 @@ def renderer_of(
     for form in ({}, {"as_parts": True}, {"as_text": True}):
         renderer = replace(plain, **form)
         try:
-            renderer(messages)
-            if not (what := renderer.left_out(messages)):
+            if not (what := renderer.left_out(messages, renderer(messages))):
                 return renderer
             remedy = "remove them" if what == "tools" else renderer._remedy(messages)
             problems.append(PromptError(f"the chat template leaves {what} out", remedy))
@@ -187,6 +186,11 @@ def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
+def with_texts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are spans, with texts in their place."""
+    return [{**message, "content": text_of(message["content"])} for message in messages]
+
+
 def rendered(
     messages: Sequence[Mapping[str, Any]], render: Callable[..., str], strict: bool
 ) -> list[Span]:
@@ -197,8 +201,7 @@ def rendered(
     the text is read as the template is.
     """
     numbers = count()
-    plain = [{**m, "content": text_of(m["content"])} for m in messages]
-    whole = render(plain)
+    whole = render(with_texts(messages))
     merges = [span.merge for m in messages for span in m["content"] if span.merge is not None]
     if not merges:
         return [Span(whole)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
-from kmerge_mlx.prompts.chat_template import ChatTemplate, rendered, renderer_of
+from kmerge_mlx.prompts.chat_template import ChatTemplate, rendered, renderer_of, with_texts
 from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.prompts.policy import ALL, DEFAULT_LAYOUT, Layout, by_layout
 from kmerge_mlx.prompts.segments import Segment, segments_of, wants_special_tokens
@@ -33,7 +33,7 @@ def without_tags(text: str) -> str:
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as a chat template takes them: texts without tags, and without ``merge``."""
-    return [{**m, "content": text_of(m["content"])} for m in _parsed_messages(messages)]
+    return with_texts(_parsed_messages(messages))
 
 
 def lay_out(
@@ -77,8 +77,8 @@ def lay_out(
     for message in messages:
         if isinstance(message["content"], str):
             message["content"] = [Span(message["content"])]
-    plain = [{**m, "content": text_of(m["content"])} for m in messages]
-    render = renderer_of(tokenizer, plain, chat.options, chat.prefilled, layout.date)
+    whole = with_texts(messages)
+    render = renderer_of(tokenizer, whole, chat.options, chat.prefilled, layout.date)
     return segments_of(tokenizer, rendered(messages, render, strict=True), outside)
 
 
@@ -141,8 +141,7 @@ def lay_out_chat(
         for spans in filter(None, (message["content"] for message in given)):
             paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans
         return _lay_out_bare(tokenizer, paragraphs, outside)
-    plain = [{**m, "content": text_of(m["content"])} for m in given]
-    render = renderer_of(tokenizer, plain, options, prefilled, layout.date)
+    render = renderer_of(tokenizer, with_texts(given), options, prefilled, layout.date)
     return segments_of(tokenizer, rendered(given, render, specified), outside)
 
 
