@@ -21,7 +21,7 @@ from kmerge_mlx import base, bundled
 from kmerge_mlx.adapters import lora
 from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
 from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeConfig, Tuning
-from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.config import MAX_BLOCKS, is_int
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 from kmerge_mlx.files import check_memory
@@ -95,6 +95,9 @@ def load_source(
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)
+    # mlx-lm's samplers index the logits with these.
+    rows = base.table_rows(model)
+    tokenizer.eos_token_ids = {i for i in tokenizer.eos_token_ids if is_int(i) and i < rows}
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:

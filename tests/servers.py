@@ -159,7 +159,7 @@ def long_answer(**more: Any) -> dict[str, Any]:
 
 
 def head(path: str = "/v1/completions", **headers: object) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x"]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
 

@@ -14,6 +14,7 @@ from kmerge_mlx.cli.output import note
 from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import NOTED
+from kmerge_mlx.prompts.segments import check_ids
 from kmerge_mlx.settings import SamplingSettings, option
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class AnswerSettings(PromptSettings):
             # mlx-lm would take the unknown token, or a number that no token has, for any other.
             if token not in known and not (token.isdecimal() and int(token) < len(tokenizer)):
                 raise PromptError(f"`extra_eos_token` {token}: the tokenizer has no such token")
+            if (rows := tokenizer.table_rows) is not None:
+                check_ids([known[token] if token in known else int(token)], rows, tokenizer)
             tokenizer.add_eos_token(token)
 
     def options(self, tokenizer: Any) -> dict[str, Any]:

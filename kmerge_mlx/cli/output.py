@@ -33,10 +33,17 @@ class Terminal:
 
 
 def note(text: str) -> None:
-    """Prints on stderr what is not a result, above the progress bar if there is one."""
+    """Prints on stderr what is not a result, above the progress bar if there is one.
+
+    Work does not end because nobody can be told of it.
+    """
     from tqdm import tqdm
 
-    tqdm.write(printable(text), file=sys.stderr)
+    if sys.stderr is not None:
+        try:
+            tqdm.write(printable(text), file=sys.stderr)
+        except OSError:
+            sys.stderr = None  # Python would try it again at exit
 
 
 @contextlib.contextmanager

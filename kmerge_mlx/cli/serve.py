@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from kmerge_mlx.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from kmerge_mlx.serving.service import Service
+
+
+_OTHER_FILES = 256  # open beside the connections, of which as many again may be ending
 
 
 @command(ServeSettings, config_file=True)
@@ -36,6 +40,7 @@ def serve(settings: ServeSettings) -> None:
 
     form = "%(asctime)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=settings.log_level, format=form)
+    _allow_open_files(2 * settings.max_connections + _OTHER_FILES)
     received: list[int] = []
     with _killable():
         server = Server(settings)
@@ -50,6 +55,14 @@ def serve(settings: ServeSettings) -> None:
         left = server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
     if left:
         raise ServeError(f"{left} requests did not end in time and were given up")
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises the limit of open files, which macOS begins with at 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager

@@ -171,8 +171,10 @@ def renderer_of(
         try:
             if not (what := renderer.left_out(messages, renderer(messages))):
                 return renderer
-            remedy = "remove them" if what == "tools" else renderer._remedy(messages)
-            problems.append(PromptError(f"the chat template leaves {what} out", remedy))
+            tools = what == "tools"
+            remedy = "remove them" if tools else renderer._remedy(messages)
+            said = f"the chat template leaves {what} out"
+            problems.append(PromptError(said, remedy, "tools" if tools else None))
         except PromptError as error:
             problems.append(error)
     raise problems[0]

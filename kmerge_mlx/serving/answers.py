@@ -59,6 +59,12 @@ def busy(status: int, message: str, code: str) -> ApiError:
     return ApiError(status, message, code=code, headers={"Retry-After": "1"})
 
 
+def body_too_large(most: int) -> ApiError:
+    """The answer to a body of more bytes than that."""
+    message = f"the body is larger than the {most:,} bytes that the server takes"
+    return ApiError(413, message, code="body_too_large")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Any exception as an answer; an unforeseen one is a 500 without details."""
     if isinstance(error, ApiError):

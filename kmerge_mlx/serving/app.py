@@ -1,18 +1,16 @@
-"""The HTTP server: routes, keys and origins, connections, and how it starts and ends."""
+"""The HTTP server: routes, hosts, keys and origins, and how it starts and ends."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import logging
+import re
 import socket
 import time
 from contextlib import AbstractContextManager
 from functools import partial
-from http import HTTPStatus
+from ipaddress import ip_address
 from threading import Thread
-from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -22,18 +20,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
-from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, busy, event
+from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, body_too_large, event
+from kmerge_mlx.serving.connection import MOST_HEAD_BYTES, Connection, note_refusal
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
 
-_log = logging.getLogger(__name__)
-
 _LEFT = 499  # nginx's status for a client that left; only the metrics show it
-_MOST_PIPELINED = 2**16
-_LINGER_SECONDS = 1.0
 _STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
@@ -73,11 +67,12 @@ def make_app(service: Service) -> ASGIApp:
     @post("/v1/chat/completions")
     @post("/chat/completions")
     async def complete(request: Request) -> Response:
-        chat = request.url.path.endswith("/chat/completions")
-        return _Completing(service, await _read_body(request, service.settings), chat)
+        chat = request.scope["path"].endswith("/chat/completions")
+        _check_body(request, service.settings)
+        return _Completing(service, request, chat)
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
-        status, connection = _LEFT, scope["state"]["connection"]
+        status, connection, request = _LEFT, scope["state"]["connection"], Request(scope)
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -85,7 +80,12 @@ def make_app(service: Service) -> ASGIApp:
             await send(message)
 
         try:
-            await app(scope, receive, noting)
+            if _is_ours(request.headers.get("Host", ""), service.settings):
+                await app(scope, receive, noting)
+            else:
+                message = "this server does not go by the Host of the request: see --allowed-hosts"
+                error = ApiError(403, message, code="host_not_allowed")
+                await (await _as_response(request, error))(scope, receive, noting)
         finally:
             status = _LEFT if scope["state"].get("left") else status
             # FastAPI leaves the route here: what a client made up is not a label.
@@ -100,22 +100,35 @@ async def _as_response(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=_LEFT)
     if isinstance(error, HTTPException):
-        asked, headers = repr(request.url.path[:60]), error.headers
+        asked, headers = repr(request.scope["path"][:60]), error.headers
         error = ApiError(404, f"there is no {asked} here", code="not_found")
         if headers:
             message = f"{asked} takes {headers['Allow']}, not {request.method}"
             error = ApiError(405, message, code="method_not_allowed", headers=dict(headers))
     answer = as_api_error(error)
-    _note(answer, f"{request.method} {request.url.path}")
+    note_refusal(answer, f"{request.method} {request.scope['path']}")
     if request.state.connection.cycle.waiting_for_100_continue:
         # A client that has its answer may or may not send the body that it announced.
         answer.headers = answer.headers | {"Connection": "close"}
     return JSONResponse(answer.as_json(), answer.status, answer.headers)
 
 
-def _note(error: ApiError, asked: str) -> None:
-    """Logs why a request was refused, in printable letters."""
-    _log.info("%r got %d: %r", asked[:80], error.status, str(error))
+def _is_ours(host: str, settings: ServeSettings) -> bool:
+    """Whether a request's Host is an address, or a name of this server.
+
+    A web page may let its own name stand for this machine (DNS rebinding), but no address.
+    """
+    if not host:
+        return True  # HTTP/1.0: no browser
+    name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]").lower()
+    machine = socket.gethostname()
+    own = ["localhost", settings.host, machine, machine.partition(".")[0] + ".local"]
+    if name in map(str.lower, [*own, *settings.allowed_hosts]) or "*" in settings.allowed_hosts:
+        return True
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 async def _check_client(service: Service, request: Request) -> None:
@@ -124,7 +137,7 @@ async def _check_client(service: Service, request: Request) -> None:
     if origin is not None and origin not in allowed and "*" not in allowed:
         message = "this origin may not call the server: see --allowed-origins"
         raise ApiError(403, message, code="origin_not_allowed")
-    if service.key is None or request.url.path == "/health":
+    if service.key is None or request.scope["path"] == "/health":
         return
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
     same = hmac.compare_digest(given.strip().encode(), service.key.encode())
@@ -134,27 +147,20 @@ async def _check_client(service: Service, request: Request) -> None:
         raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
 
-async def _read_body(request: Request, settings: ServeSettings) -> bytes:
+def _check_body(request: Request, settings: ServeSettings) -> None:
+    """What a request's headers say of its body; Service.answer reads it."""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body must not be compressed")
-    most, body = settings.max_body_bytes, bytearray()
-    message = f"the body is larger than the {most:,} bytes that the server takes"
-    too_large = ApiError(413, message, code="body_too_large")
-    if int(request.headers.get("Content-Length", 0)) > most:
-        raise too_large
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise too_large
-    return bytes(body)
+    if int(request.headers.get("Content-Length", 0)) > settings.max_body_bytes:
+        raise body_too_large(settings.max_body_bytes)
 
 
 class _Completing(Response):
     """Answers one completion; unlike FastAPI's responses it sees the client leave at any moment."""
 
-    def __init__(self, service: Service, asked: bytes, chat: bool):
+    def __init__(self, service: Service, request: Request, chat: bool):
         super().__init__()
-        self.service, self.asked, self.chat = service, asked, chat
+        self.service, self.request, self.chat = service, request, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection, begun, lock = scope["state"]["connection"], False, asyncio.Lock()
@@ -178,13 +184,14 @@ class _Completing(Response):
         connection.answering = asyncio.current_task()
         try:
             try:
-                whole = await self.service.answer(self.asked, self.chat, connection.arrived, write)
+                asked = (self.request.stream(), self.chat, connection.arrived)
+                whole = await self.service.answer(*asked, write)
                 await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
             except (ApiError, KMergeError) as error:
                 if not begun:
                     raise
                 answer = as_api_error(error)
-                _note(answer, "a stream")
+                note_refusal(answer, "a stream")
                 await write(event(answer.as_json()), last=True)
         except (ClientGone, asyncio.CancelledError):
             connection.answering, scope["state"]["left"] = None, True
@@ -192,97 +199,6 @@ class _Completing(Response):
             await asyncio.sleep(0)  # uvicorn sees the end of the connection
         finally:
             connection.answering = None
-
-
-class _Connection(H11Protocol):
-    """uvicorn's connection, with limits on how many there are and how long a request may take."""
-
-    def __init__(self, service: Service, **options: Any):
-        super().__init__(**options)
-        self.service = service
-        self.arrived = 0.0
-        self.answering: asyncio.Task[None] | None = None  # cancelled when the client leaves
-        self.app_state = {"connection": self}
-        self.refused = False
-        self._timer: asyncio.TimerHandle | None = None  # runs until a request has arrived
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        if len(self.connections) > self.service.settings.max_connections:
-            self._refuse(busy(503, "too many connections", "too_many_connections"))
-        else:
-            self._begin_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end_timer()
-        super().connection_lost(exc)
-        if self.answering is not None:
-            self.answering.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        """Reads on while a request is answered: otherwise nobody would see the client leave."""
-        if self.refused:
-            return
-        if self._timer is None and not self._in_request:
-            self._begin_timer()
-        super().data_received(data)
-        if self._in_request and not self.cycle.more_body:
-            self._end_timer()
-            self.flow.resume_reading()
-            if len(self.conn.trailing_data[0]) > _MOST_PIPELINED:
-                self.transport.abort()
-
-    def on_response_complete(self) -> None:
-        """Bounds the time for the rest of this request's body, or for that of the next."""
-        self.arrived = self.loop.time()
-        super().on_response_complete()
-        if self.cycle.more_body and not self.transport.is_closing():
-            self._begin_timer()
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Closes an idle connection, also one whose client never read its last answer."""
-        super().timeout_keep_alive_handler()
-        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answers what is not HTTP."""
-        self._refuse(ApiError(400, "the request is malformed"))
-
-    @property
-    def _in_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _begin_timer(self) -> None:
-        self._end_timer()
-        self.arrived = self.loop.time()
-        error = ApiError(408, "the request took too long to arrive", code="timeout")
-        seconds = self.service.settings.read_timeout
-        self._timer = self.loop.call_later(seconds, self._refuse, error)
-
-    def _end_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-
-    def _refuse(self, error: ApiError) -> None:
-        """Answers without the app, unless an answer has begun, and ends the connection."""
-        self._end_timer()
-        self._unset_keepalive_if_required()
-        self.refused, cycle = True, self.cycle
-        _note(error, "a connection")
-        begun = cycle is not None and cycle.response_started
-        if not begun or (cycle.response_complete and not cycle.more_body):
-            body = json.dumps(error.as_json()).encode()
-            headers = {"Content-Type": "application/json", "Content-Length": len(body)}
-            headers |= error.headers | {"Connection": "close"}
-            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
-            lines += [f"{name}: {value}" for name, value in headers.items()]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-            self.service.metrics.requests.labels("other", str(error.status)).inc()
-        # A client that still sends sees the answer only if what it sends is read.
-        self.transport.write_eof()
-        self.transport.resume_reading()
-        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
 
 class Server(AbstractContextManager):
@@ -306,7 +222,8 @@ class Server(AbstractContextManager):
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         config = uvicorn.Config(
             make_app(self.service),
-            http=partial(_Connection, self.service),
+            http=partial(Connection, self.service),
+            h11_max_incomplete_event_size=MOST_HEAD_BYTES,
             ws="none",
             lifespan="off",
             log_config=None,

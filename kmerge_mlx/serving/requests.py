@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, and the fields that ``ml
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -149,6 +150,12 @@ class ChatCompletion(Completion):
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
         return self.tools if self.tools and self.tool_choice == "auto" else None
+
+    @property
+    def written(self) -> str:
+        """All that a chat template is given."""
+        given = (self.messages, self.tools, self.chat_template_kwargs)
+        return json.dumps(given, ensure_ascii=False)
 
 
 def read_json(raw: bytes) -> Any:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
-from dataclasses import fields, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import fields
 from functools import partial
-from threading import Lock
 from typing import Any
 
 from mlx_lm import server as host
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kmerge_mlx.errors import PromptError
-from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.segments import Segment, encode
+from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import Answer, ApiError, busy, event, head_of
-from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.generator import (
     Arguments,
     CompressingGenerator,
@@ -29,7 +23,8 @@ from kmerge_mlx.serving.generator import (
     PinnedModel,
     usage_of,
 )
-from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
+from kmerge_mlx.serving.prepare import Preparer
+from kmerge_mlx.serving.requests import Completion
 from kmerge_mlx.serving.settings import ServeSettings, read_api_key
 from kmerge_mlx.source import Source
 
@@ -76,14 +71,9 @@ class Service:
         # Kept: mlx-lm's thread takes the model with it when it ends.
         self.tokenizer = self.provider.own_tokenizer
         self.draining, self.in_flight = False, 0
-        self._noted: set[str] = set()
-        self._dates = Dates(self.tokenizer)
-        # Nothing about a fast tokenizer changes after its first text; others are plain Python.
-        self.tokenizer.encode(" ")
-        fast = getattr(self.tokenizer, "is_fast", False)
-        self._tokenizer_lock = nullcontext() if fast else Lock()
         running = settings.decode_concurrency if self.provider.is_batchable else 1
         self._limit = running + settings.max_queue
+        self.preparer = Preparer(self.provider, self._limit)
         fingerprint = host.get_system_fingerprint()
         self._known = {"model": self.provider.name, "system_fingerprint": fingerprint}
         self._read_gauges()
@@ -114,17 +104,37 @@ class Service:
         return "draining" if self.draining else "ok"
 
     async def answer(
-        self, body: bytes, chat: bool, arrived: float, write: Callable[[str], Awaitable[None]]
+        self,
+        pieces: AsyncIterator[bytes],
+        chat: bool,
+        arrived: float,
+        write: Callable[[str], Awaitable[None]],
     ) -> dict[str, Any] | None:
-        """The whole answer to a request that arrived then, or None if ``write`` streamed it."""
-        if self.draining:
-            raise busy(503, "the server is shutting down", "shutting_down")
-        self._admit(1)
-        admitted, seconds = 1, self.settings.request_timeout
+        """Answers a request.
+
+        Args:
+            pieces: Its body.
+            chat: Whether it is a conversation.
+            arrived: When its first byte came, as time.monotonic().
+            write: Sends a piece of the answer, if it is to be streamed.
+
+        Returns:
+            The whole answer, or None if ``write`` had it.
+
+        Raises:
+            ApiError: It is refused, or took too long.
+        """
+        admitted, seconds = 0, self.settings.request_timeout
         try:
             async with asyncio.timeout_at(arrived + seconds):
-                # Long texts take a while: in another thread, so that others are answered.
-                completion, prompts = await asyncio.to_thread(self._read, body, chat)
+                async with self.preparer.body(pieces) as body:
+                    if self.draining:
+                        raise busy(503, "the server is shutting down", "shutting_down")
+                    self._admit(1)
+                    admitted = 1
+                    deadline = arrived + seconds
+                    completion, prompts = await self.preparer.prompts(body, chat, deadline)
+                del body  # it may be large, and an answer takes long
                 self._admit(len(prompts) - 1)
                 admitted = len(prompts)
                 return await self._generate_all(completion, prompts, arrived, write)
@@ -138,65 +148,6 @@ class Service:
         if self.in_flight + count > self._limit:
             raise busy(429, "too many requests at once: try again", "queue_full")
         self.in_flight += count
-
-    def _read(self, body: bytes, chat: bool) -> tuple[Completion, list[list[Segment]]]:
-        """A checked request, and its prompts laid out."""
-        provider = self.provider
-        completion = read_completion(body, chat, provider.names, provider.vocab_size)
-        if chat:
-            return completion, [self._fitting(lambda: self._lay_out_chat(completion), "messages")]
-        count = len(completion.prompt)
-        if count > self._limit:
-            message = f"prompt has {count} prompts, the server takes {self._limit} at once"
-            raise ApiError(400, message, "prompt")
-        return completion, [
-            self._fitting(lambda prompt=prompt: self._lay_out(prompt, completion.merge), "prompt")
-            for prompt in completion.prompt
-        ]
-
-    def _fitting(self, lay_out: Callable[[], list[Segment]], field: str) -> list[Segment]:
-        """A prompt laid out, if it fits."""
-        try:
-            with self._tokenizer_lock:
-                segments = lay_out()
-        except PromptError as error:
-            raise ApiError(400, error.found.replace("`", ""), field) from None
-        tokens, model = sum(len(s.ids) for s in segments), self.provider.model
-        if not tokens:
-            raise ApiError(400, "the prompt is empty: there is nothing to read", field)
-        most, found = self.settings.max_prompt_tokens, None
-        if most is not None and tokens > most:
-            found = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
-        try:
-            check_context(model, segments)
-        except PromptError as error:
-            most, found = model.context_length, error.found
-        if found is not None:  # OpenAI's words, which clients look for
-            message = f"This model's maximum context length is {most} tokens. However, {found}"
-            raise ApiError(400, message, field, "context_length_exceeded")
-        return segments
-
-    def _lay_out_chat(self, completion: ChatCompletion) -> list[Segment]:
-        options = self.settings.chat_template_args | completion.chat_template_kwargs
-        options |= {"tools": tools} if (tools := completion.offered_tools) else {}
-        messages = completion.messages
-        layout = replace(self.provider.layout, date=self._dates.of(messages))
-        return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
-
-    def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
-        layout = self.provider.layout
-        if isinstance(prompt, list):
-            # In bare ids, a question looks like a context.
-            return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
-        if merge is not None:
-            return [Segment(encode(self.tokenizer, prompt), merge)]
-        return lay_out_text(self.tokenizer, prompt, layout, self._note_once)
-
-    def _note_once(self, what: str, why: str) -> None:
-        """Logs why a long text of a request does not merge, the first time."""
-        if self.provider.source.k > 1 and why not in self._noted:
-            self._noted.add(why)
-            _log.info("%s does not merge: %s (docs/prompts.md; logged once)", what, why)
 
     async def _generate_all(
         self, completion: Completion, prompts: list[list[Segment]], arrived: float, write: Any

@@ -49,6 +49,9 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     allowed_origins: Any = option(
         (), list, "Web origins whose pages may call, with commas; * is any. Default: none."
     )
+    allowed_hosts: Any = option(
+        (), list, "Further host names that clients may call it by, with commas; * is any."
+    )
     max_tokens: int = option(
         512, int, "Most tokens of an answer.", low=1, flags=("--max-tokens", "-m")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import assert_one_error, change_json, environment, run
+from tests.cli_runner import assert_one_error, change_json, command, environment, run
 from tests.servers import PATIENCE, Address, eventually, long_answer, rest_of, serving_process
 
 pytestmark = pytest.mark.slow
@@ -162,3 +164,53 @@ generator.CompressingGenerator._generate = fail
                 process.address.complete(prompt="x", max_tokens=1)
         assert process.wait(PATIENCE) == 1
         assert process.stderr.read().endswith("error: the model has stopped: its log says why\n")
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", "no reader"])
+def test_it_serves_and_drains_where_its_log_cannot_be_written(model, stderr):
+    if stderr.startswith("/") and not Path(stderr).exists():
+        pytest.skip("no /dev/full here")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    if stderr == "no reader":
+        reader, log = os.pipe()
+        os.close(reader)
+    else:
+        log = os.open(stderr, os.O_WRONLY)
+    line = command("serve", "--port", port, *model)
+    process = subprocess.Popen(line, env=environment(), stderr=log)
+    os.close(log)
+    address = Address(port)
+    try:
+        eventually(lambda: health_of(address) == 200)
+        for _ in range(20):
+            assert address.complete(prompt="").status == 400  # a line in the log
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(address.complete, **long_answer(max_tokens=800))
+            eventually(lambda: address.metric("requests_in_flight") == 1)
+            process.send_signal(signal.SIGTERM)
+            assert asked.result(PATIENCE).status == 200
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def health_of(address: Address) -> int | None:
+    with suppress(OSError):
+        return address.request("GET", "/health").status
+
+
+def test_a_prompt_that_is_prepared_without_end_does_not_keep_the_server_from_ending():
+    patch = """
+import kmerge_mlx.serving.prepare as prepare
+def lay_out_text(*args):
+    while True:
+        pass
+prepare.lay_out_text = lay_out_text
+import sys; sys.argv += ["--request-timeout", "1"]
+"""
+    with patched(patch, "Serving ") as process:
+        assert process.address.complete(prompt="x").status == 504
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
