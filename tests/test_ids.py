@@ -12,7 +12,7 @@ from kmerge_mlx.data.examples import Example
 from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.model import attach
-from tests.cli_runner import assert_one_error, run
+from tests.cli_runner import assert_one_error, copy_base, run
 from tests.servers import serving
 from tests.tiny import PROJECTIONS, random_adapter
 from tests.vocabularies import base_with, byte_level
@@ -40,6 +40,22 @@ def test_generation_refuses_it(base, adapted):
         with pytest.raises(PromptError, match=SAID):
             batch_generate(model, tokenizer, ["AB", text])
     assert generate(model, tokenizer, "AB", max_tokens=2) is not None
+
+
+def test_end_of_text_tokens_past_the_table_do_not_index_its_logits(base, tmp_path):
+    copy = copy_base(base, tmp_path / "base")
+    config = json.loads((copy / "config.json").read_text())
+    rows = config["vocab_size"]
+    config["eos_token_id"] = [config["eos_token_id"], rows, 10**6, -1]
+    (copy / "config.json").write_text(json.dumps(config))
+    _, tokenizer = load(str(copy))
+    assert tokenizer.eos_token_ids == {config["eos_token_id"][0]}
+    for token in ("<extra>", rows):
+        line = ("generate", "--model", base, "-p", "AB", "--extra-eos-token", token)
+        assert_one_error(run(*line), 1, "is outside the base model's vocabulary")
+    with serving(str(copy), None) as server:
+        sampled = {"temperature": 1, "xtc_probability": 1, "max_tokens": 3}
+        assert server.complete(prompt="AB", **sampled).status == 200
 
 
 def test_rows_are_refused_in_prompt_and_answer(base):

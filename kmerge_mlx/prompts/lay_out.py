@@ -135,8 +135,9 @@ def lay_out_chat(
             note(f"messages[{i}] ({role})", why)
     outside = layout.merges == ALL
     if not (layout.chat_template and tokenizer.has_chat_template):
-        if named := ", ".join(name for name, value in options.items() if value):
-            raise PromptError(f"{named}: needs a chat template, and none is applied")
+        if named := [name for name, value in options.items() if value]:
+            said = f"{', '.join(named)}: needs a chat template, and none is applied"
+            raise PromptError(said, field=named[0])
         paragraphs: list[Span] = []
         for spans in filter(None, (message["content"] for message in given)):
             paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans

@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, and the fields that ``ml
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -160,7 +161,13 @@ class ChatCompletion(Completion):
 
 def read_json(raw: bytes) -> Any:
     """JSON as its standard has it: no NaN, no half of a surrogate pair."""
-    return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
+    collects = gc.isenabled()
+    gc.disable()  # Python 3.11 searches millions of new lists again and again, and all threads wait
+    try:
+        return from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_completion(raw: bytes, chat: bool, names: Sequence[str], vocab_size: int) -> Completion:

@@ -164,6 +164,7 @@ def test_what_a_template_would_drop_is_said_and_the_advice_works(given, options,
     with pytest.raises(PromptError) as refused:
         lay_out_chat(tokenizer, messages, options=options)
     assert refused.value.found == said
+    assert refused.value.field == ("tools" if options else None)
     answered = [*messages, {"role": "assistant", "content": "So."}]
     row = {"messages": answered} | options
     with pytest.raises(DataError, match="use prompt and completion rows, and leave the chat temp"):

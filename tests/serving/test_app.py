@@ -120,14 +120,14 @@ def test_an_unforeseen_error_is_a_500_without_details(alive, monkeypatch, caplog
 
 
 def test_what_is_wrong_with_messages_is_a_400_in_the_words_of_a_client(alive):
-    for content, said in (
-        ("<merge>x", "messages[0]: <merge> at line 1"),
-        ([{"type": "image_url", "image_url": "file:///x"}], "messages[0].content[0] is"),
-        ("", "the prompt is empty"),
-        ("x", "tools: needs a chat template"),
+    for content, param, said in (
+        ("<merge>x", "messages", "messages[0]: <merge> at line 1"),
+        ([{"type": "image_url"}], "messages[0].content[0]", "messages[0].content[0] is"),
+        ("", "messages", "the prompt is empty"),
+        ("x", "tools", "tools: needs a chat template"),
     ):
         error = alive.chat(content, tools=[{}] if content == "x" else []).error
-        assert error["param"].startswith("messages")
+        assert error["param"] == param
         assert error["message"].startswith(said)
         assert "`" not in error["message"]
 
