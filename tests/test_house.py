@@ -160,6 +160,6 @@ def test_the_runtime_needs_no_more_than_it_says():
     known = {name.replace("-", "_").replace("pyyaml", "yaml") for name in names}
     known |= {"kmerge_mlx", "matplotlib", *sys.stdlib_module_names}  # the second one for --plot
     used = set().union(*(names_in(path)[1] for path in FILES))
-    # FastAPI, mlx-lm and transformers bring these.
-    assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2", "tokenizers"}
+    # FastAPI, mlx-lm, transformers and uvicorn bring these.
+    assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2", "tokenizers", "h11"}
     assert "torch==2.13.0" in project["optional-dependencies"]["parity"]

@@ -80,12 +80,9 @@ def make_app(service: Service) -> ASGIApp:
             await send(message)
 
         try:
-            if _is_ours(request.headers.get("Host", ""), service.settings):
-                await app(scope, receive, noting)
-            else:
-                message = "this server does not go by the Host of the request: see --allowed-hosts"
-                error = ApiError(403, message, code="host_not_allowed")
-                await (await _as_response(request, error))(scope, receive, noting)
+            ours = _is_ours(request.headers.get("Host", ""), service.settings)
+            answer = app if ours else await _as_response(request, _foreign_host())
+            await answer(scope, receive, noting)
         finally:
             status = _LEFT if scope["state"].get("left") else status
             # FastAPI leaves the route here: what a client made up is not a label.
@@ -111,6 +108,11 @@ async def _as_response(request: Request, error: Exception) -> Response:
         # A client that has its answer may or may not send the body that it announced.
         answer.headers = answer.headers | {"Connection": "close"}
     return JSONResponse(answer.as_json(), answer.status, answer.headers)
+
+
+def _foreign_host() -> ApiError:
+    message = "this server does not go by the Host of the request: see --allowed-hosts"
+    return ApiError(403, message, code="host_not_allowed")
 
 
 def _is_ours(host: str, settings: ServeSettings) -> bool:
