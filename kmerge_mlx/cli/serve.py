@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def serve(settings: ServeSettings) -> None:
 
     form = "%(asctime)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=settings.log_level, format=form)
+    _allow_open_files(settings.max_connections + 256)
     received: list[int] = []
     with _killable():
         server = Server(settings)
@@ -50,6 +52,15 @@ def serve(settings: ServeSettings) -> None:
         left = server.service.drain(settings.drain_timeout, lambda: len(received) > 1)
     if left:
         raise ServeError(f"{left} requests did not end in time and were given up")
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files, which is 256 on macOS, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own beside hard
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager
