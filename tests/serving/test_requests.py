@@ -113,9 +113,9 @@ def test_a_field_that_is_wrong_is_a_400_that_names_it():
             None,
         ],
         "temperature": ["hot", -1, 1e9, True],
-        "top_k": [700, -1, 1.5],
+        "top_k": [700, -2, 1.5],
         "top_p": [1.1],
-        "max_tokens": [0, True, 2**31],
+        "max_tokens": [0, -2, True, 2**31],
         "max_completion_tokens": [1.5],
         "seed": [-2, 2**64],
         "xtc_threshold": [0.6],
@@ -135,6 +135,12 @@ def test_a_field_that_is_wrong_is_a_400_that_names_it():
         error = refusal({"prompt": "x"} | {field: value})
         assert (error.status, re.split(r"[.\[]", error.param)[0]) == (400, field)
         assert "\n" not in str(error)
+
+
+def test_minus_1_is_off_or_no_limit_as_other_servers_have_it():
+    completion = read({"prompt": "x", "max_tokens": -1, "top_k": -1})
+    assert (completion.max_tokens, completion.top_k) == (2**31 - 1, 0)
+    assert read({"prompt": "x", "max_completion_tokens": -1}).max_completion_tokens == 2**31 - 1
 
 
 def test_messages_that_are_wrong_are_a_400():

@@ -25,7 +25,7 @@ kmerge-mlx serve --model "$work/bundled" --adapter-path bundled --k 4 --apply-ch
   --port 0 2> "$work/serve.log" &
 server=$!
 trap 'kill $server; wait $server || true' EXIT
-until url=$(grep -oE 'http://[^ ]*/v1' "$work/serve.log"); do
+until url=$(grep -aoE 'http://[^ ]*/v1' "$work/serve.log"); do
   kill -0 $server
   sleep 0.2
 done
