@@ -50,6 +50,9 @@ SCHEMAS = st.dictionaries(KEYWORDS | UNICODE, ANYTHING, max_size=4)
 IDS = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
 PROMPTS = TEXTS | IDS | st.lists(TEXTS | IDS, max_size=3)
 SHORT = st.integers(1, 4)
+# Texts whose tokens an answer is mixed from: parts of characters, spaces, and pieces of stop texts.
+MIXED = st.sampled_from(["\u65e5", "\U0001f600", "a\u00e9", " t the", "ea e", "\n\n a"])
+STOPS = st.sampled_from(["\u65e5", "ee", "e a", "a\u00e9", " t", "\n\n", "aa", "\U0001f600 "])
 SHARE, PENALTY = st.floats(0, 1), st.floats(-2, 2)
 
 
@@ -88,7 +91,7 @@ FIELDS: dict[str, Any] = {
     ),
     "logprobs": st.booleans() | st.integers(0, 20),
     "top_logprobs": st.integers(0, 20),
-    "stop": st.lists(st.text("aet \n\u00e9", min_size=1, max_size=2), max_size=3) | UNICODE,
+    "stop": st.lists(STOPS, max_size=3) | UNICODE,
     "stream": st.booleans(),
     "stream_options": some(include_usage=st.booleans()),
     "tools": st.lists(CALL, max_size=2),
@@ -117,9 +120,26 @@ NAMES = st.lists(st.sampled_from(list(FIELDS)[:25]), max_size=5) | st.lists(
 )
 
 
+@dataclass
+class Asked:
+    """A request; ``mixed`` in its body is a text, whose tokens it favours in any tokenizer."""
+
+    path: str
+    body: dict[str, Any]
+    cut: int | None  # where its bytes end
+
+    def raw(self, tokenizer: Tokenizer) -> bytes:
+        """The bytes to send."""
+        body = dict(self.body)
+        if text := body.pop("mixed", None):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            body["logit_bias"] = {str(token): 50 for token in ids}
+        return json.dumps(body, ensure_ascii=False).encode(errors="surrogatepass")[: self.cut]
+
+
 @st.composite
-def request(draw: Any) -> tuple[str, bytes]:
-    """A path, and a body that is right, or wrong in a place or two."""
+def request(draw: Any) -> Asked:
+    """A body that is right, or wrong in a place or two."""
     chat = draw(st.booleans())
     body: dict[str, Any] = {name: draw(FIELDS[name]) for name in draw(NAMES)}
     if chat:
@@ -127,13 +147,14 @@ def request(draw: Any) -> tuple[str, bytes]:
     else:
         body["prompt"] = draw(st.one_of(PROMPTS, PROMPTS, PROMPTS, ANYTHING))
     body["max_tokens"] = draw(SHORT)
+    if draw(st.booleans()):
+        mixed = {"temperature": 1, "max_tokens": draw(st.integers(4, 12)), "mixed": draw(MIXED)}
+        body |= mixed | ({"stop": draw(st.lists(STOPS, max_size=2))} if draw(st.booleans()) else {})
     if draw(st.integers(0, 9)) == 9:
         wrong = [name for name in body if "tokens" not in name]  # a right one may be very long
         body[draw(st.sampled_from(wrong) | UNICODE)] = draw(ANYTHING)
-    raw = json.dumps(body, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
-    if draw(st.integers(0, 49)) == 49:
-        raw = raw[: draw(st.integers(0, len(raw)))]
-    return "/v1/chat/completions" if chat else "/v1/completions", raw
+    cut = draw(st.integers(0, 400)) if draw(st.integers(0, 49)) == 49 else None
+    return Asked("/v1/chat/completions" if chat else "/v1/completions", body, cut)
 
 
 # What is answered
@@ -185,11 +206,12 @@ class Live:
     eos: int
     statuses: Counter[int] = field(default_factory=Counter)
 
-    def ask(self, asked: list[tuple[str, bytes]]) -> None:
+    def ask(self, asked: list[Asked]) -> None:
         """Sends requests at once, and checks their answers."""
         Recorded.all.clear()
         with ThreadPoolExecutor(len(asked)) as pool:
-            answers = list(pool.map(lambda one: self.address.request("POST", *one), asked))
+            sent = [(one.path, one.raw(self.oracle)) for one in asked]
+            answers = list(pool.map(lambda one: self.address.request("POST", *one), sent))
         texts = []
         for answer in answers:
             assert answer.status in (200, 400, 404), answer.body
