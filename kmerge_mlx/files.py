@@ -203,6 +203,9 @@ def flush(path: Path) -> None:
     """Makes sure that what was written to a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync may leave it in the disk's own memory
+            with suppress(OSError):  # a file system that has only fsync
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

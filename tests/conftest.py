@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 
 from tests.cli_runner import PLAIN_USER
 
@@ -26,6 +27,9 @@ if os.environ.get("TEST_DEVICE") == "cpu":
 # A shell that starts a run in the background has Ctrl-C ignored, by the run and by its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `--hypothesis-profile thorough`: many more examples than the default, for hours without CI.
+settings.register_profile("thorough", max_examples=2100)
 
 UPSTREAM = Path(__file__).parent / "fixtures" / "upstream_tied_k4"
 

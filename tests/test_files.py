@@ -338,3 +338,20 @@ def test_tensors_that_no_memory_holds_are_refused_before_they_are_read(tmp_path)
     assert "is of 1,100 GB of tensors, expected at most this machine's" in message(
         read_safetensors, path
     )
+
+
+def test_macos_is_asked_to_write_what_the_disk_holds_back(tmp_path, monkeypatch):
+    asked = []
+
+    def full(descriptor, command):
+        asked.append((os.fstat(descriptor).st_ino, command))
+        if len(asked) == 2:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", full)
+    path = tmp_path / "a.json"
+    with files.replacing_file(path) as new:
+        files.write_json(new, {})
+    inodes = [path.stat().st_ino, path.stat().st_ino, tmp_path.stat().st_ino]
+    assert asked == [(inode, 51) for inode in inodes]

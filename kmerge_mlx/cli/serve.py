@@ -58,11 +58,12 @@ def serve(settings: ServeSettings) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the limit of open files, which macOS begins with at 256."""
+    """Raises this process's limit of open files, which is 256 on macOS, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own beside hard
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager

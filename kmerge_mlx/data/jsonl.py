@@ -119,9 +119,9 @@ def parse_row(data: bytes | None) -> Row:
         raise DataError("found half of a surrogate pair (\\ud800-\\udfff), expected text") from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
-        raise DataError(f"not JSON: {reason}") from None
+        raise DataError(f"not JSON: {reason}, expected one object a line") from None
     except (ValueError, RecursionError):
         raise DataError("not JSON that can be read: too deep, or a number too long") from None
     if not isinstance(row, dict):
-        raise DataError(f"found {short(row)}, expected an object")
+        raise DataError(f"found {short(row)}, expected one object a line")
     return row

@@ -8,7 +8,6 @@ because the last digits of a likelihood depend on the batch; of two answers the 
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import EvaluateError, first_line
 from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
+from kmerge_mlx.files import flush
 from kmerge_mlx.generation.cost import time_reading
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
@@ -201,8 +201,7 @@ class PredictionsFile:
                     file.truncate(end)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            flush(self._path)
         except OSError as error:
             raise EvaluateError(f"`predictions` {self._path}: {error.strerror}") from None
 

@@ -29,6 +29,7 @@ from kmerge_mlx.serving.settings import ServeSettings
 
 _LEFT = 499  # nginx's status for a client that left; only the metrics show it
 _STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+_STREAM += [(b"x-accel-buffering", b"no")]  # nginx would hold the pieces back
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -72,6 +73,8 @@ def make_app(service: Service) -> ASGIApp:
         return _Completing(service, request, chat)
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+        # Clients add "/chat/completions" to an address that may end in a slash.
+        scope["path"] = "/" + "/".join(filter(None, scope["path"].split("/")))
         status, connection, request = _LEFT, scope["state"]["connection"], Request(scope)
 
         async def noting(message: Message) -> None:
@@ -101,6 +104,8 @@ async def _as_response(request: Request, error: Exception) -> Response:
         error = ApiError(404, f"there is no {asked} here", code="not_found")
         if headers:
             message = f"{asked} takes {headers['Allow']}, not {request.method}"
+            if request.method == "OPTIONS" and "Origin" in request.headers:
+                message += ": to let a web page of this origin call, see --allowed-origins"
             error = ApiError(405, message, code="method_not_allowed", headers=dict(headers))
     answer = as_api_error(error)
     note_refusal(answer, f"{request.method} {request.scope['path']}")

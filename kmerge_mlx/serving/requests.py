@@ -83,7 +83,11 @@ class _ResponseFormat(_Part):
     type: Literal["text"] = "text"
 
 
-_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_MOST = 2**31 - 1
+_Size = Annotated[int, Field(ge=1, le=_MOST)]
+# LM Studio and llama.cpp write -1 for "as many as there is room for", vLLM -1 for "all of them".
+_Answer = Annotated[_Size, BeforeValidator(lambda value: _MOST if value == -1 else value)]
+_Count = Annotated[int, Field(ge=0), BeforeValidator(lambda value: 0 if value == -1 else value)]
 _Token = Annotated[int, Strict(False), Field(ge=0)]
 _ListOfOne = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -96,12 +100,12 @@ class Completion(_Part):
 
     chat: ClassVar[bool] = False
     model: str = DEFAULT_MODEL
-    max_tokens: _Size | None = None
-    max_completion_tokens: _Size | None = None
+    max_tokens: _Answer | None = None
+    max_completion_tokens: _Answer | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: _Share | None = None
     min_p: _Share | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: _Count | None = None
     seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0, le=100)] = 0.0
     presence_penalty: _Penalty = 0.0

@@ -209,7 +209,7 @@ class Service:
         """A request's settings as mlx-lm takes them."""
         values = vars(self.settings) | {"temperature": self.settings.temp, "logit_bias": None}
         values |= {name: value for name, value in completion if value is not None}
-        if values["temperature"] < COLDEST:
+        if values["temperature"] < COLDEST or completion.top_p == 0:  # which mlx-lm takes for off
             values["temperature"] = 0.0
 
         def some(kind: type) -> Any:

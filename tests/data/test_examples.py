@@ -125,7 +125,7 @@ BAD = [
     (b"{'prompt': 1}", r"not JSON: Expecting .* at character 2"),
     (b'{"prompt": "a", "compl', r"not JSON: Unterminated string"),
     (b'{"prompt": "caf\xe9", "completion": "b"}', r"not UTF-8: .* byte 0xe9 in position 15"),
-    (["a", "b"], r"found \['a', 'b'\], expected an object"),
+    (["a", "b"], r"found \['a', 'b'\], expected one object a line"),
     (b"[" * 100_000, r"not JSON that can be read"),
     (b'{"prompt": ' + b"9" * 5000 + b"}", r"not JSON that can be read"),
     (b'{"prompt": "\\ud83d", "completion": "b"}', r"half of a surrogate"),

@@ -262,6 +262,12 @@ def test_the_role_comes_with_the_first_chunk_alone(server):
     assert roles == ["assistant", *[None] * (len(roles) - 1)]
 
 
+def test_a_top_p_of_0_leaves_the_likeliest_token_alone(server):
+    body = {"prompt": "AB", "max_tokens": 20, "temperature": 5}
+    greedy = server.complete(**body | {"temperature": 0}).json["choices"][0]["text"]
+    assert server.complete(**body, top_p=0).json["choices"][0]["text"] == greedy
+
+
 def test_a_seed_of_minus_1_is_random(server):
     body = {"prompt": "AB", "max_tokens": 20, "temperature": 5, "seed": -1}
     assert len({server.complete(**body).json["choices"][0]["text"] for _ in range(4)}) > 1

@@ -100,6 +100,26 @@ def test_another_route_is_a_404_and_another_method_a_405(alive):
         assert path in answer.error["message"] or "model" in answer.error["message"]
 
 
+def test_slashes_too_many_are_the_same_path(alive):
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    for path in ("/v1//chat/completions", "//v1/chat/completions/", "/v1/chat/completions/"):
+        assert alive.request("POST", path, chat).status == 200
+    for path in ("/v1//models", "/v1/models/", "/health/"):
+        assert alive.request("GET", path).status == 200
+
+
+def test_a_web_page_that_may_not_call_is_told_what_allows_it(alive):
+    origin = {"Origin": "http://chat.example", "Access-Control-Request-Method": "POST"}
+    answer = alive.request("OPTIONS", "/v1/chat/completions", headers=origin)
+    assert (answer.status, "--allowed-origins" in answer.error["message"]) == (405, True)
+    assert "origin" not in alive.request("OPTIONS", "/v1/models").error["message"]
+
+
+def test_a_stream_is_not_held_back_by_proxies(alive):
+    headers = alive.complete(stream=True, **SHORT).headers
+    assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-cache")
+
+
 def test_head_is_get_without_a_body(alive):
     for path in ("/health", "/v1/models", "/v1/models/default_model", "/metrics"):
         got, asked = alive.request("GET", path), alive.request("HEAD", path)

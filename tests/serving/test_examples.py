@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import environment
+from kmerge_mlx import bundled
+from tests.cli_runner import copy_base, environment
 from tests.servers import serving
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
+BUNDLED = Path(bundled.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,17 @@ def run(server, program: str, script: str, *arguments: str) -> list[str]:
 def positions(line: str) -> tuple[int, int]:
     tokens, compressed = re.search(r"(\d+) tokens in (\d+) positions", line).groups()
     return int(tokens), int(compressed)
+
+
+@pytest.mark.parametrize("name", ["openai_client.py", "langchain_client.py"])
+def test_the_clients_that_are_installed_here_pass_every_check(name, tmp_path):
+    clients = EXAMPLES / "clients"
+    base = copy_base(BUNDLED / "base", tmp_path / "bundled")
+    shutil.copy(clients / "chat_template.jinja", base)
+    with serving(base, "bundled", 4, chat_template=True) as address:
+        lines = run(address, sys.executable, f"clients/{name}")
+    assert len(lines) == (clients / name).read_text().count("\ncheck(")
+    assert [line for line in lines if not line.startswith("ok\t")] == []
 
 
 def test_every_example_is_tested():

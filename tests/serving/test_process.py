@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -214,3 +215,19 @@ import sys; sys.argv += ["--request-timeout", "1"]
         assert process.address.complete(prompt="x").status == 504
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_connections_may_be_more_than_the_soft_limit_of_open_files(model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # the child's, which raises it
+    try:
+        server = serving_process(*model)
+        address = server.__enter__().address
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with ExitStack() as open_ones:
+        open_ones.push(server)
+        for _ in range(200):
+            connection = open_ones.enter_context(address.connect())
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
