@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import bar, note, on_signals
+from kmerge_mlx.cli.output import bar, note, on_signals, wrapped
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -194,4 +194,4 @@ def _header(run: Run) -> str:
         )
     if carried_by(Path(settings.model)) is not None:
         lines.append(f"note: the adapter that {settings.model} carries is not trained on")
-    return "\n".join(lines)
+    return "\n".join(map(wrapped, lines))

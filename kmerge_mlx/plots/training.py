@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.plots import COLOURS, write
+from kmerge_mlx.plots import COLOURS, plain_ticks, write
 from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 
@@ -38,6 +38,8 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
     low, high = losses.dataLim.intervaly
     if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
         losses.set_yscale("log")
+    plain_ticks(losses.yaxis)
+    plain_ticks(accuracies.xaxis)
     accuracies.set_ylabel("answers right in every token")
     accuracies.set_ylim(-0.02, 1.02)
     accuracies.yaxis.set_major_formatter("{x:.0%}")
