@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kmerge_mlx.train.prepare import Run
     from kmerge_mlx.train.ranks import Ranks
 
+BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""All of it fits into 80 columns."""
 LITTLE = 1.05  # compression ratio of the prompts below which a note says what to do
 
 
@@ -98,7 +100,7 @@ class TrainingBar:
 
         note(_header(self._run))
         done, total = self._run.state.iteration, self._run.settings.iters
-        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
+        more = {"bar_format": BAR, "dynamic_ncols": True, "disable": None}
         self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
@@ -109,7 +111,7 @@ class TrainingBar:
 
     def on_train_loss_report(self, now: dict[str, Any]) -> None:
         loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
-        postfix = f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory:.2f} GB"
+        postfix = f"loss {loss:.2f}, {speed:,.0f} tok/s, {memory:.1f} GB"
         self._bar.set_postfix_str(postfix, refresh=False)
         note(
             f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "

@@ -9,9 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from kmerge_mlx.cli import texts
 from kmerge_mlx.cli.output import aligned, wrapped
+from kmerge_mlx.cli.train import BAR
 from tests.cli_runner import assert_one_error, run
 from tests.doc_blocks import ROOT
 from tests.tools import models
@@ -95,6 +97,45 @@ def test_what_is_no_text_is_called_what_it_is(named, tmp_path):
         assert_one_error(run("generate", *named, tmp_path / name), 1, said, "give its text")
 
 
+def test_data_that_is_no_text_is_called_what_it_is(base_path, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"%PDF-1.7\n1 0 obj\n")
+    said = f"{tmp_path / 'train.jsonl'} is a PDF: expected JSON, one example a line"
+    made = ("--model", base_path, "--data", tmp_path, "--adapter-path", tmp_path / "out")
+    assert_one_error(run("train", *made), 1, said)
+
+
+def test_an_encoder_that_no_memory_holds_is_refused_before_it_is_made(base_path, tmp_path):
+    row = json.dumps({"prompt": "The bridge was closed in May.", "completion": "June"})
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 4)
+    made = ("--model", base_path, "--data", tmp_path, "--adapter-path", tmp_path / "out")
+    said = "has 12.29 billion parameters, and training it takes over"
+    assert_one_error(run("train", *made, "--k", 1000), 1, f"the encoder of --k = 1000 {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_has_its_own_name(base_path, adapter_path, tmp_path):
+    folder, row = tmp_path / "bridges", json.dumps({"prompt": "Closed in May.", "completion": "So"})
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    named = ("--model", base_path, "--data", folder)
+    out = ("--adapter-path", tmp_path / "out", "--iters", 1)
+    assert "Data: bridges, 4 examples" in run("train", *named, *out).err
+    told = run("evaluate", *named, "--adapter-path", adapter_path, "--timed", 0, "--json")
+    assert json.loads(told.out)["groups"] == {"bridges": {"questions": 4, "labels": ["So"]}}
+
+
+def test_without_an_adapter_for_k_1_uncompressed_is_called_the_untrained_base(
+    base_path, adapter_path, tmp_path
+):
+    row = json.dumps({"prompt": "Closed in May.", "completion": "So"})
+    (tmp_path / "test.jsonl").write_text(f"{row}\n" * 4)
+    named = ("--model", base_path, "--data", tmp_path, "--adapter-path", adapter_path)
+    asked = ("--baseline", "uncompressed", "--baseline", "base", "--timed", 0)
+    table = run("evaluate", *named, *asked).out
+    assert [line.split("  ")[0] for line in table.splitlines()[2:]] == ["untrained base", "K=4"]
+
+
 def test_a_text_too_long_is_refused_before_all_of_it_is_tokenized(named, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(texts, "_PIECE", 1 << 12)
@@ -161,6 +202,13 @@ def test_tables_are_whole_at_80_columns(monkeypatch):
     assert max(map(len, wrapped("many words " * 40).splitlines())) <= 80
     monkeypatch.delenv("COLUMNS")
     assert len(aligned(lines).splitlines()) == 2  # in a file they are as wide as they are
+
+
+def test_the_bar_is_whole_at_80_columns():
+    told = "loss 12.34, 123,456 tok/s, 123.4 GB"
+    shown = tqdm.format_meter(5000, 10_000, 4000, 80, "Training", bar_format=BAR, postfix=told)
+    assert len(shown) <= 80
+    assert shown.endswith(f", {told}]")
 
 
 def test_ctrl_c_while_the_drift_is_measured_keeps_the_folder(tmp_path, monkeypatch):

@@ -111,3 +111,25 @@ def test_recomputed_activations_have_the_dropout_of_the_way_forward():
     mx.eval(gradient)
     norm = sum((g**2).sum() for _, g in tree_flatten(gradient)).item()
     assert (at(1e-3) - at(-1e-3)) / 2e-3 == pytest.approx(norm, rel=1e-2)
+
+
+def test_a_batch_in_parts_takes_little_more_memory_than_one_of_its_rows():
+    given = [row_of(900)] * 6
+
+    def peak(parts: list[list[TokenizedExample]]) -> int:
+        model = model_of(True)
+        mx.eval(model.parameters())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before, totals = mx.get_active_memory(), None
+        optimizer = optim.SGD(0.1)
+        optimizer.init(model.trainable_parameters())
+        stepper = Stepper(model, optimizer, answer_loss, 0.0, Ranks())
+        for part in parts:
+            totals = stepper.add(make_batch(part, K, PAD, V), totals)
+            mx.eval(totals)
+        return mx.get_peak_memory() - before
+
+    one = peak([given[:1]])
+    assert peak([[*found] for _, found in in_parts(range(6), given, K)]) < 1.5 * one
+    assert peak([given]) > 4 * one
