@@ -160,7 +160,10 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
     command = ["kmerge-mlx", "generate", "--model", run.settings.model, "--adapter-path", best]
     command += ["--trust-remote-code"] * run.settings.trust_remote_code
     # A FILE merges, and `-` is one: the line does something as it is, in any shell.
-    lines += ["Try them:", f"echo Your text | {shlex.join(map(str, command))} -"]
+    lines += [
+        "Try them:",
+        f"echo Some text of your own to read | {shlex.join(map(str, command))} -",
+    ]
     note("\n".join(lines))
 
 
