@@ -130,9 +130,10 @@ class Stepper:
         def forward_backward(arrays: dict[str, mx.array]):
             # A row that is too long alone cannot be split: its activations are computed twice.
             twice = grad_checkpoint or arrays["ids"].size > MOST_POSITIONS
-            following = mx.random.split(mx.random.state[0])[1] if twice else None
+            if twice:  # the backward pass draws again, and leaves its keys behind
+                mx.random.state[0][:], following = mx.random.split(mx.random.state[0])
             sums, gradients = (recomputed if twice else kept)(model, Batch(**arrays))
-            if twice:  # what was drawn twice has left the first drawing's keys behind
+            if twice:
                 mx.random.state[0][:] = following
             # Some gradients are transposed views. Sums over them would be in another order than
             # over what a resumed run has read from the disk.

@@ -13,7 +13,7 @@ from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train import rows, step
 from kmerge_mlx.train.loss import answer_loss, recomputing
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import MOST_POSITIONS, in_parts, make_batch
+from kmerge_mlx.train.rows import MOST_POSITIONS, Batch, in_parts, make_batch
 from kmerge_mlx.train.step import Stepper
 from tests.tiny import PAD
 from tests.train.test_loss import V, examples, model_of
@@ -111,6 +111,26 @@ def test_recomputed_activations_have_the_dropout_of_the_way_forward():
     mx.eval(gradient)
     norm = sum((g**2).sum() for _, g in tree_flatten(gradient)).item()
     assert (at(1e-3) - at(-1e-3)) / 2e-3 == pytest.approx(norm, rel=1e-2)
+
+
+def test_every_recomputed_batch_has_a_dropout_of_its_own():
+    x = mx.random.normal((4, 8), key=mx.random.key(1))
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+        return (model(batch.weights) ** 2).sum(), mx.array(1.0)
+
+    def losses() -> list[float]:
+        mx.random.seed(1)
+        model, optimizer = Stack(), optim.SGD(0.0)
+        model.train()
+        optimizer.init(model.trainable_parameters())
+        stepper = Stepper(model, optimizer, loss, 0.0, Ranks(), grad_checkpoint=True)
+        batch = Batch(*[mx.zeros(1)] * 4, weights=x)
+        return [stepper.add(batch, None)["loss"].item() for _ in range(4)]
+
+    first = losses()
+    assert len(set(first)) == 4
+    assert losses() == first
 
 
 def test_a_batch_in_parts_takes_little_more_memory_than_one_of_its_rows():
