@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
 from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model
-from kmerge_mlx.cli.output import note, print_json, speaker
+from kmerge_mlx.cli.output import note, print_json, speaker, wrapped
 from kmerge_mlx.cli.texts import read_prompt
 from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import lay_out
@@ -200,11 +200,12 @@ def print_answer(
         answer = {"text": "".join(texts), "tokens": tokens} | stats
         print_json(answer)
         return
-    note(
+    lines = (
         f"Model: {speaker(opened.source)}\n"
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
         f"({last.compression_ratio:.2f}x), {merging}{last.prompt_tps:.3f} tokens-per-sec, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB"
-    )
+    ).splitlines()
+    note("\n".join(map(wrapped, lines)))

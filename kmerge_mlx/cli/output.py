@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -128,8 +129,14 @@ def bar(label: str) -> Callable[[int, int], None]:
 
 def wrapped(text: str) -> str:
     """A line that is cut between words where it is longer than the terminal is wide."""
-    width = shutil.get_terminal_size((NO_TERMINAL, 24)).columns
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, _width(), break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    """Columns of the terminal, or of ``COLUMNS``; plenty where stdout is neither."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size((NO_TERMINAL, 24)).columns
+    return NO_TERMINAL
 
 
 def aligned(lines: Sequence[Sequence[str]], kept: int = 1) -> str:
@@ -141,7 +148,7 @@ def aligned(lines: Sequence[Sequence[str]], kept: int = 1) -> str:
     first, *others = zip(*lines, strict=True)
     columns = [[cell.ljust(max(map(len, first))) for cell in first]]
     columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
-    width, tables = shutil.get_terminal_size((NO_TERMINAL, 24)).columns, [columns[:kept]]
+    width, tables = _width(), [columns[:kept]]
     for column in columns[kept:]:
         wide = sum(len(each[0]) + 2 for each in tables[-1]) + len(column[0]) > width
         if wide and len(tables[-1]) > kept:

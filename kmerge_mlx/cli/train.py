@@ -113,11 +113,12 @@ class TrainingBar:
         loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
         postfix = f"loss {loss:.2f}, {speed:,.0f} tok/s, {memory:.1f} GB"
         self._bar.set_postfix_str(postfix, refresh=False)
-        note(
+        told = (
             f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "
             f"{now['learning_rate']:.3e}, It/sec {now['iterations_per_second']:.3f}, Tokens/sec "
             f"{speed:.3f}, Trained Tokens {now['trained_tokens']}, Peak mem {memory:.3f} GB"
         )
+        note(wrapped(told))
 
     def on_validation(self, done: int, total: int) -> None:
         self._validating = self._validating or bar("Validating")
@@ -127,11 +128,12 @@ class TrainingBar:
 
     def on_val_loss_report(self, now: dict[str, Any]) -> None:
         kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
-        note(
+        told = (
             f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{kl}, "
             f"Accuracy {now['val_accuracy']:.2%} "
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
+        note(wrapped(told))
 
     def on_stage(self, now: dict[str, Any]) -> None:
         note(f"Iter {now['iteration']}: stage {now['begins']} begins")

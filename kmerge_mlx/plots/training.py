@@ -34,6 +34,9 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
                 accuracies.axvline(at, color=colour, linewidth=0.8, alpha=0.6)
                 begins = str(record["begins"])
                 accuracies.text(at, 0.02, begins, fontsize="x-small", parse_math=False, **style)
+    stages = {str(record["stage"]) for log in logs for record in log if "stage" in record}
+    if len(stages) == 1:  # what the data is called
+        losses.set_title(stages.pop(), fontsize="medium", parse_math=False)
     losses.set_ylabel("loss (nats per answer token)")
     low, high = losses.dataLim.intervaly
     if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
