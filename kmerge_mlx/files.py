@@ -82,10 +82,14 @@ def check_plain(path: Path, most: int, error: type[KMergeError]) -> None:
         raise error(f"{path} holds {size:,} bytes, expected at most {most:,}")
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(paths: Iterable[Path], error: type[KMergeError]) -> None:
     """Refuses files of tensors that this machine's memory could never hold."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = {path: _regular_size(path, error) for path in paths}
+    sizes, memory = {path: _regular_size(path, error) for path in paths}, machine_memory()
     if (size := sum(sizes.values())) > memory:
         raise error(
             f"{max(sizes, key=sizes.get)} is of {size / 1e9:,.0f} GB of tensors, expected at most "

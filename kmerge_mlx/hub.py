@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def fetch(
 
     kind = "repo" if repo_type == MODEL else repo_type
     repo = parse(name, error, revision, kind)
+    _refuse_missing(name, error)
     held = {} if _held is None else _held
     wanted = held.get((repo_type, repo)) or repo.revision
     quiet()
@@ -130,6 +132,16 @@ def quiet() -> None:
     watched = sys.stderr is not None and sys.stderr.isatty()
     if not watched and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()
+
+
+def _refuse_missing(name: str, error: type[KMergeError]) -> None:
+    """Refuses a path in a folder that is here: nobody means the hub by it."""
+    path = Path(name)
+    if "@" in name or path.parent == Path() or not path.parent.is_dir():
+        return
+    near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()], 1)
+    meant = f", did you mean {path.parent / near[0]}?" if near else f": look into {path.parent}"
+    raise error(f"there is no {name} here{meant} (a hub repo of that name is {name}@main)")
 
 
 def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:

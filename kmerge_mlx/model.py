@@ -67,7 +67,7 @@ def load(
     if adapter_path is not None:
         source = Source.find(path_or_hf_repo, adapter_path, k, trust_remote_code, revision)
     else:
-        check_unmerged(k)
+        check_unmerged(k, str(path_or_hf_repo))
         path = base.resolve(path_or_hf_repo, revision)
         source = Source(path_or_hf_repo, path, trust_remote_code=trust_remote_code)
     model, tokenizer, config = load_source(source, tokenizer_config, lazy, max_blocks)

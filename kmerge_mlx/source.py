@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import AdapterFolders, carried_by, look_up
 from kmerge_mlx.adapters.schema import MergeConfig
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.errors import AdapterError, ModelError
+from kmerge_mlx.errors import AdapterError, ModelError, PromptError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Source:
         """
         name, path, folders = _look_up(model, adapter_path, revision)
         if folders is None:
-            check_unmerged(k)
+            check_unmerged(k, name)
             return cls(name, path, trust_remote_code=trust_remote_code)
         folder, merge = folders.choose(k)
         try:
@@ -74,7 +75,7 @@ class Source:
         if folders is None and not needed:
             ks = [1]
         elif folders is None:
-            check_unmerged(ks[-1])
+            check_unmerged(ks[-1], name)
         chosen = [folders.choose(k) if k != 1 or k in found else (None, None) for k in ks]
         path = path or base.resolve(name)
         called = None if folders is None else folders.name
@@ -91,10 +92,28 @@ class Source:
         return base.read_config(self.path)
 
 
-def check_unmerged(k: int | None) -> None:
+def without_encoder(found: str, model: str) -> str:
+    """What to say where something merges and there is no adapter, with what helps."""
+    return (
+        f"{found}, and there is no merge encoder: give `adapter_path`, or `k` 1 to read without "
+        f"merging. `kmerge-mlx train --model {shlex.quote(model)} --data DIR --adapter-path OUT` "
+        "trains one (docs/guide.md), `kmerge-mlx convert` takes one of the paper's checkpoints"
+    )
+
+
+def refuse_unknown(text: str) -> None:
+    """Refuses a text that the bundled model cannot know, where nobody asked for that model."""
+    if "Tree: " not in text or "Task: " not in text:
+        raise PromptError(
+            "found neither `model` nor `adapter_path`, and the bundled model knows only questions "
+            "about trees, such as examples/tree.txt: give `adapter_path`, or `model`"
+        )
+
+
+def check_unmerged(k: int | None, model: str) -> None:
     """Refuses a merge factor where there is no adapter."""
     if k not in (None, 1):
-        raise AdapterError(f"`k` is {k}, and there is no merge encoder: give `adapter_path`")
+        raise AdapterError(without_encoder(f"`k` is {k}", model))
 
 
 def _look_up(

@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # A folder (or a module beside the folders) imports from the rows above its own, and from itself.
 LAYERS = [
-    {"errors", "config", "bundled"},
+    {"errors", "config", "bundled", "formats"},
     {"files", "prompts", "hub", "detokenizer"},
     {"settings"},
     {"adapters", "data"},

@@ -44,7 +44,7 @@ def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
     for task in ("reviews", "qa"):
         assert (tmp_path / "out" / f"{task}.png").stat().st_size > 10_000
     tables = (tmp_path / "out" / "tables.md").read_text()
-    for method in ("uncompressed", "K=4", "mean of 4", "last 1/4 of the tokens"):
+    for method in ("K=1 adapter", "K=4", "mean of 4", "last 1/4 of the tokens"):
         assert tables.count(f"| {method} |") == 2
     assert again.returncode == 0
     assert "+ kmerge-mlx" not in again.stdout

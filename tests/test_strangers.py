@@ -16,7 +16,7 @@ import pytest
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
-from kmerge_mlx.cli import inputs
+from kmerge_mlx.cli import texts
 from kmerge_mlx.errors import AdapterError, ModelError, printable
 from tests.cli_runner import Stream, assert_one_error, change_json, copy_base, run
 from tests.tiny import qwen2_config, write_base
@@ -108,7 +108,7 @@ def test_words_stay_words():
 
 
 def test_what_is_read_without_knowing_its_end_has_one(monkeypatch, base_path, adapter_path):
-    monkeypatch.setattr(inputs, "MAX_TEXT_BYTES", 1 << 20)
+    monkeypatch.setattr(texts, "MAX_TEXT_BYTES", 1 << 20)
     named = ("--model", base_path, "--adapter-path", adapter_path)
     said = "holds over 1 MiB: no model reads that"
     assert_one_error(run("generate", "/dev/zero", *named), 1, f"/dev/zero {said}")

@@ -8,6 +8,7 @@ inside the commands: ``--help`` imports neither mlx nor transformers.
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Annotated, NoReturn
 
@@ -17,7 +18,7 @@ from kmerge_mlx import __version__
 from kmerge_mlx.cli.bench import bench
 from kmerge_mlx.cli.cache import cache
 from kmerge_mlx.cli.chat import chat
-from kmerge_mlx.cli.convert import convert, export
+from kmerge_mlx.cli.convert import ConvertSettings, convert, export
 from kmerge_mlx.cli.data import data
 from kmerge_mlx.cli.evaluate import evaluate
 from kmerge_mlx.cli.fuse import fuse, quantize
@@ -29,6 +30,8 @@ from kmerge_mlx.cli.train import train
 from kmerge_mlx.cli.upload import upload
 from kmerge_mlx.errors import KMergeError, SettingsError, printable
 from kmerge_mlx.hub import one_version
+from kmerge_mlx.settings import Settings
+from kmerge_mlx.train.settings import TrainSettings
 
 app = typer.Typer(
     name="kmerge-mlx",
@@ -38,6 +41,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+MLX_LM = {"lora": "train", "server": "serve", "cache_prompt": "cache", "benchmark": "bench"}
+"""What mlx-lm calls a command, and what it is called here."""
+NO_SUCH = r"No such (?:option|command):? '?([\w-]+)"
+
 for _command in (
     *(bench, cache, chat, convert, data, evaluate, export, fuse),
     *(generate, info, quantize, serve, train, upload),
@@ -85,6 +92,8 @@ def main() -> None:
         sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
+        if habit := _habit(error.format_message(), context):
+            _fail(habit, error.exit_code)
         hint = f" (see `{context.command_path} --help`)" if context else ""
         # A missing argument's choices come one to a line.
         _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
@@ -95,6 +104,18 @@ def main() -> None:
         sys.stdout = None
         _fail("" if isinstance(error, BrokenPipeError) else str(error), 1)
     raise SystemExit(code)
+
+
+def _habit(message: str, context: typer.Context | None) -> str | None:
+    """What to do instead of an option or a command that mlx-lm has and this project does not."""
+    if context is None or not (found := re.search(NO_SUCH, message)):
+        return None
+    word, name = found[1], context.info_name
+    if word in MLX_LM:
+        return f"mlx-lm's {word} is `kmerge-mlx {MLX_LM[word]}` (see its --help)"
+    elsewhere = {"train": TrainSettings, "convert": ConvertSettings}.get(name, Settings).ELSEWHERE
+    advice = elsewhere.get(word.lstrip("-").replace("-", "_"))
+    return advice and f"{word}: {advice}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx import __version__
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bar, figure, note, seconds, size
+from kmerge_mlx.cli.output import (
+    aligned,
+    bar,
+    figure,
+    note,
+    print_json,
+    seconds,
+    size,
+    wrapped,
+)
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, option
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.virtual_tokens import MergedEmbedding
 
 K, LORA_RANK = 4, 4
+PACKAGES = ("mlx", "mlx_lm", "kmerge_mlx")
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def bench(settings: BenchSettings) -> None:
         "encoders": encoders,
         "rows": [asdict(row) for row in rows],
     }
-    print(json.dumps(report, ensure_ascii=False) if settings.as_json else _text(report, rows))
+    print_json(report) if settings.as_json else print(_text(report, rows))
     if settings.plot:
         from kmerge_mlx.plots.speed import draw_speed
 
@@ -180,11 +189,13 @@ def _text(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     rounds, trials = "figure of 1 round", settings["num_trials"]
     if spread := trials > 1:
         rounds = f"median (lowest-highest) of {trials} rounds"
+    versions = (f"{name.replace('_', '-')} {machine[name]}" for name in PACKAGES)
+    where = f"{_backend(machine)}; {', '.join(versions)}"
+    what = f"{settings['model']}, {adapter}; {rounds} after one to warm up, "
+    what += f"{settings['generation_tokens']} tokens generated"
     return f"""\
-{_backend(machine)}; mlx {machine["mlx"]}, mlx-lm {machine["mlx_lm"]}, \
-kmerge-mlx {machine["kmerge_mlx"]}
-{settings["model"]}, {adapter}; {rounds} after one to warm up, \
-{settings["generation_tokens"]} tokens generated
+{wrapped(where)}
+{wrapped(what)}
 
 {_table(rows, spread)}
 
@@ -210,4 +221,4 @@ def _table(rows: Sequence[Row], spread: bool) -> str:
             figure(figures.generation_tps, "{:,.1f}", spread),
         )
         cells.append((*prompt, *speeds, size(figures.peak_bytes.median), size(figures.kv_bytes)))
-    return aligned(cells)
+    return aligned(cells, 2)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
-from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model
 from kmerge_mlx.cli.output import note
+from kmerge_mlx.cli.texts import read_prompt
 from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.chat_template import ChatTemplate
 from kmerge_mlx.prompts.lay_out import lay_out
@@ -77,7 +78,7 @@ def cache(settings: CacheFileSettings) -> None:
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import fitting
 
-    opened = open_model(settings)
+    opened = open_model(settings, f"{context or ''}{begun or ''}")
     about = _about(opened, context, begun)
     held = prompt_cache.common_start(
         [_lay_out(opened.tokenizer, about, spans, question) for question in QUESTIONS]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.generate import AnswerSettings, GenerateSettings
-from kmerge_mlx.cli.inputs import command, open_model, read_prompt, with_flags
+from kmerge_mlx.cli.inputs import command, open_model, with_flags
 from kmerge_mlx.cli.output import note
+from kmerge_mlx.cli.texts import read_prompt
 from kmerge_mlx.errors import KMergeError, one_line_refusals
 from kmerge_mlx.settings import LayoutSettings
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.generation.conversation import Conversation
     from kmerge_mlx.generation.stream import GenerationResponse
 
-HELP = "q exits, r forgets the conversation, h is this, /stats says what it takes; Ctrl-C stops"
+HELP = "q exits, r forgets, h is this, /stats says what it takes; Ctrl-C stops an answer"
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ def chat(settings: ChatSettings) -> None:
       kmerge-mlx chat --adapter-path A --k 4
       kmerge-mlx chat report.txt --adapter-path A --k 4 --system-prompt "Be brief."
     """
-    spans = read_prompt(settings.files, None)[1] if settings.files else []
+    context, spans, _ = read_prompt(settings.files, None) if settings.files else ("", [], None)
 
     import mlx.core as mx
 
     from kmerge_mlx.generation.conversation import Conversation
 
-    opened = open_model(settings)
+    opened = open_model(settings, context)
     settings.add_eos_tokens(opened.tokenizer)
     mx.random.seed(settings.seed)
     talk = Conversation(
@@ -62,7 +63,7 @@ def chat(settings: ChatSettings) -> None:
     merging = f"K={source.k}, merges {opened.layout.merges}"
     if source.model == BUNDLED:
         note("note: the bundled model answers questions about one tree each, and cannot talk")
-    note(f"{source.model}, {'uncompressed' if source.merge is None else merging}. {HELP}")
+    note(f"{source.model}, {'uncompressed' if source.merge is None else merging}\n{HELP}")
     while True:
         try:
             match _read_line():

@@ -14,6 +14,12 @@ from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 class ConvertSettings(Settings):
     """What to convert, and where to."""
 
+    ELSEWHERE = dict.fromkeys(
+        ("quantize", "q", "q_bits", "hf_path", "mlx_path"),
+        "this command takes a checkpoint, SRC, and writes an adapter, DST; `kmerge-mlx quantize` "
+        "takes a --model, and writes an --mlx-path",
+    )
+
     source: str = argument("SRC", "Checkpoint folder, or hub repo id (user/name@revision).")
     destination: str = argument("DST", "Adapter folder to write.")
     model: str | None = option(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import bar, note
+from kmerge_mlx.cli.output import bar, note, print_json
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import WRITTEN
 from kmerge_mlx.data.git_history import CommitTask
@@ -107,7 +106,7 @@ def data(settings: DataSettings) -> None:
     progress = bar("Drawing" if trees else "Reading")
     summary = task.write(settings.out, settings.force, progress)
     if settings.as_json:
-        print(json.dumps({"folder": settings.out} | summary, ensure_ascii=False))
+        print_json({"folder": settings.out} | summary)
     else:
         _print_summary(settings.out, summary)
 

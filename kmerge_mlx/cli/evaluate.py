@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import aligned, bar, note, seconds, size
+from kmerge_mlx.cli.output import aligned, bar, note, print_json, seconds, size, wrapped
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -45,8 +44,10 @@ def evaluate(settings: EvaluateSettings) -> None:
         if settings.predictions is not None:
             note(f"Stopped: the same command goes on with {settings.predictions}")
         raise
+    named = report.settings
+    note(f"Model: {named['model']} with {named['adapter_path'] or 'no adapter'}")
     if settings.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        print_json(report.to_json())
     else:
         print("\n\n".join(_tables(report)))
     for row in report.rows:
@@ -106,7 +107,7 @@ def _table(
         timed = [seconds(spread) for spread in [row.time_to_first_token.get(groups[0])] if spread]
         cells = [cell(name, row.scores[group][name]) for group, name in columns]
         lines.append([row.label, f"{row.ratio(groups):.2f}x", kept, *timed, *cells])
-    return f"{title}\n{aligned(lines)}"
+    return f"{wrapped(title)}\n{aligned(lines)}"
 
 
 def _questions(size: int) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from kmerge_mlx.adapters.schema import BITS
-from kmerge_mlx.cli.inputs import command, read_prompt
+from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import bar, note
+from kmerge_mlx.cli.texts import read_prompt
 from kmerge_mlx.settings import ModelSettings, argument, option
 
 if TYPE_CHECKING:
@@ -142,8 +146,11 @@ def _read(settings: NewModelSettings) -> dict[str, Any]:
     return {"source": source, "text": text, "force": settings.force, "progress": bar}
 
 
-def _print_made(what: str, drift: Drift, text: str | None) -> None:
+def _print_made(what: str, drift: Drift | None, text: str | None) -> None:
     """Says what was written, and how far it is from what it was made from."""
+    if drift is None:
+        note(f"{what}\nStopped before the drift was measured: the folder is whole")
+        raise typer.Exit(128 + signal.SIGINT)
     lines = [what, f"Drift on {'random tokens' if text is None else 'your text'}:"]
     if drift.merged is not None:
         lines += [

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.cli.cache import CacheFileSettings, go_on
-from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model, read_prompt
-from kmerge_mlx.cli.output import note
+from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model
+from kmerge_mlx.cli.output import note, print_json, speaker, wrapped
+from kmerge_mlx.cli.texts import read_prompt
 from kmerge_mlx.errors import PromptError, one_line_refusals
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import NOTED
@@ -131,7 +131,7 @@ def generate(settings: GenerateSettings) -> None:
     cache = None
     if settings.prompt_cache_file is None:
         context, spans, question = read_prompt(settings.files, settings.prompt)
-        opened = open_model(settings)
+        opened = open_model(settings, f"{context or ''}{question or ''}")
         if opened.source.model == BUNDLED and (question or context).endswith("\n"):
             note(
                 "note: the prompt ends with a line end, which the bundled model was not trained "
@@ -141,7 +141,6 @@ def generate(settings: GenerateSettings) -> None:
     else:
         opened, prompt, cache = go_on(settings)
     settings.add_eos_tokens(opened.tokenizer)
-
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors
 
@@ -162,22 +161,30 @@ def generate(settings: GenerateSettings) -> None:
             max_kv_size=settings.max_kv_size,
             **settings.options(opened.tokenizer),
         )
-        print_answer(responses, settings.json, _merging(opened, prompt))
+        print_answer(responses, settings.json, opened, _merging(opened, prompt))
 
 
 def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
-    """How much of a prompt merges, in words, and a note where nothing of a long one does."""
-    if opened.source.k == 1 or not isinstance(prompt, list):
+    """How much of a prompt merges, in words, and a note where that is less than one expects."""
+    k = opened.source.k
+    if k == 1 or not isinstance(prompt, list):
         return ""
     total = sum(len(segment.ids) for segment in prompt)
     merged = sum(len(segment.ids) for segment in prompt if segment.merge)
+    if 0 < merged < k:
+        note(
+            f"note: {merged} token{'s' * (merged > 1)} to merge, fewer than K = {k}: the rest of "
+            "the block is padding, so the answer may be poor"
+        )
     if not merged and total >= NOTED * opened.layout.threshold:
         note("note: none of it merges: give a long text as a FILE, or mark it with <merge>")
     return f"{merged:,} merged and {total - merged:,} raw, "
 
 
-def print_answer(responses: Iterator[GenerationResponse], as_json: bool, merging: str = "") -> None:
-    """Prints an answer as it streams, and what it cost; or all of it as one JSON object."""
+def print_answer(
+    responses: Iterator[GenerationResponse], as_json: bool, opened: Opened, merging: str = ""
+) -> None:
+    """Prints an answer as it streams, who gave it and what it cost; or all as one JSON object."""
     texts, tokens = [], []
     try:
         for last in responses:
@@ -194,12 +201,14 @@ def print_answer(responses: Iterator[GenerationResponse], as_json: bool, merging
         hidden = {"text", "token", "logprobs", "from_draft"}
         stats = {name: value for name, value in vars(last).items() if name not in hidden}
         answer = {"text": "".join(texts), "tokens": tokens} | stats
-        print(json.dumps(answer, ensure_ascii=False))
+        print_json(answer)
         return
-    note(
+    lines = (
+        f"Model: {speaker(opened.source)}\n"
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
         f"({last.compression_ratio:.2f}x), {merging}{last.prompt_tps:.3f} tokens-per-sec, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB"
-    )
+    ).splitlines()
+    note("\n".join(map(wrapped, lines)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli.convert import ConvertSettings
 from kmerge_mlx.cli.inputs import PromptSettings, command
-from kmerge_mlx.cli.output import aligned, note, size
+from kmerge_mlx.cli.output import aligned, note, print_json, size, wrapped
 from kmerge_mlx.config import MULTIPLICATIONS_PER_BYTE, USABLE_SHARE
 from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.settings import (
@@ -115,7 +115,7 @@ def info(settings: InfoSettings) -> None:
 
     found = describe(settings.path)
     if settings.as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     print(f"{found['path']}: {found['kind']}")
     if "context_length" in found:
@@ -217,7 +217,7 @@ def _calculate(settings: InfoSettings) -> None:
         },
         **found,
     }
-    print(json.dumps(report, ensure_ascii=False))
+    print_json(report)
 
 
 def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[str, Any]) -> str:
@@ -255,7 +255,7 @@ def _tables(name: str, config: SizingConfig, memory: int | None, found: Mapping[
         f"{size(base['weight_bytes'])} ({base['dtype']}, from its {source}); context {context}"
     )
     over = any(row["in_context"] is False for row in found["rows"])
-    return "\n\n".join([title, aligned(factors), aligned(rows), _legend(config, over)])
+    return "\n\n".join([wrapped(title), aligned(factors), aligned(rows, 2), _legend(config, over)])
 
 
 def _legend(config: SizingConfig, over: bool) -> str:
@@ -263,17 +263,19 @@ def _legend(config: SizingConfig, over: bool) -> str:
     if config.kv_bits is not None and config.quantized_kv_start:
         cache += f" from position {config.quantized_kv_start:,} on"
     marked = "*           more positions than the model was made for\n" if over else ""
-    fits = f"memory within {USABLE_SHARE:.0%} of --memory: what a Mac's GPU may use at the least"
+    fits = f"memory within {USABLE_SHARE:.0%} of --memory: what a Mac's GPU may use"
     fits = "" if config.usable_bytes is None else f"fits        {fits}\n"
     return f"""\
 K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges
 encoder     parameters at the default width, bytes in float32
 {marked}\
-KV cache    keys and values of the prompt's positions{cache}; a linear layer's state
-memory      weights, encoder, merged blocks, and the room that mlx-lm gives the KV cache;
-            activations and generated tokens not counted
+KV cache    keys and values of the prompt's positions{cache};
+            a linear layer's state
+memory      weights, encoder, merged blocks, and the room that mlx-lm gives
+            the KV cache; activations and generated tokens not counted
 {fits}\
 less work   multiplications at K = 1 over those at this K, the encoder's included
-speed-up    the least of time to first token if multiplying and reading weights take all of it,
-            where a machine multiplies at most {MULTIPLICATIONS_PER_BYTE} times while it reads a
-            byte, which is assumed, not measured; `kmerge-mlx bench` measures"""
+speed-up    the least of time to first token if multiplying and reading weights
+            take all of it, where a machine multiplies at most {MULTIPLICATIONS_PER_BYTE} times
+            while it reads a byte, which is assumed, not measured;
+            `kmerge-mlx bench` measures"""

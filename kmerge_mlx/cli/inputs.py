@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import Field, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import bar, note, note_layout
-from kmerge_mlx.config import CONTEXT_SEPARATOR
+from kmerge_mlx.cli.output import bar, clean_stdout, note, note_layout
+from kmerge_mlx.cli.texts import check_length
 from kmerge_mlx.errors import KMergeError, PromptError, SettingsError, first_line
 from kmerge_mlx.prompts.chat_template import ChatTemplate, needs_template, now
 from kmerge_mlx.prompts.policy import Layout, chosen
-from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.settings import (
     SIZE,
     CacheSettings,
@@ -38,9 +36,6 @@ if TYPE_CHECKING:
 
     from kmerge_mlx.source import Source
 
-STDIN = "-"
-MAX_TEXT_BYTES = 64 << 20
-"""Longest text that is read: some 16 million tokens, more than any model's context."""
 MAX_YAML_BYTES, MAX_ALIASES = 1 << 20, 20
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
@@ -83,7 +78,10 @@ def command(
                 if show:
                     print(as_yaml(to_print(made)), end="")
                 else:
-                    function(made)
+                    # mlx-lm prints warnings on stdout, about large models.
+                    as_json = getattr(made, "json", getattr(made, "as_json", False))
+                    with clean_stdout() if as_json else nullcontext():
+                        function(made)
             except KMergeError as error:
                 error.args = (with_flags(str(error), settings),)
                 raise
@@ -269,54 +267,6 @@ class PromptSettings(CacheSettings, ModelSettings):
         return named | {"prompt_progress_callback": progress}
 
 
-def read_prompt(
-    files: Sequence[str], prompt: str | None
-) -> tuple[str | None, list[Span], str | None]:
-    """The text to merge, its spans, and the text to keep raw, with its tags.
-
-    As in mlx-lm, ``-`` is stdin, and a written ``\\n`` or ``\\t`` in ``prompt`` is the character.
-    """
-    if [*files, prompt].count(STDIN) > 1:
-        raise PromptError("`-` is given more than once, but stdin can be read only once")
-    if prompt == "":
-        raise PromptError("`prompt` is empty: leave it out, or give it text")
-    if prompt is None and not files:
-        raise PromptError("the prompt is empty: give a FILE to compress, or `prompt`")
-    context = CONTEXT_SEPARATOR.join(read_text(name) for name in files) or None
-    if prompt == STDIN:
-        prompt = read_text(STDIN)
-    elif prompt is not None:
-        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    name = files[0] if len(files) == 1 else "the FILEs, one after the other"
-    return context, parse(context or "", name), prompt
-
-
-def read_text(name: str) -> str:
-    """The text of a file, or of stdin for ``-``, without a byte-order mark."""
-    shown = "stdin" if name == STDIN else name
-    if name == STDIN and sys.stdin is None:
-        raise PromptError("cannot read stdin: it is closed")
-    try:
-        if name == STDIN:
-            data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
-        else:
-            with Path(name).open("rb") as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:
-            raise PromptError(f"{shown} holds over {MAX_TEXT_BYTES >> 20} MiB: no model reads that")
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise PromptError(f"cannot read {shown}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{shown} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
-            "save the file as UTF-8"
-        ) from None
-    if not text:
-        raise PromptError(f"{shown} is empty: put the text to compress in it")
-    return text
-
-
 @dataclass(frozen=True)
 class Opened:
     """A loaded model, and how its prompts are read."""
@@ -329,17 +279,23 @@ class Opened:
     """The chat template with its options, or None if it is not applied."""
 
 
-def open_model(settings: PromptSettings) -> Opened:
-    """Finds and loads what a command's settings name, with notes about its adapter on stderr."""
+def open_model(settings: PromptSettings, text: str = "") -> Opened:
+    """Finds and loads what a command's settings name, with notes about its adapter on stderr.
+
+    ``text``, of the FILEs and the prompt, is refused where this model cannot read it.
+    """
     from kmerge_mlx.model import load_source
-    from kmerge_mlx.source import Source
+    from kmerge_mlx.source import Source, refuse_unknown, without_encoder
 
     named = (settings.model, settings.adapter_path, settings.k)
+    if text and named[:2] == (None, None):
+        refuse_unknown(text)
+        note("note: no --model and no --adapter-path: the bundled model reads, which knows trees")
     source = Source.find(*named, settings.trust_remote_code)
-    if settings.files and source.merge is None:
-        carries = f"{source.model} carries none: give `adapter_path`"
-        raise PromptError(f"FILEs need a merge encoder, and {carries}")
+    if settings.files and source.merge is None and settings.k is None:
+        raise PromptError(without_encoder("a FILE merges", source.model))
     model, tokenizer, _ = load_source(source)
+    check_length(text, tokenizer, model.context_length, source.k)
     stored = None
     if source.merge is not None:
         stored, made_for = source.merge.layout, source.merge.base

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import printable
 from kmerge_mlx.prompts.policy import ALL, Layout
 
 if TYPE_CHECKING:
     from kmerge_mlx.generation.cost import Spread
+    from kmerge_mlx.source import Source
 
+NO_TERMINAL = 10_000  # columns of a table that goes to a file
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is not a terminal
 
 
@@ -44,6 +51,36 @@ def note(text: str) -> None:
             tqdm.write(printable(text), file=sys.stderr)
         except OSError:
             sys.stderr = None  # Python would try it again at exit
+
+
+_results: TextIO | None = None
+"""Where results go while all else that is printed goes to stderr."""
+
+
+@contextlib.contextmanager
+def clean_stdout() -> Iterator[None]:
+    """Leaves stdout to :func:`print_json`: mlx-lm prints warnings there, about large models."""
+    global _results
+    kept, _results = _results, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = kept
+
+
+def print_json(value: Any) -> None:
+    """Prints a command's result as one line of JSON on stdout."""
+    print(json.dumps(value, ensure_ascii=False), file=_results or sys.stdout)
+
+
+def speaker(source: Source) -> str:
+    """Which model answers, and how it reads, in words."""
+    if source.model == source.adapter_path == BUNDLED:
+        return f"the bundled model, which knows only trees (K = {source.k})"
+    if source.merge is None:
+        return f"{source.model}, without an adapter: nothing merges"
+    return f"{source.model} with {source.adapter_path} (K = {source.k})"
 
 
 @contextlib.contextmanager
@@ -97,12 +134,37 @@ def bar(label: str) -> Callable[[int, int], None]:
     return progress
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table of lines of cells: the first column is flush left, the others flush right."""
+def wrapped(text: str) -> str:
+    """A line that is cut between words where it is longer than the terminal is wide."""
+    return textwrap.fill(text, _width(), break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    """Columns of the terminal, or of ``COLUMNS``; plenty where stdout is neither."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size((NO_TERMINAL, 24)).columns
+    return NO_TERMINAL
+
+
+def aligned(lines: Sequence[Sequence[str]], kept: int = 1) -> str:
+    """A table of lines of cells: the first column is flush left, the others flush right.
+
+    Where it is wider than the terminal, the columns that are left over follow below, beside the
+    first ``kept`` ones again.
+    """
     first, *others = zip(*lines, strict=True)
     columns = [[cell.ljust(max(map(len, first))) for cell in first]]
     columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+    width, tables = _width(), [columns[:kept]]
+    for column in columns[kept:]:
+        wide = sum(len(each[0]) + 2 for each in tables[-1]) + len(column[0]) > width
+        if wide and len(tables[-1]) > kept:
+            tables.append(columns[:kept])
+        tables[-1] = [*tables[-1], column]
+    return "\n\n".join(
+        "\n".join("  ".join(cells).rstrip() for cells in zip(*table, strict=True))
+        for table in tables
+    )
 
 
 def seconds(spread: Spread, with_ends: bool = True) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import bar, note, on_signals
+from kmerge_mlx.cli.output import bar, note, on_signals, wrapped
 from kmerge_mlx.errors import TrainError
 from kmerge_mlx.train.settings import TrainSettings
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kmerge_mlx.train.prepare import Run
     from kmerge_mlx.train.ranks import Ranks
 
+BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""All of it fits into 80 columns."""
 LITTLE = 1.05  # compression ratio of the prompts below which a note says what to do
 
 
@@ -98,7 +100,7 @@ class TrainingBar:
 
         note(_header(self._run))
         done, total = self._run.state.iteration, self._run.settings.iters
-        more = {"unit": "it", "dynamic_ncols": True, "disable": None}
+        more = {"bar_format": BAR, "dynamic_ncols": True, "disable": None}
         self._bar = tqdm(desc="Training", total=total, initial=done, **more)
 
     def __exit__(self, *error: object) -> None:
@@ -109,13 +111,14 @@ class TrainingBar:
 
     def on_train_loss_report(self, now: dict[str, Any]) -> None:
         loss, speed, memory = (now[n] for n in ("train_loss", "tokens_per_second", "peak_memory"))
-        postfix = f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory:.2f} GB"
+        postfix = f"loss {loss:.2f}, {speed:,.0f} tok/s, {memory:.1f} GB"
         self._bar.set_postfix_str(postfix, refresh=False)
-        note(
+        told = (
             f"Iter {now['iteration']}: Train loss {loss:.3f}, Learning Rate "
             f"{now['learning_rate']:.3e}, It/sec {now['iterations_per_second']:.3f}, Tokens/sec "
             f"{speed:.3f}, Trained Tokens {now['trained_tokens']}, Peak mem {memory:.3f} GB"
         )
+        note(wrapped(told))
 
     def on_validation(self, done: int, total: int) -> None:
         self._validating = self._validating or bar("Validating")
@@ -125,11 +128,12 @@ class TrainingBar:
 
     def on_val_loss_report(self, now: dict[str, Any]) -> None:
         kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
-        note(
+        told = (
             f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{kl}, "
             f"Accuracy {now['val_accuracy']:.2%} "
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
+        note(wrapped(told))
 
     def on_stage(self, now: dict[str, Any]) -> None:
         note(f"Iter {now['iteration']}: stage {now['begins']} begins")
@@ -158,7 +162,10 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
     command = ["kmerge-mlx", "generate", "--model", run.settings.model, "--adapter-path", best]
     command += ["--trust-remote-code"] * run.settings.trust_remote_code
     # A FILE merges, and `-` is one: the line does something as it is, in any shell.
-    lines += ["Try them:", f"echo Your text | {shlex.join(map(str, command))} -"]
+    lines += [
+        "Try them:",
+        f"echo Some text of your own to read | {shlex.join(map(str, command))} -",
+    ]
     note("\n".join(lines))
 
 
@@ -194,4 +201,4 @@ def _header(run: Run) -> str:
         )
     if carried_by(Path(settings.model)) is not None:
         lines.append(f"note: the adapter that {settings.model} carries is not trained on")
-    return "\n".join(lines)
+    return "\n".join(map(wrapped, lines))

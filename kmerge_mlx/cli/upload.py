@@ -91,6 +91,7 @@ def upload(settings: UploadSettings) -> None:
         for file, size in planned.sizes().items():
             note(f"{file}  {size:,} bytes")
         print(text, end="")
+        note(f"Nothing was uploaded: without --dry-run, this goes to {planned.repo}")
         return
     check_base(planned)
     address, odd = send(planned, settings.commit_message, settings.private)

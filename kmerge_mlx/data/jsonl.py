@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from kmerge_mlx.errors import DataError, first_line, short
+from kmerge_mlx.formats import not_text
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line that is read: some 16 million tokens, more than any model's context."""
@@ -90,6 +91,8 @@ def raw_lines(path: Path) -> Iterator[Line]:
             file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
             lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
             for number, data in enumerate(lines, 1):
+                if number == 1 and (kind := not_text(data[:8])):
+                    raise DataError(f"{path} is {kind}: expected JSON, one example a line")
                 whole, rest = len(data) <= MAX_LINE_BYTES, data
                 while not whole and rest and not rest.endswith(b"\n"):
                     rest = file.readline(_CHUNK)

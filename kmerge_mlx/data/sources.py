@@ -81,6 +81,12 @@ def load_examples(
     return {split: read_examples(path, row_format, skip_bad) for split, path in files.items()}
 
 
+def data_name(data: str) -> str:
+    """What people call their data: the last part of a folder's path, or of a hub dataset's name."""
+    folder = Path(data if Path(data).is_dir() else data.partition("@")[0])
+    return folder.resolve().name or "data"
+
+
 def load_hub_datasets(
     entries: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     row_format: RowFormat | None = None,

@@ -17,7 +17,7 @@ from kmerge_mlx.data import FILE_TASKS
 from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.data.sources import load_examples
+from kmerge_mlx.data.sources import data_name, load_examples
 from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, short
 from kmerge_mlx.evaluation.settings import LENGTHS, TREE, EvaluateSettings
@@ -99,7 +99,7 @@ def load_questions(settings: EvaluateSettings, bar: Bar) -> Questions:
     else:
         task = FILE_TASKS[settings.task].of(settings, seed=settings.data_seed)
         found = task.examples(splits, bar("Reading"))
-    examples, name = found[settings.split], settings.task or "data"
+    examples, name = found[settings.split], settings.task or data_name(settings.data)
     items = [Question(example, name) for example in examples[: settings.limit]]
     labels = _labels(settings, items, examples.where)
     squad = not labels and any(example.answers for example in examples)

@@ -30,7 +30,7 @@ from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.chat_template import needs_template, now
 from kmerge_mlx.prompts.policy import Layout, chosen
-from kmerge_mlx.source import Source
+from kmerge_mlx.source import Source, refuse_unknown
 from kmerge_mlx.train.rows import by_length
 
 MORE_TOKENS = 8  # an answer that has to contain the right one may be so much longer
@@ -47,6 +47,7 @@ Timed = Mapping[str, tuple[int, ...]]
 def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     """Measures what the settings ask for."""
     sources, methods = _sources(settings)
+    unnamed = settings.model is None and settings.adapter_path is None
     own = next(iter(sources.values()))
     settings = replace(
         settings,
@@ -62,6 +63,8 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     templated = layout.chat_template and tokenizer.has_chat_template
     layout = replace(layout, chat_template=templated, date=date if templated else None)
     questions = _questions(settings, tokenizer, layout, bar)
+    if unnamed:
+        refuse_unknown(tokenizer.decode(questions.items[0].row.prompt_ids))
     size, identity = len(questions.items), {}
     if settings.predictions is not None:
         identity = _identity(settings, sources, questions, layout)
@@ -93,9 +96,11 @@ def _sources(settings: EvaluateSettings) -> tuple[Sources, list[Method]]:
     needed = sorted({method.adapter_k for method in methods})
     if 1 in needed and 1 not in found:
         (found[1],) = Source.find_all(*names, (1,), trust)
-    if ALL in settings.baseline and found[1].adapter is None:  # then `uncompressed` is the base
-        methods.remove(Base(1))
-        needed.remove(ALONE)
+    if 1 in found and found[1].adapter is None:  # then `uncompressed` is the base
+        methods = [replace(m, trained=False) if m == Uncompressed(1) else m for m in methods]
+        if Base(1) in methods and Uncompressed(1, trained=False) in methods:
+            methods.remove(Base(1))
+            needed.remove(ALONE)
     return {k: found[k] for k in needed}, methods
 
 
@@ -265,7 +270,8 @@ def _identity(
     digest = hashlib.sha256()
     for question in questions.items:
         prompt = [[segment.merge, *segment.ids] for segment in question.row.segments]
-        about = [question.group, question.answer, prompt, [*question.row.answer_ids]]
+        group = question.group if settings.task else "data"  # whatever the folder is called
+        about = [group, question.answer, prompt, [*question.row.answer_ids]]
         digest.update(json.dumps(about).encode() + b"\n")
     path = next(iter(sources.values())).path
     identity = {

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import MAX_LINE_BYTES
@@ -33,9 +34,10 @@ from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import make_batch
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
-# What is read, and held, at once for likelihoods.
-MOST_POSITIONS = 1 << 14  # at D = 896, some 300 MB
-MOST_LOGITS = 1 << 27  # 512 MiB
+# What is read, and held, at once: 16 GB are enough for a model of half a billion parameters.
+MOST_POSITIONS = 1 << 13
+MOST_LOGITS = 1 << 26  # 256 MiB, of which a softmax takes several
+STEP = 2048  # positions of one prompt that are read at once, as in mlx-lm
 OF, DATE = "evaluation", "the date"
 _BEGUN = f'{{"{OF}": {{'.encode()  # how a line begins that says what answers depend on
 MOST_SHOWN = 20  # longer values are digests, and an error does not show them
@@ -66,23 +68,26 @@ class Scorer:
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.read(self._model, row.segments)) for row in rows]
-        answers = batch_generate(
-            self._model,
-            self._tokenizer,
-            prompts,
-            max_tokens=list(max_tokens),
-            prefill_batch_size=self._batch_size,
-            completion_batch_size=self._batch_size,
-        )
         # Virtual ids stand for their blocks, so nothing merges here.
         read = [
             TokenizedExample([Segment(prompt.ids, False)], row.answer_ids)
             for row, prompt in zip(rows, prompts, strict=True)
         ]
-        nll = self._nll(read)
+        texts, nll, vocab_size = [], [], self._embedding.vocab_size
+        for part in _in_passes(read, vocab_size):
+            here = slice(len(texts), len(texts) + len(part))
+            texts += batch_generate(
+                self._model,
+                self._tokenizer,
+                prompts[here],
+                max_tokens=list(max_tokens[here]),
+                prefill_batch_size=self._batch_size,
+                completion_batch_size=self._batch_size,
+            ).texts
+            nll += self._nll(part)
         return [
             Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
-            for row, prompt, text, loss in zip(rows, prompts, answers.texts, nll, strict=True)
+            for row, prompt, text, loss in zip(rows, prompts, texts, nll, strict=True)
         ]
 
     def seconds(self, method: Method, segments: Sequence[Segment]) -> float:
@@ -99,14 +104,23 @@ class Scorer:
 
     def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
         """The negative log-likelihood of each right answer."""
-        embedding, found = self._embedding, []
-        for rows in _in_passes(read, embedding.vocab_size):
-            batch = make_batch(rows, 1, embedding.pad_token_id, embedding.vocab_size)
-            logits = answer_logits(self._model, batch).astype(mx.float32)
-            losses = np.array(cross_entropy(logits, batch.targets)[0], np.float64)
-            ends = np.cumsum([len(row.answer_ids) for row in rows])
-            found += [float(part.sum()) for part in np.split(losses[: ends[-1]], ends[:-1])]
-        return found
+        embedding = self._embedding
+        batch = make_batch(read, 1, embedding.pad_token_id, embedding.vocab_size)
+        # Long prompts are read in steps: attention takes memory by the square of what it reads.
+        begun = min(sum(len(s.ids) for s in row.segments) - 1 for row in read) // STEP * STEP
+        cache = make_prompt_cache(self._model) if begun else None
+        for start in range(0, begun, STEP):
+            self._model(batch.ids[:, start : start + STEP], cache=cache)
+            mx.eval([each.state for each in cache])
+        if begun:
+            row, column = mx.divmod(batch.answer_at, batch.ids.shape[1])
+            ids = batch.ids[:, begun:]
+            at = row * ids.shape[1] + mx.maximum(column - begun, 0)  # padding's is 0
+            batch = replace(batch, ids=ids, answer_at=at)
+        logits = answer_logits(self._model, batch, cache).astype(mx.float32)
+        losses = np.array(cross_entropy(logits, batch.targets)[0], np.float64)
+        ends = np.cumsum([len(row.answer_ids) for row in read])
+        return [float(part.sum()) for part in np.split(losses[: ends[-1]], ends[:-1])]
 
 
 def _in_passes(

@@ -32,6 +32,22 @@ def check_plot(path: str | Path) -> None:
         raise PlotError(f"`plot` is {path}, which cannot be written: name another file")
 
 
+def plain_ticks(axis: Any) -> None:
+    """Writes an axis' numbers out: neither powers of ten, nor an offset beside the axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(lambda *_: "")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def plain(value: float) -> str:
+    """A number as people write it: 1,500 or 0.00002."""
+    whole, dot, rest = f"{value:,.10f}".partition(".")
+    return (whole + dot + rest).rstrip("0").rstrip(".")
+
+
 def write(figure: Any, path: str | Path) -> None:
     """Writes a whole picture, in the format that its name says, or none; raises PlotError."""
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kmerge_mlx.errors import PlotError
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, Score
-from kmerge_mlx.plots import COLOURS, MARKERS, write
+from kmerge_mlx.plots import COLOURS, MARKERS, plain, plain_ticks, write
 
 DRAWN = ("balanced_accuracy", "exact_match")
 """The score that is drawn of each group."""
@@ -89,7 +89,8 @@ def _draw_panel(
     drawn = [*scores, *([majority] if majority else [])]
     values = [value for score in drawn for value in vars(score).values() if value is not None]
     _quality_axes(axes, along, values, is_share=COLUMNS[name], over_time=over_time)
-    axes.set_ylabel(f"{group}: {name.replace('f1', 'F1')}".replace("_", " "))
+    words = f"{group}: {name.replace('f1', 'F1')}".replace("_", " ")
+    axes.set_ylabel(words, parse_math=False)
     if majority is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(majority.value, label="majority answer", **style)
@@ -136,7 +137,9 @@ def _quality_axes(
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     if over_time:
-        axes.xaxis.set_major_formatter(lambda s, _: f"{s:.3g} s" if s >= 1 else f"{1e3 * s:.3g} ms")
+        axes.xaxis.set_major_formatter(
+            lambda s, _: f"{plain(s)} s" if s >= 1 else f"{plain(1e3 * s)} ms"
+        )
         axes.set_xlabel("time to first token (median)")
     else:
         axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.1f}".removesuffix(".0") + "x")
@@ -151,6 +154,7 @@ def _quality_axes(
     else:
         margin = margin or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
+        plain_ticks(axes.yaxis)
     _plain(axes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.plots import COLOURS, MARKERS, write
+from kmerge_mlx.plots import COLOURS, MARKERS, plain, plain_ticks, write
 
 if TYPE_CHECKING:
     from kmerge_mlx.tools.bench import Row
@@ -38,8 +38,6 @@ def _name(k: int) -> str:
 
 def _lines(axes: Any, rows: Sequence[Row], values: Sequence[float], spread: Spread) -> None:
     """A line for each K."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     lengths = sorted({row.length for row in rows})
     for number, k in enumerate(sorted({row.k for row in rows})):
         mine = [i for i, row in enumerate(rows) if row.k == k]
@@ -56,8 +54,7 @@ def _lines(axes: Any, rows: Sequence[Row], values: Sequence[float], spread: Spre
     axes.set_xscale("log")
     if max(values) > 5 * min(values):  # on a narrow range a log axis has no readable ticks
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_ticks(axes.yaxis)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.tick_params(axis="x", rotation=45 if len(lengths) > 5 else 0)
     axes.minorticks_off()
@@ -71,7 +68,9 @@ def _bars(axes: Any, rows: Sequence[Row], values: Sequence[float], spread: Sprea
     names = [_name(row.k).replace(" mlx", "\nmlx") for row in rows]
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]
     bars = axes.bar(names, values, yerr=spread, color=colours, capsize=4)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize="small")
+    figures = [plain(float(f"{value:.3g}")) for value in values]
+    axes.bar_label(bars, figures, padding=2, fontsize="small")
+    plain_ticks(axes.yaxis)
     axes.margins(y=0.1)
     axes.set_xlabel(f"prompt of {rows[0].length:,} tokens")
     axes.grid(axis="y", alpha=0.3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kmerge_mlx.plots import COLOURS, write
+from kmerge_mlx.plots import COLOURS, plain_ticks, write
 from kmerge_mlx.train.checkpoint import TRAINING, read_log
 
 
@@ -34,10 +34,15 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
                 accuracies.axvline(at, color=colour, linewidth=0.8, alpha=0.6)
                 begins = str(record["begins"])
                 accuracies.text(at, 0.02, begins, fontsize="x-small", parse_math=False, **style)
+    stages = {str(record["stage"]) for log in logs for record in log if "stage" in record}
+    if len(stages) == 1:  # what the data is called
+        losses.set_title(stages.pop(), fontsize="medium", parse_math=False)
     losses.set_ylabel("loss (nats per answer token)")
     low, high = losses.dataLim.intervaly
     if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
         losses.set_yscale("log")
+    plain_ticks(losses.yaxis)
+    plain_ticks(accuracies.xaxis)
     accuracies.set_ylabel("answers right in every token")
     accuracies.set_ylim(-0.02, 1.02)
     accuracies.yaxis.set_major_formatter("{x:.0%}")

@@ -76,7 +76,7 @@ class Fused:
     untied: bool  # whether a tied model got an output head of its own
     quantized: bool  # whether it has quantized layers
     merge_factor: int  # K of the encoder that the folder carries; 1: none
-    drift: Drift  # from the base with the adapter on it
+    drift: Drift | None  # from the base with the adapter on it; None: Ctrl-C ended its measuring
 
 
 def fuse(
@@ -215,8 +215,10 @@ def write_model(
     config: Mapping[str, Any],
     adapter: Adapter | None,
     comparison: Comparison,
-) -> Drift:
+) -> Drift | None:
     """Writes a model folder, whole or not at all, and compares what it holds with its source.
+
+    Ctrl-C while it compares keeps the folder, and gives None.
 
     The source's Python files and generation settings come along. The model, which has no adapter,
     is empty afterwards, so that its memory is free. ``adapter`` is what the folder is to carry.
@@ -234,7 +236,10 @@ def write_model(
             for file in filter(Path.is_file, folder.iterdir()):
                 flush(file)
             written = Source.find(str(folder), trust_remote_code=source.trust_remote_code)
-            return comparison.with_model(load_source(written)[0])
+            try:
+                return comparison.with_model(load_source(written)[0])
+            except KeyboardInterrupt:  # all of it is written: only the comparison ends
+                return None
     except OSError as e:
         raise ModelError(f"cannot write {path}: {e.strerror or first_line(e)}") from e
 

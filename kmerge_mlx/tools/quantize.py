@@ -49,7 +49,7 @@ class Quantized:
     bits_per_weight: float  # of the whole model, scales included
     tied: bool  # whether the embedding table is the output head as well
     merge_factor: int | None  # K of the adapter that the folder carries; None: none
-    drift: fuse.Drift  # from what it was made from
+    drift: fuse.Drift | None  # from what it was made from; None: Ctrl-C ended its measuring
 
 
 def quantize(

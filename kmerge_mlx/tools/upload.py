@@ -28,6 +28,7 @@ from kmerge_mlx.adapters.portable import without_paths
 from kmerge_mlx.adapters.schema import BaseModelConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data import HUB_TASKS
+from kmerge_mlx.data.sources import data_name
 from kmerge_mlx.errors import KMergeError, UploadError, findings
 from kmerge_mlx.evaluation.baselines import Merged
 from kmerge_mlx.evaluation.report import COLUMNS, Report, Row, cell
@@ -236,7 +237,7 @@ def _results(upload: Upload, report: Report) -> Iterator[Any]:
                     yield EvalResult(
                         task_type="text-generation",
                         dataset_type=kind,
-                        dataset_name=f"{name}: {group.replace('_', ' ')}",
+                        dataset_name=_about(name, group, ": "),
                         metric_type=metric,
                         metric_value=round(score.value, 6),
                         metric_name=f"{metric} (K={row.k})",
@@ -305,7 +306,7 @@ def _metrics(upload: Upload, reports: Sequence[Report]) -> Iterator[str]:
         how = ", ".join(how).replace("data_seed", "seed")
         for group, questions in report.groups.items():
             title = (
-                f"{_measured_on(report)[0]}, {group.replace('_', ' ')}: {questions:,} questions "
+                f"{_about(_measured_on(report)[0], group, ', ')}: {questions:,} questions "
                 f"({how}; kmerge-mlx {report.version})"
             )
             shown = [name for name in COLUMNS if all(name in row.scores[group] for row in rows)]
@@ -324,7 +325,13 @@ def _measured_on(report: Report) -> tuple[str, str]:
         return (DATASETS.get(task, task),) * 2
     if is_namespaced(data) and not Path(data).exists():
         return data, data.partition("@")[0]
-    return (Path(data).name or "data",) * 2
+    return (data_name(data),) * 2
+
+
+def _about(name: str, group: str, between: str) -> str:
+    """What was asked about, and the group of it, where that is not all of it."""
+    words = group.replace("_", " ")
+    return name if name.rpartition("/")[2] == group else f"{name}{between}{words}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,13 @@ from kmerge_mlx.config import is_number
 from kmerge_mlx.data import FILE_TASKS, TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
-from kmerge_mlx.data.sources import SPLITS, ExampleList, load_examples, load_hub_datasets
+from kmerge_mlx.data.sources import (
+    SPLITS,
+    ExampleList,
+    data_name,
+    load_examples,
+    load_hub_datasets,
+)
 from kmerge_mlx.data.tasks import Bar, Progress, fingerprint, silent
 from kmerge_mlx.data.textualized_tree import Stage as TreeStage
 from kmerge_mlx.data.textualized_tree import TreeTask
@@ -208,7 +214,8 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
         name: TokenizedSet(examples, tokenizer, settings, bar(f"Tokenizing {name}"))
         for name, examples in splits.items()
     }
-    return Stage(settings.task or "data", sets["train"], sets.get("valid"))
+    name = settings.task or (data_name(settings.data) if settings.data else "hf_dataset")
+    return Stage(name, sets["train"], sets.get("valid"))
 
 
 def _tree_stages(settings: TrainSettings, tokenizer: Any) -> list[Stage]:

@@ -27,7 +27,7 @@ from kmerge_mlx.train.checkpoint import append_log, cut_logs, save
 from kmerge_mlx.train.loss import answer_logits, divergence
 from kmerge_mlx.train.prepare import Run
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import Batch, Place, by_length, shuffled
+from kmerge_mlx.train.rows import Batch, Place, by_length, in_parts, shuffled
 from kmerge_mlx.train.settings import TrainSettings
 from kmerge_mlx.train.step import Engine
 
@@ -69,8 +69,12 @@ class Validator:
     ):
         self._model, self._examples, self._make_batch = model, list(examples), make_batch
         self._ranks = ranks
-        batches = by_length(self._examples, batch_size, merge_factor)
-        self._batches = [part for batch in batches if (part := batch[ranks.rank :: ranks.size])]
+        self._batches = [
+            indices
+            for batch in by_length(self._examples, batch_size, merge_factor)
+            if (mine := batch[ranks.rank :: ranks.size])
+            for indices, _ in in_parts(mine, [self._examples[i] for i in mine], merge_factor)
+        ]
         answers = [str([*example.answer_ids]) for example in self._examples]
         self._kind = np.unique(answers, return_inverse=True)[1]  # a number for each distinct one
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.trainer import grad_checkpoint
 
 from kmerge_mlx.model import merged_embedding, output_head
 from kmerge_mlx.train.rows import Batch
@@ -67,14 +67,17 @@ def _answers_alone(model: nn.Module, at: mx.array) -> Iterator[None]:
             place[name] = head
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> mx.array:
-    """Logits at a batch's answer positions: ``(A, V)``, in the model's dtype; blocks merge here."""
+def answer_logits(model: nn.Module, batch: Batch, cache: list[Any] | None = None) -> mx.array:
+    """Logits at a batch's answer positions: ``(A, V)``, in the model's dtype; blocks merge here.
+
+    ``cache``: mlx-lm's, of what was read before the batch's positions.
+    """
     merged = merged_embedding(model)
     with _answers_alone(model, batch.answer_at):
         if merged is None or not batch.blocks.size:
-            return model(batch.ids).squeeze(0)
+            return model(batch.ids, cache=cache).squeeze(0)
         with merged.reading(merged.encoder(merged.embedding(batch.blocks))):
-            return model(batch.ids).squeeze(0)
+            return model(batch.ids, cache=cache).squeeze(0)
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -127,17 +130,36 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
     return (losses * weights).sum(), mx.maximum(weights.sum(), 1)
 
 
+def _recomputed(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A layer's call that keeps its inputs alone, and computes the rest again when needed."""
+
+    def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        key, following = mx.random.split(mx.random.state[0])
+
+        def inner(parameters: Any, key: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            layer.update(parameters)
+            mx.random.state[0][:] = mx.stop_gradient(key)
+            return call(layer, *args, **kwargs)
+
+        found = mx.checkpoint(inner)(layer.trainable_parameters(), key, *args, **kwargs)
+        mx.random.state[0][:] = following
+        return found
+
+    return recomputed
+
+
 def recomputing(loss: Loss) -> Loss:
     """The same loss, with each layer's activations recomputed in the backward pass.
 
-    mlx-lm's ``grad_checkpoint`` changes a class that other models share: it is changed back.
+    mlx-lm's ``grad_checkpoint`` would draw another dropout there than on the way forward, and it
+    changes a class that other models share: here it is changed back.
     """
 
     def recomputed(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
         layers = {type(layer): layer for layer in model.layers}
         plain = {kind: kind.__call__ for kind in layers}
-        for layer in layers.values():
-            grad_checkpoint(layer)
+        for kind, call in plain.items():
+            kind.__call__ = _recomputed(call)
         try:
             return loss(model, batch)
         finally:

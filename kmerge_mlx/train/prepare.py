@@ -27,6 +27,7 @@ from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.data.tasks import Bar, silent
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
+from kmerge_mlx.files import machine_memory
 from kmerge_mlx.model import attach, check_fit, fresh_lora, load_source, padding_of, wire
 from kmerge_mlx.prompts.chat_template import now
 from kmerge_mlx.source import Source
@@ -84,6 +85,9 @@ def prepare(
     mx.random.seed(settings.seed)
     bare = replace(source, adapter_path=None, adapter=None, merge=None)
     model, tokenizer, config = load_source(bare)
+    fresh = adapter is None or (not resumed and adapter.merge.merge_factor != settings.k)
+    encoder = _encoder(settings, model) if fresh else adapter.merge.encoder
+    _check_memory(settings, encoder, model)
     if settings.template_date is None and not settings.ignore_chat_template:
         date = teaching.stored_date(settings.teacher_file) or now(tokenizer)
         settings = replace(settings, template_date=ranks.share_json(date))
@@ -93,8 +97,6 @@ def prepare(
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
-    fresh = adapter is None or (not resumed and adapter.merge.merge_factor != settings.k)
-    encoder = _encoder(settings, model) if fresh else adapter.merge.encoder
     if fresh and adapter is not None:
         adapter = _with_encoder(adapter, encoder)
     merge, tuning = _adapt(settings, model, tokenizer, config, encoder, adapter, resumed)
@@ -141,6 +143,25 @@ def _encoder(settings: TrainSettings, model: nn.Module) -> schema.EncoderConfig 
     h = schema.inner_size(settings.k, d, settings.encoder_factor)
     context, start = settings.encoder_context, settings.encoder_start
     return schema.EncoderConfig(settings.k, d, h, context, start=start)
+
+
+def _check_memory(
+    settings: TrainSettings, encoder: schema.EncoderConfig | None, model: nn.Module
+) -> None:
+    """Refuses an encoder that this machine's memory could never train: its size grows with K^2."""
+    if encoder is None:
+        return
+    # Weights and gradients, and Adam's two moments; all in float32.
+    arrays = 4 if settings.optimizer in ("adam", "adamw") else 2
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    needed, memory = weights + 4 * arrays * encoder.num_parameters, machine_memory()
+    if needed > memory:
+        raise TrainError(
+            f"the encoder of `k` = {encoder.merge_factor} has {encoder.num_parameters / 1e9:,.2f} "
+            f"billion parameters, and training it takes over {needed / 1e9:,.0f} GB of this "
+            f"machine's {memory / 1e9:,.0f} GB: choose a smaller `k`, or an `encoder_factor` below "
+            f"{encoder.inner_size / encoder.hidden_size / encoder.merge_factor:.2g}"
+        )
 
 
 def _with_encoder(adapter: Adapter, encoder: schema.EncoderConfig | None) -> Adapter:

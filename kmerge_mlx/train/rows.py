@@ -26,6 +26,10 @@ ROW_STEPS = ((64, 8), (256, 16), (512, 32), (1 << 62, 64))
 """Rows of up to so many positions are padded to a multiple of so many: some 10% is padding."""
 
 
+MOST_POSITIONS = 1024
+"""Positions (rows times their length) that are read at once: what a step keeps grows with them."""
+
+
 @dataclass(frozen=True)
 class Place:
     """How far a run has read."""
@@ -82,6 +86,26 @@ def by_length(
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def in_parts(
+    indices: Sequence[int], examples: Sequence[TokenizedExample], merge_factor: int
+) -> Iterator[tuple[Sequence[int], Sequence[TokenizedExample]]]:
+    """A batch in parts of up to ``MOST_POSITIONS``, of which each has at least one row.
+
+    Losses are sums over tokens, so the parts' losses and gradients add up to the batch's.
+    """
+    longest = padded_length(max((num_positions(e, merge_factor) for e in examples), default=1) - 1)
+    fit = max(1, MOST_POSITIONS // longest)
+    size = 1 << (fit.bit_length() - 1)  # a power of two: few shapes
+    for start in range(0, len(examples), size):
+        yield indices[start : start + size], examples[start : start + size]
+
+
+def padded_length(length: int) -> int:
+    """The positions to which rows of up to so many are padded."""
+    step = next(step for most, step in ROW_STEPS if length <= most)
+    return -(-max(length, 1) // step) * step
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch, padded to bucketed shapes: int32, weights and log-probabilities float32."""
@@ -127,9 +151,7 @@ def make_batch(
     prompts = [[i for s in example.segments for i in positions(s)] for example in examples]
     # The last token of a row is only ever predicted.
     rows = [[*p, *e.answer_ids[:-1]] for p, e in zip(prompts, examples, strict=True)]
-    length = max(map(len, rows))
-    step = next(step for most, step in ROW_STEPS if length <= most)
-    length = -(-length // step) * step
+    length = padded_length(max(map(len, rows)))
     ids = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row

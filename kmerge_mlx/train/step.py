@@ -28,7 +28,7 @@ from kmerge_mlx.train import loss as losses
 from kmerge_mlx.train.checkpoint import State
 from kmerge_mlx.train.prepare import Run
 from kmerge_mlx.train.ranks import Ranks
-from kmerge_mlx.train.rows import Batch, Rows, make_batch, with_candidates
+from kmerge_mlx.train.rows import MOST_POSITIONS, Batch, Rows, in_parts, make_batch, with_candidates
 from kmerge_mlx.train.settings import OPTIMIZERS, RECONSTRUCTION, TrainSettings
 
 Totals = dict[str, Any]
@@ -119,14 +119,22 @@ class Stepper:
         loss: losses.Loss,
         max_grad_norm: float,
         ranks: Ranks,
+        grad_checkpoint: bool = False,
     ):
         self._ranks = ranks
-        loss_and_grad = nn.value_and_grad(model, loss)
+        kept = nn.value_and_grad(model, loss)
+        recomputed = nn.value_and_grad(model, losses.recomputing(loss))
         state = [model.state, optimizer.state, mx.random.state]
 
         @partial(mx.compile, inputs=state, outputs=state)
         def forward_backward(arrays: dict[str, mx.array]):
-            sums, gradients = loss_and_grad(model, Batch(**arrays))
+            # A row that is too long alone cannot be split: its activations are computed twice.
+            twice = grad_checkpoint or arrays["ids"].size > MOST_POSITIONS
+            if twice:  # the backward pass draws again, and leaves its keys behind
+                mx.random.state[0][:], following = mx.random.split(mx.random.state[0])
+            sums, gradients = (recomputed if twice else kept)(model, Batch(**arrays))
+            if twice:
+                mx.random.state[0][:] = following
             # Some gradients are transposed views. Sums over them would be in another order than
             # over what a resumed run has read from the disk.
             return sums, tree_map(mx.contiguous, gradients)
@@ -186,10 +194,13 @@ class Engine:
         """Adds a batch up, of which this rank takes its share, and updates when it is time."""
         settings, state = self._settings, self._run.state
         mine = slice(self._ranks.rank, None, self._ranks.size)
-        batch = self.make_batch(rows.indices[mine], rows.examples[mine], "train")
-        if self._reconstructs:
-            batch = with_candidates(batch, self._merged.merge_factor)
-        self._totals = self._stepper.add(batch, self._totals)
+        given, k = (rows.indices[mine], rows.examples[mine]), self._merged.merge_factor
+        # Reconstruction compares with the tokens of all the batch, and reads no row.
+        for indices, examples in [given] if self._reconstructs else in_parts(*given, k):
+            batch = self.make_batch(indices, examples, "train")
+            if self._reconstructs:
+                batch = with_candidates(batch, k)
+            self._totals = self._stepper.add(batch, self._totals)
         state.added += 1
         # A phase or a run that ends within a group applies what it has: nothing is dropped.
         last = state.iteration in (settings.iters, settings.encoder_warmup)
@@ -246,15 +257,13 @@ class Engine:
         if self._reconstructs:
             losses.add_decoder(self._merged)
             loss = losses.reconstruction_loss
-        if settings.grad_checkpoint:
-            loss = losses.recomputing(loss)
         run.model.train()
         self._optimizer = make_optimizer(settings)
         self._optimizer.init(run.model.trainable_parameters())
         if saved:
             self._restore(saved)
-        clip = settings.max_grad_norm
-        self._stepper = Stepper(run.model, self._optimizer, loss, clip, self._ranks)
+        how = (settings.max_grad_norm, self._ranks, settings.grad_checkpoint)
+        self._stepper = Stepper(run.model, self._optimizer, loss, *how)
 
     def _restore(self, saved: dict[str, mx.array]) -> None:
         """Goes on from a saved run's tensors."""

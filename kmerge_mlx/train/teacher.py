@@ -22,7 +22,7 @@ from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.checkpoint import ANSWERS, TRAINING
 from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
-from kmerge_mlx.train.rows import Batch, by_length, make_batch
+from kmerge_mlx.train.rows import Batch, by_length, in_parts, make_batch
 
 Answers = dict[str, dict[str, list[int]]]
 """Token ids by split and by the row's index (as text, for JSON)."""
@@ -136,11 +136,12 @@ def store(
         starts = _starts(data)
         ids = np.zeros((starts[-1], teacher.top_k), np.int32)
         logprobs = np.zeros(ids.shape, np.float32)
-        for indices in by_length(data, batch_size, 1):
-            found = [np.array(array) for array in teacher.targets([data[i] for i in indices])]
-            at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
-            ids[at], logprobs[at] = found[0][: len(at)], found[1][: len(at)]
-            done += len(indices)
+        for batch in by_length(data, batch_size, 1):
+            for indices, examples in in_parts(batch, [data[i] for i in batch], 1):
+                found = [np.array(array) for array in teacher.targets(examples)]
+                at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
+                ids[at], logprobs[at] = found[0][: len(at)], found[1][: len(at)]
+            done += len(batch)
             progress(done, total)
         tensors |= {f"{split}.ids": ids, f"{split}.logprobs": logprobs}
     try:

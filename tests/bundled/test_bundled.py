@@ -54,7 +54,7 @@ def test_it_answers_the_trees_written_by_hand():
     rows = json.loads(done.out)["rows"]
     assert [row["k"] for row in rows] == [1, 2, 4]
     for row in rows:
-        assert row["scores"]["data"]["accuracy"]["value"] >= 18 / 20
+        assert row["scores"]["handwritten"]["accuracy"]["value"] >= 18 / 20
         assert row["compression_ratio"] > 0.95 * row["k"]
 
 

@@ -86,7 +86,10 @@ FILES = [
 MODELS = [
     ({"k": 3}, "--k 3: it has K = 4"),
     ({"adapter_path": "both"}, "both holds adapters for K = 2, 4: choose one with --k"),
-    ({"adapter_path": None}, "FILEs need a merge encoder"),
+    (
+        {"adapter_path": None},
+        "a FILE merges, and there is no merge encoder: give --adapter-path, or --k 1",
+    ),
     (
         {"adapter_path": None, "k": 4},
         "--k is 4, and there is no merge encoder: give --adapter-path",

@@ -29,13 +29,13 @@ def folders(tmp_path_factory) -> Folders:
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory) -> Path:
     """Questions to which labels are the answers."""
-    return write_data(tmp_path_factory.mktemp("truth"), labelled(TRUTH))
+    return write_data(tmp_path_factory.mktemp("a") / "truths", labelled(TRUTH))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     """Questions to which texts are the answers."""
-    return write_data(tmp_path_factory.mktemp("texts"), questions_of(8))
+    return write_data(tmp_path_factory.mktemp("a") / "my texts", questions_of(8))
 
 
 def evaluated(folders: Folders, *args: object, **more: object) -> Result:
@@ -66,12 +66,12 @@ def test_a_yaml_file_and_printed_settings_are_taken(tmp_path, folders, truth):
 def test_json_is_one_object_with_everything(folders, truth):
     result = evaluated(folders, "--data", truth, "--baseline", "stride", "--json")
     assert result.out.count("\n") == 1
-    assert result.err == ""
+    assert result.err == f"Model: {folders.base} with {folders.adapters}\n"
     report = json.loads(result.out)
     assert set(report) == {
         *("kmerge_mlx", "device", "settings", "layout", "bad_rows", "groups", "rows"),
     }
-    assert report["groups"] == {"data": {"questions": 8, "labels": ["true", "false"]}}
+    assert report["groups"] == {"truths": {"questions": 8, "labels": ["true", "false"]}}
     layout = {"merges": "contexts", "threshold": 32, "chat_template": False}
     assert (report["layout"], report["bad_rows"]) == (layout, 0)
     settings = report["settings"]
@@ -82,7 +82,7 @@ def test_json_is_one_object_with_everything(folders, truth):
     ]
     for row in report["rows"]:
         assert row["compression_ratio"] == row["prompt_tokens"] / row["positions"]
-        scores = row["scores"]["data"]
+        scores = row["scores"]["truths"]
         assert set(scores) == {
             *("accuracy", "balanced_accuracy", "f1", "f1_macro", "perplexity"),
             *("majority_accuracy", "majority_balanced_accuracy"),
@@ -100,7 +100,8 @@ def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, tr
     result = run(*given, "--max-tokens", 1, "--timed", 2)
     assert result.code == 0, result.err
     title, *_ = lines = result.out.splitlines()
-    assert title == ("data: 8 questions (always the most frequent answer: 62.50%, balanced 50.00%)")
+    said = "truths: 8 questions (always the most frequent answer: 62.50%, balanced 50.00%)"
+    assert title == said
     assert len({len(line) for line in lines[1:]}) == 1
     heads, *rows = cells(result.out)
     assert heads == [
@@ -108,7 +109,7 @@ def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, tr
         "perplexity",
     ]
     assert [row[0] for row in rows] == [
-        *("uncompressed", "base model", "K=4", "mean of 4", "last 1/4 of the tokens"),
+        *("K=1 adapter", "untrained base", "K=4", "mean of 4", "last 1/4 of the tokens"),
         *("one token in 4", "selective context to 1/4", "speculative prefill to 1/4"),
     ]
     assert [row[1:3] for row in rows] == [rows[0][1:3]] * 2 + [rows[2][1:3]] * 6
@@ -131,7 +132,8 @@ def test_everything_but_the_report_goes_to_stderr(tmp_path, monkeypatch, folders
     monkeypatch.setattr(session, "reader", chatty)
     result = evaluated(folders, "--data", data, "--k", 4, "--skip-bad", "--json")
     assert json.loads(result.out)["bad_rows"] == 1
-    assert result.err == "[WARNING] this model is large\nnote: 1 bad row was left out\n"
+    model = f"Model: {folders.base} with {folders.adapters}\n"
+    assert result.err == f"[WARNING] this model is large\n{model}note: 1 bad row was left out\n"
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
@@ -154,7 +156,9 @@ def test_texts_have_other_scores_and_trees_a_table_and_a_panel_for_each_kind(
     table = evaluated(folders, "--data", texts, "--plot", picture).out
     heads = ["ratio", "KV cache", "exact match", "edit similarity", "perplexity"]
     assert cells(table)[0] == heads
-    assert words_of(picture) >= {"data: exact match", "data: edit similarity", "data: perplexity"}
+    assert words_of(picture) >= {
+        *("my texts: exact match", "my texts: edit similarity", "my texts: perplexity")
+    }
     trees = (*TREES, "--num-trees", 3, "--stage", "small", "--k", 4, "--plot", picture)
     one, two = evaluated(folders, *trees).out.split("\n\n")
     assert one.startswith("relationship: 6 questions (always the most frequent answer: 50.00%")

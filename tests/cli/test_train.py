@@ -103,7 +103,7 @@ def test_the_end_says_where_the_weights_are_and_how_to_try_them(shown):
 def test_bars_are_drawn_on_a_terminal_alone(tmp_path, shown):
     data = write_data(tmp_path / "data", rows_of(16), rows_of(8))
     result = trained(tmp_path / "run", "--data", data, "--iters", 3, terminal=True)
-    for label in ("Training:", "Validating:", "Tokenizing train:", "it/s"):
+    for label in ("Training:", "Validating:", "Tokenizing train:", "tok/s"):
         assert label in result.err
     assert "\r" not in shown[1].err
     assert "Training:" not in shown[1].err

@@ -56,7 +56,7 @@ def folders(tmp_path_factory) -> Folders:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), questions_of(QUESTIONS))
+    return write_data(tmp_path_factory.mktemp("a") / "data", questions_of(QUESTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -304,17 +304,44 @@ def test_long_answers_are_likely_alike_however_little_is_held(
     monkeypatch.setattr(scoring, limit, most)
     sizes, plain = [], scoring.answer_logits
 
-    def logits(model, batch):
+    answers, asked = scoring.batch_generate, []
+
+    def logits(model, batch, cache):
         sizes.append(batch.targets.size)
-        return plain(model, batch)
+        return plain(model, batch, cache)
+
+    def answer(model, tokenizer, prompts, **options):
+        asked.append((len(prompts), max(len(prompt.ids) for prompt in prompts)))
+        return answers(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr(scoring, "answer_logits", logits)
+    monkeypatch.setattr(scoring, "batch_generate", answer)
     report = measured(**folders.settings(k=(4,), data=str(data)), max_tokens=1)
     wanted = next(row for row in batched[1].rows if (row.method, row.k) == ("merged", 4))
     found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
     assert len(sizes) > 4
     assert max(sizes) <= 32
+    assert len(asked) == len(sizes)
+    if limit == "MOST_POSITIONS":
+        assert all(count == 1 or count * longest <= 60 for count, longest in asked)
+
+
+def test_long_prompts_are_likely_alike_read_in_steps(monkeypatch, folders, data, batched):
+    monkeypatch.setattr(scoring, "STEP", 4)
+    widths, plain = [], scoring.answer_logits
+
+    def logits(model, batch, cache):
+        widths.append((batch.ids.shape[1], cache is not None))
+        return plain(model, batch, cache)
+
+    monkeypatch.setattr(scoring, "answer_logits", logits)
+    settings = folders.settings(k=(4,), data=str(data))
+    report = measured(**settings, max_tokens=1, batch_size=2)
+    wanted = next(row for row in batched[1].rows if (row.method, row.k) == ("merged", 4))
+    found = report.rows[0].scores["data"]["perplexity"].value
+    assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
+    assert any(with_cache for _, with_cache in widths)
 
 
 def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):

@@ -91,7 +91,9 @@ def test_a_dry_run_asks_nobody_and_prints_the_card(hub, work, online):
     result = run(*ONE, "--dry-run")
     assert (result.code, hub.requests) == (0, [])
     assert ModelCard(result.out).data.license == "mit"
-    names = [line.split()[0] for line in result.err.splitlines()]
+    *lines, last = result.err.splitlines()
+    assert last == "Nothing was uploaded: without --dry-run, this goes to me/one"
+    names = [line.split()[0] for line in lines]
     assert names == ["README.md", *sorted(FILES, key=FILES.index)]
     assert run(*ONE).code == 0
     assert hub.repos["me/one"].files()["README.md"].decode() == result.out

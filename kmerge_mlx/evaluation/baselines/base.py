@@ -10,7 +10,7 @@ class Base(Method):
 
     name = "base"
     about = "all T tokens, without any adapter"
-    words = "base model"
+    words = "untrained base"
     compresses = False
 
     @property

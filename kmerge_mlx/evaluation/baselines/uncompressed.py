@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from kmerge_mlx.evaluation.baselines.base import Base
 from kmerge_mlx.evaluation.baselines.method import Method
 
 
+@dataclass(frozen=True)
 class Uncompressed(Method):
     """Reads all T tokens."""
 
     name = "uncompressed"
     about = "all T tokens, as --k 1"
-    words = "uncompressed"
+    words = "K=1 adapter"
     compresses = False
+
+    trained: bool = True
+    """Whether there is an adapter for K = 1."""
+
+    @property
+    def label(self) -> str:
+        return self.words if self.trained else Base.words
