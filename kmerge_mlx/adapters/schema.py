@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kmerge_mlx.adapters import window
+from kmerge_mlx.adapters.window import WindowConfig
 from kmerge_mlx.config import MAX_RANK, is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
 from kmerge_mlx.prompts.policy import Layout
 
-FORMAT_VERSION = 1
-"""Version of the adapter folder that this release writes, and the newest it reads."""
+FORMAT_VERSION, WINDOW_VERSION = 1, 2
+"""Versions of the adapter folder: with a window encoder it is 2, which is the newest."""
 
 ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 """The paper's factor for each K, in H = int(factor * K) * D; past K = 4 that of K = 4."""
@@ -230,7 +232,8 @@ class MergeConfig:
     """The content of ``merge_config.json``.
 
     Args:
-        encoder: Sizes of the merge encoder, or None for merge factor 1: nothing is merged.
+        encoder: Sizes of the merge encoder, or of a window encoder, or None for merge factor 1:
+            nothing is merged.
         base: The base model.
         pad_token_id: Token that fills the last block, or None: taken from the tokenizer.
         head_lora: Rank and scale of the output head's LoRA kept beside the encoder, or None.
@@ -238,7 +241,7 @@ class MergeConfig:
         provenance: Where the numbers come from; free-form, for people.
     """
 
-    encoder: EncoderConfig | None
+    encoder: EncoderConfig | WindowConfig | None
     base: BaseModelConfig = BaseModelConfig()
     pad_token_id: int | None = None
     head_lora: LoRASpec | None = None
@@ -250,6 +253,11 @@ class MergeConfig:
         """K, how many tokens one merged position stands for."""
         return 1 if self.encoder is None else self.encoder.merge_factor
 
+    @property
+    def has_window(self) -> bool:
+        """Whether the encoder is a window encoder."""
+        return isinstance(self.encoder, WindowConfig)
+
     def encoder_entries(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``; without an encoder all but K are null."""
         nothing = dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
@@ -258,7 +266,7 @@ class MergeConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of ``merge_config.json``."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": WINDOW_VERSION if self.has_window else FORMAT_VERSION,
             **self.encoder_entries(),
             "pad_token_id": self.pad_token_id,
             "base_model": {
@@ -277,10 +285,10 @@ class MergeConfig:
         if not isinstance(data, dict):
             raise AdapterError(f"{_MERGE} holds {short(data)}, expected an object")
         version = data.get("format_version")
-        if not is_int(version, 1) or version > FORMAT_VERSION:
+        if not is_int(version, 1) or version > WINDOW_VERSION:
             raise AdapterError(
-                f"{_MERGE}: format_version is {short(version)}, expected {FORMAT_VERSION} (a newer "
-                "one needs a newer kmerge-mlx)"
+                f"{_MERGE}: format_version is {short(version)}, expected up to {WINDOW_VERSION} (a "
+                "newer one needs a newer kmerge-mlx)"
             )
         if problems := _problems(data):
             raise AdapterError(findings(_MERGE, problems))
@@ -292,7 +300,7 @@ class MergeConfig:
                 "them was edited; convert the checkpoint again"
             )
         return cls(
-            EncoderConfig.from_json(data),
+            (WindowConfig if window.ENTRY in data else EncoderConfig).from_json(data),
             base,
             data.get("pad_token_id"),
             None if head is None else LoRASpec.from_json(head, f"{_MERGE}: head_lora"),
