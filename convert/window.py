@@ -9,20 +9,15 @@ Source: arXiv 2606.09659, ``latent-context/*-LCLM-*`` on the hub; docs/lclm.md.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 
 # mlx-lm has no public name for its table of architectures.
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, make_shards, quantize_model
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
@@ -36,7 +31,9 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.adapters.window import POOLINGS, WindowConfig
 from kmerge_mlx.config import CARRIED, is_int
 from kmerge_mlx.convert.base_model import Base
-from kmerge_mlx.convert.peft import lora_from_peft
+from kmerge_mlx.convert.language_model import LanguageModel, Progress
+from kmerge_mlx.convert.marked_tokenizer import MARKS, TOKENIZER, read_marks, write_tokenizer
+from kmerge_mlx.convert.peft import copies_of_base, lora_from_peft
 from kmerge_mlx.errors import (
     AdapterError,
     CheckpointError,
@@ -51,7 +48,6 @@ from kmerge_mlx.files import (
     read_json,
     read_safetensors,
     replacing_folder,
-    write_safetensors,
 )
 from kmerge_mlx.hub import fetch, is_namespaced
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT
@@ -66,19 +62,12 @@ PATTERNS = tuple(
     for name in (CONFIG, PROJECTION, f"{DECODER}/*", f"{ENCODER}/*")
 )
 """What of a hub repo is fetched."""
-SHARD_GB = 1  # of weights, in memory at once
-MARKS = ("<|memory|>", "<|memory_start|>", "<|memory_end|>")
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-COPIED = ("chat_template.jinja", "chat_template.json", "generation_config.json")
-MAX_TOKENIZER_BYTES = 256 << 20
 # What model_config.json must say, and what is understood of it.
 MEANT = {
     "pooling": POOLINGS,
     "encoder_mask_type": ("causal",),
     "adapter_type": ("mlp",),
 }
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,91 +80,12 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One language model of a checkpoint: its folder, its config, and its weights, not read yet."""
-
-    folder: Path
-    config: dict[str, Any]
-    model: nn.Module
-
-    @classmethod
-    def read(cls, folder: Path, prefix: str, problems: list[str]) -> Part | None:
-        """Reads a folder whose tensors' names lack ``prefix``; what is wrong joins the problems."""
-        try:
-            config = base.read_config(folder)
-            if config.get("quantization") or config.get("quantization_config"):
-                raise CheckpointError(f"{folder} is quantized: give floating-point weights")
-            if prefix:
-                config["tie_word_embeddings"] = True  # it has no head
-            model_class, arguments = _get_classes(config)
-            model = model_class(arguments.from_dict(config))  # its arrays are never evaluated
-            weights: dict[str, mx.array] = {}
-            for file in sorted(folder.glob("model*.safetensors")):
-                weights |= read_safetensors(file, CheckpointError)
-            weights = {f"{prefix}{name}": array for name, array in weights.items()}
-            if hasattr(model, "sanitize"):
-                weights = model.sanitize(weights)
-        except KMergeError as error:
-            problems.append(str(error))
-            return None
-        except base.LOAD_ERRORS as error:
-            problems.append(f"cannot read {folder}: {first_line(error)}")
-            return None
-        expected = dict(tree_flatten(model.parameters()))
-        wrong = tensor_problems(expected, weights)
-        problems += [f"{folder.name}: {problem}" for problem in wrong]
-        if wrong:
-            return None
-        model.load_weights(list(weights.items()))
-        return cls(folder, config, model)
-
-    @property
-    def width(self) -> int:
-        """The width of its hidden states."""
-        return base.text_config(self.config)["hidden_size"]
-
-    def write(
-        self, folder: Path, dtype: mx.Dtype | None, bits: int | None, size: int, wrote: Progress
-    ) -> None:
-        """Writes a model folder as mlx-lm loads it; the model is empty afterwards.
-
-        mlx-lm's own writer holds 5 GB of weights at once.
-        """
-        model, config = self.model, self.config
-        if dtype is not None:
-            model.set_dtype(dtype)
-            config = config | {"dtype": base.dtype_name(dtype)}
-        if bits is not None:
-            with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
-                model, config = quantize_model(model, config, size, bits)
-        weights = dict(tree_flatten(model.parameters()))
-        total, whole = sum(array.nbytes for array in weights.values()), len(weights)
-        shards = make_shards(weights, SHARD_GB)
-        weights.clear()
-        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
-        folder.mkdir(exist_ok=True)
-        places, done = {}, 0
-        for i in range(len(shards)):
-            shard, shards[i] = shards[i], None
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            for array in shard.values():  # one by one: what it is made of is freed at once
-                mx.eval(array)
-                done += 1
-                wrote(done, whole)
-            write_safetensors(folder / name, shard)
-            places |= dict.fromkeys(shard, name)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-        _write_text(folder / "config.json", json.dumps(config, indent=2))
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds, checked."""
 
-    encoder: Part
+    encoder: LanguageModel
     projection: dict[str, mx.array]
-    decoder: Part | None  # None where it is a LoRA
+    decoder: LanguageModel | None  # None where it is a LoRA
     merge: MergeConfig
     lora: Adapter | None
 
@@ -233,6 +143,7 @@ def convert_window(
     else:
         names = (*DEFAULT_ALLOW_PATTERNS, "README.md", CARRIED)
         check_destination(destination, force, "model", names, AdapterError, marker="config.json")
+        check_adapter_destination(Path(destination) / CARRIED, force)
     found = read_window(folder, root, source, model, k)
     cast = None if dtype is None else base.DTYPES[dtype]
     try:
@@ -263,16 +174,16 @@ def read_window(
     problems: list[str] = []
     path = folder / CONFIG if (folder / CONFIG).is_file() else root / CONFIG
     stated = _collect(problems, _settings, path, k)
-    encoder = Part.read(folder / ENCODER, "model.", problems)
+    encoder = LanguageModel.read(folder / ENCODER, "model.", problems)
     projection = _collect(problems, read_safetensors, folder / PROJECTION, CheckpointError)
-    marks = _collect(problems, _marks, folder / DECODER / TOKENIZER)
+    marks = _collect(problems, read_marks, folder / DECODER / TOKENIZER)
     decoder, lora = None, None
     if (folder / DECODER / PEFT_CONFIG).is_file():
         lora = _collect(problems, _read_lora, folder / DECODER, model)
     elif model is not None:
         problems.append("`model` is for a LoRA, and this holds a whole decoder: leave it out")
     else:
-        decoder = Part.read(folder / DECODER, "", problems)
+        decoder = LanguageModel.read(folder / DECODER, "", problems)
     width = decoder.width if decoder else lora and lora.merge.base.fields.get("hidden_size")
     config = None
     if None not in (stated, encoder, projection, marks, width):
@@ -333,31 +244,6 @@ def _settings(path: Path, k: int | None) -> dict[str, Any]:
     return sizes | {"pooling": data["pooling"]}
 
 
-def _marks(path: Path) -> dict[str, int]:
-    """The tokens around a merged text, by name."""
-    added = _tokenizer_json(path).get("added_tokens")
-    entries = [e for e in added if isinstance(e, dict)] if isinstance(added, list) else []
-    found = {e.get("content"): e.get("id") for e in entries if isinstance(e.get("content"), str)}
-    lacking = [mark for mark in MARKS[1:] if not is_int(found.get(mark), 0)]
-    if lacking:
-        raise CheckpointError(f"{path} has no token {', '.join(lacking)}: not a tokenizer of LCLM")
-    return {mark: found[mark] for mark in MARKS if mark in found}
-
-
-def _tokenizer_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES or not path.is_file():
-            raise CheckpointError(f"{path} is not a tokenizer")
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({first_line(error)})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {short(data)}, expected an object")
-    return data
-
-
 def _read_lora(folder: Path, model: str | None) -> Adapter:
     """A decoder's LoRA, compared with its base."""
     config = read_json(folder / PEFT_CONFIG, CheckpointError)
@@ -366,6 +252,8 @@ def _read_lora(folder: Path, model: str | None) -> Adapter:
         raise CheckpointError(f"{folder / PEFT_CONFIG} names no base: give `model`")
     known, problems = Base.read(model or named), []
     tensors = read_safetensors(folder / PEFT_WEIGHTS, CheckpointError)
+    copies = copies_of_base(tensors)
+    problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
     fields = known.merge.base.fields
     untied, layers = base.is_tied(fields) is False, fields.get("num_hidden_layers")
     lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
@@ -389,7 +277,7 @@ def _write(
     if found.decoder is not None:
         wrote = progress("Writing the decoder")
         found.decoder.write(folder, dtype, packing.bits, size, wrote)
-        _write_tokenizer(found.decoder.folder, folder, MARKS)
+        write_tokenizer(found.decoder.folder, folder, MARKS)
         place = folder / CARRIED
         place.mkdir()
     lora = found.lora
@@ -400,40 +288,9 @@ def _write(
     write_adapter(Adapter(found.merge, *tuned[:2], cast, tuned[2]), place)
     own, wrote = place / ENCODER, progress("Writing the encoder")
     found.encoder.write(own, dtype, packing.encoder_bits, size, wrote)
-    _write_tokenizer(found.encoder.folder, own, ())
+    write_tokenizer(found.encoder.folder, own, ())
     _check_tokenizers(folder, own, found)
     flush(place)
-
-
-def _write_tokenizer(source: Path, folder: Path, without: tuple[str, ...]) -> None:
-    """Copies a tokenizer ``without`` some tokens, which no text can spell then."""
-    data = _tokenizer_json(source / TOKENIZER)
-    if without:
-        kept = [e for e in data["added_tokens"] if e.get("content") not in without]
-        data["added_tokens"] = kept
-    _write_text(folder / TOKENIZER, json.dumps(data, ensure_ascii=False))
-    if (source / TOKENIZER_CONFIG).is_file():
-        about = _tokenizer_json(source / TOKENIZER_CONFIG)
-        _write_text(folder / TOKENIZER_CONFIG, json.dumps(_without(about, without), indent=2))
-    for name in COPIED:
-        if (source / name).is_file():
-            text = (source / name).read_bytes()
-            (folder / name).write_bytes(text)
-            flush(folder / name)
-
-
-def _without(value: Any, tokens: tuple[str, ...]) -> Any:
-    """JSON without the lists' items and the objects' entries that are some tokens."""
-    if isinstance(value, list):
-        return [_without(v, tokens) for v in value if not _names(v, tokens)]
-    if isinstance(value, dict):
-        return {n: _without(v, tokens) for n, v in value.items() if not _names(v, tokens)}
-    return value
-
-
-def _names(value: Any, tokens: tuple[str, ...]) -> bool:
-    content = value.get("content") if isinstance(value, dict) else value
-    return isinstance(content, str) and content in tokens
 
 
 def _check_tokenizers(folder: Path, encoder: Path, found: Checkpoint) -> None:
@@ -449,11 +306,6 @@ def _check_tokenizers(folder: Path, encoder: Path, found: Checkpoint) -> None:
             f"the encoder's tokenizer gives {short(other[0])} another id than the decoder's "
             f"({len(other):,} such tokens): not supported"
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-    flush(path)
 
 
 def _collect(problems: list[str], read: Callable[..., Any], *arguments: Any) -> Any:

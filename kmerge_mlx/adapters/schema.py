@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kmerge_mlx.adapters import window
+from kmerge_mlx.adapters.packing import BITS, GROUP_SIZES, EncoderQuantization
 from kmerge_mlx.adapters.window import WindowConfig
 from kmerge_mlx.config import MAX_RANK, is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
@@ -31,9 +32,6 @@ MEAN, INFORMATION = "mean", "information"
 STARTS = (MEAN, INFORMATION)
 """What an encoder gives before training: a block's mean, or its tokens weighed by their rarity."""
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (64, 32, 128)  # MLX's, the preferred one first
-
 LORA, FULL = "lora", "full"
 _TUNING, _MERGE = "adapter_config.json", "merge_config.json"
 
@@ -43,25 +41,6 @@ def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None)
     if factor is None:
         factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTORS[4])
     return int(factor * merge_factor) * hidden_size
-
-
-@dataclass(frozen=True)
-class EncoderQuantization:
-    """How an encoder's weights are packed, in MLX's affine mode: bits of each, weights a scale."""
-
-    bits: int
-    group_size: int
-
-    @classmethod
-    def of_width(cls, bits: int, widths: Sequence[int]) -> EncoderQuantization:
-        """The packing for weights whose rows have these widths, which a group size must divide."""
-        for size in GROUP_SIZES:
-            if not any(width % size for width in widths):
-                return cls(bits, size)
-        raise AdapterError(
-            f"the merge encoder cannot be quantized: it reads {', '.join(map(str, widths))} "
-            f"numbers, and none of MLX's groups of {GROUP_SIZES} divides all of them"
-        )
 
 
 @dataclass(frozen=True)

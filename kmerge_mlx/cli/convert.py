@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kmerge_mlx.adapters.schema import BITS, GROUP_SIZES
+from kmerge_mlx.adapters.packing import BITS, GROUP_SIZES
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.errors import SettingsError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx.adapters.schema import BITS
+from kmerge_mlx.adapters.packing import BITS
 from kmerge_mlx.cli.inputs import command, read_prompt
 from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.settings import ModelSettings, argument, option

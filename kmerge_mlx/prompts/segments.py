@@ -35,8 +35,8 @@ class Segment:
 class MergedText:
     """How merging text becomes tokens where the encoder has a tokenizer of its own.
 
-    A tokenizer carries one as ``merged_text``. It then turns only what is raw into tokens, and does
-    not know the two that stand around a merged text: no text can spell them.
+    A tokenizer carries one as ``merged_text``, and then turns only what is raw into tokens. It
+    should not know the two that stand around a merged text, so that no text can spell them.
 
     Args:
         tokenizer: The encoder's.
@@ -60,6 +60,8 @@ class MergedText:
             if merge and ids:
                 segments += [Segment([*raw, self.start], False), Segment(ids)]
                 raw = [self.end]
+            elif not merge and {self.start, self.end} & {*ids}:
+                raise PromptError("the text spells a token that only a merged text has around it")
             elif not merge:
                 raw += ids
         return [*segments, Segment(raw, False)] if raw else segments

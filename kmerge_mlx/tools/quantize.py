@@ -20,7 +20,8 @@ from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import Adapter, check_plain_encoder, read_adapter
-from kmerge_mlx.adapters.schema import EncoderQuantization, FullConfig
+from kmerge_mlx.adapters.packing import EncoderQuantization
+from kmerge_mlx.adapters.schema import FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
 from kmerge_mlx.source import Source

@@ -77,12 +77,10 @@ def calculate(name: str, settings: SizingConfig) -> dict[str, Any]:
     docs/choosing-k.md. No weights are fetched.
     """
     path = base.resolve(name, weights=False)
-    carried = carried_by(path)
     config, has_weights = base.read_config(path), _has_weights(path)
     model = _build(path, config, name, settings.dtype, has_weights)
     found = _Calculator(model, config, settings, name)
-    if carried is not None and (own := _window_cost(carried)) is not None:
-        found.windows = own
+    found.windows = _window_cost(carried_by(path))
     ks, rows = sorted({1, *settings.ks}), []
     for length in settings.lengths:
         reference = found.row(1, length, None)
@@ -125,8 +123,7 @@ class _Encoder:
 class _Calculator:
     """The sizes of one base model."""
 
-    windows: tuple[int, _Encoder] | None = None
-    """K and cost of the window encoder that the model's folder carries."""
+    windows: tuple[int, _Encoder] | None = None  # K and cost of the window encoder in its folder
 
     def __init__(
         self, model: nn.Module, config: Mapping[str, Any], settings: SizingConfig, name: str
@@ -254,30 +251,26 @@ class _Calculator:
         return steps * self._fill[1] + self._full[1] + read
 
 
-def _window_cost(carried: Path) -> tuple[int, _Encoder] | None:
+def _window_cost(carried: Path | None) -> tuple[int, _Encoder] | None:
     """K and cost of the window encoder in an adapter's folder; None for another encoder."""
-    ((folder, merge),) = look_up(carried).found.values()
-    if not merge.has_window:
+    folder, merge = look_up(carried).choose() if carried else (None, None)
+    if merge is None or not merge.has_window:
         return None
     sizes, own = merge.encoder, folder / ENCODER
-    config = base.read_config(own)
-    model = _build(own, config, str(own), None, _has_weights(own))
-    _, table = base.find_embedding(model, str(own))
-    _, (whole, _) = _passes(model, table, None)
-    head = table.weight.size * 32 // table.bits if "scales" in table else table.weight.size
-    text, layers = base.text_config(config), _caches(model, str(own), None)
-    heads, pairs = text.get("num_attention_heads", 0), (sizes.window + 1) / 2
-    attention = int(sum(heads * sum(layer.widths) * pairs for layer in layers))
-    projection = sizes.num_parameters
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    weights += sum(array.nbytes for array in read_adapter(folder, merge).encoder_weights.values())
-    cost = _Encoder(
-        get_total_parameters(model) + projection,
-        weights,
-        sizes.merge_factor * (whole - head + attention) + projection,
+    config, name = base.read_config(own), str(own)
+    model = _build(own, config, name, None, _has_weights(own))
+    _, (whole, _) = _passes(model, base.find_embedding(model, name)[1], None)
+    # Nothing is multiplied with the table, which counts there as the head.
+    per_token = whole - config["vocab_size"] * sizes.encoder_size
+    heads, pairs = config.get("num_attention_heads", 0), (sizes.window + 1) / 2
+    attention = sum(heads * sum(layer.widths) * pairs for layer in _caches(model, name, None))
+    tensors = [model.parameters(), read_adapter(folder, merge).encoder_weights]
+    return sizes.merge_factor, _Encoder(
+        get_total_parameters(model) + sizes.num_parameters,
+        sum(array.nbytes for _, array in tree_flatten(tensors)),
+        sizes.merge_factor * (per_token + int(attention)) + sizes.num_parameters,
         max(1, TOKENS_AT_ONCE // sizes.merge_factor),
     )
-    return sizes.merge_factor, cost
 
 
 def _pairs(positions: int, window: int) -> int:
