@@ -24,7 +24,7 @@ from kmerge_mlx.adapters.folder import (
     HEAD,
     MERGE_CONFIG,
     Adapter,
-    check_not_quantized,
+    check_plain_encoder,
     load_adapter,
     name_ends,
 )
@@ -66,7 +66,7 @@ def export_adapter(
 def _objections(adapter: Adapter) -> list[str]:
     """Why an adapter means nothing to PEFT or to the paper's code, one line each."""
     merge, weights = adapter.merge, adapter.tuning_weights
-    check_not_quantized(merge, "exported")
+    check_plain_encoder(merge, "exported")
     problems = checkpoint.not_finite(adapter.encoder_weights | weights | named_head(adapter))
     if not isinstance(adapter.tuning, LoRAConfig):
         return [*problems, "full fine-tuning is not LoRA: `kmerge-mlx fuse` writes a whole model"]

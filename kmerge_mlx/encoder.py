@@ -7,14 +7,47 @@ starts at exactly the mean. Beyond the paper, the MLP may also read c tokens bef
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Protocol
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import INFORMATION, EncoderConfig
+from kmerge_mlx.config import BLOCKS_PER_CHUNK
+
+Block = tuple[int, ...]
 
 EXPONENT = 4
 """How sharply rare tokens outweigh frequent ones."""
 LEAST, MOST = 1.0, 14.0  # self-information that counts, in nats
+
+
+class Encoder(Protocol):
+    """What makes merged embeddings of runs of tokens, one for every K: a block's position.
+
+    A merged embedding depends on what its key was made of, and on nothing else.
+    """
+
+    config: Any
+    table_rows: int | None
+    """How many token ids it knows; None: as many as the model that answers."""
+    num_parameters: int
+    dtype: mx.Dtype
+
+    def parameters(self) -> Any:
+        """All its arrays, in a tree."""
+
+    def keys(self, ids: Sequence[int], pad_token_id: int) -> list[Any]:
+        """A hashable key for each position of a run; ``pad_token_id`` fills up the last block."""
+
+    def merge(
+        self, table: nn.Module, runs: Sequence[Sequence[int]], wanted: Collection[Any]
+    ) -> Iterator[tuple[list[Any], mx.array]]:
+        """The merged embeddings ``(M, D)`` of the wanted keys of some runs, a part at once.
+
+        ``table`` is the embedding table of the model that answers.
+        """
 
 
 class MergeEncoder(nn.Module):
@@ -35,7 +68,7 @@ class MergeEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.table_rows = config, None
         widths = config.layers().values()
         self.w1, self.w2, self.w3 = (nn.Linear(inner, out) for out, inner in widths)
         self.w3.weight = mx.zeros_like(self.w3.weight)
@@ -46,6 +79,29 @@ class MergeEncoder(nn.Module):
         if config.quantization is not None:
             nn.quantize(self, config.quantization.group_size, config.quantization.bits)
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it holds, packed or not."""
+        return self.config.num_parameters
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of merged embeddings."""
+        return self.w3.bias.dtype
+
+    def keys(self, ids: Sequence[int], pad_token_id: int) -> list[Block]:
+        """The blocks of a run: the token ids that the encoder reads."""
+        return split(ids, self.config.merge_factor, pad_token_id, self.config.context)
+
+    def merge(
+        self, table: nn.Module, runs: Sequence[Sequence[int]], wanted: Collection[Block]
+    ) -> Iterator[tuple[list[Block], mx.array]]:
+        """The merged embeddings of blocks, a bounded number at once; see :class:`Encoder`."""
+        blocks = list(wanted)
+        for start in range(0, len(blocks), BLOCKS_PER_CHUNK):
+            part = blocks[start : start + BLOCKS_PER_CHUNK]
+            yield part, self(table(mx.array(part)))
+
     def __call__(self, embeddings: mx.array) -> mx.array:
         """Merges blocks.
 
@@ -55,7 +111,7 @@ class MergeEncoder(nn.Module):
         Returns:
             Merged embeddings ``(N, D)`` in the encoder's dtype.
         """
-        x = embeddings.astype(self.w3.bias.dtype)
+        x = embeddings.astype(self.dtype)
         if self.config.start != INFORMATION:
             return x[:, self.config.context :].mean(axis=1) + self._mlp(x)
         apart = x - self.center
@@ -72,3 +128,17 @@ class MergeEncoder(nn.Module):
         """``(N, c + K, D)`` to ``(N, D)``."""
         hidden = nn.relu(self.w1(x.reshape(x.shape[0], -1)))
         return self.w3(nn.relu(self.w2(hidden)))
+
+
+def split(
+    ids: Sequence[int], merge_factor: int, pad_token_id: int, context: int = 0
+) -> list[Block]:
+    """Cuts one segment's token ids into blocks of K, each led by the c ids before it.
+
+    The padding token fills up the last block, and stands for what is missing before the first.
+
+    Source: arXiv 2604.15153 section 3.1; the padding token is that of the paper's code (a space).
+    """
+    width = context + merge_factor
+    padded = [*[pad_token_id] * context, *ids, *[pad_token_id] * (-len(ids) % merge_factor)]
+    return [tuple(padded[i : i + width]) for i in range(0, len(padded) - context, merge_factor)]

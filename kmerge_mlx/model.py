@@ -17,16 +17,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
-from kmerge_mlx import base, bundled
+from kmerge_mlx import base, bundled, window_encoder
 from kmerge_mlx.adapters import lora
-from kmerge_mlx.adapters.folder import HEAD, Adapter, check_not_quantized, read_adapter
+from kmerge_mlx.adapters.folder import ENCODER, HEAD, Adapter, check_plain_encoder, read_adapter
 from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS, is_int
-from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.encoder import Encoder, MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 from kmerge_mlx.files import check_memory
+from kmerge_mlx.prompts.segments import MergedText
 from kmerge_mlx.source import Source, check_unmerged
 from kmerge_mlx.virtual_tokens import MergedEmbedding
+from kmerge_mlx.window_encoder import WindowEncoder
 
 
 def load(
@@ -94,7 +96,7 @@ def load_source(
         model(mx.array([[0]]), cache=make_prompt_cache(model))
     except base.LOAD_ERRORS as error:
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
-    tokenizer = base.read_tokenizer(path, config, name, trust, tokenizer_config)
+    tokenizer = read_tokenizer(source, tokenizer_config)
     # mlx-lm's samplers index the logits with these.
     rows = base.table_rows(model)
     tokenizer.eos_token_ids = {i for i in tokenizer.eos_token_ids if is_int(i) and i < rows}
@@ -106,6 +108,17 @@ def load_source(
     if not lazy:
         mx.eval(model.state)  # what waits belongs to the thread that asked for it
     return model, tokenizer, config
+
+
+def read_tokenizer(source: Source, options: Mapping[str, Any] | None = None) -> TokenizerWrapper:
+    """The tokenizer of a source, which knows how text that merges becomes tokens."""
+    about = (source.config, source.model, source.trust_remote_code)
+    tokenizer = base.read_tokenizer(source.path, *about, options)
+    if source.merge is not None and source.merge.has_window:
+        own, folder = source.merge.encoder, source.adapter / ENCODER
+        encoders = base.read_tokenizer(folder, base.read_config(folder), str(folder))
+        tokenizer.merged_text = MergedText(encoders, own.start_token_id, own.end_token_id)
+    return tokenizer
 
 
 def padding_of(adapter: Adapter, tokenizer: Any) -> int:
@@ -138,7 +151,12 @@ def attach(
     max_blocks: int = MAX_BLOCKS,
 ) -> None:
     """Puts an adapter on a freshly loaded base model, in place, ready to generate."""
-    merged = wire(model, adapter.merge, adapter.tuning, pad_token_id, name, max_blocks)
+    own = None
+    if adapter.encoder_folder is not None:
+        own = window_encoder.load(
+            adapter.merge.encoder, adapter.encoder_folder, adapter.encoder_weights
+        )
+    merged = wire(model, adapter.merge, adapter.tuning, pad_token_id, name, max_blocks, own)
     found = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
     tuned, encoder, head = found
     problems = lora.tensor_problems(_tuned(model, adapter.merge, adapter.tuning), tuned)
@@ -149,9 +167,11 @@ def attach(
         raise AdapterError(findings(f"the adapter does not fit {name}", problems))
     model.load_weights(list(tuned.items()), strict=False)
     carrier.load_weights(list(head.items()), strict=False)
-    if merged.encoder is not None:  # its shapes were checked where its file was read
+    if isinstance(merged.encoder, MergeEncoder):  # its shapes were checked where its file was read
         merged.encoder.load_weights(list(encoder.items()))
     mx.eval(found)
+    if own is not None:
+        mx.eval(own.parameters())
     model.eval()
 
 
@@ -162,16 +182,19 @@ def wire(
     pad_token_id: int,
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
+    encoder: Encoder | None = None,
 ) -> MergedEmbedding:
     """Puts a fresh adapter on a loaded base model, called ``name``, in place.
 
     A fresh adapter reads a block as the mean of its embeddings and changes nothing else: the
-    encoder's W3 and every LoRA B are zero, every LoRA A is random. All tensors are float32.
+    encoder's W3 and every LoRA B are zero, every LoRA A is random. All tensors are float32. An
+    ``encoder`` that was loaded takes the fresh one's place.
     """
     path, embedding = base.find_embedding(model, name)
     if not 0 <= pad_token_id < embedding.weight.shape[0]:
         raise AdapterError(f"pad_token_id {pad_token_id} is outside the vocabulary of {name}")
-    encoder = None if merge.encoder is None else MergeEncoder(merge.encoder)
+    if encoder is None and merge.encoder is not None:
+        encoder = MergeEncoder(merge.encoder)
     merged = MergedEmbedding(embedding, encoder, pad_token_id, max_blocks)
     if encoder is not None and merge.encoder.hidden_size != merged.hidden_size:
         d = merge.encoder.hidden_size
@@ -214,9 +237,12 @@ def fresh_lora(
 def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:
     """The adapter that a wired model carries now, ready to be saved; ``merge`` may say more."""
     merged = merged_embedding(model)
-    encoder = {} if merged.encoder is None else dict(tree_flatten(merged.encoder.parameters()))
+    encoder, folder = merged.encoder, None
+    if isinstance(encoder, WindowEncoder):
+        encoder, folder = encoder.projection, encoder.folder
+    encoder = {} if encoder is None else dict(tree_flatten(encoder.parameters()))
     head = {} if merge.head_lora is None else _lora_parts(_head(model, merged))
-    return Adapter(merge, tuning, _tuned(model, merge, tuning), encoder, head)
+    return Adapter(merge, tuning, _tuned(model, merge, tuning), encoder, head, folder)
 
 
 def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) -> None:
@@ -224,7 +250,7 @@ def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) ->
     merged = merged_embedding(model)
     model.freeze()
     if merged.encoder is not None:
-        check_not_quantized(MergeConfig(merged.encoder.config), "trained")
+        check_plain_encoder(MergeConfig(merged.encoder.config), "trained")
         merged.encoder.unfreeze()
     elif encoder_only:
         raise AdapterError("merge factor 1 has no encoder to train alone: leave its warm-up out")

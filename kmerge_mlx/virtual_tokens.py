@@ -1,8 +1,9 @@
 """Virtual tokens: how a block of K tokens becomes one id that the language model reads.
 
 A merged embedding depends only on the token ids that the encoder reads: the block's own K, and with
-an encoder context of c the c before it. So every distinct block gets an id past the vocabulary, and
-:class:`MergedEmbedding`, where the embedding table stood in the model, reads both kinds of id:
+an encoder context of c the c before it; of a window encoder, the window up to the block's end. So
+every distinct block gets an id past the vocabulary, and :class:`MergedEmbedding`, where the
+embedding table stood in the model, reads both kinds of id:
 
     block (token ids)  ->  id V + slot  ->  row ``slot``
 
@@ -12,21 +13,23 @@ compressed prompts unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import LoRASpec
-from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS
-from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.config import MAX_BLOCKS
+from kmerge_mlx.encoder import Encoder
 from kmerge_mlx.errors import BlockTableFullError
 from kmerge_mlx.prompts.segments import Segment, check_ids
 
-Block = tuple[int, ...]
+Block = Hashable
+"""What an encoder knows a block by: see ``Encoder.keys``."""
 
 
 @dataclass(eq=False)
@@ -120,7 +123,7 @@ class MergedEmbedding(nn.Module):
     def __init__(
         self,
         embedding: nn.Module,
-        encoder: MergeEncoder | None,
+        encoder: Encoder | None,
         pad_token_id: int,
         max_blocks: int = MAX_BLOCKS,
     ):
@@ -138,7 +141,7 @@ class MergedEmbedding(nn.Module):
     @property
     def context(self) -> int:
         """c, how many tokens before its block the encoder reads."""
-        return 0 if self.encoder is None else self.encoder.config.context
+        return 0 if self.encoder is None else getattr(self.encoder.config, "context", 0)
 
     @property
     def hidden_size(self) -> int:
@@ -196,10 +199,10 @@ class MergedEmbedding(nn.Module):
         """
         segments, k = list(segments), self.merge_factor
         original_ids = [i for segment in segments for i in segment.ids]
-        check_ids(original_ids, self.vocab_size)
+        self.check(segments)
         merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
-        cut = [split(ids, k, self.pad_token_id, self.context) for ids in merged]
-        virtual = self._virtual_ids([block for blocks in cut for block in blocks])
+        cut = [self.keys(ids) if ids else [] for ids in merged]
+        virtual = self._virtual_ids([block for blocks in cut for block in blocks], merged)
         ids: list[int] = []
         lengths: list[int] = []
         for segment, blocks in zip(segments, cut, strict=True):
@@ -210,39 +213,35 @@ class MergedEmbedding(nn.Module):
         self.table.prompts.add(prompt)
         return prompt
 
-    def _virtual_ids(self, blocks: Sequence[Block]) -> Iterator[int]:
-        """The virtual ids of blocks, each with its row written."""
+    def check(self, segments: Iterable[Segment], tokenizer: Any = None) -> None:
+        """Refuses token ids that have no row in the table that reads them (see ``check_ids``)."""
+        own = getattr(self.encoder, "table_rows", None)
+        for segment in segments:
+            check_ids(segment.ids, (segment.merge and own) or self.vocab_size, tokenizer)
+
+    def keys(self, ids: Sequence[int]) -> list[Block]:
+        """The blocks of a run of tokens that merges."""
+        return self.encoder.keys(ids, self.pad_token_id)
+
+    def _virtual_ids(self, blocks: Sequence[Block], runs: Sequence[Sequence[int]]) -> Iterator[int]:
+        """The virtual ids of the blocks of some runs, each with its row written."""
         ids, new = self.table.intern(blocks)
         try:
             if new:
-                self._write(list(new), mx.array(list(new.values())))
+                self._write(new, runs)
         except BaseException:  # Ctrl-C included: a slot without its row would go unnoticed
             self.table.forget(new)
             raise
         return iter(ids)
 
-    def _write(self, slots: list[int], blocks: mx.array) -> None:
-        """Encodes blocks and stores their rows, at most a chunk in memory at once."""
-        (rows, d), needed = self._rows.shape, max(slots) + 1
+    def _write(self, new: dict[int, Block], runs: Sequence[Sequence[int]]) -> None:
+        """Encodes blocks, given by slot, and stores their rows, a part in memory at once."""
+        (rows, d), needed = self._rows.shape, max(new) + 1
         if needed > rows:  # by doubling, the rows take at most twice the memory in use
             grown = min(max(needed, 2 * rows), self.table.capacity)
             self._rows = mx.concatenate([self._rows, mx.zeros((grown - rows, d), self._rows.dtype)])
-        for start in range(0, len(slots), BLOCKS_PER_CHUNK):
-            part = slice(start, start + BLOCKS_PER_CHUNK)
-            merged = self.encoder(self.embedding(blocks[part]))
-            self._rows[mx.array(slots[part])] = merged.astype(self._rows.dtype)
+        slot_of = {block: slot for slot, block in new.items()}
+        for blocks, merged in self.encoder.merge(self.embedding, runs, slot_of):
+            slots = mx.array([slot_of[block] for block in blocks])
+            self._rows[slots] = merged.astype(self._rows.dtype)
             mx.eval(self._rows)
-
-
-def split(
-    ids: Sequence[int], merge_factor: int, pad_token_id: int, context: int = 0
-) -> list[Block]:
-    """Cuts one segment's token ids into blocks of K, each led by the c ids before it.
-
-    The padding token fills up the last block, and stands for what is missing before the first.
-
-    Source: arXiv 2604.15153 section 3.1; the padding token is that of the paper's code (a space).
-    """
-    width = context + merge_factor
-    padded = [*[pad_token_id] * context, *ids, *[pad_token_id] * (-len(ids) % merge_factor)]
-    return [tuple(padded[i : i + width]) for i in range(0, len(padded) - context, merge_factor)]

@@ -15,9 +15,11 @@ from pathlib import Path
 # step around the destination (0: never), and says how it ended and how many steps it took.
 FORKING = """
 import json, os, signal, sys
+from pathlib import Path
 from kmerge_mlx.cli import main
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.convert.export import export_adapter
+from kmerge_mlx.convert.window import convert_window
 from kmerge_mlx.source import Source
 from kmerge_mlx.tools.fuse import fuse
 from kmerge_mlx.tools.quantize import quantize
@@ -35,6 +37,7 @@ def train(*arguments):
 
 WRITERS = {
     "convert": lambda source, to: convert_checkpoint(source, to, force=True),
+    "window": lambda source, to: convert_window(Path(source), "it", to, force=True),
     "export": lambda source, to: export_adapter(source, to, force=True),
     "fuse": lambda *named: fuse(Source.find(*named[:2]), named[2], text="One", force=True),
     "quantize": lambda *named: quantize(Source.find(*named[:2]), named[2], text="One", force=True),

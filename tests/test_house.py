@@ -21,7 +21,7 @@ LAYERS = [
     {"settings"},
     {"adapters", "data"},
     {"base", "encoder"},
-    {"virtual_tokens", "source"},
+    {"virtual_tokens", "window_encoder", "source"},
     {"model", "convert"},
     {"generation"},
     {"train", "serving"},

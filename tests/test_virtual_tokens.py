@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRASpec, inner_size
-from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.encoder import MergeEncoder, split
 from kmerge_mlx.errors import AdapterError, BlockTableFullError, PromptError
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.virtual_tokens import BlockTable, CompressedPrompt, MergedEmbedding, split
+from kmerge_mlx.virtual_tokens import BlockTable, CompressedPrompt, MergedEmbedding
 
 V, D = 50, 8
 

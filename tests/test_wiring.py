@@ -15,9 +15,9 @@ from kmerge_mlx import Segment
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
 from kmerge_mlx.adapters.lora import default_keys
 from kmerge_mlx.adapters.schema import EncoderConfig, FullConfig, LoRAConfig, LoRASpec, MergeConfig
+from kmerge_mlx.encoder import split
 from kmerge_mlx.errors import AdapterError
 from kmerge_mlx.model import adapter_of, attach, merged_embedding, unfreeze, wire
-from kmerge_mlx.virtual_tokens import split
 from tests.tiny import EXPERTS, PAD, PROJECTIONS, build, qwen2_config
 
 D, V, LAYERS = 64, 700, 2

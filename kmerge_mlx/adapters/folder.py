@@ -9,6 +9,7 @@ mlx-lm has nowhere to put. All four files are always there, if only with no tens
 from __future__ import annotations
 
 import glob
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from kmerge_mlx.errors import AdapterError, findings, first_line
 from kmerge_mlx.files import (
     FLOAT_DTYPES,
     check_destination,
+    flush,
     read_json,
     read_safetensors,
     replacing_folder,
@@ -55,6 +57,7 @@ class Adapter:
             layers' own parameters, by their names in the model.
         encoder_weights: ``w1.weight`` and so on (see ``EncoderConfig.shapes``); empty at K = 1.
         head_weights: ``lora_a`` (D, r) and ``lora_b`` (r, V) of the output head, or empty.
+        encoder_folder: Where a window encoder's language model lies, as mlx-lm loads it, or None.
     """
 
     merge: MergeConfig
@@ -62,6 +65,7 @@ class Adapter:
     tuning_weights: dict[str, mx.array]
     encoder_weights: dict[str, mx.array]
     head_weights: dict[str, mx.array] = field(default_factory=dict)
+    encoder_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class AdapterFolders:
         folder, merge = self.found[next(iter(self.found)) if k is None else k]
         if self.repo is not None:
             inside = "" if folder == self.root else f"{glob.escape(folder.name)}/"
-            fetch(self.repo, [f"{inside}{file}" for file in FILES], AdapterError)
+            names = (*FILES, f"{ENCODER}/*") if merge.has_window else FILES
+            fetch(self.repo, [f"{inside}{name}" for name in names], AdapterError)
         return folder, merge
 
     @property
@@ -175,8 +180,10 @@ def is_carried(folder: Path) -> bool:
     return folder.name == CARRIED and (folder.parent / "config.json").is_file()
 
 
-def check_not_quantized(merge: MergeConfig, what: str) -> None:
-    """Refuses a quantized merge encoder, which can be read with but not be ``trained``, say."""
+def check_plain_encoder(merge: MergeConfig, what: str) -> None:
+    """Refuses a merge encoder that can be read with but not be ``trained``, say."""
+    if merge.has_window:
+        raise AdapterError(f"a window encoder cannot be {what}: it is converted from PyTorch alone")
     if merge.encoder is not None and (packing := merge.encoder.quantization) is not None:
         raise AdapterError(
             f"the merge encoder is quantized to {packing.bits} bits, and cannot be {what}: take "
@@ -220,7 +227,8 @@ def _read_adapter(folder: Path, merge: MergeConfig) -> Adapter:
     for name, array in merged.items():
         part, _, inner = name.partition(".")
         parts[part][inner] = array
-    return Adapter(merge, tuning, tuned, parts[ENCODER], parts[HEAD])
+    own = folder / ENCODER if merge.has_window else None
+    return Adapter(merge, tuning, tuned, parts[ENCODER], parts[HEAD], own)
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -246,11 +254,16 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     write_safetensors(folder / TUNING_WEIGHTS, adapter.tuning_weights)
     write_json(folder / MERGE_CONFIG, merge.to_json())
     write_safetensors(folder / MERGE_WEIGHTS, merged)
+    if adapter.encoder_folder is not None and adapter.encoder_folder != folder / ENCODER:
+        shutil.copytree(adapter.encoder_folder, folder / ENCODER)
+        for file in (folder / ENCODER).iterdir():
+            flush(file)
 
 
 def check_adapter_destination(path: str | Path, force: bool) -> None:
     """Refuses to write an adapter over something else (see :func:`files.check_destination`)."""
-    check_destination(path, force, "adapter", FILES, AdapterError, marker=MERGE_CONFIG)
+    names = (*FILES, ENCODER)
+    check_destination(path, force, "adapter", names, AdapterError, marker=MERGE_CONFIG)
 
 
 def _read_config(folder: Path, name: str, parse: Callable[[Any], Any]) -> Any:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kmerge_mlx.adapters import window
+from kmerge_mlx.adapters.packing import BITS, GROUP_SIZES, EncoderQuantization
+from kmerge_mlx.adapters.window import WindowConfig
 from kmerge_mlx.config import MAX_RANK, is_int, is_number
 from kmerge_mlx.errors import AdapterError, findings, short
 from kmerge_mlx.prompts.policy import Layout
 
-FORMAT_VERSION = 1
-"""Version of the adapter folder that this release writes, and the newest it reads."""
+FORMAT_VERSION, WINDOW_VERSION = 1, 2
+"""Versions of the adapter folder: with a window encoder it is 2, which is the newest."""
 
 ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
 """The paper's factor for each K, in H = int(factor * K) * D; past K = 4 that of K = 4."""
@@ -29,9 +32,6 @@ MEAN, INFORMATION = "mean", "information"
 STARTS = (MEAN, INFORMATION)
 """What an encoder gives before training: a block's mean, or its tokens weighed by their rarity."""
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (64, 32, 128)  # MLX's, the preferred one first
-
 LORA, FULL = "lora", "full"
 _TUNING, _MERGE = "adapter_config.json", "merge_config.json"
 
@@ -41,25 +41,6 @@ def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None)
     if factor is None:
         factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTORS[4])
     return int(factor * merge_factor) * hidden_size
-
-
-@dataclass(frozen=True)
-class EncoderQuantization:
-    """How an encoder's weights are packed, in MLX's affine mode: bits of each, weights a scale."""
-
-    bits: int
-    group_size: int
-
-    @classmethod
-    def of_width(cls, bits: int, widths: Sequence[int]) -> EncoderQuantization:
-        """The packing for weights whose rows have these widths, which a group size must divide."""
-        for size in GROUP_SIZES:
-            if not any(width % size for width in widths):
-                return cls(bits, size)
-        raise AdapterError(
-            f"the merge encoder cannot be quantized: it reads {', '.join(map(str, widths))} "
-            f"numbers, and none of MLX's groups of {GROUP_SIZES} divides all of them"
-        )
 
 
 @dataclass(frozen=True)
@@ -230,7 +211,8 @@ class MergeConfig:
     """The content of ``merge_config.json``.
 
     Args:
-        encoder: Sizes of the merge encoder, or None for merge factor 1: nothing is merged.
+        encoder: Sizes of the merge encoder, or of a window encoder, or None for merge factor 1:
+            nothing is merged.
         base: The base model.
         pad_token_id: Token that fills the last block, or None: taken from the tokenizer.
         head_lora: Rank and scale of the output head's LoRA kept beside the encoder, or None.
@@ -238,7 +220,7 @@ class MergeConfig:
         provenance: Where the numbers come from; free-form, for people.
     """
 
-    encoder: EncoderConfig | None
+    encoder: EncoderConfig | WindowConfig | None
     base: BaseModelConfig = BaseModelConfig()
     pad_token_id: int | None = None
     head_lora: LoRASpec | None = None
@@ -250,6 +232,11 @@ class MergeConfig:
         """K, how many tokens one merged position stands for."""
         return 1 if self.encoder is None else self.encoder.merge_factor
 
+    @property
+    def has_window(self) -> bool:
+        """Whether the encoder is a window encoder."""
+        return isinstance(self.encoder, WindowConfig)
+
     def encoder_entries(self) -> dict[str, Any]:
         """The encoder's entries of ``merge_config.json``; without an encoder all but K are null."""
         nothing = dict.fromkeys(ENCODER_ENTRIES) | {"merge_factor": 1}
@@ -258,7 +245,7 @@ class MergeConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of ``merge_config.json``."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": WINDOW_VERSION if self.has_window else FORMAT_VERSION,
             **self.encoder_entries(),
             "pad_token_id": self.pad_token_id,
             "base_model": {
@@ -277,10 +264,10 @@ class MergeConfig:
         if not isinstance(data, dict):
             raise AdapterError(f"{_MERGE} holds {short(data)}, expected an object")
         version = data.get("format_version")
-        if not is_int(version, 1) or version > FORMAT_VERSION:
+        if not is_int(version, 1) or version > WINDOW_VERSION:
             raise AdapterError(
-                f"{_MERGE}: format_version is {short(version)}, expected {FORMAT_VERSION} (a newer "
-                "one needs a newer kmerge-mlx)"
+                f"{_MERGE}: format_version is {short(version)}, expected up to {WINDOW_VERSION} (a "
+                "newer one needs a newer kmerge-mlx)"
             )
         if problems := _problems(data):
             raise AdapterError(findings(_MERGE, problems))
@@ -292,7 +279,7 @@ class MergeConfig:
                 "them was edited; convert the checkpoint again"
             )
         return cls(
-            EncoderConfig.from_json(data),
+            (WindowConfig if window.ENTRY in data else EncoderConfig).from_json(data),
             base,
             data.get("pad_token_id"),
             None if head is None else LoRASpec.from_json(head, f"{_MERGE}: head_lora"),

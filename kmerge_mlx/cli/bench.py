@@ -140,8 +140,9 @@ def _encoder(embedding: MergedEmbedding) -> dict[str, Any]:
     """The sizes of an encoder."""
     from kmerge_mlx.base import dtype_name
 
-    config, dtype = embedding.encoder.config, dtype_name(embedding.encoder.w3.bias.dtype)
-    return {**config.to_json(), "parameters": config.num_parameters, "dtype": dtype}
+    encoder = embedding.encoder
+    about = {"parameters": encoder.num_parameters, "dtype": dtype_name(encoder.dtype)}
+    return encoder.config.to_json() | about
 
 
 def _lora(rank: int) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kmerge_mlx.adapters.packing import BITS, GROUP_SIZES
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import note
+from kmerge_mlx.cli.output import bar, note
+from kmerge_mlx.errors import SettingsError
 from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 
 
@@ -21,7 +23,7 @@ class ConvertSettings(Settings):
     )
 
     source: str = argument("SRC", "Checkpoint folder, or hub repo id (user/name@revision).")
-    destination: str = argument("DST", "Adapter folder to write.")
+    destination: str = argument("DST", "Adapter folder to write; of LCLM, a model folder.")
     model: str | None = option(
         None, str, "Base model, a folder or repo id: checks the fit and records what it says."
     )
@@ -29,25 +31,52 @@ class ConvertSettings(Settings):
     dtype: str | None = option(
         None, str, "Cast the weights. Default: keep.", choices=("float32", "float16", "bfloat16")
     )
-    force: bool = option(False, bool, "Replace an adapter at DST.")
+    q_bits: int | None = option(
+        None, int, "LCLM alone: bits of the decoder's weights. Default: keep.", choices=BITS
+    )
+    encoder_bits: int | None = option(
+        None, int, "LCLM alone: bits of the encoder's weights. Default: keep.", choices=BITS
+    )
+    q_group_size: int = option(
+        GROUP_SIZES[0], int, "Weights that share a scale.", choices=GROUP_SIZES
+    )
+    force: bool = option(False, bool, "Replace what an earlier run wrote to DST.")
 
 
 @command(ConvertSettings)
 def convert(settings: ConvertSettings) -> None:
-    """Turn a PyTorch checkpoint into an MLX adapter folder.
+    """Turn a PyTorch checkpoint into an MLX adapter folder, or one of LCLM into a model folder.
 
-    The checkpoint is a folder with encoder.pth and a PEFT LoRA, or a hub repo of one. Needs no
-    PyTorch and executes nothing from the files. DST is written whole or not at all.
+    The checkpoint is a folder with encoder.pth and a PEFT LoRA, or with LCLM's decoder, encoder and
+    adapter; or a hub repo of one. Needs no PyTorch and executes nothing from the files. DST is
+    written whole or not at all.
 
     \b
     Examples:
       kmerge-mlx convert outputs/textualized_tree/large/step_last ./adapter
       kmerge-mlx convert ./checkpoint ./adapter --model Qwen/Qwen2.5-0.5B --k 4
       kmerge-mlx convert ./checkpoint ./adapter --dtype bfloat16 --force
+      kmerge-mlx convert latent-context/0.6b-4b-LCLM-4x ./lclm --q-bits 4 --encoder-bits 8
     """
     from kmerge_mlx.convert.checkpoint import convert_checkpoint
+    from kmerge_mlx.convert.window import Packing, convert_window, find_window
 
-    adapter = convert_checkpoint(**asdict(settings), note=lambda text: note(f"note: {text}"))
+    given = asdict(settings)
+    packing = Packing(given.pop("q_bits"), given.pop("encoder_bits"), given.pop("q_group_size"))
+    if (root := find_window(settings.source)) is not None:
+        made = convert_window(root, **given, packing=packing, progress=bar)
+        sizes = made.encoder
+        note(
+            f"{settings.destination}: K = {made.merge_factor}, windows of {sizes.window:,} tokens, "
+            f"{sizes.pooling} of {sizes.merge_factor}, D = {sizes.hidden_size}, base "
+            f"{made.base.id or 'in the folder'}"
+        )
+        return
+    if {*settings.given()} & {"q_bits", "encoder_bits", "q_group_size"}:
+        raise SettingsError(
+            "`q_bits`, `encoder_bits` and `q_group_size` are for LCLM's checkpoints"
+        )
+    adapter = convert_checkpoint(**given, note=lambda text: note(f"note: {text}"))
     _show(adapter, settings.destination)
     if settings.model is None and not adapter.merge.base.fields:
         note("note: without --model, only sizes tell a wrong base when the adapter is loaded")

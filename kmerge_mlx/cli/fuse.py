@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kmerge_mlx.adapters.schema import BITS
+from kmerge_mlx.adapters.packing import BITS
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import bar, note
 from kmerge_mlx.cli.texts import read_prompt

@@ -267,7 +267,7 @@ def _legend(config: SizingConfig, over: bool) -> str:
     fits = "" if config.usable_bytes is None else f"fits        {fits}\n"
     return f"""\
 K = 1       plain mlx-lm on the whole prompt; at any other K all of the prompt merges
-encoder     parameters at the default width, bytes in float32
+encoder     the one in the model's folder, or of default width, in float32
 {marked}\
 KV cache    keys and values of the prompt's positions{cache};
             a linear layer's state

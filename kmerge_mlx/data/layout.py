@@ -61,6 +61,18 @@ def tokenize(tokenizer: Any, example: Example, layout: Layout = DEFAULT_LAYOUT) 
     return row
 
 
+def prompt_segments(tokenizer: Any, example: Example, layout: Layout) -> list[Segment]:
+    """The prompt alone, also where the encoder has a tokenizer of its own (``MergedText``)."""
+    templated = layout.chat_template and tokenizer.has_chat_template
+    options = {} if example.tools is None else {"tools": list(example.tools)}
+    if example.messages:
+        answered = example.messages[-1]["role"] == "assistant"
+        asked = example.messages[: len(example.messages) - answered]
+        return lay_out_chat(tokenizer, asked, layout, options)
+    chat = ChatTemplate(options=options) if templated and not example.bare else None
+    return lay_out(tokenizer, example.context, example.prompt, chat, layout)
+
+
 def _tokenized(tokenizer: Any, example: Example, layout: Layout) -> TokenizedExample:
     templated = layout.chat_template and tokenizer.has_chat_template
     options = {} if example.tools is None else {"tools": list(example.tools)}
@@ -71,17 +83,17 @@ def _tokenized(tokenizer: Any, example: Example, layout: Layout) -> TokenizedExa
         answered = example.messages[-1]["role"] == "assistant"
         asked = example.messages[: len(example.messages) - answered]
         try:
-            segments = lay_out_chat(tokenizer, asked, layout, options)
+            segments = prompt_segments(tokenizer, example, layout)
         except PromptError as error:
             raise DataError(f"{error.found}: change the row, or {_ROWS}") from None
         turns = plain_messages(asked)
         whole = plain_messages(example.messages) if answered else None
     else:
-        chat = ChatTemplate(options=options) if templated and not example.bare else None
-        segments = lay_out(tokenizer, example.context, example.prompt, chat, layout)
-        if options and chat is None:
+        bare = example.bare or not templated
+        segments = prompt_segments(tokenizer, example, layout)
+        if options and bare:
             raise DataError("tools need a chat template, and none is applied: leave them out")
-        if chat is None and example.answer is not None:
+        if bare and example.answer is not None:
             ids = list(tokenizer.encode(example.answer, add_special_tokens=False))
             return TokenizedExample(segments, _ended(tokenizer, ids))
         parts = [without_tags(part) for part in (example.context, example.prompt) if part]

@@ -12,11 +12,11 @@ from typing import Any
 import mlx.nn as nn
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import FILES
+from kmerge_mlx.adapters.folder import ENCODER, FILES
 from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
-from kmerge_mlx.data.layout import tokenize
+from kmerge_mlx.data.layout import TokenizedExample, prompt_segments, tokenize
 from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, KMergeError, PromptError
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Base, Merged, Method, Uncompressed
@@ -30,6 +30,7 @@ from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
 from kmerge_mlx.prompts.chat_template import needs_template, now
 from kmerge_mlx.prompts.policy import Layout, chosen
+from kmerge_mlx.prompts.segments import merged_text
 from kmerge_mlx.source import Source, refuse_unknown
 from kmerge_mlx.train.rows import by_length
 
@@ -80,7 +81,8 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     found: dict[Method, Row] = {}
     for k, source in sources.items():
         mine = [method for method in methods if method.adapter_k == k]
-        found |= _measured(source, mine, questions, timed, file, settings.batch_size, progress)
+        asked = (questions, layout, timed, file, settings.batch_size)
+        found |= _measured(source, mine, *asked, progress)
     show(total, total)
     return make_report(settings, questions, layout, [found[method] for method in methods])
 
@@ -155,6 +157,7 @@ def _measured(
     source: Source,
     methods: Sequence[Method],
     questions: Questions,
+    layout: Layout,
     timed: Timed,
     file: PredictionsFile,
     batch_size: int,
@@ -162,11 +165,12 @@ def _measured(
 ) -> dict[Method, Row]:
     """The scores of methods that read with one model, which is gone from memory afterwards."""
     model, tokenizer = reader(source)
-    scorer, rows = Scorer(model, tokenizer, batch_size), [q.row for q in questions.items]
+    scorer = Scorer(model, tokenizer, batch_size)
     kv_bytes, found = kv_bytes_at(model), {}
     for method in methods:
-        method.prepare(model)
+        rows = _rows(questions, tokenizer, layout, method)
         try:
+            method.prepare(model)
             for row in rows:
                 check_context(model, method.longest(model, row.segments))
             # Not every method knows its way with every model.
@@ -188,7 +192,7 @@ def _measured(
         found[method] = replace(
             row_of(method, questions, answers),
             kv_bytes={group: mean(each) for group, each in sizes.items()},
-            time_to_first_token=_times(scorer, method, questions, timed),
+            time_to_first_token=_times(scorer, method, rows, timed),
         )
     return found
 
@@ -210,9 +214,20 @@ def _timed(questions: Questions, count: int) -> Timed:
     return {group: spread(kinds[kind]) for group, kind in kind_of.items() if count}
 
 
-def _times(scorer: Scorer, method: Method, questions: Questions, timed: Timed) -> dict[str, Spread]:
+def _rows(
+    questions: Questions, tokenizer: Any, layout: Layout, method: Method
+) -> list[TokenizedExample]:
+    """What a method is asked; what it merges is laid out anew where the encoder tokenizes it."""
+    items = questions.items
+    if merged_text(tokenizer) is None or not method.encodes:
+        return [question.row for question in items]
+    return [replace(q.row, segments=prompt_segments(tokenizer, q.example, layout)) for q in items]
+
+
+def _times(
+    scorer: Scorer, method: Method, rows: Sequence[TokenizedExample], timed: Timed
+) -> dict[str, Spread]:
     """Seconds to the first token of the timed questions, by group, after one that warms up."""
-    rows = [question.row for question in questions.items]
     found = {}
     for mine in dict.fromkeys(timed.values()):
         if not found:
@@ -287,6 +302,8 @@ def _identity(
         for name in FILES if source.adapter else ():
             with (source.adapter / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
+        if source.merge is not None and source.merge.has_window:
+            digest.update(base.digests(source.adapter / ENCODER)[0].encode())
         if k != ALONE:
             known = digest.hexdigest() if source.adapter else "none"
             identity[f"the adapter for K={k}"] = (known,)

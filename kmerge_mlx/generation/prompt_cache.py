@@ -21,7 +21,7 @@ from mlx_lm.models import cache as host
 from safetensors import safe_open
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import MERGE_WEIGHTS, TUNING_CONFIG, TUNING_WEIGHTS
+from kmerge_mlx.adapters.folder import ENCODER, MERGE_WEIGHTS, TUNING_CONFIG, TUNING_WEIGHTS
 from kmerge_mlx.errors import PromptError, findings, first_line, short
 from kmerge_mlx.files import (
     ALL_DTYPES,
@@ -57,6 +57,8 @@ def identity(source: Source) -> dict[str, tuple[Any, ...]]:
         earlier = digest.hexdigest()
         head = None if merge.head_lora is None else asdict(merge.head_lora)
         digest.update(json.dumps([merge.encoder_entries(), merge.pad_token_id, head]).encode())
+        if merge.has_window:
+            digest.update(base.digests(source.adapter / ENCODER)[0].encode())
         adapter = digest.hexdigest(), earlier
     return {_BASE: base.digests(source.path), _ADAPTER: adapter, _K: (source.k,)}
 

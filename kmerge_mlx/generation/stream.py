@@ -24,7 +24,14 @@ from kmerge_mlx.base import table_rows
 from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import ModelError, PromptError, first_line
 from kmerge_mlx.model import merged_embedding
-from kmerge_mlx.prompts.segments import Segment, check_ids, encode
+from kmerge_mlx.prompts.segments import (
+    Segment,
+    check_ids,
+    merged_text,
+    segments_of,
+    wants_special_tokens,
+)
+from kmerge_mlx.prompts.tags import Span
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 Prompt = str | Sequence[int] | mx.array | Sequence[Segment] | CompressedPrompt
@@ -90,9 +97,10 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
     ids = [i for segment in segments for i in segment.ids]
     if not ids:
         raise PromptError("the prompt is empty: there is nothing to read")
-    check_ids(ids, table_rows(model), tokenizer)
     if embedding is not None:
+        embedding.check(segments, tokenizer)
         return embedding.compress(segments)
+    check_ids(ids, table_rows(model), tokenizer)
     return CompressedPrompt(ids, ids, [1] * len(ids))
 
 
@@ -338,12 +346,14 @@ def _segments(tokenizer: Any, prompt: Prompt) -> list[Segment] | CompressedPromp
         return prompt
     try:
         if isinstance(prompt, str):
-            return [Segment(encode(tokenizer, prompt))]
+            special = wants_special_tokens(tokenizer, prompt)
+            return segments_of(tokenizer, [Span(prompt)], True, special)
         if isinstance(prompt, Segment):
             prompt = [prompt]
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Segment):
             return [Segment(_ids(part.ids), part.merge) for part in prompt]
-        return [Segment(_ids(prompt))]
+        # Bare ids are the model's own, which another tokenizer's encoder cannot read.
+        return [Segment(_ids(prompt), merged_text(tokenizer) is None)]
     except (TypeError, AttributeError) as error:  # a lone surrogate in a text, too
         reason = f"{type(prompt).__name__}: {first_line(error)}"
         raise PromptError(f"the prompt is not text, token ids or segments: {reason}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 from kmerge_mlx.errors import PromptError, short
@@ -29,6 +29,47 @@ class Segment:
     def positions(self, merge_factor: int) -> int:
         """How many positions the run takes: a merged one takes one for each block."""
         return -(-len(self.ids) // merge_factor) if self.merge else len(self.ids)
+
+
+@dataclass(frozen=True)
+class MergedText:
+    """How merging text becomes tokens where the encoder has a tokenizer of its own.
+
+    A tokenizer carries one as ``merged_text``, and then turns only what is raw into tokens. It
+    should not know the two that stand around a merged text, so that no text can spell them.
+
+    Args:
+        tokenizer: The encoder's.
+        start: The token before a merged text.
+        end: The token after it.
+    """
+
+    tokenizer: Any
+    start: int
+    end: int
+
+    def segments(
+        self, tokenizer: Any, spans: Sequence[Span], outside: bool, special: bool
+    ) -> list[Segment]:
+        """What :func:`segments_of` gives: each run of merging spans between the two tokens."""
+        raw = list(tokenizer.encode("", add_special_tokens=True)) if special else []
+        segments: list[Segment] = []
+        for merge, run in groupby(spans, lambda s: outside if s.merge is None else s.merge):
+            text, source = text_of(run), self.tokenizer if merge else tokenizer
+            ids = list(source.encode(text, add_special_tokens=False))
+            if merge and ids:
+                segments += [Segment([*raw, self.start], False), Segment(ids)]
+                raw = [self.end]
+            elif not merge and {self.start, self.end} & {*ids}:
+                raise PromptError("the text spells a token that only a merged text has around it")
+            elif not merge:
+                raw += ids
+        return [*segments, Segment(raw, False)] if raw else segments
+
+
+def merged_text(tokenizer: Any) -> MergedText | None:
+    """How merging text becomes tokens, unless the tokenizer itself makes them."""
+    return getattr(tokenizer, "merged_text", None)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -61,6 +102,8 @@ def segments_of(
 
     ``outside``: spans without a decision merge. ``special``: special tokens are added.
     """
+    if (own := merged_text(tokenizer)) is not None:
+        return own.segments(tokenizer, spans, outside, special)
     text = text_of(spans)
     if all(span.merge is None for span in spans):
         return [Segment(list(tokenizer.encode(text, add_special_tokens=special)), outside)]

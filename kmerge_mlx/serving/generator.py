@@ -37,7 +37,7 @@ from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.source import Source
-from kmerge_mlx.virtual_tokens import CompressedPrompt, split
+from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 MOST_FAILURES = 3
 """Failures of mlx-lm's loop, one after the other without an answer, that end the server."""
@@ -346,8 +346,7 @@ class CompressingGenerator(host.ResponseGenerator):
             return compress(model, tokenizer, segments)
         except BlockTableFullError:
             embedding = merged_embedding(model)
-            cut = (embedding.merge_factor, embedding.pad_token_id, embedding.context)
-            blocks = {block for s in segments if s.merge for block in split(s.ids, *cut)}
+            blocks = {block for s in segments if s.merge for block in embedding.keys(s.ids)}
             if len(blocks) > embedding.table.capacity:
                 raise ApiError(
                     400,

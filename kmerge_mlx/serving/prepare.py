@@ -20,7 +20,13 @@ from typing import Any
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.segments import Segment, encode
+from kmerge_mlx.prompts.segments import (
+    Segment,
+    merged_text,
+    segments_of,
+    wants_special_tokens,
+)
+from kmerge_mlx.prompts.tags import Span
 from kmerge_mlx.serving.answers import ApiError, body_too_large, busy
 from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.generator import PinnedModel
@@ -176,10 +182,16 @@ class Preparer:
     def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
         layout = self.provider.layout
         if isinstance(prompt, list):
+            if merged_text(self.tokenizer) is not None:
+                if merge:
+                    message = "merge: these are ids of the model, and its encoder reads text"
+                    raise ApiError(400, message, "prompt")
+                return [Segment(prompt, False)]
             # In bare ids, a question looks like a context.
             return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
         if merge is not None:
-            return [Segment(encode(self.tokenizer, prompt), merge)]
+            special = wants_special_tokens(self.tokenizer, prompt)
+            return segments_of(self.tokenizer, [Span(prompt)], merge, special)
         return lay_out_text(self.tokenizer, prompt, layout, self._note_once)
 
     def _note_once(self, what: str, why: str) -> None:

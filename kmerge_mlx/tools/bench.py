@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -144,14 +145,19 @@ def load_sides(
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [
-        {id(array): array.nbytes for _, array in tree_flatten(llm.parameters())}
-        for _, llm in readers
+        {id(array): array.nbytes for _, array in tree_flatten(_arrays(llm))} for _, llm in readers
     ]
     total = sum({key: size for each in weights for key, size in each.items()}.values())
     return [
         Side(k, llm, model.merged_embedding(llm), total - sum(own.values()))
         for (k, llm), own in zip(readers, weights, strict=True)
     ]
+
+
+def _arrays(llm: nn.Module) -> list[Any]:
+    """All that a side reads; a window encoder is not among its model's modules."""
+    merged = model.merged_embedding(llm)
+    return [llm.parameters(), *([merged.encoder.parameters()] if merged is not None else [])]
 
 
 def _check_lengths(lengths: Sequence[int], ks: Iterable[int], limit: int | None) -> None:
@@ -178,8 +184,9 @@ def measure(
     ``progress`` is called between runs with (positions read, positions to be read in all). For
     each length there is a row for K = 1, and then one for each K.
     """
-    _, table = base.find_embedding(sides[0].llm, "the base model")
-    rng, tokens = Random(config.seed), range(table.weight.shape[0])
+    tables = [base.table_rows(sides[0].llm)]
+    tables += [side.embedding.encoder.table_rows or tables[0] for side in sides if side.embedding]
+    rng, tokens = Random(config.seed), range(min(tables))
     rounds = range(-1, config.num_trials)  # the first warms up and does not count
     total = sum(side.positions(n) for n in config.lengths for side in sides) * len(rounds)
     done, rows = 0, []

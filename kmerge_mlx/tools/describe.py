@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import (
     FILES,
@@ -17,8 +19,10 @@ from kmerge_mlx.adapters.folder import (
     read_adapter,
 )
 from kmerge_mlx.adapters.schema import QUANTIZATION, START, LoRAConfig
+from kmerge_mlx.adapters.window import ENTRY as WINDOW
 from kmerge_mlx.convert import checkpoint
 from kmerge_mlx.errors import AdapterError, DataError
+from kmerge_mlx.files import ALL_DTYPES, read_safetensors
 from kmerge_mlx.hub import fetch, is_namespaced
 from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
@@ -92,11 +96,15 @@ def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, 
     specs += [merge.head_lora] if merge.head_lora else []
     lora = lora | adapter.head_weights
     packed = () if merge.encoder is None else merge.encoder.packed
+    parameters, size = 0 if merge.encoder is None else merge.encoder.num_parameters, 0
+    if adapter.encoder_folder is not None:
+        own, size = window_sizes(adapter.encoder_folder)
+        parameters += own
     dtypes = {base.dtype_name(a.dtype) for name, a in encoder.items() if name not in packed}
     return {
         **merge.encoder_entries(),
-        "encoder_parameters": 0 if merge.encoder is None else merge.encoder.num_parameters,
-        "encoder_bytes": sum(array.nbytes for array in encoder.values()),
+        "encoder_parameters": parameters,
+        "encoder_bytes": size + sum(array.nbytes for array in encoder.values()),
         "dtype": ", ".join(sorted(dtypes)),
         "fine_tune_type": tuning.to_json()["fine_tune_type"],
         "num_layers": tuning.num_layers,
@@ -114,6 +122,21 @@ def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, 
         "provenance": dict(merge.provenance),
         "training": None if folder is None else _training(folder),
     }
+
+
+def window_sizes(folder: Path) -> tuple[int, int]:
+    """Parameters and bytes of a window encoder's language model, from its headers."""
+    config = base.read_config(folder)
+    bits = (config.get("quantization") or {}).get("bits")
+    parameters = size = 0
+    for file in sorted(folder.glob("model*.safetensors")):
+        for name, array in read_safetensors(file, AdapterError, ALL_DTYPES).items():
+            size += array.nbytes
+            if array.dtype == mx.uint32 and bits:
+                parameters += array.size * 32 // bits
+            elif not name.endswith((".scales", ".biases")):
+                parameters += array.size
+    return parameters, size
 
 
 def _training(folder: Path) -> dict[str, Any] | None:
@@ -134,6 +157,14 @@ def encoder_line(adapter: dict[str, Any]) -> str:
     """An adapter's encoder in words, from :func:`describe_adapter`'s facts."""
     if adapter["merge_factor"] == 1:
         return "none: nothing is merged"
+    if (own := adapter.get(WINDOW)) is not None:
+        megabytes = f"{adapter['encoder_bytes'] / 1e6:.1f} MB"
+        before = f" and {own['overlap']} before them" if own["overlap"] else ""
+        return (
+            f"windows of {own['window']:,} tokens{before}, {own['pooling']} of each "
+            f"{own['merge_factor']}, E = {own['encoder_size']}, D = {own['hidden_size']}, "
+            f"{adapter['encoder_parameters']:,} parameters, {megabytes}"
+        )
     context, packing = adapter["encoder_context"], adapter.get(QUANTIZATION)
     sizes = f"D = {adapter['hidden_size']}, H = {adapter['inner_size']}, "
     sizes += f"{context} tokens of context, " if context else ""

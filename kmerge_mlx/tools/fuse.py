@@ -99,13 +99,14 @@ def fuse(
     model, tokenizer, config = load_source(source)
     comparison = Comparison(model, tokenizer, text, progress)
     adapter = read_adapter(source.adapter, source.merge)
-    encoder = adapter_of(model, adapter.merge, adapter.tuning).encoder_weights
+    own = adapter_of(model, adapter.merge, adapter.tuning)
     pad, untied = merged_embedding(model).pad_token_id, "lora_a" in merged_embedding(model)
     model, config = fused(model, config, source.model, dequantize)
     carried = None
-    if encoder:
+    if own.encoder_weights:
         merge = replace(carried_merge("fused", source, config, pad), head_lora=None)
-        carried = Adapter(merge, LoRAConfig(0), {}, encoder)
+        folder = own.encoder_folder
+        carried = Adapter(merge, LoRAConfig(0), {}, own.encoder_weights, encoder_folder=folder)
     quantized = has_quantized_layers(model)
     drift = write_model(save_path, source, model, tokenizer, config, carried, comparison)
     return Fused(untied, quantized, 1 if carried is None else source.k, drift)

@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx_lm.utils import compute_bits_per_weight, quantize_model
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import Adapter, check_not_quantized, read_adapter
-from kmerge_mlx.adapters.schema import EncoderQuantization, FullConfig
+from kmerge_mlx.adapters.folder import Adapter, check_plain_encoder, read_adapter
+from kmerge_mlx.adapters.packing import EncoderQuantization
+from kmerge_mlx.adapters.schema import FullConfig
 from kmerge_mlx.errors import AdapterError, ModelError, first_line
 from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
 from kmerge_mlx.source import Source
@@ -131,7 +132,9 @@ def _encoder_packing(bits: int | None, adapter: Adapter | None) -> EncoderQuanti
     if adapter is None or adapter.merge.encoder is None:
         what = "no adapter" if adapter is None else "an adapter for K = 1, which has none"
         raise AdapterError(f"`encoder_bits` needs a merge encoder, found {what}")
-    check_not_quantized(adapter.merge, "quantized again")
+    if adapter.merge.has_window:
+        raise AdapterError("a window encoder is quantized by `kmerge-mlx convert --encoder-bits`")
+    check_plain_encoder(adapter.merge, "quantized again")
     widths = {width for _, width in adapter.merge.encoder.layers().values()}
     return EncoderQuantization.of_width(bits, sorted(widths))
 

@@ -22,11 +22,13 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prom
 from mlx_lm.utils import _get_classes, get_total_parameters, load_model
 
 from kmerge_mlx import base
+from kmerge_mlx.adapters.folder import ENCODER, carried_by, look_up, read_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, inner_size
 from kmerge_mlx.config import BLOCKS_PER_CHUNK, MAX_BLOCKS, MULTIPLICATIONS_PER_BYTE
 from kmerge_mlx.errors import ModelError, first_line, short
 from kmerge_mlx.model import output_head, widen
 from kmerge_mlx.settings import CacheSettings
+from kmerge_mlx.window_encoder import TOKENS_AT_ONCE
 
 MEMORY, CONTEXT, BLOCKS = "memory", "context", "block table"
 """What a prompt's length may be limited by."""
@@ -78,6 +80,7 @@ def calculate(name: str, settings: SizingConfig) -> dict[str, Any]:
     config, has_weights = base.read_config(path), _has_weights(path)
     model = _build(path, config, name, settings.dtype, has_weights)
     found = _Calculator(model, config, settings, name)
+    found.windows = _window_cost(carried_by(path))
     ks, rows = sorted({1, *settings.ks}), []
     for length in settings.lengths:
         reference = found.row(1, length, None)
@@ -107,8 +110,20 @@ def floor(whole: tuple[int, int], merged: tuple[int, int]) -> float:
     return whole[0] / (merged[0] + balance * merged[1])
 
 
+@dataclass(frozen=True)
+class _Encoder:
+    """What an encoder costs."""
+
+    parameters: int = 0
+    bytes: int = 0
+    multiplications: int = 0  # for a block; without biases
+    at_once: int = BLOCKS_PER_CHUNK  # blocks for which its weights are read once
+
+
 class _Calculator:
     """The sizes of one base model."""
+
+    windows: tuple[int, _Encoder] | None = None  # K and cost of the window encoder in its folder
 
     def __init__(
         self, model: nn.Module, config: Mapping[str, Any], settings: SizingConfig, name: str
@@ -158,8 +173,8 @@ class _Calculator:
         longest, limit = self._longest(k)
         return {
             "k": k,
-            "encoder_parameters": self._encoder(k)[0],
-            "encoder_bytes": self._encoder(k)[0] * _FLOAT32,
+            "encoder_parameters": self._encoder(k).parameters,
+            "encoder_bytes": self._encoder(k).bytes,
             "longest_prompt": longest,
             "limited_by": limit,
         }
@@ -178,12 +193,16 @@ class _Calculator:
             return positions * k, MEMORY
         return (None, None) if limit is None else (positions * k, limit)
 
-    def _encoder(self, k: int) -> tuple[int, int]:
-        """Parameters of an encoder, and its multiplications for a block: they leave out biases."""
+    def _encoder(self, k: int) -> _Encoder:
+        """The encoder for K: the one that there is, or one of the default size in float32."""
         if k == 1:
-            return 0, 0
+            return _Encoder()
+        if self.windows is not None and self.windows[0] == k:
+            return self.windows[1]
         sizes = EncoderConfig(k, self.hidden_size, inner_size(k, self.hidden_size))
-        return sizes.num_parameters, sum(out * width for out, width in sizes.layers().values())
+        multiplications = sum(out * width for out, width in sizes.layers().values())
+        parameters = sizes.num_parameters
+        return _Encoder(parameters, parameters * _FLOAT32, multiplications)
 
     def _cache_bytes(self, positions: int, quantized: bool, room: bool = False) -> int:
         """Bytes of so many positions, or of the room that mlx-lm makes for them."""
@@ -211,7 +230,7 @@ class _Calculator:
             step, start = self._settings.prefill_step_size, self._settings.quantized_kv_start
             before = min(max(positions - 1, start, 1), -(-max(1, start) // step) * step)
             cache = max(cache, self._cache_bytes(before, False, room=True))
-        return self.weight_bytes + self._encoder(k)[0] * _FLOAT32 + blocks + cache
+        return self.weight_bytes + self._encoder(k).bytes + blocks + cache
 
     def _multiplications(self, k: int, positions: int) -> int:
         before = positions - 1
@@ -223,12 +242,35 @@ class _Calculator:
                 total += pair * _pairs(before, window)
             total += pair * min(positions, window)
             total += 3 * layer.state_size * positions  # decayed, updated and read
-        return total + positions * self._encoder(k)[1]
+        return total + positions * self._encoder(k).multiplications
 
     def _weight_traffic(self, k: int, positions: int) -> int:
         steps = -(-(positions - 1) // self._settings.prefill_step_size)
-        encoder = self._encoder(k)[0] * _FLOAT32 * -(-positions // BLOCKS_PER_CHUNK)
-        return steps * self._fill[1] + self._full[1] + encoder
+        encoder = self._encoder(k)
+        read = encoder.bytes * -(-positions // encoder.at_once)
+        return steps * self._fill[1] + self._full[1] + read
+
+
+def _window_cost(carried: Path | None) -> tuple[int, _Encoder] | None:
+    """K and cost of the window encoder in an adapter's folder; None for another encoder."""
+    folder, merge = look_up(carried).choose() if carried else (None, None)
+    if merge is None or not merge.has_window:
+        return None
+    sizes, own = merge.encoder, folder / ENCODER
+    config, name = base.read_config(own), str(own)
+    model = _build(own, config, name, None, _has_weights(own))
+    _, (whole, _) = _passes(model, base.find_embedding(model, name)[1], None)
+    # Nothing is multiplied with the table, which counts there as the head.
+    per_token = whole - config["vocab_size"] * sizes.encoder_size
+    heads, pairs = config.get("num_attention_heads", 0), (sizes.window + 1) / 2
+    attention = sum(heads * sum(layer.widths) * pairs for layer in _caches(model, name, None))
+    tensors = [model.parameters(), read_adapter(folder, merge).encoder_weights]
+    return sizes.merge_factor, _Encoder(
+        get_total_parameters(model) + sizes.num_parameters,
+        sum(array.nbytes for _, array in tree_flatten(tensors)),
+        sizes.merge_factor * (per_token + int(attention)) + sizes.num_parameters,
+        max(1, TOKENS_AT_ONCE // sizes.merge_factor),
+    )
 
 
 def _pairs(positions: int, window: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
+    ENCODER,
     FILES,
     MERGE_CONFIG,
     TUNING_CONFIG,
@@ -91,6 +92,9 @@ def collect(
         changes += [f"{inside}{line}" for line in changed]
         texts = {name: (json.dumps(c, indent=2) + "\n").encode() for name, c in configs.items()}
         files |= {f"{inside}{name}": texts.get(name, folder / name) for name in FILES}
+        if merge.has_window:
+            names = sorted(path.name for path in (folder / ENCODER).iterdir())
+            files |= {f"{inside}{ENCODER}/{name}": folder / ENCODER / name for name in names}
         facts = describe_adapter(read_adapter(folder, merge))
         facts["provenance"] = configs[MERGE_CONFIG].get("provenance") or {}
         adapters.append(facts | {"base_model": on_hub})

@@ -19,7 +19,7 @@ from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters import schema
 from kmerge_mlx.adapters.folder import (
     Adapter,
-    check_not_quantized,
+    check_plain_encoder,
     find_adapters,
     load_adapter,
 )
@@ -128,7 +128,7 @@ def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | N
         k = settings.k if not resumed and settings.k in find_adapters(start) else None
         source = Source.find(settings.model, start, k, trust)
         adapter = load_adapter(source.adapter)
-        check_not_quantized(adapter.merge, "trained")
+        check_plain_encoder(adapter.merge, "trained")
     except AdapterError as error:
         raise TrainError(f"`{'resume' if resumed else 'init_from'}`: {error}") from error
     return source, adapter

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.encoder import Block, split
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.dataset import num_positions
-from kmerge_mlx.virtual_tokens import Block, split
 
 WINDOW = 16  # batches that are sorted by length together
 ROW_STEPS = ((64, 8), (256, 16), (512, 32), (1 << 62, 64))

@@ -315,7 +315,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch
     [
         ("{}", "found {}, expected merge_config.json and scales"),
         ('{"merge_config.json": {}, "scales": [NaN]}', "scales is ['NaN'], expected a list"),
-        ({"format_version": 2}, "format_version is 2, expected 1"),
+        ({"format_version": 3}, "format_version is 3, expected up to 2"),
         ({"merge_factor": 3}, "the encoder has merge_factor 4, not 3 (says kmerge.json"),
         (
             dict.fromkeys(("hidden_size", "inner_size", "encoder_context")) | {"merge_factor": 1},

@@ -26,6 +26,10 @@ def sources_of(command: str, folder: Path, k: int) -> list[str]:
     """What a command reads."""
     if command in ("fuse", "quantize"):
         return [str(path) for path in made(folder, k)]
+    if command == "window":  # K is the seed: another checkpoint
+        from tests.reference import lclm
+
+        return [str(lclm.make(folder / "checkpoint", lclm.Sizes(4, 16), seed=k))]
     source = make(k=k, head=False).write(folder / "checkpoint")
     if command == "convert":
         return [str(source)]
@@ -52,7 +56,7 @@ def write():
         yield writer
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "fuse", "quantize"])
+@pytest.mark.parametrize("command", ["convert", "window", "export", "fuse", "quantize"])
 def test_killed_at_20_steps_the_destination_is_never_torn(tmp_path, write, command):
     old, new = (sources_of(command, tmp_path / f"source {k}", k) for k in (2, 4))
     assert write(command, old, tmp_path / "old" / "dst")[0] == 0

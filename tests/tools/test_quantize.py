@@ -16,7 +16,7 @@ from mlx_lm.convert import convert as mlx_convert
 
 from kmerge_mlx import Segment, load
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
-from kmerge_mlx.adapters.schema import EncoderQuantization
+from kmerge_mlx.adapters.packing import EncoderQuantization
 from kmerge_mlx.errors import AdapterError, ModelError
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.tools.quantize import Packing

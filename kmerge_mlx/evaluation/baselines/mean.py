@@ -23,9 +23,13 @@ class Mean(Merged):
         import mlx.core as mx
 
         from kmerge_mlx.adapters.schema import MEAN
+        from kmerge_mlx.encoder import MergeEncoder
+        from kmerge_mlx.errors import PromptError
         from kmerge_mlx.model import merged_embedding
 
         merged = merged_embedding(model)
+        if not isinstance(merged.encoder, MergeEncoder):
+            raise PromptError("a window encoder reads more than the embeddings of a block")
         merged.encoder.config = replace(merged.encoder.config, start=MEAN)
         last = merged.encoder.w3  # a quantized one is zero where its scales and biases are
         last.update({name: mx.zeros_like(array) for name, array in last.parameters().items()})

@@ -1,0 +1,109 @@
+"""Reads a language model of a checkpoint, and writes it as a model folder, a shard at once."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+# mlx-lm has no public name for its table of architectures.
+from mlx_lm.utils import _get_classes, make_shards, quantize_model
+
+from kmerge_mlx import base
+from kmerge_mlx.adapters.lora import tensor_problems
+from kmerge_mlx.convert.marked_tokenizer import write_text
+from kmerge_mlx.errors import CheckpointError, KMergeError, first_line
+from kmerge_mlx.files import read_safetensors, write_safetensors
+
+SHARD_GB = 1  # of weights, in memory at once
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model: its folder, its config, and its weights, not read yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    model: nn.Module
+
+    @classmethod
+    def read(cls, folder: Path, prefix: str, problems: list[str]) -> LanguageModel | None:
+        """Reads a folder whose tensors' names lack ``prefix``; what is wrong joins the problems."""
+        try:
+            config = base.read_config(folder)
+            if config.get("quantization") or config.get("quantization_config"):
+                raise CheckpointError(f"{folder} is quantized: give floating-point weights")
+            if prefix:
+                config["tie_word_embeddings"] = True  # it has no head
+            model_class, arguments = _get_classes(config)
+            model = model_class(arguments.from_dict(config))  # its arrays are never evaluated
+            weights: dict[str, mx.array] = {}
+            for file in sorted(folder.glob("model*.safetensors")):
+                weights |= read_safetensors(file, CheckpointError)
+            weights = {f"{prefix}{name}": array for name, array in weights.items()}
+            if hasattr(model, "sanitize"):
+                weights = model.sanitize(weights)
+        except KMergeError as error:
+            problems.append(str(error))
+            return None
+        except base.LOAD_ERRORS as error:
+            problems.append(f"cannot read {folder}: {first_line(error)}")
+            return None
+        expected = dict(tree_flatten(model.parameters()))
+        wrong = tensor_problems(expected, weights)
+        problems += [f"{folder.name}: {problem}" for problem in wrong]
+        if wrong:
+            return None
+        model.load_weights(list(weights.items()))
+        return cls(folder, config, model)
+
+    @property
+    def width(self) -> int:
+        """The width of its hidden states."""
+        return base.text_config(self.config)["hidden_size"]
+
+    def write(
+        self, folder: Path, dtype: mx.Dtype | None, bits: int | None, size: int, wrote: Progress
+    ) -> None:
+        """Writes a model folder as mlx-lm loads it; the model is empty afterwards.
+
+        mlx-lm's own writer holds 5 GB of weights at once.
+        """
+        model, config = self.model, self.config
+        if dtype is not None:
+            model.set_dtype(dtype)
+            config = config | {"dtype": base.dtype_name(dtype)}
+        if bits is not None:
+            with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
+                model, config = quantize_model(model, config, size, bits)
+            if not any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters())):
+                found = f"no layer in {self.folder.name} has rows that groups of {size} divide"
+                raise CheckpointError(f"{found}: give another `q_group_size`, or no bits")
+        weights = dict(tree_flatten(model.parameters()))
+        total, whole = sum(array.nbytes for array in weights.values()), len(weights)
+        shards = make_shards(weights, SHARD_GB)
+        weights.clear()
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+        folder.mkdir(exist_ok=True)
+        places, done = {}, 0
+        for i in range(len(shards)):
+            shard, shards[i] = shards[i], None
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            for array in shard.values():  # one by one: what it is made of is freed at once
+                mx.eval(array)
+                done += 1
+                wrote(done, whole)
+            write_safetensors(folder / name, shard)
+            places |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+        write_text(folder / "config.json", json.dumps(config, indent=2))
