@@ -32,8 +32,8 @@ MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 2 << 20
 MAX_NAME_LENGTH = 500
-MAX_DIMENSIONS = 8  # MLX wraps a longer side around, and crashes on many
-MAX_SIDE = 2**31 - 1
+MAX_DIMENSIONS, MAX_SIDE = 8, 2**31 - 1  # MLX wraps a longer side around, and crashes on many
+_SWAPPED = "swapped"  # of a folder
 PIECE_BYTES = 8 << 20  # of a file that is hashed by several threads
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 ALL_DTYPES = (*FLOAT_DTYPES, "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "BOOL")
@@ -207,9 +207,9 @@ def flush(path: Path) -> None:
     """Makes sure that what was written to a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync may leave it in the disk's own memory
-            with suppress(OSError):  # a file system that has only fsync
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        # macOS: fsync may leave it in the disk's own memory. Not every file system has this.
+        with suppress(OSError, AttributeError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -316,9 +316,6 @@ def settled(path: Path, read: Callable[[], T]) -> T:
                 return found
         time.sleep(0.01)
     return read()
-
-
-_SWAPPED = "swapped"
 
 
 def _version(path: Path) -> Any:

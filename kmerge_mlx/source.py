@@ -103,7 +103,7 @@ def without_encoder(found: str, model: str) -> str:
 
 def refuse_unknown(text: str) -> None:
     """Refuses a text that the bundled model cannot know, where nobody asked for that model."""
-    if "Tree: " not in text or "Task: " not in text:
+    if "Tree: " not in text:
         raise PromptError(
             "found neither `model` nor `adapter_path`, and the bundled model knows only questions "
             "about trees, such as examples/tree.txt: give `adapter_path`, or `model`"

@@ -70,7 +70,7 @@ def test_the_encoder_runs_once_per_distinct_block(monkeypatch):
     assert ids[0] == ids[1] != ids[2]
     merged.compress([Segment([4, 9, 9, 5, 6, 7])])
     assert seen == [2, 1]
-    monkeypatch.setattr("kmerge_mlx.virtual_tokens.BLOCKS_PER_CHUNK", 5)
+    monkeypatch.setattr("kmerge_mlx.encoder.BLOCKS_PER_CHUNK", 5)
     new = merged.compress([Segment(range(11, 47))])
     assert seen == [2, 1, 5, 5, 2]
     wanted = [row_of(merged, list(range(start, start + 3))) for start in range(11, 47, 3)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -140,8 +139,8 @@ def wrapped(text: str) -> str:
 
 
 def _width() -> int:
-    """Columns of the terminal, or of ``COLUMNS``; plenty where stdout is neither."""
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+    """Columns of the terminal; plenty where stdout is none."""
+    if sys.stdout.isatty():
         return shutil.get_terminal_size((NO_TERMINAL, 24)).columns
     return NO_TERMINAL
 

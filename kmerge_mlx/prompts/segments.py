@@ -72,11 +72,6 @@ def merged_text(tokenizer: Any) -> MergedText | None:
     return getattr(tokenizer, "merged_text", None)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Text to token ids as ``mlx_lm.stream_generate`` does: special tokens unless it has them."""
-    return list(tokenizer.encode(text, add_special_tokens=wants_special_tokens(tokenizer, text)))
-
-
 def wants_special_tokens(tokenizer: Any, text: str) -> bool:
     """Whether mlx-lm adds special tokens to a text: unless it begins with one."""
     bos = tokenizer.bos_token

@@ -73,9 +73,8 @@ def make_app(service: Service) -> ASGIApp:
         return _Completing(service, request, chat)
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
-        # Clients add "/chat/completions" to an address that may end in a slash.
-        scope["path"] = "/" + "/".join(filter(None, scope["path"].split("/")))
-        status, connection, request = _LEFT, scope["state"]["connection"], Request(scope)
+        scope["path"] = _without_slashes(scope["path"])
+        status, request = _LEFT, Request(scope)
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -87,13 +86,21 @@ def make_app(service: Service) -> ASGIApp:
             answer = app if ours else await _as_response(request, _foreign_host())
             await answer(scope, receive, noting)
         finally:
-            status = _LEFT if scope["state"].get("left") else status
-            # FastAPI leaves the route here: what a client made up is not a label.
-            route = getattr(scope.get("route"), "path", "other").split("/{")[0]
-            if not connection.refused:  # that was counted
-                service.metrics.requests.labels(route, str(status)).inc()
+            if not request.state.connection.refused:  # that was counted
+                seen = _LEFT if scope["state"].get("left") else status
+                service.metrics.requests.labels(_route_of(scope), str(seen)).inc()
 
     return counting
+
+
+def _route_of(scope: Scope) -> str:
+    """The route that FastAPI found: what a client made up is not a label."""
+    return getattr(scope.get("route"), "path", "other").split("/{")[0]
+
+
+def _without_slashes(path: str) -> str:
+    """A path without slashes too many: clients extend an address that may end in one."""
+    return "/" + "/".join(filter(None, path.split("/")))
 
 
 async def _as_response(request: Request, error: Exception) -> Response:

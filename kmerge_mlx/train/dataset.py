@@ -214,7 +214,8 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
         name: TokenizedSet(examples, tokenizer, settings, bar(f"Tokenizing {name}"))
         for name, examples in splits.items()
     }
-    name = settings.task or (data_name(settings.data) if settings.data else "hf_dataset")
+    paths = [settings.data] if settings.data else [e["path"] for e in settings.hf_dataset or ()]
+    name = settings.task or ", ".join(data_name(path) for path in paths)
     return Stage(name, sets["train"], sets.get("valid"))
 
 

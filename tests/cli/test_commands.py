@@ -21,7 +21,7 @@ from typer.main import get_command
 
 import kmerge_mlx.generation.stream
 from kmerge_mlx import __version__, compress, lay_out, load, stream_generate
-from kmerge_mlx.cli import app, inputs
+from kmerge_mlx.cli import app, texts
 from kmerge_mlx.cli.generate import GenerateSettings
 from kmerge_mlx.prompts import lay_out as layout
 from kmerge_mlx.prompts import tags
@@ -70,7 +70,8 @@ def ask(endless, adapter_path):
     def run_json(*args, **how):
         named = ("generate", "--model", endless, "--adapter-path", adapter_path, "--json")
         result = run(*named, *args, **how)
-        assert (result.code, result.err, result.out.count("\n")) == (0, "", 1), result.err
+        assert (result.code, result.out.count("\n")) == (0, 1), result.err
+        assert all(line.startswith("note: ") for line in result.err.splitlines()), result.err
         return json.loads(result.out)
 
     return run_json
@@ -122,8 +123,13 @@ def test_the_text_is_alone_on_stdout_and_the_statistics_are_on_stderr(adapter_pa
     result = run("generate", "--adapter-path", adapter_path, tree)  # which names its base
     assert (result.code, result.out) == (0, "false\n")
     lines = result.err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["Prompt", "Generation", "Peak memory"]
-    assert lines[0].startswith("Prompt: 15 tokens in 4 positions (3.75x), ")
+    assert [line.split(":")[0] for line in lines] == [
+        "Model",
+        "Prompt",
+        "Generation",
+        "Peak memory",
+    ]
+    assert lines[1].startswith("Prompt: 15 tokens in 4 positions (3.75x), ")
 
 
 @pytest.fixture
@@ -304,7 +310,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, counting)
 
     count(Path, "open", "opened", 0)
-    for module in (tags, layout, inputs):
+    for module in (tags, layout, texts):
         count(module, "parse", "parsed", 0)
     for name in ("__call__", "encode"):
         count(PreTrainedTokenizerBase, name, "encoded", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from kmerge_mlx.cli import texts
 from kmerge_mlx.cli.output import aligned, wrapped
 from kmerge_mlx.cli.train import BAR
-from tests.cli_runner import assert_one_error, run
+from tests.cli_runner import Stream, assert_one_error, run
 from tests.doc_blocks import ROOT
 from tests.tools import models
 
@@ -192,6 +193,7 @@ def test_stdout_is_clean_beside_json(named, text, monkeypatch):
 
 def test_tables_are_whole_at_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", Stream(terminal=True))
     heads = ["", *(f"column {i}" for i in range(12))]
     lines = [heads, ["method", *(f"{i}.0% (0-9)" for i in range(12))]]
     table = aligned(lines).splitlines()
@@ -200,7 +202,7 @@ def test_tables_are_whole_at_80_columns(monkeypatch):
     assert [name.strip() for name in shown] == heads[1:]
     assert sum(line.startswith("method ") for line in table) == len(table) // 3 + 1
     assert max(map(len, wrapped("many words " * 40).splitlines())) <= 80
-    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(sys, "stdout", Stream())
     assert len(aligned(lines).splitlines()) == 2  # in a file they are as wide as they are
 
 
