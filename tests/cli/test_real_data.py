@@ -44,7 +44,7 @@ def test_questions_are_trained_on_and_scored_as_squad_does(tmp_path, base, squad
         ("data", ("--data", tmp_path / "qa")),
     ):
         result = trained(tmp_path / name, *source, *FEW, model=base)
-        assert f"Data: {name.replace('task', 'qa')}, 36 examples, 4 to validate" in result.err
+        assert "Data: qa, 36 examples, 4 to validate" in result.err
         args = ("evaluate", "--adapter-path", tmp_path / name, *source, "--max-tokens", 3)
         result = run(*args, "--json", "--plot", tmp_path / f"{name}.svg")
         assert result.code == 0, result.err
@@ -57,7 +57,7 @@ def test_questions_are_trained_on_and_scored_as_squad_does(tmp_path, base, squad
         assert f"{group}: token F1" in words_of(tmp_path / f"{name}.svg")
     result = run(*args, "--limit", 2)
     assert [line.split() for line in result.out.splitlines()[:2]] == [
-        ["data:", "2", "questions"],
+        ["qa:", "2", "questions"],
         ["ratio", "KV", "cache", "TTFT", "token", "F1", "exact", "match", "perplexity"],
     ]
 
@@ -78,7 +78,7 @@ def test_the_commits_of_a_repository_are_trained_on_and_scored(tmp_path, base):
     result = trained(tmp_path / "run", "--data", edits, *FEW, model=base)
     args = ("--data", edits, "--limit", 2, "--max-tokens", 2, "--json")
     report = json.loads(run("evaluate", "--adapter-path", tmp_path / "run", *args).out)
-    assert report["rows"][0]["scores"]["data"].keys() == {
+    assert report["rows"][0]["scores"]["edits"].keys() == {
         *("exact_match", "edit_similarity", "perplexity")
     }
 

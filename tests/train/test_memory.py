@@ -68,7 +68,9 @@ def test_parts_and_recomputed_rows_add_up_to_the_whole_batch(monkeypatch):
     assert whole["tokens"] == split["tokens"] == recomputed["tokens"]
     for name, array in whole.items():
         for other in (split[name], recomputed[name]):
-            assert mx.allclose(array, other, rtol=1e-4, atol=1e-5), name
+            # Sums in another order: their error is that of the largest numbers in them.
+            gap = mx.abs(array - other).max().item() / mx.abs(array).max().item()
+            assert gap < 1e-5, (name, gap)
 
 
 class Layer(nn.Module):
