@@ -10,9 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-
-# mlx-lm has no public name for its table of architectures.
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import load_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import HEAD
@@ -92,8 +90,7 @@ class Base:
     def _skeleton(self) -> nn.Module:
         """The model without its weights: its arrays are never evaluated."""
         try:
-            model_class, arguments = _get_classes(self.config)
-            return model_class(arguments.from_dict(self.config))
+            return base.skeleton(self.config)
         except base.LOAD_ERRORS as error:
             raise ModelError(f"cannot build {self}: {first_line(error)}") from error
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-
-# mlx-lm has no public name for its table of architectures.
-from mlx_lm.utils import _get_classes, make_shards, quantize_model
+from mlx_lm.utils import make_shards
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.lora import tensor_problems
@@ -44,8 +40,7 @@ class LanguageModel:
                 raise CheckpointError(f"{folder} is quantized: give floating-point weights")
             if prefix:
                 config["tie_word_embeddings"] = True  # it has no head
-            model_class, arguments = _get_classes(config)
-            model = model_class(arguments.from_dict(config))  # its arrays are never evaluated
+            model = base.skeleton(config)
             weights: dict[str, mx.array] = {}
             for file in sorted(folder.glob("model*.safetensors")):
                 weights |= read_safetensors(file, CheckpointError)
@@ -83,9 +78,8 @@ class LanguageModel:
             model.set_dtype(dtype)
             config = config | {"dtype": base.dtype_name(dtype)}
         if bits is not None:
-            with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
-                model, config = quantize_model(model, config, size, bits)
-            if not any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters())):
+            model, config = base.quantized(model, config, size, bits)
+            if not base.has_quantized_layers(model):
                 found = f"no layer in {self.folder.name} has rows that groups of {size} divide"
                 raise CheckpointError(f"{found}: give another `q_group_size`, or no bits")
         weights = dict(tree_flatten(model.parameters()))

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
+
+# mlx-lm has no public name for its table of architectures.
+from mlx_lm.utils import (
+    DEFAULT_ALLOW_PATTERNS,
+    _get_classes,
+    load_config,
+    load_tokenizer,
+    quantize_model,
+)
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kmerge_mlx import bundled, files
@@ -190,6 +201,25 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def dtype_name(dtype: mx.Dtype) -> str:
     """A dtype as people and configs write it: ``float32``."""
     return str(dtype).removeprefix("mlx.core.")
+
+
+def skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """mlx-lm's model for a config, without weights: its arrays are not to be evaluated."""
+    model_class, arguments = _get_classes(dict(config))
+    return model_class(arguments.from_dict(dict(config)))
+
+
+def quantized(
+    model: nn.Module, config: dict[str, Any], group_size: int | None, bits: int | None, **how: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's ``quantize_model``, which prints how many bits it took, in silence."""
+    with redirect_stdout(io.StringIO()):
+        return quantize_model(model, config, group_size, bits, **how)
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Whether any layer of a model is quantized."""
+    return any(path.endswith(".scales") for path, _ in tree_flatten(model.parameters()))
 
 
 def find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Module]:

@@ -107,7 +107,7 @@ def fuse(
         merge = replace(carried_merge("fused", source, config, pad), head_lora=None)
         folder = own.encoder_folder
         carried = Adapter(merge, LoRAConfig(0), {}, own.encoder_weights, encoder_folder=folder)
-    quantized = has_quantized_layers(model)
+    quantized = base.has_quantized_layers(model)
     drift = write_model(save_path, source, model, tokenizer, config, carried, comparison)
     return Fused(untied, quantized, 1 if carried is None else source.k, drift)
 
@@ -187,11 +187,6 @@ def _as_linear(table: nn.Module, bias: bool) -> nn.Module:
     if bias:
         linear.bias = mx.zeros_like(linear.bias)
     return linear
-
-
-def has_quantized_layers(model: nn.Module) -> bool:
-    """Whether any layer of a model is quantized."""
-    return any(path.endswith(".scales") for path, _ in tree_flatten(model.parameters()))
 
 
 def check_model_destination(path: str | Path, setting: str, force: bool, source: Source) -> None:

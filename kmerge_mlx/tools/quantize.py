@@ -8,15 +8,13 @@ Source: ``mlx_lm.convert -q``.
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import compute_bits_per_weight, quantize_model
+from mlx_lm.utils import compute_bits_per_weight
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import Adapter, check_plain_encoder, read_adapter
@@ -94,7 +92,7 @@ def quantized(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Quantizes a base alone, in place; gives it back with its new config."""
     # mlx-lm may have found some without `quantization` in the config.
-    if fuse.has_quantized_layers(model):
+    if base.has_quantized_layers(model):
         raise ModelError(f"{name} {_ALREADY}")
     table, _ = base.find_embedding(model, name)
     own = getattr(model, "quant_predicate", None)
@@ -105,9 +103,8 @@ def quantized(
         return True if own is None else own(path, module)
 
     how = {"mode": packing.mode, "quant_predicate": wanted}
-    with redirect_stdout(io.StringIO()):  # mlx-lm prints how many bits it took
-        model, config = quantize_model(model, config, packing.group_size, packing.bits, **how)
-    if not fuse.has_quantized_layers(model):
+    model, config = base.quantized(model, config, packing.group_size, packing.bits, **how)
+    if not base.has_quantized_layers(model):
         found = f"no layer of {name} has rows that groups of {config['quantization']['group_size']}"
         raise ModelError(f"{found} divide: give another `q_group_size`")
     return model, config

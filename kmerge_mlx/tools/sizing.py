@@ -17,9 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
-
-# mlx-lm has no public name for its table of architectures.
-from mlx_lm.utils import _get_classes, get_total_parameters, load_model
+from mlx_lm.utils import get_total_parameters, load_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import ENCODER, carried_by, look_up, read_adapter
@@ -380,8 +378,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> nn.Module:
             f"{name} is quantized by {short(config['quantization_config'])}, and its config does "
             "not specify which layers are: give a folder that holds its weights"
         )
-    model_class, arguments = _get_classes(dict(config))
-    model = model_class(arguments.from_dict(dict(config)))
+    model = base.skeleton(config)
     if quantization is None:
         return model
     group_size, own = quantization["group_size"], getattr(model, "quant_predicate", None)
