@@ -33,7 +33,7 @@ from kmerge_mlx.convert.base_model import Base
 from kmerge_mlx.convert.names import unwrapped
 from kmerge_mlx.convert.peft import ZERO_3, copies_of_base, lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
-from kmerge_mlx.errors import AdapterError, CheckpointError, KMergeError, findings, short
+from kmerge_mlx.errors import AdapterError, CheckpointError, collect, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
 from kmerge_mlx.hub import fetch
 from kmerge_mlx.prompts.lay_out import ALL, Layout
@@ -136,12 +136,12 @@ def read_checkpoint(
     ``known`` is the base, where the user named it.
     """
     problems: list[str] = []
-    stated, scales = _collect(problems, _read_companion, folder) or (None, [])
+    stated, scales = collect(problems, _read_companion, folder) or (None, [])
     facts = known.merge if known else stated or MergeConfig(None)
     fields = facts.base.fields
     encoder, encoder_weights = _read_encoder(folder, k, stated, problems)
-    tensors = _collect(problems, _read_peft_tensors, folder)
-    config = _collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
+    tensors = collect(problems, read_peft_tensors, folder)
+    config = collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
     copies = copies_of_base(tensors) if tensors and known else {}
     if copies:
@@ -236,14 +236,14 @@ def _read_encoder(
         if k not in (None, 1):
             problems.append(f"{COMPANION} says K = 1, but `k` is {k}: give 1 or leave it out")
         return None, {}
-    state = _collect(problems, _gathered, read_state_dict, folder / ENCODER)
+    state = collect(problems, _gathered, read_state_dict, folder / ENCODER)
     if state is None:
         return None, {}
     plain = {unwrapped(name): array for name, array in state.items()}
     if len(plain) < len(state):
         twice = "some tensors are there with and without a wrapper's prefix, as module. (keep one)"
         problems.append(f"{ENCODER}: {twice}")
-    sizes = _collect(problems, _encoder_sizes, plain)
+    sizes = collect(problems, _encoder_sizes, plain)
     if sizes is None:
         return None, {}
     if k not in (None, sizes.merge_factor):
@@ -274,7 +274,8 @@ def _encoder_sizes(state: Mapping[str, mx.array]) -> EncoderConfig:
     return EncoderConfig(wide // hidden, hidden, inner)
 
 
-def _read_peft_tensors(folder: Path) -> dict[str, mx.array]:
+def read_peft_tensors(folder: Path) -> dict[str, mx.array]:
+    """The tensors of PEFT's files in a folder, safe or pickled, of which each holds numbers."""
     safe, pickled = (folder / name for name in PEFT_WEIGHTS)
     if safe.is_file():
         return _gathered(read_safetensors, safe, CheckpointError)
@@ -290,15 +291,6 @@ def _gathered(read: Callable[..., dict[str, mx.array]], path: Path, *more: Any) 
         listed = f"{len(empty)} of {len(tensors)} tensors are empty"
         raise CheckpointError(f"{path}: {listed}, {empty[0]} for one; {ZERO_3}")
     return tensors
-
-
-def _collect(problems: list[str], read: Any, *arguments: Any) -> Any:
-    """The result of a reader, or None with its complaint put on the list."""
-    try:
-        return read(*arguments)
-    except KMergeError as error:
-        problems.append(str(error))
-        return None
 
 
 def _cross_check(

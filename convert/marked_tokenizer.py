@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from kmerge_mlx.base import MAX_TEXT_BYTES
 from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import CheckpointError, first_line, short
-from kmerge_mlx.files import flush
+from kmerge_mlx.files import check_plain, flush
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 COPIED = ("chat_template.jinja", "chat_template.json", "generation_config.json")
 MARKS = ("<|memory|>", "<|memory_start|>", "<|memory_end|>")
-MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def read_marks(path: Path) -> dict[str, int]:
@@ -29,8 +30,7 @@ def read_marks(path: Path) -> dict[str, int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES or not path.is_file():
-            raise CheckpointError(f"{path} is not a tokenizer")
+        check_plain(path, MAX_TEXT_BYTES, CheckpointError)
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
@@ -53,8 +53,7 @@ def write_tokenizer(source: Path, folder: Path, without: tuple[str, ...]) -> Non
         write_text(folder / TOKENIZER_CONFIG, json.dumps(_without(about, without), indent=2))
     for name in COPIED:
         if (source / name).is_file():
-            text = (source / name).read_bytes()
-            (folder / name).write_bytes(text)
+            shutil.copy(source / name, folder)
             flush(folder / name)
 
 

@@ -10,13 +10,11 @@ Source: arXiv 2606.09659, ``latent-context/*-LCLM-*`` on the hub; docs/lclm.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-
-# mlx-lm has no public name for its table of architectures.
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from kmerge_mlx import __version__, base
@@ -31,13 +29,14 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.adapters.window import POOLINGS, WindowConfig
 from kmerge_mlx.config import CARRIED, is_int
 from kmerge_mlx.convert.base_model import Base
+from kmerge_mlx.convert.checkpoint import PEFT_CONFIG, named_head, not_finite, read_peft_tensors
 from kmerge_mlx.convert.language_model import LanguageModel, Progress
 from kmerge_mlx.convert.marked_tokenizer import MARKS, TOKENIZER, read_marks, write_tokenizer
 from kmerge_mlx.convert.peft import copies_of_base, lora_from_peft
 from kmerge_mlx.errors import (
     AdapterError,
     CheckpointError,
-    KMergeError,
+    collect,
     findings,
     first_line,
     short,
@@ -54,7 +53,6 @@ from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT
 
 CONFIG = "model_config.json"
 DECODER, PROJECTION = "decoder", "adapter/adapter.safetensors"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEP = "checkpoint_"
 PATTERNS = tuple(
     f"{at}{name}"
@@ -84,10 +82,8 @@ class Checkpoint:
     """What a checkpoint holds, checked."""
 
     encoder: LanguageModel
-    projection: dict[str, mx.array]
     decoder: LanguageModel | None  # None where it is a LoRA
-    merge: MergeConfig
-    lora: Adapter | None
+    adapter: Adapter  # with the projection, and the LoRA if there is one
 
 
 def find_window(source: str) -> Path | None:
@@ -154,7 +150,7 @@ def convert_window(
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise AdapterError(f"cannot write {destination}: {reason}") from error
-    return found.merge
+    return found.adapter.merge
 
 
 def newest(root: Path) -> Path:
@@ -173,13 +169,13 @@ def read_window(
     """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed."""
     problems: list[str] = []
     path = folder / CONFIG if (folder / CONFIG).is_file() else root / CONFIG
-    stated = _collect(problems, _settings, path, k)
+    stated = collect(problems, _settings, path, k)
     encoder = LanguageModel.read(folder / ENCODER, "model.", problems)
-    projection = _collect(problems, read_safetensors, folder / PROJECTION, CheckpointError)
-    marks = _collect(problems, read_marks, folder / DECODER / TOKENIZER)
+    projection = collect(problems, read_safetensors, folder / PROJECTION, CheckpointError)
+    marks = collect(problems, read_marks, folder / DECODER / TOKENIZER)
     decoder, lora = None, None
     if (folder / DECODER / PEFT_CONFIG).is_file():
-        lora = _collect(problems, _read_lora, folder / DECODER, model)
+        lora = collect(problems, _read_lora, folder / DECODER, model)
     elif model is not None:
         problems.append("`model` is for a LoRA, and this holds a whole decoder: leave it out")
     else:
@@ -188,7 +184,7 @@ def read_window(
     config = None
     if None not in (stated, encoder, projection, marks, width):
         wide = projection.get("fc1.weight", mx.zeros((1, 1))).shape[0]
-        config = _collect(
+        config = collect(
             problems,
             lambda: WindowConfig(
                 hidden_size=width,
@@ -201,22 +197,20 @@ def read_window(
         )
     if config is not None:
         found = [f"{PROJECTION}: {p}" for p in tensor_problems(config.shapes(), projection)]
-        found += [
-            f"{PROJECTION}: {name} holds NaN or infinite values"
-            for name, array in projection.items()
-            if not found and not mx.isfinite(array).all().item()
-        ]
-        problems += found
+        problems += found or [f"{PROJECTION}: {p}" for p in not_finite(projection)]
     if problems:
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
     provenance = {"converter": f"kmerge-mlx {__version__}", "source": source}
-    made_for, head = BaseModelConfig(None, {}), None
-    if lora is not None:
-        made_for, head = lora.merge.base, lora.merge.head_lora
-    else:
-        made_for = BaseModelConfig(None, base.fingerprint(decoder.config))
-    merge = MergeConfig(config, made_for, None, head, DEFAULT_LAYOUT, provenance)
-    return Checkpoint(encoder, projection, decoder, merge, lora)
+    if decoder is not None:
+        lora = Adapter(
+            MergeConfig(None, BaseModelConfig(None, base.fingerprint(decoder.config))),
+            LoRAConfig(0),
+            {},
+            {},
+        )
+    more = {"encoder": config, "layout": DEFAULT_LAYOUT, "provenance": provenance}
+    merge = replace(lora.merge, **more)
+    return Checkpoint(encoder, decoder, replace(lora, merge=merge, encoder_weights=projection))
 
 
 def _settings(path: Path, k: int | None) -> dict[str, Any]:
@@ -251,18 +245,18 @@ def _read_lora(folder: Path, model: str | None) -> Adapter:
     if model is None and not isinstance(named, str):
         raise CheckpointError(f"{folder / PEFT_CONFIG} names no base: give `model`")
     known, problems = Base.read(model or named), []
-    tensors = read_safetensors(folder / PEFT_WEIGHTS, CheckpointError)
+    tensors = read_peft_tensors(folder)
     copies = copies_of_base(tensors)
     problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
     fields = known.merge.base.fields
     untied, layers = base.is_tied(fields) is False, fields.get("num_hidden_layers")
     lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
     if lora is not None:
+        problems += not_finite(lora.tuning_weights | named_head(lora))
         problems += known.lora_problems(lora.tuning_weights)
     if problems or lora is None:
         raise CheckpointError(findings(str(folder), problems))
-    merge = MergeConfig(None, known.merge.base, None, lora.merge.head_lora)
-    return Adapter(merge, lora.tuning, lora.tuning_weights, {}, lora.head_weights)
+    return replace(lora, merge=replace(lora.merge, base=known.merge.base))
 
 
 def _write(
@@ -280,12 +274,10 @@ def _write(
         write_tokenizer(found.decoder.folder, folder, MARKS)
         place = folder / CARRIED
         place.mkdir()
-    lora = found.lora
-    tuned = (LoRAConfig(0), {}, {})
-    if lora is not None:
-        tuned = (lora.tuning, lora.tuning_weights, lora.head_weights)
-    cast = {n: a if dtype is None else a.astype(dtype) for n, a in found.projection.items()}
-    write_adapter(Adapter(found.merge, *tuned[:2], cast, tuned[2]), place)
+    projection = found.adapter.encoder_weights
+    if dtype is not None:
+        projection = {name: array.astype(dtype) for name, array in projection.items()}
+    write_adapter(replace(found.adapter, encoder_weights=projection), place)
     own, wrote = place / ENCODER, progress("Writing the encoder")
     found.encoder.write(own, dtype, packing.encoder_bits, size, wrote)
     write_tokenizer(found.encoder.folder, own, ())
@@ -306,12 +298,3 @@ def _check_tokenizers(folder: Path, encoder: Path, found: Checkpoint) -> None:
             f"the encoder's tokenizer gives {short(other[0])} another id than the decoder's "
             f"({len(other):,} such tokens): not supported"
         )
-
-
-def _collect(problems: list[str], read: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a reader, or None with its complaint put on the list."""
-    try:
-        return read(*arguments)
-    except KMergeError as error:
-        problems.append(str(error))
-        return None

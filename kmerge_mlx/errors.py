@@ -7,8 +7,9 @@ to change. A setting stands in backticks; the command line writes its flag.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class KMergeError(Exception):
@@ -78,6 +79,15 @@ def findings(summary: str, problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return f"{summary}: {problems[0]}"
     return f"{summary}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def collect(problems: list[str], read: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a reader, or None with its complaint put on the list."""
+    try:
+        return read(*arguments)
+    except KMergeError as error:
+        problems.append(str(error))
+        return None
 
 
 def first_line(error: BaseException) -> str:
