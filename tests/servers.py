@@ -21,6 +21,7 @@ from kmerge_mlx.serving.settings import ServeSettings
 from tests.cli_runner import command, environment
 
 FIXTURE_EOS = 0
+SHORT = {"prompt": "x", "max_tokens": 1}
 PATIENCE = 60  # seconds for what comes in a moment on an idle machine
 
 

@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 
 from tests.servers import (
+    SHORT,
     eventually,
     exchange,
     head,
@@ -23,7 +24,6 @@ from tests.servers import (
 )
 
 KEY = "sesame-42"
-SHORT = {"prompt": "x", "max_tokens": 1}
 
 
 @pytest.fixture(scope="module")

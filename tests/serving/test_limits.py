@@ -12,6 +12,7 @@ import pytest
 from kmerge_mlx.serving.connection import MOST_HEAD_BYTES, MOST_HEADERS
 from kmerge_mlx.serving.prepare import MOST_BODIES, MOST_CHARACTERS, MOST_PREPARED
 from tests.servers import (
+    SHORT,
     eventually,
     exchange,
     head,
@@ -22,7 +23,6 @@ from tests.servers import (
     serving,
 )
 
-SHORT = {"prompt": "x", "max_tokens": 1}
 KEY = "sesame-42"
 
 
