@@ -202,12 +202,8 @@ def read_window(
         raise CheckpointError(findings(f"{source} cannot be converted", problems))
     provenance = {"converter": f"kmerge-mlx {__version__}", "source": source}
     if decoder is not None:
-        lora = Adapter(
-            MergeConfig(None, BaseModelConfig(None, base.fingerprint(decoder.config))),
-            LoRAConfig(0),
-            {},
-            {},
-        )
+        made_for = BaseModelConfig(None, base.fingerprint(decoder.config))
+        lora = Adapter(MergeConfig(None, made_for), LoRAConfig(0), {}, {})
     more = {"encoder": config, "layout": DEFAULT_LAYOUT, "provenance": provenance}
     merge = replace(lora.merge, **more)
     return Checkpoint(encoder, decoder, replace(lora, merge=merge, encoder_weights=projection))

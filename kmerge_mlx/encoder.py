@@ -7,7 +7,7 @@ starts at exactly the mean. Beyond the paper, the MLP may also read c tokens bef
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from kmerge_mlx.adapters.schema import INFORMATION, EncoderConfig
 from kmerge_mlx.config import BLOCKS_PER_CHUNK
 
 Block = tuple[int, ...]
+Run = tuple[Sequence[int], Sequence[Any]]  # token ids that merge, and the key of each position
 
 EXPONENT = 4
 """How sharply rare tokens outweigh frequent ones."""
@@ -42,7 +43,7 @@ class Encoder(Protocol):
         """A hashable key for each position of a run; ``pad_token_id`` fills up the last block."""
 
     def merge(
-        self, table: nn.Module, runs: Sequence[Sequence[int]], wanted: Collection[Any]
+        self, table: nn.Module, runs: Iterable[Run], wanted: Collection[Any]
     ) -> Iterator[tuple[list[Any], mx.array]]:
         """The merged embeddings ``(M, D)`` of the wanted keys of some runs, a part at once.
 
@@ -94,7 +95,7 @@ class MergeEncoder(nn.Module):
         return split(ids, self.config.merge_factor, pad_token_id, self.config.context)
 
     def merge(
-        self, table: nn.Module, runs: Sequence[Sequence[int]], wanted: Collection[Block]
+        self, table: nn.Module, runs: Iterable[Run], wanted: Collection[Block]
     ) -> Iterator[tuple[list[Block], mx.array]]:
         """The merged embeddings of blocks, a bounded number at once; see :class:`Encoder`."""
         blocks = list(wanted)

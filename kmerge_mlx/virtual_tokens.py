@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.config import MAX_BLOCKS
-from kmerge_mlx.encoder import Encoder
+from kmerge_mlx.encoder import Encoder, Run
 from kmerge_mlx.errors import BlockTableFullError
 from kmerge_mlx.prompts.segments import Segment, check_ids
 
@@ -202,7 +202,7 @@ class MergedEmbedding(nn.Module):
         self.check(segments)
         merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
         cut = [self.keys(ids) if ids else [] for ids in merged]
-        virtual = self._virtual_ids([block for blocks in cut for block in blocks], merged)
+        virtual = self._virtual_ids(list(zip(merged, cut, strict=True)))
         ids: list[int] = []
         lengths: list[int] = []
         for segment, blocks in zip(segments, cut, strict=True):
@@ -223,9 +223,9 @@ class MergedEmbedding(nn.Module):
         """The blocks of a run of tokens that merges."""
         return self.encoder.keys(ids, self.pad_token_id)
 
-    def _virtual_ids(self, blocks: Sequence[Block], runs: Sequence[Sequence[int]]) -> Iterator[int]:
+    def _virtual_ids(self, runs: Sequence[Run]) -> Iterator[int]:
         """The virtual ids of the blocks of some runs, each with its row written."""
-        ids, new = self.table.intern(blocks)
+        ids, new = self.table.intern([block for _, blocks in runs for block in blocks])
         try:
             if new:
                 self._write(new, runs)
@@ -234,7 +234,7 @@ class MergedEmbedding(nn.Module):
             raise
         return iter(ids)
 
-    def _write(self, new: dict[int, Block], runs: Sequence[Sequence[int]]) -> None:
+    def _write(self, new: dict[int, Block], runs: Sequence[Run]) -> None:
         """Encodes blocks, given by slot, and stores their rows, a part in memory at once."""
         (rows, d), needed = self._rows.shape, max(new) + 1
         if needed > rows:  # by doubling, the rows take at most twice the memory in use

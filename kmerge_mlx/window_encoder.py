@@ -8,7 +8,7 @@ Source: arXiv 2606.09659 (LCLM); docs/lclm.md.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from mlx_lm.utils import get_total_parameters, load_model
 
 from kmerge_mlx import base
 from kmerge_mlx.adapters.window import CONCAT, WindowConfig
+from kmerge_mlx.encoder import Run
 from kmerge_mlx.errors import AdapterError, first_line
 from kmerge_mlx.files import check_memory
 
 TOKENS_AT_ONCE = 4096
 """Most tokens that the encoder reads at once, unless one window has more."""
 
-Window = tuple[int, int]  # which run of tokens, and where in it the window begins
+Window = tuple[Sequence[int], int, dict[int, bytes]]
+"""A run of tokens, where in it the window begins, and the key of each group that is wanted."""
 
 
 class Projection(nn.Module):
@@ -95,50 +97,47 @@ class WindowEncoder:
         return found
 
     def merge(
-        self, table: nn.Module, runs: Sequence[Sequence[int]], wanted: Collection[bytes]
+        self, table: nn.Module, runs: Iterable[Run], wanted: Collection[bytes]
     ) -> Iterator[tuple[list[bytes], mx.array]]:
         """Reads the windows of runs in which a position is wanted, a bounded batch at once.
 
         Args:
             table: The embedding table of the model that answers; not read.
-            runs: Token ids of each run.
+            runs: Token ids and keys of each run.
             wanted: Keys, each of a position of these runs.
 
         Yields:
             Keys, and their merged embeddings ``(M, D)``.
         """
         left, groups = set(wanted), self.config.window // self.config.merge_factor
-        batch: list[tuple[Window, dict[int, bytes]]] = []
+        batch: list[Window] = []
         longest = self.config.window + self.config.overlap
         at_once = max(1, TOKENS_AT_ONCE // longest)
-        for number, ids in enumerate(runs):
-            keys = self.keys(ids, 0)
+        for ids, keys in runs:
             for start in range(0, len(keys), groups):
                 mine = dict(enumerate(keys[start : start + groups]))
                 mine = {group: key for group, key in mine.items() if key in left}
                 left.difference_update(mine.values())
                 if mine:
-                    batch.append(((number, start * self.config.merge_factor), mine))
+                    batch.append((ids, start * self.config.merge_factor, mine))
                 if len(batch) == at_once:
-                    yield self._read(runs, batch)
+                    yield self._read(batch)
                     batch = []
         if batch:
-            yield self._read(runs, batch)
+            yield self._read(batch)
 
-    def _read(
-        self, runs: Sequence[Sequence[int]], batch: Sequence[tuple[Window, dict[int, bytes]]]
-    ) -> tuple[list[bytes], mx.array]:
+    def _read(self, batch: Sequence[Window]) -> tuple[list[bytes], mx.array]:
         """Reads windows at once; the shorter ones end in padding, which nothing attends to."""
         config = self.config
-        starts = [min(start, config.overlap) for (_, start), _ in batch]
+        starts = [min(start, config.overlap) for _, start, _ in batch]
         windows = [
-            np.asarray(runs[number][start - before : start + config.window], np.int32)
-            for ((number, start), _), before in zip(batch, starts, strict=True)
+            np.asarray(run[start - before : start + config.window], np.int32)
+            for (run, start, _), before in zip(batch, starts, strict=True)
         ]
         ids = np.zeros((len(windows), max(map(len, windows))), np.int32)
         for row, window in zip(ids, windows, strict=True):
             row[: len(window)] = window
-        groups = [(row, group) for row, (_, mine) in enumerate(batch) for group in mine]
+        groups = [(row, group) for row, (*_, mine) in enumerate(batch) for group in mine]
         rows, numbers = np.array(groups, np.int32).T
         first = np.array(starts, np.int32)[rows] + numbers * config.merge_factor
         ends = np.array([len(window) for window in windows], np.int32)[rows]
@@ -147,7 +146,7 @@ class WindowEncoder:
         flat = np.where(inside, places, 0) + rows[:, None] * ids.shape[1]
         states = self.model.model(mx.array(ids))  # (B, T, E)
         pooled = self._pooled(states.reshape(-1, config.encoder_size)[mx.array(flat)], inside)
-        return [key for _, mine in batch for key in mine.values()], self.projection(pooled)
+        return [key for *_, mine in batch for key in mine.values()], self.projection(pooled)
 
     def _pooled(self, states: mx.array, inside: np.ndarray) -> mx.array:
         """The states of groups ``(M, N, E)`` as one each; a short last group has fewer inside."""

@@ -154,9 +154,9 @@ def test_what_a_prompt_has_in_common_with_an_earlier_one_is_not_read_again(conve
     read: list[int] = []
     whole = WindowEncoder._read
 
-    def counted(self, runs, batch):
-        read.extend(min(self.config.window, len(runs[n]) - start) for (n, start), _ in batch)
-        return whole(self, runs, batch)
+    def counted(self, batch):
+        read.extend(min(self.config.window, len(run) - start) for run, start, _ in batch)
+        return whole(self, batch)
 
     monkeypatch.setattr(WindowEncoder, "_read", counted)
     model, tokenizer = converted.model, converted.tokenizer

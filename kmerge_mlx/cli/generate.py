@@ -141,6 +141,7 @@ def generate(settings: GenerateSettings) -> None:
     else:
         opened, prompt, cache = go_on(settings)
     settings.add_eos_tokens(opened.tokenizer)
+
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors
 

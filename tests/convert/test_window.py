@@ -149,11 +149,10 @@ def test_weights_can_be_cast_and_packed_on_the_way(tmp_path):
     for name in ("float32", "packed"):
         model, _ = load(str(tmp_path / name), tmp_path / name)
         embedding = merged_embedding(model)
-        found = list(embedding.encoder.merge(embedding.embedding, [[*range(3, 40)]], ["nothing"]))
-        assert not found
-        (_, merged), *_ = embedding.encoder.merge(
-            embedding.embedding, [[*range(3, 40)]], embedding.keys([*range(3, 40)])
-        )
+        keys = embedding.keys([*range(3, 40)])
+        given = embedding.embedding, [([*range(3, 40)], keys)]
+        assert not list(embedding.encoder.merge(*given, ["nothing"]))
+        (_, merged), *_ = embedding.encoder.merge(*given, keys)
         rows.append(np.array(merged.astype(mx.float32)))
     gap = np.linalg.norm(rows[0] - rows[1], axis=1) / np.linalg.norm(rows[0], axis=1)
     assert gap.max() < 0.1
