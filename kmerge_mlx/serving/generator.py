@@ -267,7 +267,7 @@ class CompressingGenerator(host.ResponseGenerator):
 
     def forget(self, job: Job) -> None:
         """Stops a job, wherever it is."""
-        if job.over and not job.failed:
+        if job.generated and not job.failed:
             self._failures = 0
         job.cancelled = True
         self.jobs.discard(job)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from mlx_lm.server import ResponseGenerator
 
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.serving.generator import MOST_FAILURES, check_seam
+from kmerge_mlx.serving.generator import MOST_FAILURES, Job, check_seam
 from tests.servers import Address, eventually, long_answer, receive_until, serving
 
 
@@ -53,7 +55,17 @@ def break_caching(server: Address, times: int) -> None:
     generator.prompt_cache.insert_cache = broken
 
 
-def test_generation_that_fails_ends_its_requests_and_begins_anew(base_path, adapter_path, caplog):
+def test_generation_that_fails_ends_its_requests_and_begins_anew(
+    base_path, adapter_path, caplog, monkeypatch
+):
+    put = Job.put
+
+    def late_end(job: Job, reply: object) -> None:
+        if reply is None:  # an answer is over for its client before mlx-lm says that it is
+            time.sleep(0.1)
+        put(job, reply)
+
+    monkeypatch.setattr(Job, "put", late_end)
     with serving(base_path, adapter_path) as server:
         for _ in range(MOST_FAILURES):  # an answer between them begins the count anew
             server.assert_alive()
