@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import GenerationContext, Response, ToolCallFormatter
 
-from kmerge_mlx.errors import BlockTableFullError, KMergeError, first_line
+from kmerge_mlx.errors import BlockTableFullError, KMergeError, PromptError, first_line
 
 if TYPE_CHECKING:
     from kmerge_mlx.detokenizer import Detokenizer
@@ -65,6 +65,11 @@ def body_too_large(most: int) -> ApiError:
     return ApiError(413, message, code="body_too_large")
 
 
+def unfollowed(error: PromptError) -> ApiError:
+    """The answer to a schema that cannot be followed."""
+    return ApiError(400, str(error).replace("`json_schema`", "response_format"), "response_format")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Any exception as an answer; an unforeseen one is a 500 without details."""
     if isinstance(error, ApiError):
@@ -103,7 +108,13 @@ class Answer:
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
         self._maybe_stop = ""  # the beginning of a stop text, perhaps
         self._previous = context.initial_state
-        markers = make_text_state_machine(tokenizer) if self._chat else TextStateMachine()
+        markers = TextStateMachine()
+        if self._chat and completion.answer_schema is None:
+            markers = make_text_state_machine(tokenizer)
+        elif self._previous == "reasoning":  # in the schema, a marker is a text like any other
+            markers = TextStateMachine(
+                {"reasoning": [(tokenizer.think_end, "normal")], "normal": []}
+            )
         self._state = markers.make_state(self._previous)
         tools = completion.offered_tools if self._chat else None
         self._format_calls = ToolCallFormatter(context.tool_parser, tools, self._stream)

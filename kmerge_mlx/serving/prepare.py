@@ -19,6 +19,7 @@ from typing import Any
 
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
+from kmerge_mlx.generation.structured import Grammar, Schemas
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import (
     Segment,
@@ -27,7 +28,7 @@ from kmerge_mlx.prompts.segments import (
     wants_special_tokens,
 )
 from kmerge_mlx.prompts.tags import Span
-from kmerge_mlx.serving.answers import ApiError, body_too_large, busy
+from kmerge_mlx.serving.answers import ApiError, body_too_large, busy, unfollowed
 from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.generator import PinnedModel
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
@@ -60,6 +61,7 @@ class Preparer:
         self._places = asyncio.Semaphore(MOST_PREPARED)
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
+        self._schemas = Schemas(self.tokenizer)
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)
@@ -123,6 +125,8 @@ class Preparer:
         """A checked request, and its prompts laid out."""
         provider = self.provider
         completion = read_completion(bytes(body), chat, provider.names, provider.vocab_size)
+        if (schema := completion.answer_schema) is not None:
+            completion.grammar = self._compiled(schema, chat)
         if chat:
             self._check_length(completion.written, "messages")
             return completion, [self._fitting(lambda: self._lay_out_chat(completion), "messages")]
@@ -138,6 +142,16 @@ class Preparer:
             lay_out = partial(self._lay_out, prompt, completion.merge)
             prompts.append(self._fitting(lay_out, "prompt"))
         return completion, prompts
+
+    def _compiled(self, schema: dict[str, Any], chat: bool) -> Grammar:
+        """The grammar of a schema that an answer can follow."""
+        if chat and self.tokenizer.response_initial_state:
+            message = "response_format: this model's answers have a form of their own"
+            raise ApiError(400, message, "response_format")
+        try:
+            return self._schemas.compile(schema)
+        except PromptError as error:
+            raise unfollowed(error) from None
 
     def _check_length(self, prompt: str | list[int], field: str) -> None:
         """Refuses a text that is too long to fit, before it is tokenized."""
