@@ -159,10 +159,9 @@ def generate(settings: GenerateSettings) -> None:
     penalties = [f"{kind}_{what}" for kind in kinds for what in ("penalty", "context_size")]
     processors = make_logits_processors(**{name: getattr(settings, name) for name in penalties})
     if schema is not None:
-        from kmerge_mlx.generation.structured import Schemas
+        from kmerge_mlx.generation.structured import Follow, Schemas
 
-        grammar = Schemas(opened.tokenizer).compile(schema)
-        processors.append(grammar.processor(_raise))
+        processors.append(Follow(Schemas(opened.tokenizer).compile(schema), _raise))
     with one_line_refusals():
         responses = stream_generate(
             opened.model,

@@ -29,6 +29,9 @@ MOST_CHARACTERS = 1 << 17
 TRIAL_SECONDS = 5
 """Of a processor that a new schema may take to compile."""
 
+MOST_STATES = 1 << 15
+"""Of a schema's patterns, met while an answer is made: each takes 1 or 2 KB."""
+
 _OPTIONS = {
     "whitespace_pattern": "[ ]?",  # a model that may write more sometimes writes nothing else
     "coerce_one_of": True,  # as anyOf: Pydantic writes oneOf for a union with a discriminator
@@ -54,7 +57,7 @@ class Schemas:
                 too much time or memory, or llguidance is missing.
         """
         try:
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             what = "`json_schema` needs llguidance: pip install 'kmerge-mlx[structured]'"
             raise PromptError(what) from None
@@ -67,7 +70,8 @@ class Schemas:
         except (ValueError, RecursionError) as error:
             raise _refused(first_line(error)) from None
         _try(grammar)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        limits = LLParserLimits(max_lexer_states=MOST_STATES)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         return Grammar(matcher, self._ends)
@@ -118,21 +122,17 @@ class Grammar:
     matcher: LLMatcher
     ends: Sequence[int]
 
-    def processor(self, fail: Callable[[PromptError], None], after: Sequence[int] = ()) -> Follow:
-        """A logits processor for one answer.
-
-        Args:
-            fail: Told once if the answer cannot go on; the logits are then left as they are.
-            after: Tokens after which the schema begins, such as the end of thinking.
-        """
-        return Follow(self, fail, after)
-
 
 class Follow:
-    """A logits processor that allows what a grammar allows; see :meth:`Grammar.processor`.
+    """A logits processor, for one answer, that allows what a grammar allows.
 
     It has to know the last token before it can say what may follow, so it waits for it: a step of
     such an answer begins when the one before it has ended.
+
+    Args:
+        grammar: The compiled schema.
+        fail: Told once if the answer cannot go on; the logits are then left as they are.
+        after: Tokens after which the schema begins, such as the end of thinking.
     """
 
     def __init__(

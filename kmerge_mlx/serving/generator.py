@@ -24,13 +24,12 @@ import mlx.core as mx
 from mlx_lm import server as host
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
 from kmerge_mlx.generation.stream import compress, over_original_ids
-from kmerge_mlx.generation.structured import Grammar
+from kmerge_mlx.generation.structured import Follow, Grammar
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.policy import chosen
@@ -223,7 +222,7 @@ class Arguments(host.GenerationArguments):
 
     prompt: CompressedPrompt | None = None
     grammar: Grammar | None = None
-    follow: LogitsProcessor | None = None
+    follow: Follow | None = None
 
 
 def _processors(args: Arguments) -> list[Any]:
@@ -351,7 +350,7 @@ class CompressingGenerator(host.ResponseGenerator):
             state = tokenizer.response_initial_state or state
         if args.grammar is not None:
             after = tokenizer.think_end_tokens if state == "reasoning" else ()
-            args.follow = args.grammar.processor(lambda e: request.tell(unfollowed(e)), after)
+            args.follow = Follow(args.grammar, lambda e: request.tell(unfollowed(e)), after)
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:

@@ -416,7 +416,7 @@ def test_tokens_are_allowed_where_a_text_goes_on_with_them(name):
     failed: list[Exception] = []
     rng = np.random.default_rng(0)
     for _ in range(30):
-        follow, ids, text = grammar.processor(failed.append), [1, 2, 3], b""
+        follow, ids, text = Follow(grammar, failed.append), [1, 2, 3], b""
         while True:
             logits = follow(mx.array(ids), mx.zeros((1, rows)))
             allowed = np.flatnonzero(np.isfinite(np.array(logits[0]))).tolist()
@@ -437,7 +437,7 @@ def test_the_schema_begins_after_the_end_of_thinking():
     tokenizer, rows = model_of("byte level")
     (end,) = tokenizer.eos_token_ids
     marker = tokenizer.encode("</t>", add_special_tokens=False)
-    follow = Schemas(tokenizer).compile({"enum": ["x"]}).processor(pytest.fail, marker)
+    follow = Follow(Schemas(tokenizer).compile({"enum": ["x"]}), pytest.fail, marker)
     ids = [5]
     for token in [*tokenizer.encode("so <</t", add_special_tokens=False), None]:
         allowed = np.isfinite(np.array(follow(mx.array(ids), mx.zeros((1, rows)))[0]))
@@ -453,7 +453,7 @@ def test_the_schema_begins_after_the_end_of_thinking():
 def test_a_table_without_the_tokens_that_must_follow_is_a_fault_and_not_a_crash():
     tokenizer, _ = model_of("byte level")
     failed: list[PromptError] = []
-    follow = Schemas(tokenizer).compile({"enum": ["x"]}).processor(failed.append)
+    follow = Follow(Schemas(tokenizer).compile({"enum": ["x"]}), failed.append)
     logits = mx.zeros((1, 1))
     for ids in ([5], [5, 0], [5, 0, 0]):
         assert follow(mx.array(ids), logits) is logits
