@@ -76,9 +76,18 @@ class Schemas:
             raise _refused(matcher.get_error())
         return Grammar(matcher, self._ends)
 
+    def read_vocabulary(self) -> None:
+        """Does now what the first schema needs: it takes a second or two, in which no thread runs.
+
+        Raises:
+            ImportError: llguidance is missing.
+            PromptError: The tokenizer does not fit.
+        """
+        _ = self._tokenizer
+
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """The tokens as llguidance sees them: made once, it takes a second and 100 MB."""
+        """The tokens as llguidance sees them."""
         from llguidance.hf import from_tokenizer
 
         try:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock, Thread
@@ -62,6 +62,8 @@ class Preparer:
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
         self._schemas = Schemas(self.tokenizer)
+        with suppress(ImportError, PromptError):  # a request with a schema is told
+            self._schemas.read_vocabulary()
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)

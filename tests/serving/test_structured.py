@@ -302,7 +302,12 @@ def test_without_the_extra_a_schema_is_a_400_that_says_what_to_install(server, m
     assert message.endswith("pip install 'kmerge-mlx[structured]'")
 
 
-def test_a_tokenizer_without_an_end_cannot_have_one(server, monkeypatch):
+def test_a_server_reads_the_vocabulary_when_it_starts(server):
+    """It holds up all threads."""
+    assert "_tokenizer" in vars(server.server.service.preparer._schemas)
+
+
+def test_a_tokenizer_without_an_end_cannot_have_one():
     tokenizer = exact(PreTrainedTokenizerFast(tokenizer_object=byte_level()))
     with pytest.raises(PromptError, match="no token that ends an answer"):
         Schemas(tokenizer).compile({"type": "object"})
