@@ -158,7 +158,8 @@ def test_the_runtime_needs_no_more_than_it_says():
         *("safetensors", "pyyaml", "tqdm"),
     }
     known = {name.replace("-", "_").replace("pyyaml", "yaml") for name in names}
-    known |= {"kmerge_mlx", "matplotlib", *sys.stdlib_module_names}  # the second one for --plot
+    known |= {"kmerge_mlx", *sys.stdlib_module_names}
+    known |= {"matplotlib", "llguidance"}  # of the extras `plot` and `structured`
     used = set().union(*(names_in(path)[1] for path in FILES))
     # FastAPI, mlx-lm, transformers and uvicorn bring these.
     assert used - known <= {"starlette", "pydantic", "pydantic_core", "jinja2", "tokenizers", "h11"}

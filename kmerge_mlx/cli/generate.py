@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.bundled import BUNDLED
@@ -11,7 +12,7 @@ from kmerge_mlx.cli.cache import CacheFileSettings, go_on
 from kmerge_mlx.cli.inputs import Opened, PromptSettings, command, open_model
 from kmerge_mlx.cli.output import note, print_json, speaker, wrapped
 from kmerge_mlx.cli.texts import read_prompt
-from kmerge_mlx.errors import PromptError, one_line_refusals
+from kmerge_mlx.errors import PromptError, one_line_refusals, short
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import NOTED
 from kmerge_mlx.prompts.segments import check_ids
@@ -100,10 +101,15 @@ class GenerateSettings(AnswerSettings):
     prefill_response: str | None = option(
         None, str, "Beginning of the answer, for the chat template."
     )
+    json_schema: str | None = option(
+        None, str, "File with a JSON schema that the answer is to fit (docs/serving.md)."
+    )
     json: bool = option(False, bool, "Print one JSON object on stdout.")
 
     def clashes(self) -> list[str]:
         found = super().clashes()
+        if self.json_schema is not None and self.prefill_response is not None:
+            found.append("`json_schema` makes all of an answer: leave `prefill_response` out")
         if self.prompt_cache_file is None:
             return found
         if self.prompt is None:
@@ -128,7 +134,7 @@ def generate(settings: GenerateSettings) -> None:
       kmerge-mlx generate --adapter-path A --k 4 report.txt -p "What changed in May?"
       cat log.txt | kmerge-mlx generate --adapter-path A --k 4 - --json
     """
-    cache = None
+    cache, schema = None, _read_schema(settings.json_schema)
     if settings.prompt_cache_file is None:
         context, spans, question = read_prompt(settings.files, settings.prompt)
         opened = open_model(settings, f"{context or ''}{question or ''}")
@@ -152,6 +158,10 @@ def generate(settings: GenerateSettings) -> None:
     kinds = ("repetition", "presence", "frequency")
     penalties = [f"{kind}_{what}" for kind in kinds for what in ("penalty", "context_size")]
     processors = make_logits_processors(**{name: getattr(settings, name) for name in penalties})
+    if schema is not None:
+        from kmerge_mlx.generation.structured import Follow, Schemas
+
+        processors.append(Follow(Schemas(opened.tokenizer).compile(schema), _raise))
     with one_line_refusals():
         responses = stream_generate(
             opened.model,
@@ -162,7 +172,24 @@ def generate(settings: GenerateSettings) -> None:
             max_kv_size=settings.max_kv_size,
             **settings.options(opened.tokenizer),
         )
-        print_answer(responses, settings.json, opened, _merging(opened, prompt))
+        last = print_answer(responses, settings.json, opened, _merging(opened, prompt))
+    if schema is not None and last.finish_reason == "length":
+        note("note: --max-tokens cut the answer short: it is not whole JSON")
+
+
+def _read_schema(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from kmerge_mlx.files import read_json
+
+    schema = read_json(Path(path), PromptError)
+    if not isinstance(schema, dict):
+        raise PromptError(f"{path} holds {short(schema)}, expected a JSON schema: an object")
+    return schema
+
+
+def _raise(error: PromptError) -> None:
+    raise error
 
 
 def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
@@ -184,8 +211,12 @@ def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
 
 def print_answer(
     responses: Iterator[GenerationResponse], as_json: bool, opened: Opened, merging: str = ""
-) -> None:
-    """Prints an answer as it streams, who gave it and what it cost; or all as one JSON object."""
+) -> GenerationResponse:
+    """Prints an answer as it streams, who gave it and what it cost; or all as one JSON object.
+
+    Returns:
+        The last response.
+    """
     texts, tokens = [], []
     try:
         for last in responses:
@@ -203,7 +234,7 @@ def print_answer(
         stats = {name: value for name, value in vars(last).items() if name not in hidden}
         answer = {"text": "".join(texts), "tokens": tokens} | stats
         print_json(answer)
-        return
+        return last
     lines = (
         f"Model: {speaker(opened.source)}\n"
         f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
@@ -213,3 +244,4 @@ def print_answer(
         f"Peak memory: {last.peak_memory:.3f} GB"
     ).splitlines()
     note("\n".join(map(wrapped, lines)))
+    return last

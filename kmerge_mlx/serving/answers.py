@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import GenerationContext, Response, ToolCallFormatter
 
-from kmerge_mlx.errors import BlockTableFullError, KMergeError, first_line
+from kmerge_mlx.errors import BlockTableFullError, KMergeError, PromptError, first_line
 from kmerge_mlx.serving.expand import NAME
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def body_too_large(most: int) -> ApiError:
     """The answer to a body of more bytes than that."""
     message = f"the body is larger than the {most:,} bytes that the server takes"
     return ApiError(413, message, code="body_too_large")
+
+
+def unfollowed(error: PromptError) -> ApiError:
+    """The answer to a schema that cannot be followed."""
+    return ApiError(400, str(error).replace("`json_schema`", "response_format"), "response_format")
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -116,7 +121,12 @@ class Answer:
         """Begins the answer, or goes on with it: what the model asked for is in the prompt now."""
         self._detokenizer, self._maybe_stop = self._tokenizer.detokenizer, ""
         self._previous = context.initial_state
-        markers = make_text_state_machine(self._tokenizer) if self._chat else TextStateMachine()
+        markers = TextStateMachine()
+        if self._chat and completion.answer_schema is None:
+            markers = make_text_state_machine(self._tokenizer)
+        elif self._previous == "reasoning":  # in the schema, a marker is a text like any other
+            ends = [(self._tokenizer.think_end, "normal")]
+            markers = TextStateMachine({"reasoning": ends, "normal": []})
         self._state = markers.make_state(self._previous)
         self._rounds = completion.rounds if self._chat else None
         self.said = defaultdict(str)  # since then, by mlx-lm's state

@@ -29,11 +29,12 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
 from kmerge_mlx.generation.stream import compress, over_original_ids
+from kmerge_mlx.generation.structured import Follow, Grammar
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
-from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
+from kmerge_mlx.serving.answers import ApiError, ClientGone, busy, unfollowed
 from kmerge_mlx.serving.expand import check_expand
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
@@ -223,14 +224,23 @@ def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Arguments(host.GenerationArguments):
-    """mlx-lm's arguments of a request; they carry the merged prompt to the logits processors."""
+    """mlx-lm's arguments of a request; they carry to the logits processors what these need.
+
+    Args:
+        prompt: The merged prompt.
+        grammar: The compiled schema of the answer.
+        follow: The logits processor that makes the answer fit it.
+    """
 
     prompt: CompressedPrompt | None = None
+    grammar: Grammar | None = None
+    follow: Follow | None = None
 
 
 def _processors(args: Arguments) -> list[Any]:
     """mlx-lm's logits processors, which see a prompt's original ids, never virtual ones."""
-    return over_original_ids(_host_processors(args), args.prompt)
+    ours = [] if args.follow is None else [args.follow]
+    return over_original_ids(_host_processors(args), args.prompt) + ours
 
 
 class PromptCache(LRUPromptCache):
@@ -350,6 +360,9 @@ class CompressingGenerator(host.ResponseGenerator):
             ):
                 state = "reasoning"
             state = tokenizer.response_initial_state or state
+        if args.grammar is not None:
+            after = tokenizer.think_end_tokens if state == "reasoning" else ()
+            args.follow = Follow(args.grammar, lambda e: request.tell(unfollowed(e)), after)
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock, Thread
@@ -19,6 +19,7 @@ from typing import Any
 
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
+from kmerge_mlx.generation.structured import Grammar, Schemas
 from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.segments import (
     Segment,
@@ -27,7 +28,7 @@ from kmerge_mlx.prompts.segments import (
     wants_special_tokens,
 )
 from kmerge_mlx.prompts.tags import Span
-from kmerge_mlx.serving.answers import ApiError, body_too_large, busy
+from kmerge_mlx.serving.answers import ApiError, body_too_large, busy, unfollowed
 from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.expand import MOST_ROUNDS, MOST_TOKENS, NAME, messages_of, numbered
 from kmerge_mlx.serving.generator import PinnedModel
@@ -61,6 +62,9 @@ class Preparer:
         self._places = asyncio.Semaphore(MOST_PREPARED)
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
+        self._schemas = Schemas(self.tokenizer)
+        with suppress(ImportError, PromptError):  # a request with a schema is told
+            self._schemas.read_vocabulary()
         # Nothing about a fast tokenizer changes after its first text; others are plain Python.
         self.tokenizer.encode(" ")
         fast = getattr(self.tokenizer, "is_fast", False)
@@ -128,6 +132,8 @@ class Preparer:
         """A checked request, and its prompts laid out."""
         provider = self.provider
         completion = read_completion(bytes(body), chat, provider.names, provider.vocab_size)
+        if (schema := completion.answer_schema) is not None:
+            completion.grammar = self._compiled(schema, chat)
         if chat:
             self._check_length(completion.written, "messages")
             completion, segments = self._read_chat(completion)
@@ -152,7 +158,7 @@ class Preparer:
             if any(isinstance(f, dict) and f.get("name") == NAME for f in functions):
                 message = f"tools has a function {NAME}, which is the server's own: rename it"
                 raise ApiError(400, message, "tools")
-            if completion.tool_choice == "auto":
+            if completion.tool_choice == "auto" and completion.answer_schema is None:
                 asked = completion.expanding(MOST_ROUNDS)
                 segments = self._fitting(lambda: self._lay_out_chat(asked), "messages")
                 if any(segment.merge for segment in segments):
@@ -177,6 +183,16 @@ class Preparer:
             added = messages_of(self.tokenizer, segments, said, calls, most)
         asked = completion.expanding(completion.rounds - 1, *added)
         return asked, self._fitting(lambda: self._lay_out_chat(asked), "messages")
+
+    def _compiled(self, schema: dict[str, Any], chat: bool) -> Grammar:
+        """The grammar of a schema that an answer can follow."""
+        if chat and self.tokenizer.response_initial_state:
+            message = "response_format: this model's answers have a form of their own"
+            raise ApiError(400, message, "response_format")
+        try:
+            return self._schemas.compile(schema)
+        except PromptError as error:
+            raise unfollowed(error) from None
 
     def _check_length(self, prompt: str | list[int], field: str) -> None:
         """Refuses a text that is too long to fit, before it is tokenized."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
 from pydantic_core import from_json
@@ -18,6 +18,9 @@ from kmerge_mlx.errors import PromptError, first_line, short
 from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.serving.answers import ApiError
 from kmerge_mlx.serving.expand import TOOL
+
+if TYPE_CHECKING:
+    from kmerge_mlx.generation.structured import Grammar
 
 DEFAULT_MODEL = "default_model"
 MAX_TOP_LOGPROBS = 20
@@ -80,8 +83,22 @@ class _StreamOptions(_Part):
     include_usage: bool = False
 
 
-class _ResponseFormat(_Part):
-    type: Literal["text"] = "text"
+class _JsonSchema(_Part):
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+    name: str = ""
+    description: str = ""
+    strict: bool = False  # it is followed in any case
+
+
+class _ResponseFormat(_Part, extra="forbid"):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("expected json_schema beside the type json_schema, and only there")
+        return self
 
 
 _MOST = 2**31 - 1
@@ -126,6 +143,24 @@ class Completion(_Part):
     n: Literal[1] = 1
     best_of: Literal[1] = 1
     echo: Literal[False] = False
+    _grammar: Grammar | None = None
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is to fit."""
+        form = self.response_format
+        if form.json_schema is not None:
+            return form.json_schema.content
+        return {"type": "object"} if form.type == "json_object" else None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The compiled schema, once it is."""
+        return self._grammar
+
+    @grammar.setter
+    def grammar(self, compiled: Grammar) -> None:
+        self._grammar = compiled
 
     @property
     def top(self) -> int | None:
@@ -210,6 +245,9 @@ def read_completion(raw: bytes, chat: bool, names: Sequence[str], vocab_size: in
     if completion.model not in names:
         message = f"the model {short(completion.model)} is not served here, only {names[0]} is"
         raise ApiError(404, message, "model", "model_not_found")
+    if chat and completion.offered_tools and completion.answer_schema is not None:
+        message = "response_format does not go with tools: leave them out, or set tool_choice none"
+        raise ApiError(400, message, "response_format")
     prompts = [p for p in getattr(completion, "prompt", ()) if not isinstance(p, str)]
     numbers = {"top_k": [completion.top_k or 0], "top_logprobs": [completion.top or 0]}
     numbers |= {"logit_bias": completion.logit_bias, "prompt": [max(ids) for ids in prompts]}

@@ -268,6 +268,7 @@ class Service:
             top_logprobs=completion.top or -1,
             seed=None if completion.seed == -1 else completion.seed,
             chat_template_kwargs=None,
+            grammar=completion.grammar,
         )
 
     def _is_tokens(self, stop: str) -> bool:

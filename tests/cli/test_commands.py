@@ -25,7 +25,15 @@ from kmerge_mlx.cli import app, texts
 from kmerge_mlx.cli.generate import GenerateSettings
 from kmerge_mlx.prompts import lay_out as layout
 from kmerge_mlx.prompts import tags
-from tests.cli_runner import CHATML, change_json, command, copy_base, environment, run
+from tests.cli_runner import (
+    CHATML,
+    assert_one_error,
+    change_json,
+    command,
+    copy_base,
+    environment,
+    run,
+)
 from tests.conftest import UPSTREAM
 
 EXPECTED = json.loads((UPSTREAM / "expected.json").read_text())
@@ -331,3 +339,37 @@ def test_everything_is_read_once(counted, base_path, adapter_path, tmp_path, tem
         assert counted[f"opened {name}"] == 1
     assert counted[f"parsed {CONTEXT}"] == counted[f"parsed {QUESTION}"] == 1
     assert [n for key, n in counted.items() if key.startswith("encoded ") and "two" in key] == [1]
+
+
+def test_generate_answers_in_a_schema(endless, adapter_path, tree, tmp_path):
+    schema = tmp_path / "schema.json"
+    given = ("generate", "--model", endless, "--adapter-path", adapter_path, tree)
+    given += ("--json-schema", schema)
+    schema.write_text('{"enum": ["one \\u00e9", {"a": [1, null]}]}')
+    assert run(*given).out in ('"one \u00e9"\n', *('{"a":[1,null]}\n', '{"a": [1, null]}\n'))
+    schema.write_text('{"enum": ["a text of some length"]}')
+    done = run(*given, "--json", "-m", 3)
+    assert json.loads(done.out)["finish_reason"] == "length"
+    assert "--max-tokens" in done.err
+
+
+def test_generate_says_what_is_wrong_with_a_schema(
+    endless, adapter_path, tree, tmp_path, monkeypatch
+):
+    schema = tmp_path / "schema.json"
+    given = ("generate", "--model", endless, "--adapter-path", adapter_path, tree)
+    given += ("--json-schema", schema)
+    for text, said in (
+        ('{"enum": []}', "--json-schema cannot be followed: Unsatisfiable schema"),
+        ('{"not": {}}', "--json-schema cannot be followed: Unimplemented keys"),
+        ("[]", "expected a JSON schema"),
+        ("{", "is not valid JSON"),
+    ):
+        schema.write_text(text)
+        assert_one_error(run(*given), 1, said)
+    schema.unlink()
+    assert_one_error(run(*given), 1, "cannot read")
+    schema.write_text("{}")
+    assert_one_error(run(*given, "--prefill-response", "{"), 2, "--prefill-response")
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert_one_error(run(*given), 1, "pip install 'kmerge-mlx[structured]'")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 URL, KEY, MODEL = os.environ["BASE_URL"], "none", "bundled"
 TREE = (Path(__file__).parents[2] / "tree.txt").read_text()  # the right answer is "true"
@@ -14,6 +16,17 @@ TAGGED = f"<merge>{TREE}</merge>"
 TWO_PARTS = f"<merge>{DOCUMENT}</merge><raw>, Task:{QUESTION}</raw>"
 TOO_LONG = "A " * 10_000
 OVERFLOW = "maximum context length is 4096 tokens"
+
+
+class Verdict(BaseModel, extra="forbid"):
+    """What an answer in a schema is here."""
+
+    right: Literal["true", "false"]
+
+
+def is_verdict(found: Any) -> bool:
+    """An answer that the client made an object of."""
+    return isinstance(found, Verdict)
 
 
 def check(what: str, ask: Callable[[], Any], right: Callable[[Any], bool] | Any = None) -> None:

@@ -1,11 +1,25 @@
 """LangChain's ``langchain-openai``."""
 
-from checks import KEY, MODEL, TAGGED, TOO_LONG, TREE, TWO_PARTS, URL, check, overflows, refused
+from checks import (
+    KEY,
+    MODEL,
+    TAGGED,
+    TOO_LONG,
+    TREE,
+    TWO_PARTS,
+    URL,
+    Verdict,
+    check,
+    is_verdict,
+    overflows,
+    refused,
+)
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 
 OWN = {"model": MODEL, "base_url": URL, "api_key": KEY, "max_tokens": 4, "max_retries": 0}
+longer = ChatOpenAI(**OWN | {"max_tokens": 60})
 chat, complete = ChatOpenAI(**OWN), OpenAI(**OWN)
 
 
@@ -41,5 +55,6 @@ check("document and question", lambda: usage(TWO_PARTS)["raw_tokens"], lambda n:
 check("stop", lambda: chat.bind(stop=["e"]).invoke(TREE).content, "tru")
 check("batch", lambda: [m.content for m in chat.batch([TREE] * 3)], ["true"] * 3)
 check("too long", lambda: refused(lambda: chat.invoke(TOO_LONG)), overflows)
+check("in a schema", lambda: longer.with_structured_output(Verdict).invoke(TREE), is_verdict)
 check("tools", lambda: chat.bind_tools([look]).invoke(TREE).tool_calls, [])
 check("result of a tool", lambda: chat.invoke(CALLED), lambda answer: answer.id is not None)

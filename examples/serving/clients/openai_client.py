@@ -9,7 +9,9 @@ from checks import (
     TOO_LONG,
     TREE,
     URL,
+    Verdict,
     check,
+    is_verdict,
     overflows,
     refused,
 )
@@ -27,6 +29,12 @@ def chat(content, **more):
 
 def complete(prompt, **more):
     return client.completions.create(model=MODEL, prompt=prompt, max_tokens=4, **more)
+
+
+def parsed():
+    messages = [{"role": "user", "content": TREE}]
+    own = {"messages": messages, "response_format": Verdict, "max_tokens": 60}
+    return client.chat.completions.parse(model=MODEL, **own).choices[0].message.parsed
 
 
 def streamed(stream):
@@ -59,6 +67,12 @@ check("usage", lambda: counts(chat(TAGGED)), lambda n: n[0] == n[1] + n[2] > 3 *
 check("document and question", lambda: counts(chat(PARTS)), lambda n: n[1] > 0 < n[2])
 check("stop", lambda: chat(TREE, stop=["e"]).choices[0].message.content, "tru")
 check("too long", lambda: refused(lambda: chat(TOO_LONG)), overflows)
+check("in a schema", parsed, is_verdict)
+check(
+    "any object, streamed",
+    lambda: streamed(chat(TREE, stream=True, response_format={"type": "json_object"})),
+    lambda text: text.startswith("{"),
+)
 check("tools", lambda: chat(TREE, tools=[TOOL]).choices[0].message.tool_calls, None)
 check(
     "result of a tool",

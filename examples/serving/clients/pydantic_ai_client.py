@@ -2,8 +2,20 @@
 
 import asyncio
 
-from checks import KEY, MODEL, TAGGED, TOO_LONG, TREE, URL, check, overflows, refused
-from pydantic_ai import Agent
+from checks import (
+    KEY,
+    MODEL,
+    TAGGED,
+    TOO_LONG,
+    TREE,
+    URL,
+    Verdict,
+    check,
+    is_verdict,
+    overflows,
+    refused,
+)
+from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.messages import ModelRequest, ModelResponse, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -11,6 +23,9 @@ from pydantic_ai.providers.openai import OpenAIProvider
 model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, api_key=KEY))
 agent = Agent(model, model_settings={"max_tokens": 4})
 handy = Agent(model, model_settings={"max_tokens": 4})
+
+
+strict = Agent(model, output_type=NativeOutput(Verdict), model_settings={"max_tokens": 60})
 
 
 @handy.tool_plain
@@ -37,5 +52,6 @@ check("usage", lambda: agent.run_sync(TAGGED).usage.input_tokens, lambda n: n > 
 check("instructions", lambda: Agent(model, instructions="<raw> </raw>").run_sync(TREE).output, bool)
 check("stop", lambda: agent.run_sync(TREE, model_settings={"stop_sequences": ["e"]}).output, "tru")
 check("too long", lambda: refused(lambda: agent.run_sync(TOO_LONG)), overflows)
+check("in a schema", lambda: strict.run_sync(TREE).output, is_verdict)
 check("tools", lambda: handy.run_sync(TREE).output, bool)
 check("result of a tool", lambda: handy.run_sync(TREE, message_history=CALLED).output, bool)

@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$here/../../..
 if [ $# -gt 0 ]; then mkdir -p "$1"; work=$(cd "$1" && pwd); else work=$(mktemp -d); fi
 
-for name in requirements requirements-llama-index; do
+for name in requirements requirements-llama-index requirements-instructor; do
   [ -d "$work/$name" ] || python3 -m venv "$work/$name"
   "$work/$name/bin/pip" install --quiet -r "$here/$name.txt"
 done
@@ -44,6 +44,7 @@ ask "llm" "$python" "$here/llm_client.py"
 ask "litellm" "$python" "$here/litellm_client.py"
 ask "langchain-openai" "$python" "$here/langchain_client.py"
 ask "pydantic-ai" "$python" "$here/pydantic_ai_client.py"
+ask "instructor" "$work/requirements-instructor/bin/python" "$here/instructor_client.py"
 ask "llama-index" "$work/requirements-llama-index/bin/python" "$here/llama_index_client.py"
 ask "openai on Node" node "$work/examples/serving/clients/openai_client.mjs"
 ask "AI SDK" node "$work/examples/serving/clients/ai_sdk_client.mjs"
