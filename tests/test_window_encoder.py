@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.conversation import Conversation
 from kmerge_mlx.generation.prompt_cache import CacheFile, identity, prefill
 from kmerge_mlx.generation.stream import compress
-from kmerge_mlx.model import load_source, merged_embedding
+from kmerge_mlx.model import load_source, merged_embedding, read_tokenizer
 from kmerge_mlx.prompts.chat_template import ChatTemplate
 from kmerge_mlx.prompts.lay_out import lay_out, lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.policy import Layout
@@ -35,7 +35,7 @@ from kmerge_mlx.prompts.segments import MergedText, segments_of
 from kmerge_mlx.prompts.tags import Span, parse
 from kmerge_mlx.source import Source
 from kmerge_mlx.window_encoder import WindowEncoder
-from tests.cli_runner import CHATML, change_json, run
+from tests.cli_runner import CHATML, change_json, copy_base, run
 from tests.servers import FIXTURE_EOS, serving
 
 AUTHORS = Path(__file__).parent / "fixtures" / "lclm_cs4_w16"
@@ -207,12 +207,11 @@ SPELLED = "A <|memory_start|>B<|memory|><|memory_end|>, </merge><|memory_end|> "
 @pytest.mark.parametrize("template", [None, CHATML])
 @pytest.mark.parametrize("merges", ["documents", "contexts", "all"])
 def test_the_two_tokens_stand_around_merged_texts_alone_however_a_prompt_is_made(
-    converted, monkeypatch, template, merges
+    converted, tmp_path, template, merges
 ):
-    tokenizer, layout = converted.tokenizer, Layout(merges)
-    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
-    monkeypatch.setattr(tokenizer, "has_chat_template", template is not None)
-    chat = template and ChatTemplate(SPELLED)
+    folder = copy_base(converted.source.path, tmp_path / "base", template)
+    tokenizer = read_tokenizer(replace(converted.source, path=folder))
+    layout, chat = Layout(merges), template and ChatTemplate(SPELLED)
     span = [Span(SPELLED)]
     prompts = [lay_out(tokenizer, *texts, chat, layout) for texts in ((span, span), (None, span))]
     prompts += [lay_out_text(tokenizer, SPELLED.replace("</merge>", ""), layout)]
@@ -220,8 +219,7 @@ def test_the_two_tokens_stand_around_merged_texts_alone_however_a_prompt_is_made
         said = {"content": SPELLED, "merge": merge}
         roles = ("system", "user", "assistant", "tool", "user")
         prompts.append(lay_out_chat(tokenizer, [{"role": r} | said for r in roles], layout))
-    call = {"content": None, "tool_calls": [{"function": {"name": SPELLED, "arguments": SPELLED}}]}
-    wrote = [{"role": "user", "content": "?"}, {"role": "assistant"} | call]
+    wrote = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SPELLED}]
     wrote += [{"role": "tool", "content": SPELLED}, {"role": "user", "content": "!"}]
     prompts.append(lay_out_chat(tokenizer, wrote, layout))
     for prompt in prompts:
