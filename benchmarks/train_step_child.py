@@ -137,15 +137,16 @@ def mlx_side(shape: argparse.Namespace) -> Side:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from kmerge_mlx import load
     from kmerge_mlx.data.layout import TokenizedExample
-    from kmerge_mlx.model import merged_embedding
+    from kmerge_mlx.model import load_source, merged_embedding
     from kmerge_mlx.prompts.lay_out import Segment
+    from kmerge_mlx.source import Source
     from kmerge_mlx.train.rows import make_batch
 
     mx.set_default_device(mx.cpu)
     mx.set_cache_limit(0)  # as a training run does on the CPU
-    model, _ = load(str(shape.folder / "base"), shape.folder / "adapter", shape.k)
+    source = Source.find(str(shape.folder / "base"), shape.folder / "adapter", shape.k)
+    model, *_ = load_source(source, fold=False)
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"])
     merged_embedding(model).encoder.unfreeze()

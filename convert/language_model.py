@@ -35,14 +35,21 @@ class LanguageModel:
     def read(cls, folder: Path, prefix: str, problems: list[str]) -> LanguageModel | None:
         """Reads a folder whose tensors' names lack ``prefix``; what is wrong joins the problems."""
         try:
+            files = sorted(folder.glob("model*.safetensors"))
+            if not files or not (folder / "config.json").exists():
+                raise CheckpointError(
+                    f"{folder} holds no config.json with model*.safetensors: not a model of LCLM"
+                )
             config = base.read_config(folder)
+            if config.get("model_file") is not None:
+                raise CheckpointError(f"{folder} brings a `model_file` of its own: not supported")
             if config.get("quantization") or config.get("quantization_config"):
                 raise CheckpointError(f"{folder} is quantized: give floating-point weights")
             if prefix:
                 config["tie_word_embeddings"] = True  # it has no head
             model = base.skeleton(config)
             weights: dict[str, mx.array] = {}
-            for file in sorted(folder.glob("model*.safetensors")):
+            for file in files:
                 weights |= read_safetensors(file, CheckpointError)
             weights = {f"{prefix}{name}": array for name, array in weights.items()}
             if hasattr(model, "sanitize"):
@@ -92,8 +99,9 @@ class LanguageModel:
         for i in range(len(shards)):
             shard, shards[i] = shards[i], None
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            for array in shard.values():  # one by one: what it is made of is freed at once
+            for at, array in shard.items():  # one by one: what it is made of is freed at once
                 mx.eval(array)
+                self._check_finite(at, array)
                 done += 1
                 wrote(done, whole)
             write_safetensors(folder / name, shard)
@@ -101,3 +109,11 @@ class LanguageModel:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
         write_text(folder / "config.json", json.dumps(config, indent=2))
+
+    def _check_finite(self, name: str, array: mx.array) -> None:
+        """Refuses a tensor that is not of numbers; NaN is its own largest number to MLX."""
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return
+        if not mx.isfinite(mx.stack([array.max(), array.min()])).all().item():
+            found = f"{self.folder.name}: {name} holds NaN or infinite values"
+            raise CheckpointError(f"{found}: the training run diverged")

@@ -45,7 +45,7 @@ def write_tokenizer(source: Path, folder: Path, without: tuple[str, ...]) -> Non
     """Copies a tokenizer ``without`` some tokens, which no text can spell then."""
     data = _read(source / TOKENIZER)
     if without:
-        kept = [e for e in data["added_tokens"] if e.get("content") not in without]
+        kept = [e for e in data["added_tokens"] if not _names(e, without)]
         data["added_tokens"] = kept
     write_text(folder / TOKENIZER, json.dumps(data, ensure_ascii=False))
     if (source / TOKENIZER_CONFIG).is_file():

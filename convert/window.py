@@ -180,6 +180,12 @@ def read_window(
         problems.append("`model` is for a LoRA, and this holds a whole decoder: leave it out")
     else:
         decoder = LanguageModel.read(folder / DECODER, "", problems)
+    rows = decoder and base.table_rows(decoder.model)
+    problems += [
+        f"{DECODER}/{TOKENIZER} numbers {mark} {number:,}, but the table has {rows:,} rows"
+        for mark, number in (marks or {}).items()
+        if rows is not None and number >= rows
+    ]
     width = decoder.width if decoder else lora and lora.merge.base.fields.get("hidden_size")
     config = None
     if None not in (stated, encoder, projection, marks, width):
@@ -196,10 +202,12 @@ def read_window(
             ),
         )
     if config is not None:
+        collect(problems, config.check_reader, base.context_length(encoder.config))
         found = [f"{PROJECTION}: {p}" for p in tensor_problems(config.shapes(), projection)]
         problems += found or [f"{PROJECTION}: {p}" for p in not_finite(projection)]
     if problems:
-        raise CheckpointError(findings(f"{source} cannot be converted", problems))
+        distinct = [*dict.fromkeys(problems)]  # a part may be in the way of several
+        raise CheckpointError(findings(f"{source} cannot be converted", distinct))
     provenance = {"converter": f"kmerge-mlx {__version__}", "source": source}
     if decoder is not None:
         made_for = BaseModelConfig(None, base.fingerprint(decoder.config))
@@ -262,22 +270,24 @@ def _write(
     packing: Packing,
     progress: Callable[[str], Progress],
 ) -> None:
-    """Writes all of a folder."""
+    """Writes all of a folder: what may still be refused before what takes long."""
     place, size = folder, packing.group_size
+    if found.decoder is not None:
+        write_tokenizer(found.decoder.folder, folder, MARKS)
+        place = folder / CARRIED
+    own = place / ENCODER
+    own.mkdir(parents=True)
+    write_tokenizer(found.encoder.folder, own, ())
+    _check_tokenizers(folder, own, found)
     if found.decoder is not None:
         wrote = progress("Writing the decoder")
         found.decoder.write(folder, dtype, packing.bits, size, wrote)
-        write_tokenizer(found.decoder.folder, folder, MARKS)
-        place = folder / CARRIED
-        place.mkdir()
     projection = found.adapter.encoder_weights
     if dtype is not None:
         projection = {name: array.astype(dtype) for name, array in projection.items()}
     write_adapter(replace(found.adapter, encoder_weights=projection), place)
-    own, wrote = place / ENCODER, progress("Writing the encoder")
+    wrote = progress("Writing the encoder")
     found.encoder.write(own, dtype, packing.encoder_bits, size, wrote)
-    write_tokenizer(found.encoder.folder, own, ())
-    _check_tokenizers(folder, own, found)
     flush(place)
 
 

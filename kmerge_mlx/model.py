@@ -81,8 +81,12 @@ def load_source(
     tokenizer_config: Mapping[str, Any] | None = None,
     lazy: bool = False,
     max_blocks: int = MAX_BLOCKS,
+    fold: bool = True,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """Loads a source, as :func:`load` does: the model, its tokenizer, and the base's config."""
+    """Loads a source, as :func:`load` does: the model, its tokenizer, and the base's config.
+
+    Without ``fold`` the LoRA stays as it is stored, to be saved or trained.
+    """
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     config, path, name = source.config, source.path, source.model
     trust = source.trust_remote_code
@@ -105,6 +109,8 @@ def load_source(
     if adapter is not None:
         attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
     widen(model, path)
+    if fold and adapter is not None:
+        fold_lora(model)
     if not lazy:
         mx.eval(model.state)  # what waits belongs to the thread that asked for it
     return model, tokenizer, config
@@ -133,6 +139,13 @@ def widen(model: nn.Module, path: Path) -> None:
         model.set_dtype(mx.float32, lambda dtype: dtype == mx.float16)
         if (merged := merged_embedding(model)) is not None:
             merged.forget_blocks()  # the rows are not parameters, and still have the old dtype
+
+
+def fold_lora(model: nn.Module) -> None:
+    """Folds scale and dtype into the factors of a model's LoRA, in place, for inference alone."""
+    merged = merged_embedding(model)
+    lora.fold(model, merged.dtype)
+    merged.fold_head_lora()
 
 
 def check_fit(adapter: Adapter, config: Mapping[str, Any], name: str) -> None:
@@ -236,7 +249,7 @@ def fresh_lora(
 
 def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:
     """The adapter that a wired model carries now, ready to be saved; ``merge`` may say more."""
-    merged = merged_embedding(model)
+    merged = unfolded(model)
     encoder, folder = merged.encoder, None
     if isinstance(encoder, WindowEncoder):
         encoder, folder = encoder.projection, encoder.folder
@@ -247,7 +260,7 @@ def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:
 
 def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) -> None:
     """Makes exactly what an adapter holds trainable; for a warm-up, only its encoder."""
-    merged = merged_embedding(model)
+    merged = unfolded(model)
     model.freeze()
     if merged.encoder is not None:
         check_plain_encoder(MergeConfig(merged.encoder.config), "trained")
@@ -261,6 +274,14 @@ def unfreeze(model: nn.Module, tuning: Tuning, *, encoder_only: bool = False) ->
     if isinstance(tuning, FullConfig):
         for layer in lora.last_layers(model, tuning.num_layers):
             layer.unfreeze()
+
+
+def unfolded(model: nn.Module) -> MergedEmbedding:
+    """The wrapped embedding of a model whose LoRA is as it is stored, or an AdapterError."""
+    merged = merged_embedding(model)
+    if merged.folded:
+        raise AdapterError("this model's LoRA is folded for inference: load it without `fold`")
+    return merged
 
 
 def merged_embedding(model: nn.Module) -> MergedEmbedding | None:

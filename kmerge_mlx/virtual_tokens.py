@@ -130,7 +130,7 @@ class MergedEmbedding(nn.Module):
         super().__init__()
         self.embedding, self.encoder = embedding, encoder
         self.pad_token_id, self.vocab_size = pad_token_id, embedding.weight.shape[0]
-        self.head_calls, self.max_blocks = 0, max_blocks
+        self.head_calls, self.max_blocks, self.folded = 0, max_blocks, False
         self.forget_blocks()
 
     @property
@@ -147,6 +147,11 @@ class MergedEmbedding(nn.Module):
     def hidden_size(self) -> int:
         """D, the width of the base table (a quantized table's weight is packed)."""
         return self._rows.shape[-1]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of embeddings: what the model computes in."""
+        return self._rows.dtype
 
     @property
     def weight(self) -> mx.array:
@@ -174,8 +179,16 @@ class MergedEmbedding(nn.Module):
         logits = self.embedding.as_linear(x)
         if "lora_a" not in self:
             return logits
-        inner = self.head_scale * (self.head_dropout(x) @ self.lora_a)
+        inner = self.head_dropout(x) @ self.lora_a
+        inner = inner if self.folded else self.head_scale * inner
         return mx.addmm(logits, inner, self.lora_b).astype(x.dtype)
+
+    def fold_head_lora(self) -> None:
+        """Folds scale and dtype into the head's LoRA, if it has one, as ``lora.fold`` does."""
+        if "lora_a" in self and not self.folded:
+            self.lora_a = self.lora_a.astype(self.dtype)
+            self.lora_b = (self.head_scale * self.lora_b).astype(self.dtype)
+        self.folded = True
 
     def forget_blocks(self) -> None:
         """Starts an empty block table, as after training; prompts of the old one are refused."""

@@ -165,7 +165,9 @@ def load(config: WindowConfig, folder: Path, projection: dict[str, mx.array]) ->
     """
     try:
         check_memory(folder.glob("model*.safetensors"), AdapterError)
-        model, _ = load_model(folder, lazy=True, model_config=base.read_config(folder))
+        found = base.read_config(folder)
+        config.check_reader(base.context_length(found))
+        model, _ = load_model(folder, lazy=True, model_config=found)
         width = model.model(mx.array([[0]])).shape[-1]
     except base.LOAD_ERRORS as error:
         raise AdapterError(f"cannot load the encoder in {folder}: {first_line(error)}") from error

@@ -69,6 +69,21 @@ class WindowConfig:
         """The width of a pooled group: E, or N * E where states lie end to end."""
         return self.encoder_size * (self.merge_factor if self.pooling == CONCAT else 1)
 
+    def check_reader(self, limit: int | None) -> None:
+        """Refuses windows that the model which reads them was not made for.
+
+        Args:
+            limit: The most tokens that it reads, or None if it does not say.
+
+        Raises:
+            AdapterError: They are longer.
+        """
+        if limit is not None and self.window + self.overlap > limit:
+            raise AdapterError(
+                f"the encoder reads windows of {self.window:,} tokens and {self.overlap:,} before "
+                f"them, and its config.json allows {limit:,}"
+            )
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes of the projection; weights are ``(out, in)``."""
         width, h, d = self.pooled_size, self.inner_size, self.hidden_size

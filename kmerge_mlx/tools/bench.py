@@ -142,6 +142,7 @@ def load_sides(
             pad = model.padding_of(adapter, tokenizer)
             model.attach(llm, adapter, pad, source.model, max_blocks)
         model.widen(llm, source.path)  # the adapter: the base's own arrays were cast above
+        model.fold_lora(llm)
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
     weights = [

@@ -34,7 +34,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, LoRAConfig, MergeConfig
 from kmerge_mlx.config import CARRIED, DRIFT_BYTES, DRIFT_CHUNK, DRIFT_POSITIONS
 from kmerge_mlx.errors import AdapterError, ModelError, PromptError, first_line
 from kmerge_mlx.files import check_destination, flush, replacing_folder, write_error
-from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head
+from kmerge_mlx.model import adapter_of, load_source, merged_embedding, output_head, unfolded
 from kmerge_mlx.prompts.segments import Segment, wants_special_tokens
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import MergedEmbedding
@@ -96,7 +96,7 @@ def fuse(
     if source.adapter is None:
         raise AdapterError(f"{source.model} carries no adapter to fuse: give `adapter_path`")
     check_model_destination(save_path, "save_path", force, source)
-    model, tokenizer, config = load_source(source)
+    model, tokenizer, config = load_source(source, fold=False)
     comparison = Comparison(model, tokenizer, text, progress)
     adapter = read_adapter(source.adapter, source.merge)
     own = adapter_of(model, adapter.merge, adapter.tuning)
@@ -120,7 +120,7 @@ def fused(
     The model is not to be used afterwards. What comes back is a plain mlx-lm model, its new weights
     not evaluated yet, and its config.
     """
-    config, merged = deepcopy(dict(config)), merged_embedding(model)
+    config, merged = deepcopy(dict(config)), unfolded(model)
     path, _ = next((p, m) for p, m in model.named_modules() if m is merged)
     model.update_modules(tree_unflatten([(path, merged.embedding)]))
     layers = lora.layers(model)

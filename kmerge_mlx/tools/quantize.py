@@ -70,7 +70,7 @@ def quantize(
     _check(source, packing)
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     encoder_packing = _encoder_packing(encoder_bits, adapter)
-    model, tokenizer, _ = load_source(source)
+    model, tokenizer, _ = load_source(source, fold=False)
     comparison = fuse.Comparison(model, tokenizer, text, progress)
     if adapter is not None:  # as the model computes with it
         pad = merged_embedding(model).pad_token_id

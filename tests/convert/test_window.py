@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from kmerge_mlx import load
 from kmerge_mlx.convert.window import Packing, convert_window, find_window
-from kmerge_mlx.errors import AdapterError, CheckpointError
+from kmerge_mlx.errors import AdapterError, CheckpointError, ModelError
 from kmerge_mlx.model import merged_embedding
 from tests.cli_runner import run
 from tests.damage import damaged, peak_bytes
@@ -56,11 +56,75 @@ def refused(checkpoint: Path, **options: object) -> str:
         ({"compression_ratio": 1}, "merge_factor is 1, expected a whole number of at least 2"),
         ({"encoder_window_size": 18}, "window is 18, expected a multiple of merge_factor 4"),
         ({"encoder_window_size": -16}, "encoder_window_size is -16, expected a whole number"),
+        ({"encoder_window_size": 2**40}, "windows of 1,099,511,627,776 tokens and 0 before them"),
+        ({"boundary_overlap": 2**40}, "windows of 16 tokens and 1,099,511,627,776 before them"),
     ],
 )
 def test_what_a_checkpoint_cannot_be_is_refused_by_name(checkpoint, changes, said):
     change_json(checkpoint / "model_config.json", **changes)
     assert said in refused(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_part_that_is_no_language_model_is_one_line(checkpoint, name):
+    part = checkpoint / name
+    change_json(part / "config.json", model_file="evil.py")
+    assert f"{part} brings a `model_file` of its own" in refused(checkpoint)
+    change_json(part / "config.json", model_file=None, num_hidden_layers=10**6)
+    assert "num_hidden_layers is 1000000, expected up to 1024" in refused(checkpoint)
+    weights = part / "model.safetensors"
+    weights.unlink()
+    assert refused(checkpoint).count("\n") == 0
+    weights.symlink_to("/dev/zero")
+    change_json(part / "config.json", num_hidden_layers=3)
+    assert f"cannot read {weights}: it is not a file" in refused(checkpoint)
+    (part / "config.json").unlink()
+    said = refused(checkpoint)
+    assert f"{part} holds no config.json with model*.safetensors" in said
+    shutil.rmtree(part)
+    assert f"{part} holds no config.json with model*.safetensors" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "", "[" * 100_000, '{"pooling": ["mean"]}'])
+def test_settings_that_are_no_object_of_numbers_are_refused(checkpoint, text):
+    (checkpoint / "model_config.json").write_text(text)
+    assert "model_config.json" in refused(checkpoint)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("encoder", "norm"), ("decoder", "model.norm")])
+def test_weights_that_are_no_numbers_are_refused(checkpoint, name, tensor):
+    for value in (np.nan, np.inf, -np.inf):
+        path = checkpoint / name / "model.safetensors"
+        weight = load_file(path)[f"{tensor}.weight"]
+        weight[-1] = value
+        change_tensors(path, **{f"{tensor}.weight": weight})
+        assert f"{name}: model.norm.weight holds NaN or infinite values" in refused(checkpoint)
+
+
+def test_tokens_past_the_table_and_odd_entries_of_a_tokenizer_are_told(checkpoint):
+    path = checkpoint / "decoder" / "tokenizer.json"
+    good = path.read_text()
+    added = json.loads(good)["added_tokens"]
+    change_json(path, added_tokens=[*added, 7, "<|memory_end|>"])
+    made = checkpoint.parent / "made"
+    with suppress(AdapterError, CheckpointError, ModelError):  # no other error
+        convert_window(checkpoint, "it", made)
+    shutil.rmtree(made, ignore_errors=True)
+    far = [t | {"id": 10**6} if t["content"] == "<|memory_end|>" else t for t in added]
+    change_json(path, added_tokens=far)
+    said = "numbers <|memory_end|> 1,000,000, but the table has 703 rows"
+    assert said in refused(checkpoint)
+
+
+def test_windows_that_the_encoder_was_not_made_for_are_not_loaded(checkpoint):
+    """Whoever made the folder: a window is read at once, however long."""
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    path = made / "kmerge" / "merge_config.json"
+    entry = json.loads(path.read_text())["window_encoder"]
+    change_json(path, window_encoder=entry | {"window": 2**40})
+    with pytest.raises(AdapterError, match=r"its config\.json allows 4,096"):
+        load(str(made), made)
 
 
 def test_everything_wrong_is_listed_at_once(checkpoint):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.model import unfreeze
+from kmerge_mlx.model import load_source, unfreeze
+from kmerge_mlx.source import Source
 from tests.cli_runner import assert_one_error, run
 from tests.hub_server import running_hub, using
 from tests.train_runs import SMALL_TREES, train
@@ -138,7 +138,7 @@ def test_a_packed_encoder_is_not_trained_on(home, base_path, tmp_path):
     said = train(tmp_path / "run", *options, model=base_path)
     assert_one_error(said, 1, "--init-from: the merge encoder is quantized to 8 bits, and cannot")
     assert not (tmp_path / "run").exists()
-    model, _ = load(str(home / "q"), home / "q")
+    model, *_ = load_source(Source.find(str(home / "q"), home / "q"), fold=False)
     with pytest.raises(AdapterError, match="quantized to 8 bits, and cannot be trained: take the"):
         unfreeze(model, load_adapter(home / "q").tuning)
 

@@ -23,7 +23,8 @@ from kmerge_mlx.adapters.folder import Adapter, load_adapter, save_adapter
 from kmerge_mlx.adapters.schema import EncoderConfig, LoRAConfig, LoRASpec, MergeConfig
 from kmerge_mlx.base import is_tied, read_config
 from kmerge_mlx.errors import AdapterError, ModelError
-from kmerge_mlx.model import adapter_of, attach, output_head, wire
+from kmerge_mlx.model import adapter_of, attach, load_source, output_head, wire
+from kmerge_mlx.source import Source
 from kmerge_mlx.tools.fuse import Fused, fused
 from tests.adapters.test_full import full_adapter
 from tests.cli_runner import change_json, environment
@@ -90,7 +91,7 @@ def test_fused_weights_are_the_sums_in_float64(tmp_path, tied):
 
 def test_a_fused_folder_reloads_bit_for_bit_and_carries_the_encoder(tmp_path):
     base, adapter = made(tmp_path)
-    model, _, config = load(str(base), adapter, return_config=True)
+    model, _, config = load_source(Source.find(str(base), adapter), fold=False)
     wanted = dict(tree_flatten(fused(model, config, "base")[0].parameters()))
     fuse_folders(base, adapter, tmp_path / "new")
     loaded, _ = alone(tmp_path / "new")

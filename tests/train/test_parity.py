@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from kmerge_mlx import load
 from kmerge_mlx.convert.checkpoint import convert_checkpoint
 from kmerge_mlx.data.layout import TokenizedExample
-from kmerge_mlx.model import merged_embedding
+from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.source import Source
 from kmerge_mlx.train.loss import answer_loss
 from kmerge_mlx.train.rows import Batch, make_batch
 from tests.reference.torch_reference import draw_example
@@ -60,7 +60,8 @@ class Case:
 
 def make_case(folder: Path, adapter: Path) -> Case:
     convert_checkpoint(str(folder / "checkpoint"), adapter, str(folder / "base"))
-    model, tokenizer = load(str(folder / "base"), adapter)
+    source = Source.find(str(folder / "base"), adapter)
+    model, tokenizer, _ = load_source(source, fold=False)
     merged = merged_embedding(model)
     k = merged.merge_factor
     model.freeze()
