@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cli_runner import PLAIN_USER, environment
+from tests.cli_runner import PLAIN_USER, environment, run
 from tests.doc_blocks import ROOT
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,13 @@ def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
         assert (tmp_path / "out" / f"{task}.png").stat().st_size > 10_000
     tables = (tmp_path / "out" / "tables.md").read_text()
     for method in ("K=1 adapter", "K=4", "mean of 4", "last 1/4 of the tokens"):
-        assert tables.count(f"| {method} |") == 2
+        assert tables.count(f"| {method} |") == 3  # of all tasks, and of each
+    kept = ROOT / "adapters" / "smollm2-qa-k2"
+    assert sum(file.stat().st_size for file in kept.iterdir()) < 16e6
+    paragraph = ROOT / "examples" / "smollm2" / "texts" / "meeting.txt"
+    question = "Who will rewrite the import script?"
+    names = ("--model", tmp_path / "out" / "base", "--adapter-path", kept)
+    assert run("generate", paragraph, "-p", question, *names).stdout == "Tom\n"
     assert again.returncode == 0
     assert "+ kmerge-mlx" not in again.stdout
     assert tables.strip() in again.stdout

@@ -151,6 +151,8 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
     command = [*KMERGE, "evaluate", "--adapter-path", adapters]
     command += ["--data", given.out / "data" / task, "--baseline", "all", "--json"]
     command += ["--predictions", given.out / f"{task}.answers.jsonl"]
+    if task == "commits":  # whole files, compared by how likely they are: writing them takes hours
+        command += ["--max-tokens", 1]
     command += ["--timed", 1, "--max-tokens", 4] if given.smoke else []
     say([*command, "--plot", given.out / f"{task}.png"], result)
 
@@ -159,25 +161,42 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def quality(task: str, row: dict[str, Any]) -> str:
+    """A task's score with its interval, or why there is none."""
+    if "refused" in row:
+        return row["refused"]
+    ((_, scores),) = row["scores"].items()
+    found, percent = scores[SCORES[task]], SCORES[task] != "perplexity"
+    value, low, high = ((1 + 99 * percent) * found[name] for name in ("value", "low", "high"))
+    return f"{value:.{2 - percent}f} ({low:.{2 - percent}f}-{high:.{2 - percent}f})"
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def table(task: str, report: dict[str, Any]) -> list[str]:
     """The table of one task, in Markdown."""
-    score = SCORES[task]
-    lines = [
-        f"| {task} | ratio | {score.replace('_', ' ')} (95%) | TTFT | KV cache |",
-        "|---" * 5 + "|",
-    ]
+    head = ["", "ratio", SCORES[task].replace("_", " "), "TTFT", "KV cache"]
+    lines = [task, "", line(head), "|---" * len(head) + "|"]
     for row in report["rows"]:
-        if "refused" in row:
-            lines.append(f"| {row['label']} | {row['refused']} | | | |")
-            continue
-        ((group, scores),) = row["scores"].items()
-        found, scale = scores[score], 1 if score == "perplexity" else 100
-        value, low, high = (scale * found[name] for name in ("value", "low", "high"))
-        cells = [row["label"], f"{row['compression_ratio']:.2f}x"]
-        cells += [f"{value:.1f} ({low:.1f}-{high:.1f})"]
-        cells += [f"{row['time_to_first_token'][group]['median']:.3f} s"]
-        cells += [f"{row['kv_bytes'][group] / 1e6:.2f} MB"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [row["label"], "", quality(task, row), "", ""]
+        if "refused" not in row:
+            ((group, time),) = row["time_to_first_token"].items()
+            cells[1] = f"{row['compression_ratio']:.2f}x"
+            cells[3:] = f"{time['median']:.3f} s", f"{row['kv_bytes'][group] / 1e6:.2f} MB"
+        lines.append(line(cells))
+    return [*lines, ""]
+
+
+def summary(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """One table of all tasks: a line for each method, with its 95% intervals."""
+    names = [f"{task}: {SCORES[task].replace('_', ' ')}" for task in reports]
+    lines = [line(["", *names]), "|---" * (1 + len(names)) + "|"]
+    rows = {task: {row["label"]: row for row in report["rows"]} for task, report in reports.items()}
+    for label in dict.fromkeys(label for found in rows.values() for label in found):
+        cells = (quality(task, rows[task][label]) if label in rows[task] else "" for task in rows)
+        lines.append(line([label, *cells]))
     return [*lines, ""]
 
 
@@ -222,8 +241,10 @@ def main() -> None:
     for task in made:
         if given.only is None or task in given.only:
             evaluate(task, given)
-    scored = [(task, given.out / f"{task}.json") for task in made]
-    tables = [line for t, path in scored if path.exists() for line in table(t, read(path))]
+    results = {task: given.out / f"{task}.json" for task in made}
+    reports = {task: read(path) for task, path in results.items() if path.exists()}
+    tables = summary(reports) if reports else []
+    tables += [line for task, report in reports.items() for line in table(task, report)]
     (given.out / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
 

@@ -154,6 +154,9 @@ def _quality_axes(
     else:
         margin = margin or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
+        if low > 0 and high > 5 * low:  # on a narrow range a log axis has no readable ticks
+            axes.set_yscale("log")
+            axes.set_ylim(low / MARGIN, high * MARGIN)
         plain_ticks(axes.yaxis)
     _plain(axes)
 

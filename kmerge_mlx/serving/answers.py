@@ -17,6 +17,7 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import GenerationContext, Response, ToolCallFormatter
 
 from kmerge_mlx.errors import BlockTableFullError, KMergeError, first_line
+from kmerge_mlx.serving.expand import NAME
 
 if TYPE_CHECKING:
     from kmerge_mlx.detokenizer import Detokenizer
@@ -100,28 +101,51 @@ class Answer:
     ):
         self._chat, self._stream = completion.chat, completion.stream
         self._stops, self._top, self._index = completion.stop, completion.top, index
-        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
-        self._maybe_stop = ""  # the beginning of a stop text, perhaps
-        self._previous = context.initial_state
-        markers = make_text_state_machine(tokenizer) if self._chat else TextStateMachine()
-        self._state = markers.make_state(self._previous)
+        self._tokenizer = tokenizer
         tools = completion.offered_tools if self._chat else None
         self._format_calls = ToolCallFormatter(context.tool_parser, tools, self._stream)
         self._unsent = defaultdict(str)  # text by mlx-lm's state: normal, reasoning, tool
         self._calls: list[dict[str, Any]] = []
-        self._called = self._begun = False
+        self._called, self._begun = 0, False
         self._tokens: list[Response] = []
         self.finish_reason: str | None = None
+        self.expansions = 0  # times that the model asked for text
+        self.begin(completion, context)
 
-    def add(self, response: Response) -> None:
-        """Takes a token in; the answer has ended when :attr:`finish_reason` is set."""
+    def begin(self, completion: Completion, context: GenerationContext) -> None:
+        """Begins the answer, or goes on with it: what the model asked for is in the prompt now."""
+        self._detokenizer, self._maybe_stop = self._tokenizer.detokenizer, ""
+        self._previous = context.initial_state
+        markers = make_text_state_machine(self._tokenizer) if self._chat else TextStateMachine()
+        self._state = markers.make_state(self._previous)
+        self._rounds = completion.rounds if self._chat else None
+        self.said = defaultdict(str)  # since then, by mlx-lm's state
+        self.asked: list[dict[str, Any]] = []  # calls of expand, which the client does not see
+        self.expanding, self._shown = False, len(self._tokens)  # tokens whose text is out
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or has to go on with another prompt, by :meth:`begin`."""
+        return self.finish_reason is not None or self.expanding
+
+    def add(self, response: Response, more: bool = True) -> None:
+        """Takes a token in; ``more``: the client allows further ones."""
         self._tokens.append(response)
         finish = response.finish_reason
         if finish != "stop" or response.token not in self._tokenizer.eos_token_ids:
             self._detokenizer.add_token(response.token)
         if self._take(last=finish is not None):
             finish = "stop"
-        self.finish_reason = "tool_calls" if finish == "stop" and self._called else finish
+        if finish == "stop" and self._called:
+            finish = "tool_calls"
+        held = self._previous == "tool" or self._state[3] or self._maybe_stop
+        if self.asked:
+            del self._tokens[self._shown :]
+        elif not held:
+            self._shown = len(self._tokens)
+        if finish == "stop" and self.asked and self._rounds:
+            self.expanding, finish = more, None if more else "length"
+        self.finish_reason = finish
 
     def let_go(self) -> None:
         """Lets go of the text that is held back, where no more tokens come."""
@@ -139,7 +163,9 @@ class Answer:
         for state, piece in pieces:
             if state == "normal" and self._previous == "tool":
                 self._end_call(closed=True)
-            self._unsent[state] += piece
+            if not self.asked or state == "tool":  # what follows was written without the text
+                self._unsent[state] += piece
+                self.said[state] += piece
             self._previous = state
         if (last or stopped) and self._previous == "tool":
             self._end_call()
@@ -162,10 +188,17 @@ class Answer:
         """A tool call, or the text that the model wrote in the place of one."""
         text, self._unsent["tool"], self._previous = self._unsent["tool"], "", "normal"
         if calls := self._read_calls(text):
-            self._calls, self._called = self._calls + calls, True
-        elif text:
+            for call in calls:
+                if self._rounds is not None and call["function"]["name"] == NAME:
+                    self.asked.append(call)
+                    continue
+                self._calls.append(call | ({"index": self._called} if self._stream else {}))
+                self._called += 1
+        elif text and not self.asked:
             end = self._tokenizer.tool_call_end if closed else ""
-            self._unsent["normal"] += f"{self._tokenizer.tool_call_start}{text}{end or ''}"
+            text = f"{self._tokenizer.tool_call_start}{text}{end or ''}"
+            self._unsent["normal"] += text
+            self.said["normal"] += text
 
     def _read_calls(self, text: str) -> list[dict[str, Any]]:
         try:
@@ -202,7 +235,7 @@ class Answer:
                 {"content": made} if self._chat else _text_logprobs(made, self._top)
             )
         self._unsent["normal"] = self._unsent["reasoning"] = ""
-        self._calls, self._tokens, self._begun = [], [], True
+        self._calls, self._tokens, self._shown, self._begun = [], [], 0, True
         return choice
 
 

@@ -34,6 +34,7 @@ from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy
+from kmerge_mlx.serving.expand import check_expand
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.source import Source
@@ -114,6 +115,8 @@ class PinnedModel(host.ModelProvider):
         has_template = self.layout.chat_template and tokenizer.has_chat_template
         if settings.chat_template_args and not has_template:
             raise ServeError("`chat_template_args` needs a chat template, and none is applied")
+        if settings.expand:
+            check_expand(tokenizer, self.layout, self.source.k)
         embedding = merged_embedding(model) or find_embedding(model, self.name)[1]
         self.vocab_size = embedding.weight.shape[0]
         if settings.top_k >= self.vocab_size:
@@ -148,6 +151,7 @@ class Job:
     lengths: list[int] = field(default_factory=list)  # original tokens of each position
     generated: int = 0
     first_token_at: float | None = None  # as time.monotonic()
+    earlier: int = 0  # tokens generated in earlier rounds of the same answer
     messages: tuple[()] = ()  # mlx-lm looks for images in them
     _replies: Queue = field(default_factory=Queue)
 
@@ -180,6 +184,11 @@ class Job:
             self.first_token_at = self.first_token_at or time.monotonic()
         return reply
 
+    def followed_by(self, segments: list[Segment]) -> Job:
+        """The next job of the same answer, with another prompt."""
+        carried = {"earlier": self.earlier + self.generated, "first_token_at": self.first_token_at}
+        return Job(segments, self.chat, self.loop, **carried)
+
     @property
     def merged_tokens(self) -> int:
         """How many original tokens were read in merged form."""
@@ -196,7 +205,10 @@ class Job:
 
 def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
     """The counts that a client gets for its prompts."""
-    prompt, generated = sum(sum(job.lengths) for job in jobs), sum(job.generated for job in jobs)
+    prompt, generated = (
+        sum(sum(job.lengths) for job in jobs),
+        sum(job.earlier + job.generated for job in jobs),
+    )
     merged = sum(job.merged_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +29,7 @@ from kmerge_mlx.prompts.segments import (
 from kmerge_mlx.prompts.tags import Span
 from kmerge_mlx.serving.answers import ApiError, body_too_large, busy
 from kmerge_mlx.serving.dates import Dates
+from kmerge_mlx.serving.expand import MOST_ROUNDS, MOST_TOKENS, NAME, messages_of, numbered
 from kmerge_mlx.serving.generator import PinnedModel
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
 
@@ -81,6 +82,10 @@ class Preparer:
         """
         return await self._aside(partial(self._read, body, chat, deadline))
 
+    async def expanded(self, *asked: Any) -> tuple[ChatCompletion, list[Segment]]:
+        """The next round of an answer, whose model asked for text: see :meth:`_expand`."""
+        return await self._aside(partial(self._expand, *asked))
+
     @asynccontextmanager
     async def body(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytearray]:
         """A whole body from its pieces; its bytes count until the end of the block."""
@@ -125,7 +130,8 @@ class Preparer:
         completion = read_completion(bytes(body), chat, provider.names, provider.vocab_size)
         if chat:
             self._check_length(completion.written, "messages")
-            return completion, [self._fitting(lambda: self._lay_out_chat(completion), "messages")]
+            completion, segments = self._read_chat(completion)
+            return completion, [segments]
         count = len(completion.prompt)
         if count > self._most_prompts:
             message = f"prompt has {count} prompts, the server takes {self._most_prompts} at once"
@@ -138,6 +144,39 @@ class Preparer:
             lay_out = partial(self._lay_out, prompt, completion.merge)
             prompts.append(self._fitting(lay_out, "prompt"))
         return completion, prompts
+
+    def _read_chat(self, completion: ChatCompletion) -> tuple[ChatCompletion, list[Segment]]:
+        """A conversation laid out; with ``expand``, if it is to be offered and something merges."""
+        if self.settings.expand:
+            functions = [tool.get("function", tool) for tool in completion.tools]
+            if any(isinstance(f, dict) and f.get("name") == NAME for f in functions):
+                message = f"tools has a function {NAME}, which is the server's own: rename it"
+                raise ApiError(400, message, "tools")
+            if completion.tool_choice == "auto":
+                asked = completion.expanding(MOST_ROUNDS)
+                segments = self._fitting(lambda: self._lay_out_chat(asked), "messages")
+                if any(segment.merge for segment in segments):
+                    return asked, segments
+        return completion, self._fitting(lambda: self._lay_out_chat(completion), "messages")
+
+    def _expand(
+        self,
+        completion: ChatCompletion,
+        segments: list[Segment],
+        said: Mapping[str, str],
+        calls: Sequence[Mapping[str, Any]],
+    ) -> tuple[ChatCompletion, list[Segment]]:
+        """The conversation with what the model asked for, laid out."""
+        tokens = sum(len(s.ids) for s in segments)
+        positions = sum(s.positions(self.provider.source.k) for s in segments)
+        limits = (self.settings.max_prompt_tokens, tokens), (self._model.context_length, positions)
+        # Half of what is left: there may be more rounds, and an answer is to come.
+        room = [max(0, most - taken) // 2 for most, taken in limits if most is not None]
+        with self._tokenizer_lock:
+            most = min([MOST_TOKENS, *room])
+            added = messages_of(self.tokenizer, segments, said, calls, most)
+        asked = completion.expanding(completion.rounds - 1, *added)
+        return asked, self._fitting(lambda: self._lay_out_chat(asked), "messages")
 
     def _check_length(self, prompt: str | list[int], field: str) -> None:
         """Refuses a text that is too long to fit, before it is tokenized."""
@@ -177,7 +216,8 @@ class Preparer:
         options |= {"tools": tools} if (tools := completion.offered_tools) else {}
         messages = completion.messages
         layout = replace(self.provider.layout, date=self._dates.of(messages))
-        return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
+        segments = lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
+        return segments if completion.rounds is None else numbered(self.tokenizer, segments)
 
     def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
         layout = self.provider.layout

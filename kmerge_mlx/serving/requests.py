@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
 from pydantic_core import from_json
@@ -17,6 +17,7 @@ from kmerge_mlx.config import is_int
 from kmerge_mlx.errors import PromptError, first_line, short
 from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.serving.answers import ApiError
+from kmerge_mlx.serving.expand import TOOL
 
 DEFAULT_MODEL = "default_model"
 MAX_TOP_LOGPROBS = 20
@@ -150,11 +151,24 @@ class ChatCompletion(Completion):
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["auto", "none"] = "auto"
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_options)] = {}
+    _rounds: int | None = None
+
+    @property
+    def rounds(self) -> int | None:
+        """How often the model may still call ``expand``; None: it is not for this request."""
+        return self._rounds
+
+    def expanding(self, rounds: int, *messages: dict[str, Any]) -> Self:
+        """The same request with further messages, in which the model may call it so often."""
+        made = self.model_copy(update={"messages": [*self.messages, *messages]})
+        made._rounds = rounds
+        return made
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
-        return self.tools if self.tools and self.tool_choice == "auto" else None
+        tools = [*self.tools, TOOL] if self._rounds else self.tools
+        return tools if tools and self.tool_choice == "auto" else None
 
     @property
     def written(self) -> str:

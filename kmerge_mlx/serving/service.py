@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import fields
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ class Metrics:
         self.compressed = counter("compressed_tokens", "Positions that those tokens took.")
         self.cached = counter("cached_tokens", "Original tokens that a KV cache held already.")
         self.generated = counter("generated_tokens", "Tokens generated.")
+        self.expansions = counter("expansions", "Times that the model asked for merged text.")
         timer = partial(Histogram, buckets=SECONDS, **self._own)
         self.first_token = timer("time_to_first_token_seconds", "From arrival to first token.")
         self.duration = timer("request_duration_seconds", "From arrival to the answer's end.")
@@ -83,7 +85,9 @@ class Service:
         table = getattr(merged_embedding(self.provider.model), "table", ())
 
         def waiting() -> int:
-            return self.in_flight - sum(job.generated > 0 for job in list(generator.jobs))
+            return self.in_flight - sum(
+                job.first_token_at is not None for job in list(generator.jobs)
+            )
 
         def cache() -> Any:
             return getattr(generator, "prompt_cache", None)  # it goes with its thread
@@ -160,8 +164,8 @@ class Service:
             await write(event(head | {"choices": [choice]}))
 
         running = [
-            asyncio.create_task(self._generate(completion, job, index, arrived, write, send))
-            for index, job in enumerate(jobs)
+            asyncio.create_task(self._generate(completion, jobs, index, arrived, write, send))
+            for index in range(len(jobs))
         ]
         try:
             answers = await asyncio.gather(*running)
@@ -170,6 +174,8 @@ class Service:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         usage = usage_of(jobs)
+        if self.settings.expand:
+            usage["expansions"] = sum(answer.expansions for answer in answers)
         if not completion.stream:
             return head | {"choices": [answer.rest() for answer in answers], "usage": usage}
         if completion.stream_options.include_usage:
@@ -178,22 +184,44 @@ class Service:
         return None
 
     async def _generate(
-        self, completion: Completion, job: Job, index: int, arrived: float, write: Any, send: Any
+        self,
+        completion: Completion,
+        jobs: list[Job],
+        index: int,
+        arrived: float,
+        write: Any,
+        send: Any,
     ) -> Answer:
-        """One answer, which is sent as it comes if the client asked for a stream."""
-        stream, answer = completion.stream, None
+        """One answer, which is sent as it comes if the client asked for a stream.
+
+        If the model asks for merged text, a job with that text takes the place of the one before.
+        """
+        stream, answer, job = completion.stream, None, jobs[index]
+        arguments = self._arguments(completion)
         try:
-            self.generator.submit(job, self._arguments(completion))
-            answer = Answer(completion, await job.next(), self.tokenizer, index)
-            if stream:
-                await write("")  # the headers: the prompt was accepted
-            while answer.finish_reason is None and (reply := await job.next()) is not None:
-                if not isinstance(reply, tuple):
-                    answer.add(reply)
-                    if stream and (chunk := answer.chunk()):
-                        await send(chunk)
-                elif stream:
-                    await write(f": keepalive {reply[0]}/{reply[1]}\n\n")
+            while answer is None or answer.expanding:
+                if answer is not None:
+                    asked = (completion, job.segments, answer.said, answer.asked)
+                    completion, segments = await self.preparer.expanded(*asked)
+                    jobs[index] = job = job.followed_by(segments)
+                    answer.expansions += 1
+                    self.metrics.expansions.inc()
+                left = arguments.max_tokens - job.earlier
+                with self._submitted(job, replace(arguments, max_tokens=left)):
+                    context = await job.next()
+                    if answer is not None:
+                        answer.begin(completion, context)
+                    else:
+                        answer = Answer(completion, context, self.tokenizer, index)
+                        if stream:
+                            await write("")  # the headers: the prompt was accepted
+                    while not answer.over and (reply := await job.next()) is not None:
+                        if not isinstance(reply, tuple):
+                            answer.add(reply, job.generated < left)
+                            if stream and (chunk := answer.chunk()):
+                                await send(chunk)
+                        elif stream:
+                            await write(f": keepalive {reply[0]}/{reply[1]}\n\n")
         except (ApiError, asyncio.CancelledError):
             if stream and answer is not None:
                 answer.let_go()
@@ -201,9 +229,23 @@ class Service:
                     await send(chunk)
             raise
         finally:
-            self.generator.forget(job)
-            self._count(job, arrived)
+            self.metrics.duration.observe(time.monotonic() - arrived)
+            if job.first_token_at is not None:
+                self.metrics.first_token.observe(job.first_token_at - arrived)
         return answer
+
+    @contextmanager
+    def _submitted(self, job: Job, arguments: Arguments) -> Iterator[None]:
+        """A job that is generated, and forgotten and counted at the end of the block."""
+        try:
+            self.generator.submit(job, arguments)
+            yield
+        finally:
+            self.generator.forget(job)
+            self.metrics.prompt.inc(sum(job.lengths))
+            self.metrics.compressed.inc(len(job.lengths))
+            self.metrics.cached.inc(job.cached_tokens)
+            self.metrics.generated.inc(job.generated)
 
     def _arguments(self, completion: Completion) -> Arguments:
         """A request's settings as mlx-lm takes them."""
@@ -232,16 +274,6 @@ class Service:
         """Whether a stop text's tokens stand for it alone, so that mlx-lm may look for them."""
         tokens = self.tokenizer.encode(stop, add_special_tokens=False)
         return self.tokenizer.decode(tokens) == stop
-
-    def _count(self, job: Job, arrived: float) -> None:
-        metrics = self.metrics
-        metrics.duration.observe(time.monotonic() - arrived)
-        if job.first_token_at is not None:
-            metrics.first_token.observe(job.first_token_at - arrived)
-        metrics.prompt.inc(sum(job.lengths))
-        metrics.compressed.inc(len(job.lengths))
-        metrics.cached.inc(job.cached_tokens)
-        metrics.generated.inc(job.generated)
 
     def drain(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> int:
         """Takes no more requests, and waits for those that are in, so long or until enough.

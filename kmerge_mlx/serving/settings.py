@@ -57,6 +57,7 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
         512, int, "Most tokens of an answer.", low=1, flags=("--max-tokens", "-m")
     )
     chat_template_args: Any = option({}, dict, "Further chat template arguments, a JSON object.")
+    expand: bool = option(False, bool, "Let the model ask for the exact text of what was merged.")
     decode_concurrency: int = option(32, int, "Answers generated at once.", **_BATCH)
     prompt_concurrency: int = option(8, int, "Prompts prefilled at once.", **_BATCH)
     prefill_step_size: int = CacheSettings.setting("prefill_step_size", **_CACHE)
