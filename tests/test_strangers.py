@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
+import threading
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import load_adapter
@@ -171,6 +174,26 @@ def test_code_runs_where_the_command_asks_for_it(with_code):
     assert not (base / "ran").exists()
     assert_one_error(run(*named, "--trust-remote-code"), 1, "ran")
     assert (base / "ran").exists()
+
+
+def test_ctrl_c_ends_a_chat_template_that_does_not_end(
+    base_path, adapter_path, tmp_path, monkeypatch
+):
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    base = copy_base(base_path, tmp_path / "base", loops)
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    named = ("--model", base, "--adapter-path")
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def interrupted(*given, **options):
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        return render(*given, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", interrupted)
+    asked = ("generate", *named, adapter_path, "--apply-chat-template", "-p", "x")
+    for line in (asked, ("train", *named, tmp_path / "run", "--data", tmp_path)):
+        assert run(*line).code == 130
 
 
 def test_an_adapter_is_read_when_it_is_loaded(base_path, adapter_path, tmp_path):

@@ -235,9 +235,9 @@ def print_answer(
         answer = {"text": "".join(texts), "tokens": tokens} | stats
         print_json(answer)
         return last
+    who = "" if opened.noted else f"Model: {speaker(opened.source)}\n"
     lines = (
-        f"Model: {speaker(opened.source)}\n"
-        f"Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
+        f"{who}Prompt: {last.prompt_tokens} tokens in {last.compressed_tokens} positions "
         f"({last.compression_ratio:.2f}x), {merging}{last.prompt_tps:.3f} tokens-per-sec, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from kmerge_mlx.cli.output import bar, clean_stdout, note, note_layout
+from kmerge_mlx.cli.output import bar, clean_stdout, note, note_layout, note_unnamed
 from kmerge_mlx.cli.texts import check_length
 from kmerge_mlx.errors import KMergeError, PromptError, SettingsError, first_line
 from kmerge_mlx.prompts.chat_template import ChatTemplate, needs_template, now
@@ -277,6 +277,8 @@ class Opened:
     layout: Layout
     chat: ChatTemplate | None
     """The chat template with its options, or None if it is not applied."""
+    noted: bool
+    """Whether a note has named the model."""
 
 
 def open_model(settings: PromptSettings, text: str = "") -> Opened:
@@ -290,7 +292,7 @@ def open_model(settings: PromptSettings, text: str = "") -> Opened:
     named = (settings.model, settings.adapter_path, settings.k)
     if text and named[:2] == (None, None):
         refuse_unknown(text)
-        note("note: no --model and no --adapter-path: the bundled model reads, which knows trees")
+    noted = note_unnamed(*named[:2])
     source = Source.find(*named, settings.trust_remote_code)
     if settings.files and source.merge is None and settings.k is None:
         raise PromptError(without_encoder("a FILE merges", source.model))
@@ -308,7 +310,8 @@ def open_model(settings: PromptSettings, text: str = "") -> Opened:
     layout = chosen(stored, settings.merges, settings.merge_threshold, settings.chat_template)
     layout = replace(layout, date=now(tokenizer))
     note_layout(stored, layout, tokenizer.has_chat_template)
-    return Opened(model, tokenizer, source, layout, _applied(tokenizer, settings, layout))
+    chat = _applied(tokenizer, settings, layout)
+    return Opened(model, tokenizer, source, layout, chat, noted)
 
 
 def _applied(tokenizer: Any, settings: PromptSettings, layout: Layout) -> ChatTemplate | None:

@@ -73,6 +73,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False), file=_results or sys.stdout)
 
 
+def note_unnamed(model: str | None, adapter_path: str | None) -> bool:
+    """Notes that the bundled model speaks where no other is named; returns whether it does."""
+    unnamed = model is None and adapter_path is None
+    if unnamed:
+        note("note: no --model and no --adapter-path: the bundled model reads, which knows trees")
+    return unnamed
+
+
 def speaker(source: Source) -> str:
     """Which model answers, and how it reads, in words."""
     if source.model == source.adapter_path == BUNDLED:

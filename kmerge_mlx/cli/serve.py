@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import note, note_layout, on_signals
+from kmerge_mlx.cli.output import note, note_layout, note_unnamed, on_signals
 from kmerge_mlx.errors import ServeError
 from kmerge_mlx.serving.settings import ServeSettings
 
@@ -40,6 +40,7 @@ def serve(settings: ServeSettings) -> None:
 
     form = "%(asctime)s - %(levelname)s - %(message)s"
     logging.basicConfig(level=settings.log_level, format=form)
+    note_unnamed(settings.model, settings.adapter_path)
     _allow_open_files(2 * settings.max_connections + _OTHER_FILES)
     received: list[int] = []
     with _killable():

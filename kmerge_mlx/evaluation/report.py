@@ -182,7 +182,12 @@ def cell(name: str, score: Score) -> str:
     value, low, high = score.value, score.low, score.high
     if COLUMNS[name]:
         return f"{value:.2%} ({100 * low:.1f}-{100 * high:.1f})"
-    return f"{value:.4g}" if low is None else f"{value:.4g} ({low:.4g}-{high:.4g})"
+    shown = [
+        f"{number:.4g}" if number < 1000 else f"{number:,.0f}"
+        for number in (value, low, high)
+        if number is not None
+    ]
+    return shown[0] if low is None else f"{shown[0]} ({shown[1]}-{shown[2]})"
 
 
 def row_of(method: Method, questions: Questions, predictions: Sequence[Prediction]) -> Row:

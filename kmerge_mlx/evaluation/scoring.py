@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,9 @@ from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
-from kmerge_mlx.train.rows import make_batch
+from kmerge_mlx.train.rows import in_passes, make_batch
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
-# What is read, and held, at once: 16 GB are enough for a model of half a billion parameters.
-MOST_POSITIONS = 1 << 13
-MOST_LOGITS = 1 << 26  # 256 MiB, of which a softmax takes several
 STEP = 2048  # positions of one prompt that are read at once, as in mlx-lm
 OF, DATE = "evaluation", "the date"
 _BEGUN = f'{{"{OF}": {{'.encode()  # how a line begins that says what answers depend on
@@ -74,7 +71,7 @@ class Scorer:
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         texts, nll, vocab_size = [], [], self._embedding.vocab_size
-        for part in _in_passes(read, vocab_size):
+        for part in in_passes(read, vocab_size):
             here = slice(len(texts), len(texts) + len(part))
             texts += batch_generate(
                 self._model,
@@ -121,20 +118,6 @@ class Scorer:
         losses = np.array(cross_entropy(logits, batch.targets)[0], np.float64)
         ends = np.cumsum([len(row.answer_ids) for row in read])
         return [float(part.sum()) for part in np.split(losses[: ends[-1]], ends[:-1])]
-
-
-def _in_passes(
-    rows: Sequence[TokenizedExample], vocab_size: int
-) -> Iterator[Sequence[TokenizedExample]]:
-    """Runs of rows that are read at once, within a bounded memory."""
-    start = 0
-    for end in range(1, len(rows) + 1):
-        grown = rows[start : end + 1]
-        positions = len(grown) * max(row.num_tokens for row in grown)
-        logits = vocab_size * sum(len(row.answer_ids) for row in grown)
-        if end == len(rows) or positions > MOST_POSITIONS or logits > MOST_LOGITS:
-            yield rows[start:end]
-            start = end
 
 
 def stored_date(path: str | None) -> str | None:

@@ -23,6 +23,7 @@ from kmerge_mlx.settings import (
 )
 
 API_KEY_VARIABLE = "KMERGE_MLX_API_KEY"
+MOST_KEY = 4096  # characters
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _LIMIT = {"low": 1, "group": "Limits"}
@@ -90,10 +91,17 @@ def read_api_key(file: str | None) -> str | None:
     if file is not None:
         source = f"`api_key` {file}"
         try:
-            key = Path(file).read_text(encoding="utf-8").strip()
+            with Path(file).open(encoding="utf-8") as opened:
+                key = opened.read(MOST_KEY + 1)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise ServeError(f"cannot read {source}: {reason}") from None
-    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
-        raise ServeError(f"{source} is empty, or has characters that an HTTP header cannot hold")
+    if key is None:
+        return None
+    long, key = len(key) > MOST_KEY, key.strip()
+    if long or not (key and key.isascii() and key.isprintable()):
+        raise ServeError(
+            f"{source} is empty, over {MOST_KEY:,} characters long, or has characters that an HTTP "
+            "header cannot hold"
+        )
     return key

@@ -27,7 +27,11 @@ ROW_STEPS = ((64, 8), (256, 16), (512, 32), (1 << 62, 64))
 
 
 MOST_POSITIONS = 1024
-"""Positions (rows times their length) that are read at once: what a step keeps grows with them."""
+"""Positions (rows times their length) that a step reads at once: what it keeps grows with them."""
+
+# What is read without a step, and held, at once: 16 GB are enough for half a billion parameters.
+MOST_READ = 1 << 13  # positions
+MOST_LOGITS = 1 << 26  # 256 MiB, of which a softmax takes several
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ def in_parts(
     size = 1 << (fit.bit_length() - 1)  # a power of two: few shapes
     for start in range(0, len(examples), size):
         yield indices[start : start + size], examples[start : start + size]
+
+
+def in_passes(
+    rows: Sequence[TokenizedExample], vocab_size: int
+) -> Iterator[Sequence[TokenizedExample]]:
+    """Runs of rows that are read at once, within a bounded memory and without a step."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        grown = rows[start : end + 1]
+        positions = len(grown) * max(row.num_tokens for row in grown)
+        logits = vocab_size * sum(len(row.answer_ids) for row in grown)
+        if end == len(rows) or positions > MOST_READ or logits > MOST_LOGITS:
+            yield rows[start:end]
+            start = end
 
 
 def padded_length(length: int) -> int:

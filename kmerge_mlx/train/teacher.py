@@ -22,12 +22,10 @@ from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.checkpoint import ANSWERS, TRAINING
 from kmerge_mlx.train.dataset import TokenizedSet
 from kmerge_mlx.train.loss import answer_logits
-from kmerge_mlx.train.rows import Batch, by_length, in_parts, make_batch
+from kmerge_mlx.train.rows import Batch, by_length, in_parts, in_passes, make_batch
 
 Answers = dict[str, dict[str, list[int]]]
 """Token ids by split and by the row's index (as text, for JSON)."""
-
-ROWS_AT_ONCE = 32
 
 
 class Teacher:
@@ -171,13 +169,13 @@ def write_answers(
     done, total = 0, sum(map(len, missing.values()))
     more = {"max_tokens": max_tokens, "return_token_ids": True}
     for split, indices in missing.items():
-        for start in range(0, len(indices), ROWS_AT_ONCE):
-            part = indices[start : start + ROWS_AT_ONCE]
-            prompts = [sets[split][i].segments for i in part]
+        left = iter(indices)
+        for part in in_passes([sets[split][i] for i in indices], teacher.vocab_size):
+            prompts = [row.segments for row in part]
             found = batch_generate(teacher.model, tokenizer, prompts, **more)
-            for i, ids, reason in zip(part, found.token_ids, found.finish_reasons, strict=True):
+            for ids, reason in zip(found.token_ids, found.finish_reasons, strict=True):
                 end = [tokenizer.eos_token_id] if reason == "stop" else []
-                answers[split][str(i)] = [*ids, *end]
+                answers[split][str(next(left))] = [*ids, *end]
             done += len(part)
             progress(done, total)
     return answers

@@ -65,6 +65,7 @@ def test_the_bundled_model_does_not_answer_unasked_what_it_cannot_know(text, tmp
     done = run("generate", TREE, "--k", 4)
     assert (done.code, done.out) == (0, "true\n")
     assert "note: no --model and no --adapter-path: the bundled model reads" in done.err
+    assert done.err.count("bundled model") == 1
     assert run("generate", "--model", "bundled", text, "-m", 1).code == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import re
 import string
 
@@ -178,6 +179,20 @@ def test_scores_of_questions_with_several_answers_are_their_means_by_hand():
     assert scores["token_f1"].value == pytest.approx((4 / 5 + 1 + 0 + 1) / 4, **EXACT)
     assert scores["token_f1"].low < scores["token_f1"].value < scores["token_f1"].high
     assert report.cell("token_f1", scores["token_f1"]).startswith("70.00% (")
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "shown"),
+    [
+        ((13_712.4, 9_999.6, 1_234_567.8), "13,712 (10,000-1,234,568)"),
+        ((1.23456, 1.2, 123.456), "1.235 (1.2-123.5)"),
+        ((12_345.6, None, None), "12,346"),
+        ((math.inf, None, None), "inf"),
+        ((math.nan, None, None), "nan"),
+    ],
+)
+def test_a_perplexity_is_written_out(perplexity, shown):
+    assert report.cell("perplexity", report.Score(*perplexity)) == shown
 
 
 def test_perplexity_is_per_token():

@@ -30,6 +30,7 @@ from kmerge_mlx.evaluation.report import read_report
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train import rows as train_rows
 from tests.cli_runner import CHATML, copy_base
 from tests.evaluation.baselines.by_hand import attention, chunks, heaviest, surprise
 from tests.evaluations import (
@@ -298,11 +299,11 @@ def test_without_its_chat_template_a_base_reads_the_bare_text(tmp_path, folders,
     assert tokens[0][0] == tokens[0][1] > tokens[1][0] == tokens[1][1] == tokens[2][0]
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MOST_LOGITS", 700 * 20), ("MOST_POSITIONS", 60)])
+@pytest.mark.parametrize(("limit", "most"), [("MOST_LOGITS", 700 * 20), ("MOST_READ", 60)])
 def test_long_answers_are_likely_alike_however_little_is_held(
     monkeypatch, folders, data, batched, limit, most
 ):
-    monkeypatch.setattr(scoring, limit, most)
+    monkeypatch.setattr(train_rows, limit, most)
     sizes, plain = [], scoring.answer_logits
 
     answers, asked = scoring.batch_generate, []
@@ -324,7 +325,7 @@ def test_long_answers_are_likely_alike_however_little_is_held(
     assert len(sizes) > 4
     assert max(sizes) <= 32
     assert len(asked) == len(sizes)
-    if limit == "MOST_POSITIONS":
+    if limit == "MOST_READ":
         assert all(count == 1 or count * longest <= 60 for count, longest in asked)
 
 

@@ -98,7 +98,8 @@ def test_it_warns_when_anybody_may_ask_and_notes_another_layout_than_in_training
 
 def test_the_bundled_model_is_served_without_an_argument_and_with_a_key_without_a_warning():
     with serving_process("--host", "0.0.0.0", KMERGE_MLX_API_KEY="sesame") as server:
-        (line,) = server.said
+        note, line = server.said
+        assert note.startswith("note: no --model and no --adapter-path: the bundled model reads")
         assert line.startswith("Serving bundled (K=4, merges ")
         assert server.address.request("GET", "/v1/models").status == 401
         headers = {"Authorization": "Bearer sesame"}

@@ -36,7 +36,12 @@ def test_a_key_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file.write_text("sesame\n")
     monkeypatch.setenv("KMERGE_MLX_API_KEY", "other")
     assert (read_api_key(str(file)), read_api_key(None)) == ("sesame", "other")
-    for content in (b"\n", b"caf\xc3\xa9", b"\xff"):
+    file.write_text("  sesame \n")
+    monkeypatch.setenv("KMERGE_MLX_API_KEY", " other  ")  # no client could send the spaces
+    assert (read_api_key(str(file)), read_api_key(None)) == ("sesame", "other")
+    with pytest.raises(ServeError, match="over 4,096 characters"):
+        read_api_key("/dev/zero")
+    for content in (b"\n", b"caf\xc3\xa9", b"\xff", b"x" * 5000):
         file.write_bytes(content)
         with pytest.raises(ServeError, match="`api_key`"):
             read_api_key(str(file))

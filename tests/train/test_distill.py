@@ -16,6 +16,8 @@ from scipy.special import log_softmax, rel_entr, softmax
 
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train import rows as train_rows
+from kmerge_mlx.train import teacher as teachers
 from kmerge_mlx.train.loss import divergence
 from kmerge_mlx.train.prepare import Run, prepare
 from kmerge_mlx.train.rows import Place, Rows, make_batch
@@ -202,6 +204,23 @@ def test_missing_answers_are_the_bases_own_greedy_ones(tmp_path):
     answers = json.loads((path / "training" / "answers.json").read_text())
     assert answers["valid"] == wanted
     assert answers["train"] == {i: ids for i, ids in wanted.items() if i != "0"}
+
+
+def test_long_prompts_are_answered_few_at_once(tmp_path, monkeypatch):
+    run = prepared(tmp_path, rows_of(6), teacher="base")
+    examples = [TokenizedExample([Segment([9] * n, False)], []) for n in (30, 30, 70, 20, 20, 20)]
+    asked, answers = [], teachers.batch_generate
+
+    def answer(model, tokenizer, prompts, **options):
+        asked.append([sum(len(s.ids) for s in prompt) for prompt in prompts])
+        return answers(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(teachers, "batch_generate", answer)
+    monkeypatch.setattr(train_rows, "MOST_READ", 60)
+    sets = {"train": examples}
+    found = teachers.write_answers(run.teacher, run.tokenizer, sets, 2, lambda *_: None)
+    assert asked == [[30, 30], [70], [20, 20, 20]]
+    assert list(found["train"]) == [*"012345"]
 
 
 @pytest.mark.slow
