@@ -183,7 +183,7 @@ def test_a_headless_k1_adapter_is_mlx_lms_own(base, unmerged):
     wanted = generate_step(mx.array(ids), theirs, max_tokens=8)
     for response, (token, logprobs) in zip(found, wanted, strict=True):
         assert response.token == token
-        assert mx.array_equal(response.logprobs, logprobs)
+        assert mx.allclose(response.logprobs, logprobs, atol=1e-4)
         assert (response.prompt_tokens, response.compressed_tokens) == (40, 40)
 
 

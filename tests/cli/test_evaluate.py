@@ -114,7 +114,7 @@ def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, tr
     ]
     assert [row[1:3] for row in rows] == [rows[0][1:3]] * 2 + [rows[2][1:3]] * 6
     share = r"\d+\.\d\d% \(\d+\.\d-\d+\.\d\)"
-    number = r"[\d.e+]+"
+    number = r"[\d.,]+"
     for row in rows:
         assert re.fullmatch(rf"{number} ms \({number}-{number}\)", row[3])
         assert all(re.fullmatch(share, cell) for cell in row[4:8])

@@ -322,8 +322,8 @@ def test_mlx_lm_loads_the_lora_part_of_what_was_written(tmp_path, tied, untied, 
         theirs, _ = mlx_lm.utils.load(str(base), adapter_path=str(path))
         ids = mx.array([[5, 6, 7, 8]])
         plain, _ = mlx_lm.utils.load(str(base))
-        assert mx.array_equal(ours(ids), theirs(ids))
-        assert not mx.allclose(ours(ids), plain(ids))
+        assert mx.allclose(ours(ids), theirs(ids), atol=1e-3)
+        assert not mx.allclose(ours(ids), plain(ids), atol=1)
 
 
 def test_mlx_lm_refuses_a_lora_it_has_no_schema_for_instead_of_misreading_it(tmp_path, tied):

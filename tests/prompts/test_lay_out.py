@@ -294,7 +294,8 @@ def test_with_everything_raw_the_output_is_mlx_lms_with_the_same_lora(tmp_path):
         assert not any(segment.merge for segment in segments)
         ids = ids_of(segments)
         expected = theirs(mx.array([ids]))
-        assert mx.array_equal(ours(mx.array([compress(ours, tokenizer, segments).ids])), expected)
+        found = ours(mx.array([compress(ours, tokenizer, segments).ids]))
+        assert mx.allclose(found, expected, atol=1e-4)
         assert not mx.allclose(plain(mx.array([ids])), expected, atol=1e-3)
         found = [r.token for r in stream_generate(ours, tokenizer, segments, 12)]
         host = mlx_lm.stream_generate(theirs, tokenizer, ids, 12)
