@@ -99,7 +99,8 @@ def time(given: argparse.Namespace) -> None:
     plain, *window = load_sides(source, {4: source}, lengths, 0)
     _, *mlp = load_sides(source, {4: None}, lengths, 0)
     for side in mlp:
-        side.llm.update(plain.llm.parameters())  # one copy of the decoder is enough
+        # One copy of the decoder's layers is enough.
+        side.llm.model.update({"layers": plain.llm.model.parameters()["layers"]})
     config = BenchmarkConfig(lengths, given.rounds, 1, 2048, 0, 0)
     rows = measure([plain, *window, *mlp], config)
     for name, row in zip(("decoder alone", "window encoder", "K = 4 MLP"), rows, strict=True):
