@@ -345,6 +345,17 @@ def test_the_calculator_takes_the_folders_own_k(checkpoint):
         assert [row["k"] for row in found["rows"]] == found["settings"]["ks"] == ks
 
 
+def test_train_says_first_that_a_window_encoder_is_not_trained(checkpoint, tmp_path):
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    done = run(
+        "train", "--model", made, "--data", tmp_path / "no", "--adapter-path", tmp_path / "a"
+    )
+    said = f"note: the window encoder that {made} carries is not trained: a new one of K-Token"
+    assert " ".join(done.err.split()).startswith(said)
+    assert done.code == 1
+
+
 def test_a_trained_decoder_is_not_called_untrained(checkpoint, tmp_path):
     made = checkpoint.parent / "made"
     convert_window(checkpoint, "it", made)
