@@ -120,7 +120,8 @@ def find_checkpoint(source: str) -> Path:
         raise CheckpointError(f"{several}: name one of them")
     raise CheckpointError(
         f"{source} holds no {ENCODER} and no {PEFT_CONFIG}: expected a checkpoint folder "
-        "as the K-Token-Merging code writes it"
+        "as the K-Token-Merging code writes it, or LCLM's (model_config.json beside decoder, "
+        "encoder and adapter)"
     )
 
 

@@ -73,6 +73,15 @@ class LanguageModel:
         """The width of its hidden states."""
         return base.text_config(self.config)["hidden_size"]
 
+    def uneven(self, size: int) -> str | None:
+        """How many of its matrices cannot be packed in groups of ``size``, if any, in words."""
+        found = [m for _, m in self.model.named_modules() if hasattr(m, "to_quantized")]
+        count = sum(bool(module.weight.shape[-1] % size) for module in found)
+        if not count:
+            return None
+        share = f"{count} of the {self.folder.name}'s {len(found)} matrices"
+        return f"{share} are not packed: groups of {size} do not divide their rows"
+
     def write(
         self, folder: Path, dtype: mx.Dtype | None, bits: int | None, size: int, wrote: Progress
     ) -> None:

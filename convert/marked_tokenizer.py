@@ -9,7 +9,7 @@ from typing import Any
 
 from kmerge_mlx.base import MAX_TEXT_BYTES
 from kmerge_mlx.config import is_int
-from kmerge_mlx.errors import CheckpointError, first_line, short
+from kmerge_mlx.errors import CheckpointError, collect, first_line, short
 from kmerge_mlx.files import check_plain, flush
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -26,6 +26,15 @@ def read_marks(path: Path) -> dict[str, int]:
     if lacking:
         raise CheckpointError(f"{path} has no token {', '.join(lacking)}: not a tokenizer of LCLM")
     return {mark: found[mark] for mark in MARKS if mark in found}
+
+
+def text_problems(folder: Path) -> list[str]:
+    """What is wrong with the JSON files that :func:`write_tokenizer` copies, one line each."""
+    problems: list[str] = []
+    for name in (TOKENIZER, TOKENIZER_CONFIG, *COPIED):
+        if name.endswith(".json") and (name == TOKENIZER or (folder / name).is_file()):
+            collect(problems, _read, folder / name)
+    return problems
 
 
 def _read(path: Path) -> dict[str, Any]:

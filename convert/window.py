@@ -20,8 +20,10 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from kmerge_mlx import __version__, base
 from kmerge_mlx.adapters.folder import (
     ENCODER,
+    LCLM_CONFIGS,
     Adapter,
     check_adapter_destination,
+    is_lclm,
     write_adapter,
 )
 from kmerge_mlx.adapters.lora import tensor_problems
@@ -31,7 +33,13 @@ from kmerge_mlx.config import CARRIED, is_int
 from kmerge_mlx.convert.base_model import Base
 from kmerge_mlx.convert.checkpoint import PEFT_CONFIG, named_head, not_finite, read_peft_tensors
 from kmerge_mlx.convert.language_model import LanguageModel, Progress
-from kmerge_mlx.convert.marked_tokenizer import MARKS, TOKENIZER, read_marks, write_tokenizer
+from kmerge_mlx.convert.marked_tokenizer import (
+    MARKS,
+    TOKENIZER,
+    read_marks,
+    text_problems,
+    write_tokenizer,
+)
 from kmerge_mlx.convert.peft import copies_of_base, lora_from_peft
 from kmerge_mlx.errors import (
     AdapterError,
@@ -66,6 +74,12 @@ MEANT = {
     "encoder_mask_type": ("causal",),
     "adapter_type": ("mlp",),
 }
+# Its sizes: what WindowConfig calls them, and the least.
+SIZES = {
+    "compression_ratio": ("merge_factor", 2),
+    "encoder_window_size": ("window", 1),
+    "boundary_overlap": ("overlap", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -92,14 +106,10 @@ def find_window(source: str) -> Path | None:
     if not root.is_dir():
         if root.exists() or not is_namespaced(source):
             return None
-        root = fetch(source, [f"{at}{CONFIG}" for at in ("", f"{STEP}*/")], CheckpointError)
-        if _is_window(root):
+        root = fetch(source, LCLM_CONFIGS, CheckpointError)
+        if is_lclm(root):
             root = fetch(source, PATTERNS, CheckpointError)
-    return root if _is_window(root) else None
-
-
-def _is_window(root: Path) -> bool:
-    return any(any(root.glob(f"{at}{CONFIG}")) for at in ("", f"{STEP}*/"))
+    return root if is_lclm(root) else None
 
 
 def convert_window(
@@ -112,6 +122,7 @@ def convert_window(
     packing: Packing = Packing(),
     force: bool = False,
     progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> MergeConfig:
     """Converts a checkpoint into one folder.
 
@@ -125,6 +136,7 @@ def convert_window(
         packing: How weights are packed.
         force: Replace a folder of the same kind.
         progress: A label to what is called with (tensors written, tensors in all).
+        note: Receives one line for a part of which not all is packed.
 
     Returns:
         What the folder says of itself.
@@ -140,7 +152,9 @@ def convert_window(
         names = (*DEFAULT_ALLOW_PATTERNS, "README.md", CARRIED)
         check_destination(destination, force, "model", names, AdapterError, marker="config.json")
         check_adapter_destination(Path(destination) / CARRIED, force)
-    found = read_window(folder, root, source, model, k)
+    found = read_window(folder, root, source, model, k, packing)
+    parts = ((found.decoder, packing.bits), (found.encoder, packing.encoder_bits))
+    uneven = [part.uneven(packing.group_size) for part, bits in parts if bits is not None]
     cast = None if dtype is None else base.DTYPES[dtype]
     try:
         with replacing_folder(Path(destination)) as new:
@@ -150,6 +164,8 @@ def convert_window(
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise AdapterError(f"cannot write {destination}: {reason}") from error
+    for text in filter(None, uneven):
+        note(text)
     return found.adapter.merge
 
 
@@ -164,7 +180,7 @@ def _is_step(path: Path) -> bool:
 
 
 def read_window(
-    folder: Path, root: Path, source: str, model: str | None, k: int | None
+    folder: Path, root: Path, source: str, model: str | None, k: int | None, packing: Packing
 ) -> Checkpoint:
     """Reads a checkpoint folder, which the user called ``source``; all that is wrong is listed."""
     problems: list[str] = []
@@ -173,13 +189,17 @@ def read_window(
     encoder = LanguageModel.read(folder / ENCODER, "model.", problems)
     projection = collect(problems, read_safetensors, folder / PROJECTION, CheckpointError)
     marks = collect(problems, read_marks, folder / DECODER / TOKENIZER)
+    problems += text_problems(folder / ENCODER)
     decoder, lora = None, None
     if (folder / DECODER / PEFT_CONFIG).is_file():
         lora = collect(problems, _read_lora, folder / DECODER, model)
+        if packing.bits is not None:
+            problems.append("`q_bits` packs a whole decoder, and this holds a LoRA: leave it out")
     elif model is not None:
         problems.append("`model` is for a LoRA, and this holds a whole decoder: leave it out")
     else:
         decoder = LanguageModel.read(folder / DECODER, "", problems)
+        problems += text_problems(folder / DECODER)
     rows = decoder and base.table_rows(decoder.model)
     problems += [
         f"{DECODER}/{TOKENIZER} numbers {mark} {number:,}, but the table has {rows:,} rows"
@@ -222,24 +242,23 @@ def _settings(path: Path, k: int | None) -> dict[str, Any]:
     data = read_json(path, CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {short(data)}, expected an object")
+    data = {"boundary_overlap": 0} | data
+    found = {n: short(data[n]) if n in data else "missing" for n in (*MEANT, *SIZES)}
     problems = [
-        f"{name} is {short(data.get(name))}, expected {' or '.join(known)}"
+        f"{name} is {found[name]}, expected {' or '.join(known)}"
         for name, known in MEANT.items()
         if data.get(name) not in known
     ]
-    names = {"compression_ratio": "merge_factor", "encoder_window_size": "window"}
-    names["boundary_overlap"] = "overlap"
-    sizes = {ours: data.get(theirs, 0) for theirs, ours in names.items()}
     problems += [
-        f"{theirs} is {short(sizes[ours])}, expected a whole number"
-        for theirs, ours in names.items()
-        if not is_int(sizes[ours])
+        f"{name} is {found[name]}, expected a whole number from {least}"
+        for name, (_, least) in SIZES.items()
+        if not is_int(data.get(name), least)
     ]
-    if k not in (None, sizes["merge_factor"]):
-        problems.append(f"compression_ratio is {short(sizes['merge_factor'])}, but `k` is {k}")
+    if k not in (None, data.get("compression_ratio")):
+        problems.append(f"compression_ratio is {found['compression_ratio']}, but `k` is {k}")
     if problems:
         raise CheckpointError(findings(CONFIG, problems))
-    return sizes | {"pooling": data["pooling"]}
+    return {ours: data[name] for name, (ours, _) in SIZES.items()} | {"pooling": data["pooling"]}
 
 
 def _read_lora(folder: Path, model: str | None) -> Adapter:

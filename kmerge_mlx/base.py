@@ -108,8 +108,14 @@ def read_tokenizer(
     settings = {"trust_remote_code": trust_remote_code, **(options or {})}
     try:
         tokenizer = load_tokenizer(path, settings, eos_token_ids=config.get("eos_token_id"))
+        known = {*tokenizer.encode("Aa 0.", add_special_tokens=False)}
     except Exception as error:  # the tokenizers library has no class of its own for its errors
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
+    if not known - {*tokenizer.all_special_ids}:  # transformers makes an empty one without a file
+        raise ModelError(
+            f"the tokenizer of {name} knows no text: {path} lacks tokenizer.json, or what stands "
+            "for it"
+        )
     # Its limit is on tokens, and makes it warn; ours is on positions (generation.check_context).
     tokenizer._tokenizer.model_max_length = VERY_LARGE_INTEGER
     rows = text_config(config).get("vocab_size")

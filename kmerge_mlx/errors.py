@@ -90,10 +90,14 @@ def collect(problems: list[str], read: Callable[..., Any], *arguments: Any) -> A
         return None
 
 
+# What Python says of a class that is made from a config.
+_LACKING = re.compile(r"\w+\.__init__\(\) missing \d+ required positional arguments?: ")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, or the name of its class."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return _LACKING.sub("its config lacks ", lines[0]) if lines else type(error).__name__
 
 
 @contextmanager

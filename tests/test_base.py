@@ -10,6 +10,7 @@ import pytest
 
 from kmerge_mlx import base
 from kmerge_mlx.errors import ModelError
+from tests.conftest import UPSTREAM
 
 
 def test_rope_parameters_become_the_older_names():
@@ -77,6 +78,26 @@ def test_the_digest_of_a_base_changes_with_every_byte_and_with_its_config(tmp_pa
     assert len(seen - {first}) == 7
     (tmp_path / "config.json").write_text('{ "model_type":"qwen2" }')
     assert base.digests(tmp_path) == (first, sampled)
+
+
+def test_a_base_without_its_tokenizers_file_is_refused_but_not_one_with_other_files(tmp_path):
+    """transformers makes a tokenizer of no token but its special ones then."""
+    about = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    config = {"model_type": "qwen2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for kind in ("Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer", "GemmaTokenizer"):
+        named = json.dumps(about | {"tokenizer_class": kind})
+        (tmp_path / "tokenizer_config.json").write_text(named)
+        with pytest.raises(ModelError, match=r"lacks tokenizer\.json|cannot load it") as caught:
+            base.read_tokenizer(tmp_path, config, "it")
+        assert "\n" not in str(caught.value)
+    model = json.loads((UPSTREAM / "base" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert base.read_tokenizer(tmp_path, config, "it").decode([model["vocab"]["A"]]) == "A"
 
 
 def test_blocks_are_filled_with_a_space_else_pad_else_eos():

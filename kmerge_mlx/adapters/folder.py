@@ -44,6 +44,8 @@ FILES = (TUNING_CONFIG, TUNING_WEIGHTS, MERGE_CONFIG, MERGE_WEIGHTS)
 
 HEAD = "lm_head"
 ENCODER = "encoder"
+LCLM_CONFIGS = ("model_config.json", "checkpoint_*/model_config.json")
+"""One of them is in every checkpoint of LCLM."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _local(path: str | Path) -> tuple[Path, str | None]:
             "(user/name)"
         )
     patterns = [f"{at}{name}" for at in ("", "*/") for name in (MERGE_CONFIG, TUNING_CONFIG)]
-    folder = fetch(str(path), patterns, AdapterError)
+    folder = fetch(str(path), [*patterns, *LCLM_CONFIGS], AdapterError)
     # The hub's cache calls the folder of a version by its commit.
     return folder, f"{str(path).partition('@')[0]}@{folder.name}"
 
@@ -314,8 +316,15 @@ def _merge_problems(merge: MergeConfig, stored: Mapping[str, mx.array]) -> list[
     return tensor_problems(expected, stored, packed)
 
 
+def is_lclm(path: Path) -> bool:
+    """Whether a folder is a checkpoint of LCLM, or holds some."""
+    return any(any(path.glob(name)) for name in LCLM_CONFIGS)
+
+
 def _what_else(path: Path) -> str:
     """Says what a folder without an adapter is instead, and what to do about it."""
+    if is_lclm(path):
+        return f"is a checkpoint of LCLM: run `kmerge-mlx convert {path} DST` first"
     if any((path / name).is_file() for name in ("encoder.pth", "kmerge.json")):
         return f"is a PyTorch checkpoint: run `kmerge-mlx convert {path} DST` first"
     if any(path.glob("*/encoder.pth")):

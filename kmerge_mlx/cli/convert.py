@@ -37,10 +37,18 @@ class ConvertSettings(Settings):
     encoder_bits: int | None = option(
         None, int, "LCLM alone: bits of the encoder's weights. Default: keep.", choices=BITS
     )
-    q_group_size: int = option(
-        GROUP_SIZES[0], int, "Weights that share a scale.", choices=GROUP_SIZES
+    q_group_size: int | None = option(
+        None,
+        int,
+        f"Packed weights that share a scale. Default: {GROUP_SIZES[0]}.",
+        choices=GROUP_SIZES,
     )
     force: bool = option(False, bool, "Replace what an earlier run wrote to DST.")
+
+    def clashes(self) -> list[str]:
+        if self.q_group_size is None or (self.q_bits, self.encoder_bits) != (None, None):
+            return []
+        return ["`q_group_size` is of packed weights: give `q_bits` or `encoder_bits` with it"]
 
 
 @command(ConvertSettings)
@@ -61,10 +69,11 @@ def convert(settings: ConvertSettings) -> None:
     from kmerge_mlx.convert.checkpoint import convert_checkpoint
     from kmerge_mlx.convert.window import Packing, convert_window, find_window
 
-    given = asdict(settings)
-    packing = Packing(given.pop("q_bits"), given.pop("encoder_bits"), given.pop("q_group_size"))
+    given, say = asdict(settings), lambda text: note(f"note: {text}")
+    bits, size = (given.pop("q_bits"), given.pop("encoder_bits")), given.pop("q_group_size")
+    packing = Packing(*bits, size or GROUP_SIZES[0])
     if (root := find_window(settings.source)) is not None:
-        made = convert_window(root, **given, packing=packing, progress=bar)
+        made = convert_window(root, **given, packing=packing, progress=bar, note=say)
         sizes = made.encoder
         note(
             f"{settings.destination}: K = {made.merge_factor}, windows of {sizes.window:,} tokens, "
@@ -76,7 +85,7 @@ def convert(settings: ConvertSettings) -> None:
         raise SettingsError(
             "`q_bits`, `encoder_bits` and `q_group_size` are for LCLM's checkpoints"
         )
-    adapter = convert_checkpoint(**given, note=lambda text: note(f"note: {text}"))
+    adapter = convert_checkpoint(**given, note=say)
     _show(adapter, settings.destination)
     if settings.model is None and not adapter.merge.base.fields:
         note("note: without --model, only sizes tell a wrong base when the adapter is loaded")

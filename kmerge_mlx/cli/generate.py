@@ -199,7 +199,7 @@ def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
         return ""
     total = sum(len(segment.ids) for segment in prompt)
     merged = sum(len(segment.ids) for segment in prompt if segment.merge)
-    if 0 < merged < k:
+    if 0 < merged < k and not opened.source.merge.has_window:  # that one pads nothing
         note(
             f"note: {merged} token{'s' * (merged > 1)} to merge, fewer than K = {k}: the rest of "
             "the block is padding, so the answer may be poor"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli.convert import ConvertSettings
@@ -54,7 +54,7 @@ class InfoSettings(Settings):
         "k",
         default=(1, 2, 3, 4, 8),
         help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is calculated in "
-        "any case.",
+        "any case. Of a folder that `convert` made of LCLM, the default is its own K.",
         high=MOST,
         many=True,
     )
@@ -201,7 +201,8 @@ def _calculate(settings: InfoSettings) -> None:
         usable_bytes=None if memory is None else int(memory * USABLE_SHARE),
         **{name: getattr(settings, name) for name in shared},
     )
-    found = calculate(settings.model, config)
+    found = calculate(settings.model, config, own_k="k" not in settings.given())
+    config = replace(config, ks=tuple(factor["k"] for factor in found["factors"]))
     if config.max_kv_size is not None and not found["base"]["obeys_max_kv_size"]:
         kind = found["base"]["model_type"]
         note(f"note: mlx-lm's {kind} makes its own KV cache and ignores --max-kv-size")

@@ -60,6 +60,7 @@ def train(settings: TrainSettings) -> None:
 
 def _train(settings: TrainSettings, ranks: Ranks) -> None:
     """Trains, and says how it ended."""
+    from kmerge_mlx.adapters.folder import carried_by, look_up
     from kmerge_mlx.plots import check_plot
     from kmerge_mlx.train.loop import Trainer, reporters
     from kmerge_mlx.train.prepare import prepare
@@ -67,6 +68,12 @@ def _train(settings: TrainSettings, ranks: Ranks) -> None:
     first, settings = ranks.rank == 0, _resumed(settings, ranks)
     if settings.plot:
         check_plot(settings.plot)
+    carried = carried_by(Path(settings.model)) if first and settings.model is not None else None
+    if carried is not None:
+        said = "adapter that {} carries is not trained on"
+        if look_up(carried).choose()[1].has_window:
+            said = "window encoder that {} carries is not trained: a new one of K-Token Merging is"
+        note(wrapped("note: the " + said.format(settings.model)))
     run = prepare(settings, bar if first else (lambda label: lambda done, total: None), ranks)
     watchers = [TrainingBar(run), *reporters(settings)] if first else []
     trainer = Trainer(run, watchers)
@@ -171,7 +178,6 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
 
 def _header(run: Run) -> str:
     """What is about to be trained, and on how much."""
-    from kmerge_mlx.adapters.folder import carried_by
     from kmerge_mlx.model import adapter_of
     from kmerge_mlx.train.dataset import prompt_compression
 
@@ -199,6 +205,4 @@ def _header(run: Run) -> str:
             "note: next to nothing of them merges: mark what should with <merge>, lower "
             "--merge-threshold, or give --merges all"
         )
-    if carried_by(Path(settings.model)) is not None:
-        lines.append(f"note: the adapter that {settings.model} carries is not trained on")
     return "\n".join(map(wrapped, lines))

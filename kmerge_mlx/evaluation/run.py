@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from kmerge_mlx import base
-from kmerge_mlx.adapters.folder import ENCODER, FILES
+from kmerge_mlx.adapters.folder import ENCODER, FILES, carried_by, load_adapter
 from kmerge_mlx.adapters.schema import LoRAConfig, MergeConfig
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.data.examples import Example
@@ -98,10 +98,13 @@ def _sources(settings: EvaluateSettings) -> tuple[Sources, list[Method]]:
     needed = sorted({method.adapter_k for method in methods})
     if 1 in needed and 1 not in found:
         (found[1],) = Source.find_all(*names, (1,), trust)
+    carried = carried_by(first.path)
+    alone = Base(1, carried is not None and not load_adapter(carried).tuning_weights)
+    methods = [alone if isinstance(m, Base) else m for m in methods]
     if 1 in found and found[1].adapter is None:  # then `uncompressed` is the base
-        methods = [replace(m, trained=False) if m == Uncompressed(1) else m for m in methods]
-        if Base(1) in methods and Uncompressed(1, trained=False) in methods:
-            methods.remove(Base(1))
+        methods = [Uncompressed(1, alone) if isinstance(m, Uncompressed) else m for m in methods]
+        if {alone, Uncompressed(1, alone)} <= {*methods}:
+            methods.remove(alone)
             needed.remove(ALONE)
     return {k: found[k] for k in needed}, methods
 

@@ -1,6 +1,6 @@
 """Lays out prompts and conversations: which token ids, and which of them merge.
 
-The ids are always those of the whole text, exactly as mlx-lm makes them.
+The ids are those of the whole text, exactly as mlx-lm makes them; LCLM's differ (docs/lclm.md).
 
 Source: mlx_lm.generate for templates and special tokens; arXiv 2604.15153 for "all of it merges".
 """
@@ -47,6 +47,9 @@ def lay_out(
 
     With a prompt, only the tokens that lie wholly inside the context merge. A context alone merges
     whole; a chat template around it merges with it if the layout says so. Tags decide first.
+
+    With LCLM, texts that merge side by side become one segment, its encoder's tokenizer makes their
+    ids, and a token stands before and after it.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.

@@ -101,7 +101,8 @@ def messages_of(
     for call in calls:
         arguments = json.loads(call["function"]["arguments"])
         given = arguments.get("segment") if isinstance(arguments, dict) else arguments
-        number = int(str(given)) if re.fullmatch(r"[0-9]{1,9}", str(given)) else 0
+        named = re.fullmatch(r"\s*([0-9]{1,9})(\.0)?\s*", str(given))  # models write 2.0, too
+        number = int(named[1]) if named else 0
         if 1 <= number <= len(merged):
             ids = merged[number - 1]
             text = decode(ids[:left], clean_up_tokenization_spaces=False)

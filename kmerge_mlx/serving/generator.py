@@ -150,6 +150,7 @@ class Job:
     over: bool = False  # mlx-lm needs its blocks only until it takes up another prompt
     failed: bool = False
     lengths: list[int] = field(default_factory=list)  # original tokens of each position
+    merged_tokens: int = 0  # of them, those that were read in merged form
     generated: int = 0
     first_token_at: float | None = None  # as time.monotonic()
     earlier: int = 0  # tokens generated in earlier rounds of the same answer
@@ -189,13 +190,6 @@ class Job:
         """The next job of the same answer, with another prompt."""
         carried = {"earlier": self.earlier + self.generated, "first_token_at": self.first_token_at}
         return Job(segments, self.chat, self.loop, **carried)
-
-    @property
-    def merged_tokens(self) -> int:
-        """How many original tokens were read in merged form."""
-        read = sum(self.lengths)  # with K = 1, what is laid out to merge is read one by one
-        shorter = len(self.lengths) < read
-        return sum(len(s.ids) for s in self.segments if s.merge) if shorter else 0
 
     @property
     def cached_tokens(self) -> int:
@@ -344,14 +338,16 @@ class CompressingGenerator(host.ResponseGenerator):
         self._held = {job: prompt for job, prompt in self._held.items() if not job.over}
         prompt = self._compress(tokenizer, request.segments)
         self._held[request] = args.prompt = prompt
-        request.lengths = prompt.lengths
+        request.lengths, k = prompt.lengths, self.model_provider.source.k
+        if k > 1:  # else, what is laid out to merge is read one by one
+            request.merged_tokens = sum(len(s.ids) for s in request.segments if s.merge)
         limit = getattr(self.model_provider.model, "context_length", None)
         if limit is not None:
             args.max_tokens = min(args.max_tokens, max(1, limit - len(prompt.ids)))
         # Other prompts are likely to share what there is up to the last merged run.
         segments, ids, state = request.segments, list(prompt.ids), "normal"
         shared = max((i + 1 for i, segment in enumerate(segments) if segment.merge), default=0)
-        end = sum(s.positions(self.model_provider.source.k) for s in segments[:shared])
+        end = sum(s.positions(k) for s in segments[:shared])
         parts = [part for part in (ids[:end], ids[end:]) if part]
         if request.chat:  # an answer may begin in the middle of thinking
             read = prompt.original_ids

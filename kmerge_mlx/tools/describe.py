@@ -11,6 +11,7 @@ import mlx.core as mx
 from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import (
     FILES,
+    LCLM_CONFIGS,
     MERGE_CONFIG,
     Adapter,
     carried_by,
@@ -28,7 +29,7 @@ from kmerge_mlx.prompts.policy import ALL
 from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
 
 _NAMES = {*FILES, *checkpoint.FETCHED}
-PATTERNS = ("config.json", *(f"{at}{name}" for at in ("", "*/") for name in _NAMES))
+PATTERNS = ("config.json", *LCLM_CONFIGS, *(f"{at}{name}" for at in ("", "*/") for name in _NAMES))
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -68,18 +68,20 @@ class _LayerCache:
     state_size: int = 0  # numbers
 
 
-def calculate(name: str, settings: SizingConfig) -> dict[str, Any]:
+def calculate(name: str, settings: SizingConfig, own_k: bool = False) -> dict[str, Any]:
     """Calculates what prompts take at every merge factor, of which 1 is always one.
 
     Returns ``base``, ``factors`` by K, and ``rows`` by length and then by K, all JSON-ready: see
-    docs/choosing-k.md. No weights are fetched.
+    docs/choosing-k.md. No weights are fetched. With ``own_k``, a folder with a window encoder is
+    calculated for the K of that alone.
     """
     path = base.resolve(name, weights=False)
     config, has_weights = base.read_config(path), _has_weights(path)
     model = _build(path, config, name, settings.dtype, has_weights)
     found = _Calculator(model, config, settings, name)
     found.windows = _window_cost(carried_by(path))
-    ks, rows = sorted({1, *settings.ks}), []
+    wanted = found.windows[:1] if own_k and found.windows else settings.ks
+    ks, rows = sorted({1, *wanted}), []
     for length in settings.lengths:
         reference = found.row(1, length, None)
         rows += [reference, *(found.row(k, length, reference) for k in ks[1:])]

@@ -17,7 +17,7 @@ from kmerge_mlx import load
 from kmerge_mlx.convert.window import Packing, convert_window, find_window
 from kmerge_mlx.errors import AdapterError, CheckpointError, ModelError
 from kmerge_mlx.model import merged_embedding
-from tests.cli_runner import run
+from tests.cli_runner import assert_one_error, run
 from tests.damage import damaged, peak_bytes
 from tests.test_window_encoder import AUTHORS
 
@@ -53,9 +53,10 @@ def refused(checkpoint: Path, **options: object) -> str:
         ({"encoder_mask_type": "bidirectional"}, "encoder_mask_type is 'bidirectional', expected"),
         ({"adapter_type": "attention"}, "adapter_type is 'attention', expected mlp"),
         ({"compression_ratio": "4"}, "compression_ratio is '4', expected a whole number"),
-        ({"compression_ratio": 1}, "merge_factor is 1, expected a whole number of at least 2"),
+        ({"compression_ratio": 1}, "compression_ratio is 1, expected a whole number from 2"),
+        ({"compression_ratio": -4}, "compression_ratio is -4, expected a whole number from 2"),
         ({"encoder_window_size": 18}, "window is 18, expected a multiple of merge_factor 4"),
-        ({"encoder_window_size": -16}, "encoder_window_size is -16, expected a whole number"),
+        ({"encoder_window_size": -16}, "window_size is -16, expected a whole number from 1"),
         ({"encoder_window_size": 2**40}, "windows of 1,099,511,627,776 tokens and 0 before them"),
         ({"boundary_overlap": 2**40}, "windows of 16 tokens and 1,099,511,627,776 before them"),
     ],
@@ -173,6 +174,78 @@ def test_options_that_mean_nothing_here_are_refused(checkpoint):
     assert "no layer in encoder has rows that groups of 128 divide" in said
 
 
+def test_settings_that_are_missing_are_called_so(checkpoint):
+    (checkpoint / "model_config.json").write_text('{"encoder_mask_type": "causal"}')
+    said = refused(checkpoint)
+    for name in ("pooling", "adapter_type", "compression_ratio", "encoder_window_size"):
+        assert f"{name} is missing, expected" in said
+    assert "boundary_overlap" not in said
+
+
+def test_an_encoder_of_another_architecture_is_refused_in_words(checkpoint):
+    change_json(checkpoint / "encoder" / "config.json", model_type="mamba")
+    said = refused(checkpoint)
+    assert f"cannot read {checkpoint / 'encoder'}: its config lacks 'state_size', 'conv_k" in said
+    assert "__init__" not in said
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("decoder", "generation_config.json"),
+        ("decoder", "tokenizer_config.json"),
+        ("encoder", "tokenizer_config.json"),
+        ("encoder", "tokenizer.json"),
+    ],
+)
+def test_torn_texts_are_listed_with_all_else_and_nothing_is_written(checkpoint, part, name):
+    path = checkpoint / part / name
+    text = path.read_text() if path.exists() else '{"eos_token_id": [1, 2, 3]}'
+    path.write_text(text[:20])
+    assert refused(checkpoint).startswith(f"it cannot be converted: {path} is not valid JSON (")
+    change_json(checkpoint / "model_config.json", pooling="eos")
+    said = refused(checkpoint)
+    assert "2 problems" in said
+    assert "pooling is 'eos'" in said
+
+
+@pytest.mark.parametrize("part", [".", "kmerge/encoder"])
+def test_a_folder_without_one_of_its_tokenizers_is_not_loaded(checkpoint, tmp_path, part):
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    (made / part / "tokenizer.json").unlink()
+    (tmp_path / "text.txt").write_text("AA\n+AB\n" * 20)
+    done = run("generate", "--adapter-path", made, tmp_path / "text.txt", "-p", "Who?")
+    assert_one_error(done, 1, "knows no text", f"{made / part} lacks tokenizer.json")
+
+
+def test_a_lora_of_a_decoder_is_not_packed(tmp_path):
+    from tests.reference import lclm
+
+    checkpoint = lclm.make(tmp_path / "checkpoint", lclm.Sizes(4, 16, lora=True))
+    with pytest.raises(CheckpointError, match=r"`q_bits` packs a whole decoder, .* a LoRA"):
+        convert_window(checkpoint, "it", tmp_path / "made", packing=Packing(bits=4))
+    assert not (tmp_path / "made").exists()
+    convert_window(checkpoint, "it", tmp_path / "made", packing=Packing(encoder_bits=4))
+
+
+def test_matrices_that_are_not_packed_are_counted(checkpoint, tmp_path):
+    done = run("convert", checkpoint, tmp_path / "made", "--encoder-bits", 4)
+    assert done.code == 0, done.err
+    weights = load_file(checkpoint / "encoder" / "model.safetensors").values()
+    matrices = [array for array in weights if array.ndim == 2]
+    left = sum(array.shape[1] % 64 != 0 for array in matrices)
+    assert 0 < left < len(matrices)
+    said = f"note: {left} of the encoder's {len(matrices)} matrices are not packed: groups of 64 do"
+    assert said in " ".join(done.err.split())
+    packed = load_file(tmp_path / "made/kmerge/encoder/model-00001-of-00001.safetensors")
+    assert sum(name.endswith(".scales") for name in packed) == len(matrices) - left
+    done = run("convert", checkpoint, tmp_path / "other", "--q-group-size", 32)
+    assert_one_error(
+        done, 2, "--q-group-size is of packed weights: give --q-bits or --encoder-bits"
+    )
+
+
 @pytest.mark.parametrize("part", ["decoder", "encoder", "adapter"])
 def test_torn_and_damaged_weights_are_one_error_each(checkpoint, part):
     draw = random.Random(0)
@@ -243,7 +316,52 @@ def test_the_command_says_what_it_made_and_where(checkpoint, tmp_path):
     done = run(*command)
     assert done.code == 0, done.err
     assert "merged" in done.err
-    done = run("convert", tmp_path, tmp_path / "nothing")
-    assert done.code == 1
-    assert "holds no encoder.pth" in done.err
+    assert "fewer than K" not in done.err
+    (tmp_path / "text.txt").write_text("A")
+    done = run(*command)
+    assert "\nPrompt: " in done.err, done.err
+    assert "1 merged and " in done.err
+    assert "fewer than K" not in done.err  # nothing is padded
+    for folder in (tmp_path, checkpoint / "decoder"):
+        done = run("convert", folder, tmp_path / "nothing")
+        assert_one_error(done, 1, "holds no encoder.pth", "K-Token-Merging", "LCLM's (model_config")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_other_commands_name_a_checkpoint_of_lclm(checkpoint, tmp_path):
+    said = f"is a checkpoint of LCLM: run `kmerge-mlx convert {checkpoint} DST` first"
+    assert_one_error(run("info", checkpoint), 1, said)
+    assert_one_error(run("generate", "--adapter-path", checkpoint, "-p", "A"), 1, said)
+    steps = tmp_path / "run"
+    shutil.copytree(checkpoint, steps / "checkpoint_10")
+    assert_one_error(run("info", steps), 1, f"{steps} is a checkpoint of LCLM")
+
+
+def test_the_calculator_takes_the_folders_own_k(checkpoint):
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    for more, ks in (((), [1, 4]), (("--k", 2), [1, 2])):
+        found = json.loads(run("info", "--model", made, "--length", 100, *more, "--json").out)
+        assert [row["k"] for row in found["rows"]] == found["settings"]["ks"] == ks
+
+
+def test_train_says_first_that_a_window_encoder_is_not_trained(checkpoint, tmp_path):
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    done = run(
+        "train", "--model", made, "--data", tmp_path / "no", "--adapter-path", tmp_path / "a"
+    )
+    said = f"note: the window encoder that {made} carries is not trained: a new one of K-Token"
+    assert " ".join(done.err.split()).startswith(said)
+    assert done.code == 1
+
+
+def test_a_trained_decoder_is_not_called_untrained(checkpoint, tmp_path):
+    made = checkpoint.parent / "made"
+    convert_window(checkpoint, "it", made)
+    row = json.dumps({"context": "AA\n+AB\n" * 9, "prompt": "A?", "completion": "B"})
+    (tmp_path / "test.jsonl").write_text(f"{row}\n" * 2)
+    asked = ("evaluate", "--model", made, "--data", tmp_path, "--timed", 0, "--baseline")
+    for more in (("uncompressed",), ("base",), ("base", "--baseline", "uncompressed")):
+        table = run(*asked, *more).out
+        assert [line.split("  ")[0] for line in table.splitlines()[2:]] == ["model alone", "K=4"]

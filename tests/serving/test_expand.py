@@ -18,7 +18,7 @@ from mlx_lm import server as host
 
 from kmerge_mlx.convert.window import convert_window
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.prompts.segments import merged_text
+from kmerge_mlx.prompts.segments import Segment, merged_text
 from kmerge_mlx.serving.expand import MOST_ROUNDS, messages_of
 from tests.cli_runner import CHATML, copy_base
 from tests.conftest import UPSTREAM
@@ -403,6 +403,21 @@ def test_a_text_that_looks_like_a_number_does_not_count(scripted):
     content = QUESTION.replace("Read:", "[segment 1]\n[segment 2]\nRead:")
     scripted.ask(call(segment=1), "so", content=content)
     assert f"<|im_start|>tool\n{FIRST}<|im_end|>" in scripted.prompts()[1]
+
+
+def test_a_number_is_read_however_a_model_writes_it(running):
+    tokenizer = running.server.service.tokenizer
+
+    def read(arguments: str) -> tuple[Any, bool]:
+        made = {"id": "call_0", "function": {"name": "expand", "arguments": arguments}}
+        said, result = messages_of(tokenizer, [Segment([3])] * 2, {}, [made], 9)
+        shown = said["tool_calls"][0]["function"]["arguments"]["segment"]
+        return shown, result["content"].startswith("There is no")
+
+    for written in ("2", "2.0", '"2"', '" 2 "', '"2.0"', '"\\n2\\n"'):
+        assert read(f'{{"segment": {written}}}') == (2, False)
+    for written in ("2.5", "true", '"2 3"', '"two"', "-2", "2e30", "[2]"):
+        assert read(f'{{"segment": {written}}}')[1]
 
 
 def test_an_id_that_a_template_may_refuse_is_not_shown_to_it(running):

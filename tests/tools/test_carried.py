@@ -120,7 +120,18 @@ def test_training_says_that_it_starts_without_it(home, tmp_path):
     named = ("--model", home / "fused", "--data", tmp_path / "data", "--k", 4)
     done = run("train", *named, "--adapter-path", tmp_path / "run", "--iters", 1)
     assert done.code == 0, done.err
-    assert f"note: the adapter that {home / 'fused'} carries is not trained on" in done.err
+    first, *rest = " ".join(done.err.split()).partition("Starting: ")
+    assert f"note: the adapter that {home / 'fused'} carries is not trained on" in first
+    assert rest[0]
+
+
+def test_evaluate_does_not_call_a_fused_model_untrained(home, tmp_path):
+    rows = json.dumps({"prompt": "One two three four five six.", "completion": "seven"}) + "\n"
+    (tmp_path / "test.jsonl").write_text(rows * 2)
+    asked = ("--data", tmp_path, "--timed", 0, "--baseline", "uncompressed")
+    for name, called in (("fused", "model alone"), ("q", "untrained base")):
+        table = run("evaluate", "--model", home / name, *asked).out
+        assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [called, "K=4"]
 
 
 def test_it_is_not_uploaded_without_its_model(home):

@@ -17,9 +17,9 @@ class Uncompressed(Method):
     words = "K=1 adapter"
     compresses = False
 
-    trained: bool = True
-    """Whether there is an adapter for K = 1."""
+    alone: Base | None = None
+    """What it is called without an adapter for K = 1."""
 
     @property
     def label(self) -> str:
-        return self.words if self.trained else Base.words
+        return self.words if self.alone is None else self.alone.label
