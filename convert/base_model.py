@@ -38,17 +38,31 @@ class Base:
     def __str__(self) -> str:
         return f"`model` {self.merge.base.id}"
 
-    def lora_problems(self, weights: Mapping[str, mx.array]) -> list[str]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weights are as they were trained, and mlx-lm alone can read them."""
+        others = ("quantization", "quantization_config", "model_file")
+        return all(self.config.get(name) is None for name in others)
+
+    def lora_problems(self, weights: Mapping[str, mx.array], whole: bool = False) -> list[str]:
         """The modules of a LoRA that this base does not have, or has in other sizes.
 
         ``weights``: ``{module}.lora_a`` (in, r) and ``{module}.lora_b`` (r, out). A module that is
-        alike in several layers takes one line.
+        alike in several layers takes one line. ``whole``: a module that has LoRA in one layer has
+        it in all layers.
         """
         if self.config.get("model_file") is not None:
             return []  # only the base's own Python files know, and nothing here runs them
         modules = dict(self._skeleton().named_modules())
         found: dict[str, list[str]] = defaultdict(list)
-        for name in sorted({name.rpartition(".")[0] for name in weights}):
+        tuned = {name.rpartition(".")[0] for name in weights}
+        kinds = {place(name)[::2] for name in tuned}
+        for name in sorted(modules.keys() - tuned) if whole else ():
+            stack, layer, inside = place(name)
+            if layer is not None and (stack, inside) in kinds:
+                what = f"{inside} has no LoRA in some layers, though target_modules names it"
+                found[what].append(name)
+        for name in sorted(tuned):
             lora = (weights[f"{name}.lora_b"].shape[1], weights[f"{name}.lora_a"].shape[0])
             inside, own = place(name)[2], modules.get(name, {}).get("weight")
             if own is None:

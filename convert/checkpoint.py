@@ -31,7 +31,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConf
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.base_model import Base
 from kmerge_mlx.convert.names import unwrapped
-from kmerge_mlx.convert.peft import ZERO_3, copies_of_base, lora_from_peft
+from kmerge_mlx.convert.peft import ZERO_3, NameRules, copies_of_base, lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, collect, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
@@ -144,7 +144,7 @@ def read_checkpoint(
     tensors = collect(problems, read_peft_tensors, folder)
     config = collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
-    copies = copies_of_base(tensors) if tensors and known else {}
+    copies = copies_of_base(tensors, known.is_plain) if tensors and known else {}
     if copies:
         problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
     if tensors is not None and (config is not None or not problems):
@@ -160,7 +160,8 @@ def read_checkpoint(
         by = str(known) if known else f"the base in {COMPANION}"
         problems += _cross_check(encoder, lora, fields, by)
         if known is not None:
-            problems += known.lora_problems(lora.tuning_weights)
+            whole = not NameRules(config).picks_layers
+            problems += known.lora_problems(lora.tuning_weights, whole)
     if stated is not None:
         problems += _companion_problems(stated, encoder, known)
     if problems or lora is None:

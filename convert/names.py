@@ -23,7 +23,7 @@ HEADLESS = ("layers.", "embed_tokens.", "norm.")
 # What a PEFT tensor name ends with -> mlx-lm's name for its transpose.
 SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
 
-# Tensors that only repeat the base model. PEFT saves them when the head is a target.
+# Tensors that repeat the base model. PEFT saves them when the head is a target.
 COPIES = (".base_layer.weight", ".base_layer.bias")
 
 # PEFT saves no adapter name; a raw state dict has its default one.

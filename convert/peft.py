@@ -106,18 +106,18 @@ def _unwrapped_option(value: Any) -> Any:
     return unwrapped(value) if isinstance(value, str) else value
 
 
-def copies_of_base(tensors: Mapping[str, mx.array]) -> dict[str, str]:
+def copies_of_base(tensors: Mapping[str, mx.array], below_lora: bool = True) -> dict[str, str]:
     """The tensors that belong to no LoRA, by name, each with the name of what it may copy.
 
     PEFT saves the base's embedding and head, too, if their size was changed, or where it cannot
-    tell.
+    tell; ``below_lora``: and those that it saves with a LoRA on them, as ``base_layer``.
     """
     lora = ("lora_", *(part for part, _ in REFUSED_TENSORS))
     paths = {name: unwrapped(name) for name in tensors}
     return {
-        name: in_causal_lm(path)
+        name: in_causal_lm(path.replace(".base_layer.", "."))
         for name, path in paths.items()
-        if not path.endswith(COPIES) and not any(part in path for part in lora)
+        if (below_lora or not path.endswith(COPIES)) and not any(part in path for part in lora)
     }
 
 
@@ -206,6 +206,7 @@ def _config_problems(config: Any) -> list[str]:
 def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, dict[str, mx.array]]:
     """Module path to its ``lora_a`` and ``lora_b``, transposed."""
     pairs: dict[str, dict[str, mx.array]] = {}
+    seen: set[str] = set()
     for name, array in tensors.items():
         path = ADAPTER_NAME.sub(r".\1", unwrapped(name))
         reason = next((why for part, why in REFUSED_TENSORS if part in path), None)
@@ -213,8 +214,10 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
         module, shape = path.removesuffix(suffix), tuple(array.shape)
         if reason is not None:
             problems.append(f"tensor {name}: {reason}")
+        elif path in seen:
+            problems.append(f"tensor {name} is there under two names")
         elif path.endswith(COPIES):
-            continue
+            pass
         elif not suffix:
             problems.append(
                 f"tensor {name} {shape} is not part of a LoRA: give `model` if it is a copy of the "
@@ -222,10 +225,9 @@ def _pairs(tensors: Mapping[str, mx.array], problems: list[str]) -> dict[str, di
             )
         elif array.ndim != 2 or 0 in shape:
             problems.append(f"tensor {name} has shape {shape}, expected (r, in) or (out, r)")
-        elif SUFFIXES[suffix] in pairs.setdefault(module, {}):
-            problems.append(f"tensor {name} is there under two names")
         else:
-            pairs[module][SUFFIXES[suffix]] = array.T
+            pairs.setdefault(module, {})[SUFFIXES[suffix]] = array.T
+        seen.add(path)
     if not pairs and not problems:
         problems.append(f"the adapter holds no LoRA tensors ({ZERO_3})")
     return pairs

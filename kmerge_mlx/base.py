@@ -28,7 +28,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from kmerge_mlx import bundled, files
 from kmerge_mlx.config import CARRIED, is_int, is_number
 from kmerge_mlx.detokenizer import exact
-from kmerge_mlx.errors import ModelError, first_line
+from kmerge_mlx.errors import ModelError, first_line, short
 from kmerge_mlx.hub import fetch
 
 # The config entries by which two base models are told apart.
@@ -37,6 +37,9 @@ FINGERPRINT = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
     "rope_theta",
 )
+# Those that are above 0 where they are there; some models list one of them for each layer.
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+SIZES += ("num_key_value_heads",)
 
 # What mlx-lm and transformers raise over a folder that is not a model, or over impossible sizes.
 LOAD_ERRORS = (ValueError, LookupError, TypeError, RuntimeError, OSError)
@@ -81,8 +84,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}/config.json names no model_type: `model` takes a base model")
     for name, value in text_config(config).items():
+        expected = None
         if name.endswith("layers") and is_int(value, MAX_LAYERS + 1):
-            raise ModelError(f"{path}/config.json: {name} is {value}, expected up to {MAX_LAYERS}")
+            expected = f"up to {MAX_LAYERS}"
+        if name in SIZES and not (is_int(value, 1) or value is None or isinstance(value, list)):
+            expected = "a whole number above 0"
+        if expected:
+            raise ModelError(f"{path}/config.json: {name} is {short(value)}, expected {expected}")
     return config
 
 

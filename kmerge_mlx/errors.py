@@ -94,10 +94,19 @@ def collect(problems: list[str], read: Callable[..., Any], *arguments: Any) -> A
 _LACKING = re.compile(r"\w+\.__init__\(\) missing \d+ required positional arguments?: ")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    return _LACKING.sub("its config lacks ", lines[0]) if lines else type(error).__name__
+def first_line(error: BaseException | str) -> str:
+    """The first line of another library's error, or the name of its class.
+
+    With what follows, where it ends in a colon; a setting is called as ours are.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[0].rstrip()
+    if isinstance(error, KeyError):
+        line += " is missing"
+    if line.endswith(":") and len(lines) > 1:
+        line += f" {lines[1].strip()}"
+    line = _LACKING.sub("its config lacks ", line)
+    return re.sub("`?trust_remote_code=True`?", "`trust_remote_code`", line)
 
 
 @contextmanager

@@ -158,8 +158,8 @@ def _refusal(repo: RepoName, kind: str, failure: BaseException) -> str:
     reason = why(failure, "read")
     if isinstance(failure, errors.RepositoryNotFoundError):
         reason = f"the hub has no such {kind}, or a private one: check the name, or `hf auth login`"
-    cached = " and not in the cache, or not all of it" if absent else ""
-    return f"{repo} is not a folder here{cached}, and {reason}"
+    cached = ", which is not in the cache, or not all of it" if absent else ""
+    return f"{repo} is not a folder here, so it was taken for a hub {kind}{cached}, and {reason}"
 
 
 def why(failure: BaseException, do: str) -> str:

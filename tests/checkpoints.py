@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 
 from tests.conftest import UPSTREAM
 from tests.hostile_torch_parts import Record, number, pack, state, storage, tensor, text
+from tests.tiny import build, qwen2_config
 
 PREFIX = "base_model.model."
 KINDS = {"float32": "torch.FloatStorage", "float16": "torch.HalfStorage"}
@@ -89,8 +91,15 @@ def make(
         adapter[f"{PREFIX}{name}.lora_A.weight"] = draw(rank, inner)
         adapter[f"{PREFIX}{name}.lora_B.weight"] = draw(out, rank)
     if head:
-        adapter[f"{PREFIX}lm_head.base_layer.weight"] = draw(vocab_size, d)
+        copy = table() if (vocab_size, d) == table().shape else draw(vocab_size, d)
+        adapter[f"{PREFIX}lm_head.base_layer.weight"] = copy.astype(dtype)
     return Checkpoint(encoder, config | options, adapter)
+
+
+@cache
+def table() -> np.ndarray:
+    """The embedding and tied head of the base that ``write_base`` makes of ``qwen2_config()``."""
+    return np.array(build(qwen2_config()).model.embed_tokens.weight)
 
 
 def torch_file(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from kmerge_mlx import base
 from kmerge_mlx.errors import ModelError
 from tests.conftest import UPSTREAM
+from tests.tiny import qwen2_config
 
 
 def test_rope_parameters_become_the_older_names():
@@ -127,6 +128,19 @@ def test_folders_that_hold_no_base_model_are_refused(tmp_path, content, message)
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=message):
         base.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", base.SIZES)
+def test_a_size_that_no_model_has_is_refused_by_name(tmp_path, name):
+    config, file = qwen2_config(), tmp_path / "config.json"
+    for value, shown in ((0, "0"), (-1, "-1"), ("x", "'x'"), (2.5, "2.5"), (True, "True")):
+        file.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ModelError) as caught:
+            base.read_config(tmp_path)
+        assert str(caught.value) == f"{file}: {name} is {shown}, expected a whole number above 0"
+    for value in (None, [2, 4], config[name]):  # some models have a size for each layer
+        file.write_text(json.dumps({"model_type": "x", "text_config": config | {name: value}}))
+        assert base.read_config(tmp_path)
 
 
 READ = (

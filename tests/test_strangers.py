@@ -22,6 +22,7 @@ from kmerge_mlx import load
 from kmerge_mlx.cli import texts
 from kmerge_mlx.errors import AdapterError, ModelError, printable
 from tests.cli_runner import Stream, assert_one_error, change_json, copy_base, run
+from tests.conftest import UPSTREAM
 from tests.tiny import qwen2_config, write_base
 
 HIDES = "\x1b]0;title\x07\x1b[2J\u202e\x9b"  # a terminal's title, its screen, its direction
@@ -51,6 +52,15 @@ def test_a_tokenizer_that_its_library_refuses_is_one_line(base_path, tmp_path, p
     base = copy_base(base_path, tmp_path / "base")
     change_json(base / "tokenizer.json", **part)
     assert refused(base).startswith(f"cannot load {base}: ")
+
+
+def test_what_a_library_says_is_said_so_that_it_helps(base_path, tmp_path):
+    base = copy_base(base_path, tmp_path / "base", num_hidden_layers=2)
+    said = run("convert", UPSTREAM / "checkpoint", tmp_path / "out", "--model", base)
+    assert_one_error(said, 1, "num_hidden_layers")
+    change_json(base / "config.json", num_hidden_layers=3)
+    (base / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "X"}}')
+    assert refused(base).endswith("'added_tokens' is missing")
 
 
 def test_weights_that_no_memory_holds_are_refused_before_they_are_read(tmp_path):
@@ -170,7 +180,9 @@ def test_code_runs_where_the_command_asks_for_it(with_code):
     """So that the test above is about a file that would run."""
     base, adapter = with_code
     named = ("generate", "--model", base, "--adapter-path", adapter, "-p", "x")
-    assert_one_error(run(*named), 1, "requires importing and running")
+    said = run(*named)
+    assert_one_error(said, 1, "requires importing and running")
+    assert "Pass --trust-remote-code if you trust this model" in said.err
     assert not (base / "ran").exists()
     assert_one_error(run(*named, "--trust-remote-code"), 1, "ran")
     assert (base / "ran").exists()

@@ -30,6 +30,7 @@ from kmerge_mlx.generation.cost import time_reading
 from kmerge_mlx.generation.stream import batch_generate
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.train.checkpoint import unshare
 from kmerge_mlx.train.loss import answer_logits, cross_entropy
 from kmerge_mlx.train.rows import in_passes, make_batch
 from kmerge_mlx.virtual_tokens import CompressedPrompt
@@ -193,6 +194,7 @@ class PredictionsFile:
     def _append(self, lines: Sequence[Mapping[str, Any]], end: int | None = None) -> None:
         """Writes lines at the end of the file, or at ``end``, where it is cut off first."""
         try:
+            unshare(self._path)
             with self._path.open("ab") as file:
                 if end is not None:
                     file.truncate(end)

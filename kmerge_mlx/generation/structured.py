@@ -37,6 +37,9 @@ _OPTIONS = {
     "coerce_one_of": True,  # as anyOf: Pydantic writes oneOf for a union with a discriminator
     "lenient": False,  # a keyword that cannot be followed is refused
 }
+# Keywords that hold schemas by names of their own, and those that hold no schema.
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("enum", "const", "default", "examples")
 
 
 class Schemas:
@@ -63,7 +66,7 @@ class Schemas:
             raise PromptError(what) from None
         try:
             # llguidance reads options of its own in a schema.
-            text = json.dumps({k: v for k, v in schema.items() if k != "x-guidance"})
+            text = json.dumps({k: v for k, v in _known(schema).items() if k != "x-guidance"})
             if len(text) > MOST_CHARACTERS:
                 raise _refused(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
@@ -117,8 +120,23 @@ def _try(grammar: str) -> None:
         raise _refused(done.stdout)
 
 
+def _known(schema: Any) -> Any:
+    """A schema without ``uniqueItems: false``, which changes nothing, and llguidance refuses."""
+    if isinstance(schema, list):
+        return [_known(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for name, value in schema.items():
+        if name in _NAMED and isinstance(value, dict):
+            kept[name] = {key: _known(item) for key, item in value.items()}
+        elif name != "uniqueItems" or value is not False:
+            kept[name] = value if name in _VALUES else _known(value)
+    return kept
+
+
 def _refused(reason: str) -> PromptError:
-    reason = reason.splitlines()[0][:200].rstrip(": ")
+    reason = first_line(reason)[:200].rstrip(": ")
     if reason.startswith("NoExtension"):
         reason = "no text fits it"
     return PromptError(f"`json_schema` cannot be followed: {reason}")

@@ -21,7 +21,8 @@ def normalised(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
     """Messages as chat templates take them, whatever they came from.
 
     Entries that are null are left out, ``developer`` is ``system``, a missing content of a model
-    or a tool is empty, arguments of tool calls are objects, and parts are mappings with a text.
+    or a tool is empty, ``refusal`` is a content, ``function_call`` is a tool call, arguments of
+    tool calls are objects, and parts are mappings with a text.
     Messages that are so already stay as they are.
 
     Args:
@@ -48,6 +49,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise _wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     content = kept.get("content", "" if role in _EMPTY_ROLES else None)
+    if (refusal := kept.pop("refusal", "")) != "":  # OpenAI's place for an answer that refuses
+        if content != "" or not isinstance(refusal, str):
+            raise _wrong(f"{where}.refusal", refusal, "text in place of a content")
+        content = refusal
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
     elif not isinstance(content, str):
@@ -59,6 +64,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if not isinstance(calls, list | tuple):
             raise _wrong(f"{where}.tool_calls", calls, "a list of calls")
         kept["tool_calls"] = [_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    if (call := kept.pop("function_call", None)) is not None:  # what OpenAI had before tool_calls
+        called = {"type": "function", "function": _call(call, f"{where}.function_call")}
+        kept["tool_calls"] = [*kept.get("tool_calls", ()), called]
     return kept
 
 

@@ -36,10 +36,13 @@ _UNSUPPORTED = (
     *("include_stop_str_in_output", "add_generation_prompt", "continue_final_message"),
     *("chat_template", "documents", "prompt_embeds", "truncate_prompt_tokens"),
     *("use_beam_search", "length_penalty", "typical_p", "mirostat"),
+    *("repeat_penalty", "dry_multiplier", "skip_special_tokens", "logits_processors"),
+    "prompt_logprobs",
 )
-# Their values that change nothing, where those are not empty.
+# Their values that change nothing, where those are not empty; an empty schema means any JSON.
 _NEUTRAL: dict[str, Any] = {"modalities": ["text"], "add_generation_prompt": True}
-_NEUTRAL |= {"length_penalty": 1, "typical_p": 1}
+_NEUTRAL |= {"length_penalty": 1, "typical_p": 1, "repeat_penalty": 1}
+_NEUTRAL |= {"skip_special_tokens": True, "guided_json": False, "json_schema": False}
 
 
 def _is_prompt(value: Any) -> bool:
@@ -91,7 +94,7 @@ class _JsonSchema(_Part):
 
 
 class _ResponseFormat(_Part, extra="forbid"):
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
 
     @model_validator(mode="after")
@@ -139,7 +142,7 @@ class Completion(_Part):
     stop: Annotated[list[_Stop], Field(max_length=16), _ListOfOne] = []
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
-    response_format: _ResponseFormat = _ResponseFormat()
+    response_format: _ResponseFormat = _ResponseFormat(type="text")
     n: Literal[1] = 1
     best_of: Literal[1] = 1
     echo: Literal[False] = False

@@ -212,6 +212,7 @@ def append_log(path: Path, record: dict[str, Any], timing: dict[str, Any]) -> No
     """Appends a record, and its timing if it has one, to the logs of the run in a folder."""
     for name, line in ((LOG, record), (TIMING, {"iteration": record["iteration"], **timing})):
         if name == LOG or timing:
+            unshare(path / TRAINING / name)
             with (path / TRAINING / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -221,7 +222,16 @@ def cut_logs(path: Path, state: State) -> None:
     for name in (LOG, TIMING):
         size = state.log.get(name, 0)
         if _size(path / TRAINING / name) > size:
+            unshare(path / TRAINING / name)
             os.truncate(path / TRAINING / name, size)
+
+
+def unshare(path: Path) -> None:
+    """Makes a file that is about to be changed in place a copy: its other hard links stay."""
+    path = path.resolve()
+    if path.exists() and path.stat().st_nlink > 1:
+        with files.replacing_file(path) as new:
+            shutil.copy(path, new)
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:

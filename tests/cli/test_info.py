@@ -187,7 +187,9 @@ def test_convert_prints_one_line_and_replaces_an_adapter_only_when_told(
     args = ("convert", checkpoint_path, tmp_path / "a")
     result = run(*args, "--model", base_path, "--k", 4)
     assert (result.code, result.out) == (0, "")
-    assert result.err == f"{tmp_path}/a: K = 4, D = 64, 50 tensors, 0.9 MB, base {base_path}\n"
+    note, said = result.err.splitlines()
+    assert note.endswith("copies of the base's tensors: base_model.model.lm_head.base_layer.weight")
+    assert said == f"{tmp_path}/a: K = 4, D = 64, 50 tensors, 0.9 MB, base {base_path}"
     assert_one_error(run(*args), 1, "exists", "--force")
     result = run(*args, "--force", "--dtype", "bfloat16")
     first, second = result.err.splitlines()

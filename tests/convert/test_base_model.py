@@ -14,17 +14,18 @@ from tests import conversions
 from tests.checkpoints import PREFIX, Checkpoint, make
 from tests.cli_runner import run
 from tests.conversions import convert, refused
-from tests.tiny import qwen2_config, write_base
+from tests.tiny import EXPERTS, qwen2_config, write_base
 
 EMBEDDING, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
+BELOW = f"{PREFIX}lm_head.base_layer.weight"
 
 tied = conversions.tied
 
 
 def test_a_base_of_other_sizes_is_refused_with_every_shape(tmp_path, tied):
     other = write_base(tmp_path / "o", qwen2_config(intermediate_size=96, num_key_value_heads=1))
-    (other / "model.safetensors").unlink()  # only the config is needed
-    made = make()
+    (other / "model.safetensors").unlink()  # only the config is needed, as no weights are repeated
+    made = make(head=False)
     lines = refused(tmp_path, made, model=str(other)).splitlines()
     down, v = "mlp.down_proj", "self_attn.v_proj"
     assert [line.strip(" -") for line in lines[1:]] == [
@@ -49,6 +50,34 @@ def test_modules_that_the_base_does_not_have_are_refused_by_name(tmp_path, tied)
         "has 2 layers, the LoRA covers 3",
     ):
         assert part in text
+
+
+def test_a_module_that_is_a_target_in_every_layer_is_not_missing_in_one(tmp_path, tied):
+    """Where the options choose layers, or the base's layers differ, it may be."""
+    made = make()
+    for part in "AB":
+        del made.adapter[f"{PREFIX}model.layers.1.self_attn.q_proj.lora_{part}.weight"]
+    text = refused(tmp_path, made, model=str(tied))
+    assert "self_attn.q_proj has no LoRA in some layers, though target_modules names it" in text
+    assert text.endswith("(model.layers.1.self_attn.q_proj)")
+    chosen = ["0.self_attn.q_proj", "v_proj", "down_proj", "lm_head"]
+    for options in (
+        {"target_modules": chosen},
+        {"target_modules": rf".*\.({'|'.join(chosen)})|lm_head"},
+        {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+    ):
+        shutil.rmtree(tmp_path / "src")
+        made.config |= make().config | options
+        assert load(str(tied), convert(tmp_path, made, model=str(tied)))
+        shutil.rmtree(tmp_path / "dst")
+    # The first layer is a mixture of experts: it has no mlp.down_proj.
+    config = qwen2_config(**EXPERTS | {"mlp_only_layers": [1]}, tie_word_embeddings=False)
+    made = make(head=False)
+    for part in "AB":
+        del made.adapter[f"{PREFIX}model.layers.0.mlp.down_proj.lora_{part}.weight"]
+    base = write_base(tmp_path / "base", config)
+    shutil.rmtree(tmp_path / "src")
+    assert convert(tmp_path, made, model=str(base))
 
 
 def test_a_quantized_base_is_compared_by_what_it_stands_for(tmp_path):
@@ -90,13 +119,12 @@ def test_the_copies_that_peft_saves_are_found(tmp_path):
 def test_copies_of_the_base_are_left_out_with_a_note(tmp_path, tied, table, dtype, wrapper):
     made, notes = make(), []
     plain = files(tmp_path, made, model=str(tied), note=notes.append)
-    assert notes == []
+    assert notes == [f"left out, as copies of the base's tensors: {BELOW}"]
     names = [name.replace("model.model.", f"model.{wrapper}model.") for name in (EMBEDDING, HEAD)]
     made.adapter |= dict.fromkeys(names, table.astype(dtype))
     assert files(tmp_path, made, model=str(tied), note=notes.append) == plain
-    assert notes == [
-        f"left out, as copies of the base's tensors: {', '.join(sorted(names, key=len))}"
-    ]
+    left_out = ", ".join(sorted([BELOW, *names]))
+    assert notes[1:] == [f"left out, as copies of the base's tensors: {left_out}"]
 
 
 def test_the_command_says_what_it_left_out(tmp_path, base_path, checkpoint_path, adapter_path):
@@ -107,7 +135,8 @@ def test_the_command_says_what_it_left_out(tmp_path, base_path, checkpoint_path,
     save_file(load_file(file) | {EMBEDDING: table, HEAD: table}, file)
     result = run("convert", tmp_path / "src", tmp_path / "dst", "--model", base_path)
     assert (result.code, result.out) == (0, "")
-    assert f"note: left out, as copies of the base's tensors: {HEAD}, {EMBEDDING}\n" in result.err
+    left_out = f"{BELOW}, {HEAD}, {EMBEDDING}"
+    assert f"note: left out, as copies of the base's tensors: {left_out}\n" in result.err
     for name in ("adapters.safetensors", "merge_encoder.safetensors"):
         assert (tmp_path / "dst" / name).read_bytes() == (adapter_path / name).read_bytes()
     refused = run("convert", tmp_path / "src", tmp_path / "other")
@@ -130,6 +159,9 @@ def test_what_is_not_a_copy_is_refused_by_name(tmp_path, tied, table):
     for name, array, complaint in (
         (EMBEDDING, changed, "is not a copy of the base's: it was trained, or is of another base"),
         (HEAD, changed, "is not a copy of the base's: it was trained"),
+        (BELOW, changed, "is not a copy of the base's: it was trained"),
+        (f"module.{BELOW}", changed, "is not a copy of the base's: it was trained"),
+        (f"{PREFIX}model.layers.0.mlp.down_proj.base_layer.weight", table, "has (64, 128)"),
         (EMBEDDING, table[:-1], "has (700, 64); retrain without resizing the vocabulary"),
         (f"{PREFIX}score.weight", table, "has none of its name"),
         (f"{PREFIX}model.layers.0.input_layernorm.weight", table[0], "it was trained"),

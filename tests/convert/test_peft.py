@@ -343,6 +343,8 @@ A, B = (f"{PREFIX}model.layers.0.{Q}.lora_{part}.weight" for part in "AB")
     ("changed", "complaint"),
     [
         ({A.replace(".weight", ".default.weight"): (4, 8)}, "is there under two names"),
+        ({f"module.{A}": (4, 8)}, "is there under two names"),
+        ({f"{p}{PREFIX}lm_head.base_layer.weight": (3, 8) for p in ("", "module.")}, "two names"),
         ({B: None}, f"model.layers.0.{Q}.lora_B.weight is missing"),
         ({A: (5, 8), B: (6, 5)}, "the tensors have rank 5, the config says 4"),
         ({B: (6, 5)}, "lora_A (4, 8) and lora_B (6, 5) do not fit together"),

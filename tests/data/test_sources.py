@@ -141,6 +141,7 @@ def test_a_hub_repo_of_jsonl_files_is_a_folder_like_any_other(tmp_path):
         fetched = {r.rsplit("/", 1)[-1] for r in hub.requests if "resolve" in r}
     found, missing, no_name = done.stdout.splitlines()
     assert found == "{'train': 10, 'test': 1}"
-    assert missing.startswith("user/none is not a folder here, and the hub has no such dataset")
+    taken = "user/none is not a folder here, so it was taken for a hub dataset, and the hub has no"
+    assert missing.startswith(taken)
     assert no_name == "a b is neither a folder nor the name of a hub dataset"
     assert fetched == {"train.jsonl", "test.jsonl.gz"}  # and not what is no example

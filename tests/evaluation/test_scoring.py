@@ -90,6 +90,18 @@ def test_a_batch_that_was_cut_short_is_missing_and_a_torn_line_is_cut_off(tmp_pa
         assert path.read_bytes() == whole[: ends[left + 1]]
 
 
+def test_a_hard_link_to_the_file_keeps_what_it_holds(tmp_path):
+    whole = filled(tmp_path / "whole.jsonl").read_bytes()
+    for torn in (b"", b"{"):
+        path, kept = tmp_path / f"answers{len(torn)}.jsonl", tmp_path / f"kept{len(torn)}.jsonl"
+        kept.write_bytes(whole + torn)
+        os.link(kept, path)
+        filled(path)
+        assert kept.read_bytes() == whole + torn
+        assert path.read_bytes().startswith(whole)
+        assert path.stat().st_nlink == 1
+
+
 def test_a_file_that_was_killed_in_its_first_line_is_begun_again(tmp_path):
     path = filled(tmp_path / "answers.jsonl")
     whole = path.read_bytes()

@@ -73,6 +73,21 @@ def test_a_call_in_the_last_answer_is_trained_as_an_object():
     assert f"<call>mul {OBJECT}</call>" in tokenizer.decode(list(row.answer_ids))
 
 
+def test_what_openai_wrote_before_tool_calls_or_instead_of_a_content_is_read():
+    call = {"name": "mul", "arguments": OBJECT}
+    asked = calling(None, tool_calls=None, function_call=call)
+    found = normalised(asked)
+    assert found == normalised(calling(None, tool_calls=[{"type": "function", "function": call}]))
+    assert normalised(found) == found
+    ids = ids_of(lay_out_chat(tokenizer_with(template("{{ f.arguments | tojson }}")), found))
+    assert f"<call>mul {OBJECT}</call>" in tokenizer_with().decode(ids)
+    for content in ({}, {"content": None}, {"content": ""}):
+        (answer,) = normalised([{"role": "assistant", "refusal": "I will not.", **content}])
+        assert answer == {"role": "assistant", "content": "I will not."}
+    (answer,) = normalised([{"role": "assistant", "content": "x", "refusal": None}])
+    assert answer == {"role": "assistant", "content": "x"}
+
+
 def test_messages_in_any_form_become_one_and_stay_so():
     messages = [
         {"role": "developer", "content": "Be brief.", "name": None},
@@ -113,6 +128,13 @@ WRONG = [
     (calling({}, tool_calls=[5]), "messages[1].tool_calls[0] is 5"),
     (calling({}, tool_calls={"a": 1}), "messages[1].tool_calls is {'a': 1}"),
     (calling({}, tool_calls=[{"function": 5}]), "messages[1].tool_calls[0].function is 5"),
+    (calling({}, function_call="auto"), "messages[1].function_call is 'auto'"),
+    (
+        calling({}, function_call={"name": "f", "arguments": "{"}),
+        "messages[1].function_call.arguments",
+    ),
+    (calling({}, content="x", refusal="no"), "messages[1].refusal is 'no', expected text in place"),
+    (calling({}, refusal=5), "messages[1].refusal is 5"),
 ]
 
 

@@ -41,12 +41,14 @@ def test_a_body_that_is_not_a_json_object_is_a_400():
 def test_a_byte_order_mark_nulls_and_fields_that_do_not_change_the_answer_are_fine():
     completion = read("\ufeff".encode() + b'{"prompt": "x", "seed": null, "stop": null}')
     assert (completion.prompt, completion.seed, completion.stop) == (["x"], None, [])
-    read({"prompt": ["x"], "user": "me", "metadata": {}, "n": 1, "response_format": {}})
+    read({"prompt": ["x"], "user": "me", "metadata": {}, "n": 1, "reasoning_effort": "high"})
     read({"prompt": "x", "stream_options": {"include_usage": True}, "seed": -1, "logprobs": 20})
     read({"prompt": [["x", "y"], "z"][1:], "model": "models/base", "adapters": ""})
     neutral = {"min_tokens": 0, "ignore_eos": False, "functions": [], "guided_json": None}
     neutral |= {"add_generation_prompt": True, "continue_final_message": False, "audio": {}}
     neutral |= {"modalities": ["text"], "typical_p": 1.0, "length_penalty": 1.0}
+    neutral |= {"repeat_penalty": 1.0, "dry_multiplier": 0.0, "skip_special_tokens": True}
+    neutral |= {"json_schema": False, "logits_processors": [], "prompt_logprobs": None}
     read({"messages": [{"role": "user", "content": "x"}]} | neutral, chat=True)
 
 
@@ -64,6 +66,11 @@ UNSUPPORTED: dict[str, Any] = {
     "json_schema": SCHEMA,
     "structured_outputs": {"json": SCHEMA},
     "response_format": {"type": "json_object", "schema": SCHEMA},
+    "repeat_penalty": 1.1,
+    "dry_multiplier": 0.8,
+    "skip_special_tokens": False,
+    "logits_processors": ["x"],
+    "prompt_logprobs": 1,
     "guided_regex": "a+",
     "guided_choice": ["a"],
     "guided_grammar": "x",
@@ -95,6 +102,17 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(name, chat):
     error = refusal(asked | {name: UNSUPPORTED[name]}, chat)
     assert (error.status, error.param.split(".")[0]) == (400, name)
     assert name in str(error)
+
+
+@pytest.mark.parametrize("name", ["guided_json", "json_schema"])
+def test_an_empty_schema_is_any_json_and_refused_too(name):
+    assert str(refusal({"prompt": "x", name: {}})).startswith(f"{name} is not supported here")
+
+
+def test_a_response_format_says_its_type():
+    for given in ({}, {"type": None}, {"json_schema": {"schema": {}}}):
+        error = refusal({"prompt": "x", "response_format": given})
+        assert str(error) == "response_format.type is missing"
 
 
 def test_a_field_that_is_wrong_is_a_400_that_names_it():

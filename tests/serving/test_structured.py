@@ -167,7 +167,7 @@ def test_a_stop_text_and_a_limit_may_cut_an_answer_short(server):
 
 def test_text_and_null_are_no_schema(server):
     plain = text_of(server.chat("x", max_tokens=5))
-    for same in (None, {}, {"type": "text"}):
+    for same in (None, {"type": "text"}):
         assert text_of(server.chat("x", max_tokens=5, response_format=same)) == plain
 
 
@@ -245,6 +245,26 @@ def refusal(answer: Any) -> str:
 @pytest.mark.parametrize("name", WRONG)
 def test_an_impossible_or_unknown_schema_is_a_400(server, name):
     refusal(server.chat("x", response_format=form(WRONG[name])))
+
+
+def test_a_pattern_that_cannot_be_read_is_shown(server):
+    for pattern in ("a[", "(?=a)b"):
+        said = refusal(server.chat("x", response_format=form({"pattern": pattern})))
+        assert pattern in said
+
+
+def test_unique_items_false_changes_nothing(server):
+    def asked(schema: Any) -> tuple[str, str]:
+        return text_of(server.chat("x", max_tokens=200, response_format=form(schema)))
+
+    for free in ({}, {"uniqueItems": False}):
+        one = {"type": "array", "items": {"const": 1, **free}, "minItems": 2, "maxItems": 2, **free}
+        text, _ = asked({"$defs": {"a": one}, "allOf": [{"$ref": "#/$defs/a"}]})
+        assert json.loads(text) == [1, 1]
+    # As the name of a property, or in a value, it is something else.
+    named = {"type": "object", "properties": {"uniqueItems": False}, "required": ["uniqueItems"]}
+    refusal(server.chat("x", response_format=form(named)))
+    assert json.loads(asked({"const": {"uniqueItems": False}})[0]) == {"uniqueItems": False}
 
 
 @pytest.mark.slow

@@ -276,6 +276,19 @@ def test_a_runs_folder_that_leads_elsewhere_is_refused(tmp_path, path, name):
     assert before == (elsewhere.read_bytes() if elsewhere.is_file() else files_of(elsewhere))
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_run_of_hard_links_leaves_the_run_that_it_shares_files_with(tmp_path, path, cut):
+    """As ``cp -al`` makes it; its logs are extended, or cut first."""
+    for name in ("log.jsonl", "timing.jsonl") if cut else ():
+        with (path / "training" / name).open("a") as file:  # after the save, before a kill
+            file.write('{"iteration": 5}\n')
+    before = files_of(path)
+    copy = Path(shutil.copytree(path, tmp_path / "copy", copy_function=os.link))
+    assert resume(copy, "--iters", 6).code == 0
+    assert files_of(path) == before
+    assert state_of(copy)["iteration"] == 6
+
+
 def test_a_pipe_in_a_runs_folder_is_not_waited_for(path):
     (path / "training" / "timing.jsonl").unlink()
     os.mkfifo(path / "training" / "timing.jsonl")
