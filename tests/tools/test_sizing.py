@@ -268,7 +268,7 @@ def test_a_config_that_does_not_say_enough_is_refused_by_name(tmp_path):
         ({"torch_dtype": ["float32"]}, "dtype ['float32']"),
         ({"model_type": "nope"}, "nope not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-        ({"num_attention_heads": 0}, "cannot build"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number above 0"),
         ({"hidden_size": 10**12}, "cannot build"),
     ):
         path = folder_of(tmp_path, config_of("qwen2.5-0.5b") | {"num_hidden_layers": 1} | changes)
