@@ -51,7 +51,7 @@ def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
     paragraph = ROOT / "examples" / "smollm2" / "texts" / "meeting.txt"
     question = "Who will rewrite the import script?"
     names = ("--model", tmp_path / "out" / "base", "--adapter-path", kept)
-    assert run("generate", paragraph, "-p", question, *names).stdout == "Tom\n"
+    assert run("generate", paragraph, "-p", question, *names).out == "Tom\n"
     assert again.returncode == 0
     assert "+ kmerge-mlx" not in again.stdout
     assert tables.strip() in again.stdout

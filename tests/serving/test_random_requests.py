@@ -171,10 +171,10 @@ class Recorded(Answer):
         self.stops, self.ids, self.ends = tuple(completion.stop), [], []
         self.all.append(self)
 
-    def add(self, response: Response) -> None:
+    def add(self, response: Response, more: bool = True) -> None:
         self.ids.append(response.token)
         self.ends.append(response.finish_reason)
-        super().add(response)
+        super().add(response, more)
 
     def expected(self, oracle: Tokenizer, eos: int) -> str:
         """What a client should get."""
