@@ -16,6 +16,7 @@ from kmerge_mlx import base
 from kmerge_mlx.adapters.folder import HEAD
 from kmerge_mlx.adapters.schema import BaseModelConfig, MergeConfig
 from kmerge_mlx.convert.names import place
+from kmerge_mlx.convert.peft import NameRules, copies_of_base
 from kmerge_mlx.errors import ModelError, first_line
 
 
@@ -44,12 +45,14 @@ class Base:
         others = ("quantization", "quantization_config", "model_file")
         return all(self.config.get(name) is None for name in others)
 
-    def lora_problems(self, weights: Mapping[str, mx.array], whole: bool = False) -> list[str]:
+    def lora_problems(
+        self, weights: Mapping[str, mx.array], config: Mapping[str, Any]
+    ) -> list[str]:
         """The modules of a LoRA that this base does not have, or has in other sizes.
 
         ``weights``: ``{module}.lora_a`` (in, r) and ``{module}.lora_b`` (r, out). A module that is
-        alike in several layers takes one line. ``whole``: a module that has LoRA in one layer has
-        it in all layers.
+        alike in several layers takes one line. Where PEFT's ``config`` picks no layers, a module
+        that has LoRA in one layer has it in all.
         """
         if self.config.get("model_file") is not None:
             return []  # only the base's own Python files know, and nothing here runs them
@@ -57,7 +60,7 @@ class Base:
         found: dict[str, list[str]] = defaultdict(list)
         tuned = {name.rpartition(".")[0] for name in weights}
         kinds = {place(name)[::2] for name in tuned}
-        for name in sorted(modules.keys() - tuned) if whole else ():
+        for name in () if NameRules(config).picks_layers else sorted(modules.keys() - tuned):
             stack, layer, inside = place(name)
             if layer is not None and (stack, inside) in kinds:
                 what = f"{inside} has no LoRA in some layers, though target_modules names it"
@@ -70,6 +73,16 @@ class Base:
             elif own.shape != lora:
                 found[f"{self} has {inside} {own.shape}, its LoRA is for {lora}"].append(name)
         return [f"{what} ({_where(names)})" for what, names in found.items()]
+
+    def take_copies(self, tensors: dict[str, mx.array], problems: list[str]) -> list[str]:
+        """Takes what repeats this base out of PEFT's tensors, and returns the names.
+
+        What has such a name and is no copy joins the problems.
+        """
+        copies = copies_of_base(tensors, self.is_plain)
+        if copies:  # without any, the base's weights are not needed
+            problems += self.copy_problems(copies, {name: tensors.pop(name) for name in copies})
+        return [*copies]
 
     def copy_problems(
         self, copies: Mapping[str, str], tensors: Mapping[str, mx.array]

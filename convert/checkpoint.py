@@ -31,7 +31,7 @@ from kmerge_mlx.adapters.schema import BaseModelConfig, EncoderConfig, MergeConf
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.convert.base_model import Base
 from kmerge_mlx.convert.names import unwrapped
-from kmerge_mlx.convert.peft import ZERO_3, NameRules, copies_of_base, lora_from_peft
+from kmerge_mlx.convert.peft import ZERO_3, lora_from_peft
 from kmerge_mlx.convert.torch_read import read_state_dict
 from kmerge_mlx.errors import AdapterError, CheckpointError, collect, findings, short
 from kmerge_mlx.files import read_json, read_safetensors
@@ -144,9 +144,7 @@ def read_checkpoint(
     tensors = collect(problems, read_peft_tensors, folder)
     config = collect(problems, read_json, folder / PEFT_CONFIG, CheckpointError)
     lora = None
-    copies = copies_of_base(tensors, known.is_plain) if tensors and known else {}
-    if copies:
-        problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
+    copies = known.take_copies(tensors, problems) if tensors and known else []
     if tensors is not None and (config is not None or not problems):
         # The head's LoRA of an untied base may lie beside the encoder for all that.
         apart = known is None and stated is not None and stated.head_lora is not None
@@ -160,8 +158,7 @@ def read_checkpoint(
         by = str(known) if known else f"the base in {COMPANION}"
         problems += _cross_check(encoder, lora, fields, by)
         if known is not None:
-            whole = not NameRules(config).picks_layers
-            problems += known.lora_problems(lora.tuning_weights, whole)
+            problems += known.lora_problems(lora.tuning_weights, config)
     if stated is not None:
         problems += _companion_problems(stated, encoder, known)
     if problems or lora is None:

@@ -84,7 +84,7 @@ def _objections(adapter: Adapter) -> list[str]:
         if base.scales_embeddings(merge.base.fields):
             problems.append(
                 "its base scales embeddings inside the model, and the paper's code feeds it "
-                "unscaled ones (docs/method.md, Gemma): there is no equal"
+                "unscaled ones (docs/method.md, Gemma): no checkpoint of it is the same model"
             )
         if not weights and not adapter.head_weights:
             problems.append(

@@ -40,7 +40,7 @@ from kmerge_mlx.convert.marked_tokenizer import (
     text_problems,
     write_tokenizer,
 )
-from kmerge_mlx.convert.peft import copies_of_base, lora_from_peft
+from kmerge_mlx.convert.peft import lora_from_peft
 from kmerge_mlx.errors import (
     AdapterError,
     CheckpointError,
@@ -269,14 +269,13 @@ def _read_lora(folder: Path, model: str | None) -> Adapter:
         raise CheckpointError(f"{folder / PEFT_CONFIG} names no base: give `model`")
     known, problems = Base.read(model or named), []
     tensors = read_peft_tensors(folder)
-    copies = copies_of_base(tensors)
-    problems += known.copy_problems(copies, {name: tensors.pop(name) for name in copies})
+    known.take_copies(tensors, problems)
     fields = known.merge.base.fields
     untied, layers = base.is_tied(fields) is False, fields.get("num_hidden_layers")
     lora = lora_from_peft(config, tensors, problems, untied, layers if is_int(layers) else None)
     if lora is not None:
         problems += not_finite(lora.tuning_weights | named_head(lora))
-        problems += known.lora_problems(lora.tuning_weights)
+        problems += known.lora_problems(lora.tuning_weights, config)
     if problems or lora is None:
         raise CheckpointError(findings(str(folder), problems))
     return replace(lora, merge=replace(lora.merge, base=known.merge.base))
