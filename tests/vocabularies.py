@@ -48,3 +48,10 @@ def base_with(folder: Path, tokenizer: Tokenizer, vocab_size: int, eos: str = "<
     settings = {"tokenizer_class": "TokenizersBackend", "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+MAKERS = {"byte level": byte_level, "sentencepiece": sentencepiece, "tekken": tekken}
+"""A tokenizer of each kind."""
+
+ENDS = {"byte level": "<|endoftext|>", "sentencepiece": "</s>", "tekken": "<|endoftext|>"}
+"""The token that ends their answers."""
