@@ -166,9 +166,10 @@ def quality(task: str, row: dict[str, Any]) -> str:
     if "refused" in row:
         return row["refused"]
     ((_, scores),) = row["scores"].items()
-    found, percent = scores[SCORES[task]], SCORES[task] != "perplexity"
-    value, low, high = ((1 + 99 * percent) * found[name] for name in ("value", "low", "high"))
-    return f"{value:.{2 - percent}f} ({low:.{2 - percent}f}-{high:.{2 - percent}f})"
+    found = scores[SCORES[task]]
+    scale, digits = (1, 2) if SCORES[task] == "perplexity" else (100, 1)
+    value, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}-{high})"
 
 
 def line(cells: Iterable[str]) -> str:

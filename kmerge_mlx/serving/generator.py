@@ -200,10 +200,8 @@ class Job:
 
 def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
     """The counts that a client gets for its prompts."""
-    prompt, generated = (
-        sum(sum(job.lengths) for job in jobs),
-        sum(job.earlier + job.generated for job in jobs),
-    )
+    prompt = sum(sum(job.lengths) for job in jobs)
+    generated = sum(job.earlier + job.generated for job in jobs)
     merged = sum(job.merged_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,
