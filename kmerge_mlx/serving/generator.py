@@ -313,6 +313,8 @@ class CompressingGenerator(host.ResponseGenerator):
             provider.reset()
             self.prompt_cache = None
             gc.collect()
+        finally:  # else MLX aborts a process that ends as its thread does
+            mx.clear_streams()
 
     def _generate_until_it_fails(self) -> None:
         """mlx-lm's loop, which ends with the server or with an error; the requests then end too."""

@@ -18,7 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import assert_one_error, change_json, command, environment, run
+from tests.cli_runner import (
+    assert_one_error,
+    change_json,
+    command,
+    environment,
+    run,
+    run_process,
+)
 from tests.servers import PATIENCE, Address, eventually, long_answer, rest_of, serving_process
 
 pytestmark = pytest.mark.slow
@@ -78,6 +85,13 @@ def test_a_server_that_cannot_start_is_one_message():
     wrong = {"--port": 70_000, "--chat-template-args": "{", "--kv-bits": 7, "--log-level": "LOUD"}
     for name, value in (wrong | {"--prompt-cache-bytes": "much"}).items():
         assert_one_error(run("serve", name, value), 2, name)
+
+
+def test_a_server_that_refuses_its_model_ends_with_1():
+    for _ in range(3):  # an abort more often than not, where MLX still had a stream of the thread
+        done = run_process("serve", "--port", 0, "--top-k", 99_999)
+        assert done.code == 1, done.err
+        assert done.err.endswith("has 277 tokens: give fewer\n")
 
 
 def test_it_warns_when_anybody_may_ask_and_notes_another_layout_than_in_training(
