@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.errors import SettingsError, findings, short
+from kmerge_mlx.prompts.keep import KINDS, NONE
 from kmerge_mlx.prompts.policy import MERGES
 
 SIZE = "size"  # the kind of a number of bytes: a whole number, or text such as 4GB
@@ -161,9 +162,12 @@ def _problems(field_: Field, value: Any) -> Iterator[str]:
         return
     name, choices = own.argument or f"`{field_.name}`", ", ".join(map(str, own.choices))
     high = MAX_INT if own.kind is int and own.high is None else own.high
-    for each in value if own.many and isinstance(value, tuple) else (value,):
-        if not _is_kind(own.kind, each) or (choices and each not in own.choices):
-            expected = f"one of {choices}" if choices else _WORDS[own.kind]
+    several = own.many and isinstance(value, tuple)
+    for each in value if several else (value,):
+        items = each if own.kind is list and isinstance(each, list | tuple) else [each]
+        if not _is_kind(own.kind, each) or (choices and any(i not in own.choices for i in items)):
+            some = "some" if own.kind is list else "one"
+            expected = f"{some} of {choices}" if choices else _WORDS[own.kind]
             yield f"{name} is {short(each)}, expected {expected}"
         elif own.low is not None and each < own.low:
             yield f"{name} is {each}, expected at least {own.low}"
@@ -239,6 +243,13 @@ class LayoutSettings(Settings):
         "Wrap the text in the tokenizer's chat template, or use it bare. Default: as the adapter "
         "was trained.",
         flags=("--apply-chat-template/--ignore-chat-template",),
+    )
+    keep: Any = option(
+        None,
+        list,
+        f"Exact strings that stay raw inside of what merges: {', '.join(KINDS)}; or {NONE}. "
+        "Default: as the adapter was trained.",
+        choices=(*KINDS, NONE),
     )
 
 

@@ -15,6 +15,7 @@ from kmerge_mlx.data.texts import TextTask
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.evaluation.settings import FILE_CLASH, EvaluateSettings
 from kmerge_mlx.settings import Settings, argument, option
+from kmerge_mlx.train.settings import TrainSettings
 
 # Settings that not all tasks have.
 OWN = {name: task.options() for name, task in WRITTEN.items()}
@@ -72,6 +73,7 @@ class DataSettings(Settings):
     reconstruction: float = option(
         TextTask.reconstruction, float, "Text: share of the rows that repeat it.", low=0, high=1
     )
+    words: int = TrainSettings.setting("words")
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
     force: bool = option(False, bool, "Replace a data folder at --out.")
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
@@ -85,8 +87,9 @@ def data(settings: DataSettings) -> None:
     """Make or fetch a benchmark's data as JSONL.
 
     Writes train.jsonl, valid.jsonl and test.jsonl. No tree, no prompt, no article and no file is in
-    two splits. Amazon's reviews and CommitPackFT come from the Hugging Face hub, or from a --file;
-    commits are those of your own git repositories; text is any text, to go on from and to repeat.
+    two splits. Trees and the documents of recall are drawn. Amazon's reviews and CommitPackFT come
+    from the Hugging Face hub, or from a --file; commits are those of your own git repositories;
+    text is any text, to go on from and to repeat.
     The folder is written whole or not at all.
 
     \b
@@ -97,6 +100,7 @@ def data(settings: DataSettings) -> None:
       kmerge-mlx data commitpackft --file commits.jsonl.gz --out ./commits --test 500
       kmerge-mlx data qa --file train-v2.0.json --out ./squad
       kmerge-mlx data commits --repo ~/src/app --repo ~/src/lib --language python --out ./edits
+      kmerge-mlx data recall --words 300 --out ./recall
       kmerge-mlx data text --file articles.jsonl --out ./texts
     """
     settings.refuse_foreign(settings.task, OWN)

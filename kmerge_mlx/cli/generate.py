@@ -114,7 +114,8 @@ class GenerateSettings(AnswerSettings):
             return found
         if self.prompt is None:
             found.append("`prompt_cache_file` needs a `prompt`: what is asked of what it holds")
-        held = ("system_prompt", "chat_template_config", "merges", "chat_template", "max_kv_size")
+        held = ("system_prompt", "chat_template_config", "merges", "chat_template")
+        held += ("keep", "max_kv_size")
         again = [f"`{name}`" for name in held if getattr(self, name) is not None]
         if again := ["FILE"] * bool(self.files) + again:
             found.append(f"`prompt_cache_file` holds it already: leave {', '.join(again)} out")
@@ -199,7 +200,8 @@ def _merging(opened: Opened, prompt: list[Segment] | CompressedPrompt) -> str:
         return ""
     total = sum(len(segment.ids) for segment in prompt)
     merged = sum(len(segment.ids) for segment in prompt if segment.merge)
-    if 0 < merged < k and not opened.source.merge.has_window:  # that one pads nothing
+    # A window encoder pads nothing; between what is kept, padding is nothing special.
+    if 0 < merged < k and not (opened.source.merge.has_window or opened.layout.keep):
         note(
             f"note: {merged} token{'s' * (merged > 1)} to merge, fewer than K = {k}: the rest of "
             "the block is padding, so the answer may be poor"

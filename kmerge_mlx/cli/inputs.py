@@ -16,6 +16,7 @@ from kmerge_mlx.cli.output import bar, clean_stdout, note, note_layout, note_unn
 from kmerge_mlx.cli.texts import check_length
 from kmerge_mlx.errors import KMergeError, PromptError, SettingsError, first_line
 from kmerge_mlx.prompts.chat_template import ChatTemplate, needs_template, now
+from kmerge_mlx.prompts.keep import check_keep
 from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.settings import (
     SIZE,
@@ -247,6 +248,7 @@ class PromptSettings(CacheSettings, ModelSettings):
     )
     merges: str | None = LayoutSettings.setting("merges")
     chat_template: bool | None = LayoutSettings.setting("chat_template")
+    keep: tuple[str, ...] | None = LayoutSettings.setting("keep")
     merge_threshold: ClassVar[int | None] = None
     prefill_response: ClassVar[str | None] = None
 
@@ -307,8 +309,9 @@ def open_model(settings: PromptSettings, text: str = "") -> Opened:
                 f"--model, so only sizes show that it fits {source.model}"
             )
     needs_template(tokenizer, settings.chat_template)
-    layout = chosen(stored, settings.merges, settings.merge_threshold, settings.chat_template)
-    layout = replace(layout, date=now(tokenizer))
+    asked = (settings.merges, settings.merge_threshold, settings.chat_template, settings.keep)
+    layout = replace(chosen(stored, *asked), date=now(tokenizer))
+    check_keep(tokenizer, layout.keep)
     note_layout(stored, layout, tokenizer.has_chat_template)
     chat = _applied(tokenizer, settings, layout)
     return Opened(model, tokenizer, source, layout, chat, noted)

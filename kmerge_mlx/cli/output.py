@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from kmerge_mlx.bundled import BUNDLED
 from kmerge_mlx.errors import printable
+from kmerge_mlx.prompts.keep import NONE
 from kmerge_mlx.prompts.policy import ALL, Layout
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def note_layout(stored: Layout | None, used: Layout, has_template: bool) -> None
         found.append(f"with --merges {stored.merges}")
     elif stored.threshold != used.threshold and used.merges != ALL:
         found.append(f"with --merge-threshold {stored.threshold}")
+    if stored.keep != used.keep:
+        found.append(f"with --keep {','.join(stored.keep) or NONE}")
     if found:
         note(f"note: this adapter was trained {' and '.join(found)}")
 

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -17,6 +18,7 @@ from kmerge_mlx.data import FILE_TASKS
 from kmerge_mlx.data import textualized_tree as trees
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.data.recall import draw_fact, sentences
 from kmerge_mlx.data.sources import data_name, load_examples
 from kmerge_mlx.data.tasks import Bar
 from kmerge_mlx.errors import EvaluateError, short
@@ -29,14 +31,6 @@ Haystack = Callable[[int], list[Example]]
 RELATIONSHIP = "relationship"
 MOST_LABELS = 20
 """Answers of up to this many kinds, each twice on average, count as labels."""
-
-_WHO = ("The baker", "A sailor", "My neighbour", "The old teacher", "A young painter", "The guard")
-_DOES = ("carried", "described", "forgot", "repaired", "sold", "counted", "cleaned", "painted")
-_WHAT = (
-    *("three chairs", "a wooden boat", "the blue lamp", "some letters", "a long map", "two bells"),
-)
-_WHERE = ("by the river", "behind the station", "in the market", "near the mill", "on the hill")
-_CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Cairo", "Perth", "Dakar", "Turin", "Kyoto", "Lima")
 
 
 @dataclass(frozen=True)
@@ -188,21 +182,16 @@ def recall_questions(settings: EvaluateSettings, count: Count, bar: Bar) -> Ques
 
 
 def _text(rng: Random, length: int, depths: Sequence[float], count: Count) -> list[Example]:
-    """Sentences, one of which tells a city's secret number."""
-    city, number = _pick(rng, _CITIES), "".join(str(trees.below(rng, 10)) for _ in range(5))
-    needle = f"The secret number of {city} is {number}."
-    question = f"Question: What is the secret number of {city}?\nAnswer:"
-    sentences: list[str] = []
+    """Sentences, one of which states what is asked, as in the rows that ``RecallTask`` draws."""
+    taken: set[tuple[str, str]] = set()
+    asked, written = draw_fact(rng, taken), []
+    more = sentences(rng, taken, asked.kind)
 
     def haystack(size: int) -> list[Example]:
-        while len(sentences) < size:
-            parts = [_pick(rng, words) for words in (_WHO, _DOES, _WHAT, _WHERE)]
-            sentences.append(f"{' '.join(parts)}.")
-        texts = []
-        for depth in depths:
-            at = round(depth * size)
-            texts.append(" ".join([*sentences[:at], needle, *sentences[at:size]]))
-        return [Example(text, question, f" {number}") for text in texts]
+        written.extend(islice(more, max(0, size - len(written))))
+        places = [round(depth * size) for depth in depths]
+        texts = [[*written[:at], asked.sentence, *written[at:size]] for at in places]
+        return [asked.example(" ".join(text)) for text in texts]
 
     return haystack(_most(haystack, length, count))
 
@@ -248,7 +237,3 @@ def _most(haystack: Haystack, length: int, count: Count) -> int:
     while tokens(size) <= length:
         size *= 2
     return bisect_right(range(size), length, lo=size // 2, key=tokens) - 1
-
-
-def _pick(rng: Random, words: Sequence[str]) -> str:
-    return words[trees.below(rng, len(words))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -127,6 +128,7 @@ def make_report(
 ) -> Report:
     """Makes the report of an evaluation."""
     named = asdict(settings) | {"baseline": settings.baselines}
+    unnamed = (*_UNREPORTED, *(["keep"] if settings.keep is None else []))
     about: dict[str, dict[str, Any]] = {}
     for group in questions.groups:
         about[group.name] = {"questions": questions.sizes()[group.name]}
@@ -135,7 +137,7 @@ def make_report(
     return Report(
         __version__,
         str(mx.default_device()),
-        {_JSON_NAMES.get(n, n): v for n, v in named.items() if n not in _UNREPORTED},
+        {_JSON_NAMES.get(n, n): v for n, v in named.items() if n not in unnamed},
         layout.to_json(),
         questions.bad,
         about,
@@ -214,7 +216,7 @@ def group_scores(
         scores = _label_scores(group.labels, wanted, texts)
     else:
         pairs = zip(wanted, texts, strict=True)
-        right = sum(a in text if group.anywhere else a == text for a, text in pairs)
+        right = sum(_holds(text, a) if group.anywhere else a == text for a, text in pairs)
         n = len(texts)
         found = Score(right / n, *wilson_interval(right, n))
         scores = {"recall" if group.place else "exact_match": found}
@@ -227,6 +229,11 @@ def group_scores(
     finite = np.isfinite(terms).all()
     interval = bootstrap_interval(terms, metrics.perplexity) if finite else ()
     return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), *interval)}
+
+
+def _holds(text: str, exact: str) -> bool:
+    """Whether a text holds a string that is not a part of a longer word or number."""
+    return re.search(rf"(?<!\w){re.escape(exact)}(?!\w)", text) is not None
 
 
 def _squad_scores(answers: Sequence[Sequence[str]], texts: Sequence[str]) -> dict[str, Score]:

@@ -145,13 +145,13 @@ def reader(source: Source) -> tuple[nn.Module, Any]:
 def _layout(settings: EvaluateSettings, sources: Sources) -> Layout:
     """How prompts are laid out: alike for all that is compared, as the adapters were trained."""
     stored = {source.merge.layout for source in sources.values() if source.merge} or {None}
-    asked = (settings.merges, settings.merge_threshold, settings.chat_template)
+    asked = (settings.merges, settings.merge_threshold, settings.chat_template, settings.keep)
     found = {chosen(layout, *asked) for layout in stored}
     if len(found) > 1:
         ks = ", ".join(str(k) for k, source in sources.items() if source.merge)
         raise EvaluateError(
             f"the adapters for K = {ks} were trained on prompts laid out differently: measure one "
-            "`k` at a time, or give `merges`, `merge_threshold` and `chat_template`"
+            "`k` at a time, or give `merges`, `merge_threshold`, `chat_template` and `keep`"
         )
     return found.pop()
 

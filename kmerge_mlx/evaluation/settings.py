@@ -7,14 +7,14 @@ from pathlib import Path
 
 from kmerge_mlx.config import DATA_SEED
 from kmerge_mlx.data import FILE_TASKS, TASKS
+from kmerge_mlx.data.recall import RecallTask
 from kmerge_mlx.data.textualized_tree import STAGES, TreeTask
 from kmerge_mlx.errors import short
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.settings import LayoutSettings, ModelSettings, option
 from kmerge_mlx.train.settings import TrainSettings
 
-RECALL = "recall"
-EVALUATED = (*TASKS, RECALL)
+RECALL = RecallTask.name
 SPLITS = ("test", "valid")
 TEXT, TREE = "text", "tree"
 HAYSTACKS = (TEXT, TREE)
@@ -67,7 +67,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         None,
         str,
         "One of the paper's tasks or `qa` instead, or `recall`: a needle in long prompts.",
-        choices=EVALUATED,
+        choices=tuple(TASKS),
     )
     split: str = option(SPLITS[0], str, "Which split of --data or --task.", choices=SPLITS)
     limit: int | None = option(None, int, "Most rows, the first ones. Default: all.", low=1)
@@ -83,7 +83,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     haystack: str | None = option(
         None,
         str,
-        "Recall: a number in a text, or a node of a tree (the bundled model's default).",
+        "Recall: an exact string in a text, or a node of a tree (the bundled model's default).",
         choices=HAYSTACKS,
     )
     length: tuple[int, ...] = option(
@@ -133,7 +133,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         drawn = self.plot and self.predictions
         rules = {
             "found both `data` and `task`, expected one of them": bool(self.data and self.task),
-            f"no data: give `data`, or `task` ({', '.join(EVALUATED)})": (
+            f"no data: give `data`, or `task` ({', '.join(TASKS)})": (
                 not self.data and not self.task
             ),
             FILE_CLASH: self.file is not None and (self.category or self.language) is not None,

@@ -14,6 +14,7 @@ from typing import Any
 from kmerge_mlx.config import CONTEXT_SEPARATOR
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.prompts.chat_template import ChatTemplate, rendered, renderer_of, with_texts
+from kmerge_mlx.prompts.keep import check_keep, cut, without_lone
 from kmerge_mlx.prompts.messages import normalised
 from kmerge_mlx.prompts.policy import ALL, DEFAULT_LAYOUT, Layout, by_layout
 from kmerge_mlx.prompts.segments import Segment, segments_of, wants_special_tokens
@@ -75,14 +76,14 @@ def lay_out(
     if not outside and not any(span.merge for span in spans):
         spans = [Span(text_of(spans))]  # all of it is raw, so no border needs to be found
     if chat is None:
-        return _lay_out_bare(tokenizer, spans, outside)
-    messages = chat.messages(spans)
+        return lay_out_spans(tokenizer, spans, outside, layout)
+    messages = chat.messages(cut(spans, outside, layout.keep))
     for message in messages:
         if isinstance(message["content"], str):
             message["content"] = [Span(message["content"])]
     whole = with_texts(messages)
     render = renderer_of(tokenizer, whole, chat.options, chat.prefilled, layout.date)
-    return segments_of(tokenizer, rendered(messages, render, strict=True), outside)
+    return _segments(tokenizer, rendered(messages, render, strict=True), outside, layout)
 
 
 def lay_out_text(
@@ -92,7 +93,7 @@ def lay_out_text(
     spans, why = by_layout(tokenizer, parse(text), "user", True, layout)
     if why and note is not None:
         note("the prompt", why)
-    return _lay_out_bare(tokenizer, spans, layout.merges == ALL)
+    return lay_out_spans(tokenizer, spans, layout.merges == ALL, layout)
 
 
 def lay_out_chat(
@@ -144,14 +145,31 @@ def lay_out_chat(
         paragraphs: list[Span] = []
         for spans in filter(None, (message["content"] for message in given)):
             paragraphs += [Span(CONTEXT_SEPARATOR), *spans] if paragraphs else spans
-        return _lay_out_bare(tokenizer, paragraphs, outside)
+        return lay_out_spans(tokenizer, paragraphs, outside, layout)
+    for message in given:
+        message["content"] = cut(message["content"], outside, layout.keep)
     render = renderer_of(tokenizer, with_texts(given), options, prefilled, layout.date)
-    return segments_of(tokenizer, rendered(given, render, specified), outside)
+    strict = specified or (outside and bool(layout.keep))
+    return _segments(tokenizer, rendered(given, render, strict), outside, layout)
 
 
-def _lay_out_bare(tokenizer: Any, spans: Sequence[Span], outside: bool) -> list[Segment]:
-    """Segments of spans without a chat template."""
-    return segments_of(tokenizer, spans, outside, wants_special_tokens(tokenizer, text_of(spans)))
+def lay_out_spans(
+    tokenizer: Any, spans: Sequence[Span], outside: bool, layout: Layout = DEFAULT_LAYOUT
+) -> list[Segment]:
+    """Splits a text without a chat template; ``outside``: spans that do not specify it merge."""
+    special, spans = (
+        wants_special_tokens(tokenizer, text_of(spans)),
+        cut(spans, outside, layout.keep),
+    )
+    return _segments(tokenizer, spans, outside, layout, special)
+
+
+def _segments(
+    tokenizer: Any, spans: Sequence[Span], outside: bool, layout: Layout, special: bool = False
+) -> list[Segment]:
+    check_keep(tokenizer, layout.keep)
+    segments = segments_of(tokenizer, spans, outside, special)
+    return without_lone(segments) if layout.keep else segments
 
 
 def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from kmerge_mlx.errors import AdapterError, findings, short
+from kmerge_mlx.prompts.keep import KINDS, kinds_of
 from kmerge_mlx.prompts.tags import Span, text_of
 
 ALL, CONTEXTS, DOCUMENTS = "all", "contexts", "documents"
@@ -40,6 +41,7 @@ class Layout:
         chat_template: Whether the tokenizer's template is applied, where it has one.
         date: What a template that writes today's date takes for now, in ISO's format, or None: the
             clock. Kept with what is stored and gone on with, but not with an adapter.
+        keep: Kinds of exact strings that stay raw inside of what merges, of ``keep.KINDS``.
 
     Raises:
         AdapterError: Every setting that is not valid, listed.
@@ -49,6 +51,7 @@ class Layout:
     threshold: int = 32
     chat_template: bool = True
     date: str | None = None
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -60,8 +63,12 @@ class Layout:
             problems.append(f"chat_template is {short(self.chat_template)}, expected true or false")
         if self.date is not None and not is_date(self.date):
             problems.append(f"date is {short(self.date)}, expected a date such as 2026-11-28")
+        if not isinstance(self.keep, list | tuple) or not {*map(str, self.keep)} <= KINDS.keys():
+            problems.append(f"keep is {short(self.keep)}, expected some of {', '.join(KINDS)}")
         if problems:
             raise AdapterError(findings("layout", problems))
+        # In one order, so that equal layouts are equal.
+        object.__setattr__(self, "keep", tuple(kind for kind in KINDS if kind in self.keep))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout | None:
@@ -85,8 +92,8 @@ class Layout:
         return cls(**({"merges": ALL} | known))
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads; the date only where there is one."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """What :meth:`from_json` reads; date and ``keep`` only where there are any."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
 DEFAULT_LAYOUT = Layout()
@@ -106,12 +113,14 @@ def chosen(
     merges: str | None = None,
     threshold: int | None = None,
     chat_template: bool | None = None,
+    keep: Sequence[str] | None = None,
 ) -> Layout:
     """The layout to use: what is asked for, else ``stored``, as the adapter was trained.
 
     An adapter that does not record its layout goes on with ``contexts``, as up to 0.1.0.
     """
     asked = {"merges": merges, "threshold": threshold, "chat_template": chat_template}
+    asked["keep"] = None if keep is None else kinds_of(keep)
     asked = {name: value for name, value in asked.items() if value is not None}
     return replace(stored or Layout(CONTEXTS), date=None, **asked)
 

@@ -72,6 +72,14 @@ def merged_text(tokenizer: Any) -> MergedText | None:
     return getattr(tokenizer, "merged_text", None)
 
 
+def add(segments: list[Segment], ids: Sequence[int], merge: bool) -> None:
+    """Adds token ids to segments that this function made: raw beside raw is one segment."""
+    if segments and not (merge or segments[-1].merge):
+        segments[-1].ids.extend(ids)
+    elif ids:
+        segments.append(Segment([*ids], merge))
+
+
 def wants_special_tokens(tokenizer: Any, text: str) -> bool:
     """Whether mlx-lm adds special tokens to a text: unless it begins with one."""
     bos = tokenizer.bos_token
@@ -137,7 +145,7 @@ def _tokens(tokenizer: Any, text: str, special: bool) -> zip[tuple[int, tuple[in
         raise PromptError(
             "this tokenizer does not report where its tokens lie in the text, so a part of it "
             "cannot be merged beside a raw one",
-            "put all of it in one text without tags, and let all of it merge (`merges` all)",
+            "put all of it in one text without tags or `keep`, and let it all merge (`merges` all)",
         )
     found = inner(text, add_special_tokens=special, return_offsets_mapping=True)
     places, end_before = [], 0

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from kmerge_mlx.errors import PromptError, ServeError, short
 from kmerge_mlx.prompts.lay_out import lay_out_chat
 from kmerge_mlx.prompts.policy import Layout
-from kmerge_mlx.prompts.segments import Segment, merged_text
+from kmerge_mlx.prompts.segments import Segment, add, merged_text
 
 NAME = "expand"
 
@@ -59,22 +60,29 @@ def check_expand(tokenizer: Any, layout: Layout, k: int) -> None:
         raise ServeError(f"`expand`: {found}: leave it out")
 
 
-def numbered(tokenizer: Any, segments: Sequence[Segment]) -> list[Segment]:
-    """Segments with a raw number before each one that merges, as token ids of its own.
+def numbered(
+    tokenizer: Any, segments: Sequence[Segment], whole: Sequence[Segment]
+) -> list[Segment]:
+    """Segments with a raw number before each text that merges, as token ids of its own.
 
     It is not in the text that is tokenized, so a text may look like it but cannot replace it.
+    ``whole`` is the same prompt with nothing kept raw inside of what merges.
     """
-    own = merged_text(tokenizer)
+    before = int(merged_text(tokenizer) is not None)  # the token that stands before a text
+    starts = accumulate((len(segment.ids) for segment in whole), initial=0)
+    places = [start - before for start, s in zip(starts, whole, strict=False) if s.merge]
     made: list[Segment] = []
-    count = 0
+    at, count = 0, 0
     for segment in segments:
-        if segment.merge:
+        ids, end = list(segment.ids), at + len(segment.ids)
+        while count < len(places) and places[count] < end:
             count += 1
-            label = list(tokenizer.encode(f"[segment {count}]\n", add_special_tokens=False))
-            before = list(made.pop().ids) if made and not made[-1].merge else []
-            place = len(before) - (own is not None)  # before the token that stands before it
-            made.append(Segment([*before[:place], *label, *before[place:]], False))
-        made.append(segment)
+            cut = places[count - 1] - at
+            label = tokenizer.encode(f"[segment {count}]\n", add_special_tokens=False)
+            add(made, [*ids[:cut], *label], False)
+            ids, at = ids[cut:], at + cut
+        add(made, ids, segment.merge)
+        at = end
     return made
 
 

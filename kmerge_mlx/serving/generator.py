@@ -32,6 +32,7 @@ from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.generation.structured import Follow, Grammar
 from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.chat_template import needs_template
+from kmerge_mlx.prompts.keep import check_keep
 from kmerge_mlx.prompts.policy import chosen
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy, unfollowed
@@ -101,7 +102,11 @@ class PinnedModel(host.ModelProvider):
         self.names = (self.name, DEFAULT_MODEL, source.model)
         self.stored_layout = None if source.merge is None else source.merge.layout
         self.layout = chosen(
-            self.stored_layout, settings.merges, settings.merge_threshold, settings.chat_template
+            self.stored_layout,
+            settings.merges,
+            settings.merge_threshold,
+            settings.chat_template,
+            settings.keep,
         )
 
     def load(self, *named: Any) -> tuple[Any, Any]:
@@ -113,6 +118,7 @@ class PinnedModel(host.ModelProvider):
         settings = self.settings
         model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
         needs_template(tokenizer, settings.chat_template)
+        check_keep(tokenizer, self.layout.keep)
         has_template = self.layout.chat_template and tokenizer.has_chat_template
         if settings.chat_template_args and not has_template:
             raise ServeError("`chat_template_args` needs a chat template, and none is applied")

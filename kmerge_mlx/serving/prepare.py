@@ -20,13 +20,8 @@ from typing import Any
 from kmerge_mlx.errors import PromptError
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.generation.structured import Grammar, Schemas
-from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_text
-from kmerge_mlx.prompts.segments import (
-    Segment,
-    merged_text,
-    segments_of,
-    wants_special_tokens,
-)
+from kmerge_mlx.prompts.lay_out import ALL, lay_out_chat, lay_out_spans, lay_out_text
+from kmerge_mlx.prompts.segments import Segment, merged_text
 from kmerge_mlx.prompts.tags import Span
 from kmerge_mlx.serving.answers import ApiError, body_too_large, busy, unfollowed
 from kmerge_mlx.serving.dates import Dates
@@ -180,7 +175,7 @@ class Preparer:
         room = [max(0, most - taken) // 2 for most, taken in limits if most is not None]
         with self._tokenizer_lock:
             most = min([MOST_TOKENS, *room])
-            added = messages_of(self.tokenizer, segments, said, calls, most)
+            added = messages_of(self.tokenizer, self._whole(completion), said, calls, most)
         asked = completion.expanding(completion.rounds - 1, *added)
         return asked, self._fitting(lambda: self._lay_out_chat(asked), "messages")
 
@@ -228,12 +223,19 @@ class Preparer:
         return segments
 
     def _lay_out_chat(self, completion: ChatCompletion) -> list[Segment]:
+        segments = self._whole(completion, self.provider.layout.keep)
+        if completion.rounds is None:
+            return segments
+        whole = self._whole(completion) if self.provider.layout.keep else segments
+        return numbered(self.tokenizer, segments, whole)
+
+    def _whole(self, completion: ChatCompletion, keep: tuple[str, ...] = ()) -> list[Segment]:
+        """A conversation laid out, without numbers; each merged text whole where none are kept."""
         options = self.settings.chat_template_args | completion.chat_template_kwargs
         options |= {"tools": tools} if (tools := completion.offered_tools) else {}
         messages = completion.messages
-        layout = replace(self.provider.layout, date=self._dates.of(messages))
-        segments = lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
-        return segments if completion.rounds is None else numbered(self.tokenizer, segments)
+        layout = replace(self.provider.layout, date=self._dates.of(messages), keep=keep)
+        return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
 
     def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
         layout = self.provider.layout
@@ -246,8 +248,7 @@ class Preparer:
             # In bare ids, a question looks like a context.
             return [Segment(prompt, layout.merges == ALL if merge is None else merge)]
         if merge is not None:
-            special = wants_special_tokens(self.tokenizer, prompt)
-            return segments_of(self.tokenizer, [Span(prompt)], merge, special)
+            return lay_out_spans(self.tokenizer, [Span(prompt)], merge, layout)
         return lay_out_text(self.tokenizer, prompt, layout, self._note_once)
 
     def _note_once(self, what: str, why: str) -> None:

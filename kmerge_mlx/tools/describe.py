@@ -202,4 +202,5 @@ def layout_line(adapter: dict[str, Any]) -> str | None:
     merges = "everything merges"
     if layout["merges"] != ALL:
         merges = f"{layout['merges']} of {layout['threshold']} tokens and more merge"
-    return f"{merges}, {'with' if layout['chat_template'] else 'without'} a chat template"
+    kept = f" but {', '.join(layout['keep'])}" if layout.get("keep") else ""
+    return f"{merges}{kept}, {'with' if layout['chat_template'] else 'without'} a chat template"

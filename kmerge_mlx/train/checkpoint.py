@@ -34,6 +34,9 @@ LOG, TIMING = "log.jsonl", "timing.jsonl"
 """One JSON object a line: what a repeated run repeats to the bit, and its speed and memory."""
 FORMAT_VERSION = 1
 
+_NEW = ("keep", "words")
+"""Settings of no earlier release, whose files name all the others."""
+
 
 @dataclass
 class State:
@@ -161,13 +164,19 @@ def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adap
             files.write_safetensors(training / TENSORS, tensors)
             state.log = {name: _size(training / name) for name in (LOG, TIMING)}
             about = {"format_version": FORMAT_VERSION, "kmerge_mlx": __version__}
-            about |= {"settings": run.settings.saved(), "base": run.base[0], "data": run.data}
+            about |= {"settings": _asked(run.settings), "base": run.base[0], "data": run.data}
             about |= {"ranks": run.ranks.size, "state": asdict(state)}
             files.write_json(training / STATE, about)
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
         raise TrainError(f"cannot write {path}: {reason}{last}") from error
+
+
+def _asked(settings: TrainSettings) -> dict[str, Any]:
+    """The settings of a run; those of this release only where they were asked for."""
+    saved, default = settings.saved(), TrainSettings().saved()
+    return {n: v for n, v in saved.items() if n not in _NEW or v != default[n]}
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:

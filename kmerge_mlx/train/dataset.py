@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kmerge_mlx.config import is_number
-from kmerge_mlx.data import FILE_TASKS, TASKS
+from kmerge_mlx.data import TASKS
 from kmerge_mlx.data.examples import Example, RowFormat
 from kmerge_mlx.data.layout import TokenizedExample, tokenize
 from kmerge_mlx.data.sources import (
@@ -37,7 +37,7 @@ def _row(settings: TrainSettings, tokenizer: Any, example: Example) -> Tokenized
     """An example as ids; raises KMergeError if it is too long, or shorter than a block."""
     row = tokenize(tokenizer, example, settings.layout())
     merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
-    if 0 < merged < settings.k:
+    if 0 < merged < settings.k and not settings.layout().keep:
         raise DataError(
             f"found {merged} tokens to merge, expected at least `k` = {settings.k}: leave the row "
             "out (`skip_bad`), or use a smaller K"
@@ -200,7 +200,7 @@ def _data(settings: TrainSettings, tokenizer: Any, bar: Bar) -> Stage:
     given = {name: getattr(settings, name) for name in names}
     rows, skip = RowFormat(**given, answers=not settings.teacher_answers), settings.skip_bad
     if settings.task is not None:
-        task = FILE_TASKS[settings.task].of(settings, seed=settings.data_seed)
+        task = TASKS[settings.task].of(settings, seed=settings.data_seed)
         splits = task.examples(TRAIN_SPLITS, bar("Reading"))
     elif settings.hf_dataset is not None:
         splits = load_hub_datasets(settings.hf_dataset, rows, skip, TRAIN_SPLITS)

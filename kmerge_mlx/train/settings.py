@@ -12,8 +12,10 @@ from typing import Any
 from kmerge_mlx.adapters.schema import FULL, LORA, MEAN, STARTS
 from kmerge_mlx.config import DATA_SEED, is_number
 from kmerge_mlx.data import TASKS
+from kmerge_mlx.data.recall import RecallTask
 from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
+from kmerge_mlx.prompts.keep import KINDS, NONE, kinds_of
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout, is_date
 from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
 
@@ -61,7 +63,7 @@ class TrainSettings(Settings):
         None, str, "Folder with train.jsonl and valid.jsonl, or a hub dataset of them.", **_PLACE
     )
     task: str | None = option(
-        None, str, "One of the paper's tasks, or qa.", choices=tuple(TASKS), **_MODEL
+        None, str, "One of the paper's tasks, qa or recall.", choices=tuple(TASKS), **_MODEL
     )
     hf_dataset: Any = option(None, dict, "mlx-lm's hf_dataset entries.", many=True, **_FEATURE)
     prompt_feature: str = option("prompt", str, "Key of the prompt.", **_FEATURE)
@@ -86,6 +88,13 @@ class TrainSettings(Settings):
     merge_threshold: int = option(
         DEFAULT_LAYOUT.threshold, int, "Fewest tokens of a text that merges.", low=1, **_MODEL
     )
+    keep: Any = option(
+        [],
+        list,
+        f"Exact strings that stay raw inside of what merges: {', '.join(KINDS)}.",
+        choices=(*KINDS, NONE),
+        **_MODEL,
+    )
     template_date: str | None = option(
         None,
         str,
@@ -105,6 +114,9 @@ class TrainSettings(Settings):
     find_parent: int = option(0, int, "Trees: 1 also asks for a parent's name.", **_SHARE)
     reference_sampling: bool = option(False, bool, "Trees: ask every pair of nodes.", **_TASKS)
     data_seed: int = option(DATA_SEED, int, "Seed of the tasks' draws and splits.", **_TASKS)
+    words: int = option(
+        RecallTask.words, int, "Recall: words of a document, about.", low=20, high=20_000, **_TASKS
+    )
     category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TASKS)
     language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TASKS)
     file: str | None = option(
@@ -252,7 +264,8 @@ class TrainSettings(Settings):
     def layout(self) -> Layout:
         """What merges without tags, and whether a chat template applies."""
         templated = not self.ignore_chat_template
-        return Layout(self.merges, self.merge_threshold, templated, self.template_date)
+        date, keep = self.template_date, kinds_of(self.keep)
+        return Layout(self.merges, self.merge_threshold, templated, date, keep)
 
     def lora(self) -> dict[str, Any]:
         """LoRA's rank, scale, dropout and keys; those not given are the paper's."""

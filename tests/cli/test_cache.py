@@ -17,7 +17,7 @@ from kmerge_mlx.generation.stream import compress
 from kmerge_mlx.prompts.segments import Segment
 from tests.cli_runner import CHATML, assert_one_error, change_json, copy_base, run
 
-CONTEXT = "One two three four five six.\n\nSeven eight nine ten eleven twelve thirteen.\n"
+CONTEXT = "One two three at 4:56 and 7 a_b six.\n\nSeven eight nine ten eleven twelve thirteen.\n"
 QUESTIONS = ("Which is it?", "0", " \n\nx", "<raw>Nine</raw> or <merge>ten ten ten ten</merge>?")
 OPTIONS = ("-m", 8, "--temp", 0, "--json")
 EIGHT_BITS = ("--kv-bits", 8, "--quantized-kv-start", 0, "--kv-group-size", 32)
@@ -53,6 +53,7 @@ def ask(file, *args):
         ("--apply-chat-template",),
         ("--apply-chat-template", "--system-prompt", "Be brief.", "--merges", "contexts"),
         ("-p", "The question is: "),
+        ("--apply-chat-template", "--keep", "numbers,code", "--merges", "all"),
     ],
     ids=" ".join,
 )

@@ -16,6 +16,7 @@ from kmerge_mlx.evaluation.scoring import Prediction
 from kmerge_mlx.evaluation.settings import EvaluateSettings
 from tests.cli_runner import CHATML, run
 from tests.conftest import UPSTREAM
+from tests.data.test_recall import stated
 from tests.evaluations import silent, words_of, write_folders
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -68,26 +69,22 @@ def test_a_chat_template_counts():
     assert rendered.startswith("<|im_start|>user")
 
 
-def place_of(context: str) -> tuple[float, str]:
-    """Where the secret number is told, as a share of the sentences, and the text without it."""
-    sentences = re.split(r"(?<=\.) ", context)
-    (at,) = [i for i, s in enumerate(sentences) if "secret" in s]
-    return at / (len(sentences) - 1), " ".join(sentences[:at] + sentences[at + 1 :])
-
-
-def test_the_number_is_told_at_its_depth_among_the_same_sentences_and_asked_for():
+def test_an_exact_string_is_stated_at_its_depth_among_the_same_sentences_and_asked_for():
     questions = Written(haystack="text", length=(1500,), depth=DEPTHS).questions
     places = {group.name: group.place for group in questions.groups}
-    texts: dict[tuple[str, str | None], set[str]] = {}
+    texts: dict[str, set[str]] = {}
     for question in questions.items:
         example = question.example
-        city, number = re.search(r"secret number of (\w+) is (\d{5})\.", example.context).groups()
-        assert example.prompt == f"Question: What is the secret number of {city}?\nAnswer:"
-        assert question.answer == f" {number}"
-        depth, others = place_of(example.context)
-        assert depth == pytest.approx(places[question.group][1], abs=0.02)
-        assert len(others.split(". ")) > 20
-        texts.setdefault((city, number), set()).add(others)
+        _, answers = stated(example.context, example.prompt)
+        assert answers == [question.answer.strip()]
+        assert question.answer == f" {answers[0]}"
+        sentences = re.split(r"(?<=[a-z0-9]\.) ", example.context)
+        (at,) = [i for i, s in enumerate(sentences) if s.endswith(f" {answers[0]}.")]
+        depth = at / (len(sentences) - 1)
+        assert depth == pytest.approx(places[question.group][1], abs=0.03)
+        assert len(sentences) > 20
+        others = " ".join(sentences[:at] + sentences[at + 1 :])
+        texts.setdefault(example.prompt, set()).add(others)
     assert len(texts) == 4
     assert all(len(others) == 1 for others in texts.values())
 
@@ -111,9 +108,9 @@ def test_the_node_asked_for_stands_at_its_depth_of_the_same_tree():
 
 
 def test_the_same_seed_writes_the_same_and_another_other_prompts():
-    one = Written(length=(150,)).questions.items
-    assert one == Written(length=(100, 150)).questions.items[-len(one) :]
-    assert not set(one) & set(Written(length=(150,), data_seed=1).questions.items)
+    one = Written(length=(250,)).questions.items
+    assert one == Written(length=(200, 250)).questions.items[-len(one) :]
+    assert not set(one) & set(Written(length=(250,), data_seed=1).questions.items)
 
 
 def test_a_length_without_a_prompt_is_refused():
@@ -129,11 +126,12 @@ def test_a_length_without_a_prompt_is_refused():
 
 def test_a_number_may_stand_among_other_words_and_a_name_may_not():
     def recall(haystack: str, answer: str, *texts: str) -> float:
-        (group,) = Written(haystack=haystack, length=(150,), depth=(0.5,)).questions.groups
+        (group,) = Written(haystack=haystack, length=(250,), depth=(0.5,)).questions.groups
         answers = [Prediction(text, 1.0, 2, 3, 1) for text in texts]
         return group_scores(group, [(answer,)] * len(texts), answers)["recall"].value
 
-    assert recall("text", " 12345", "12345", "The number is 12345.", " 1234 5") == 2 / 3
+    answers = ("12345", "The number is 12345.", " 1234 5", "123456")
+    assert recall("text", " 12345", *answers) == 2 / 4
     assert recall("tree", "AB", "AB", " AB\n", "AB is it", "CD") == 2 / 4
 
 
@@ -146,7 +144,7 @@ def narrow(tmp_path_factory):
 
 def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narrow):
     picture = tmp_path / "recall.svg"
-    recall = ("--task", "recall", "--length", 100, "--length", 600, "--num-needles", 1, "-m", 2)
+    recall = ("--task", "recall", "--length", 150, "--length", 600, "--num-needles", 1, "-m", 2)
     result = run(
         *("evaluate", *narrow.flags(), *recall, "--depth", 0.5, "--depth", 0, "--k", 4),
         *("--baseline", "all", "--plot", picture, "--timed", 2),
@@ -158,7 +156,7 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     assert re.search(note + "is 256: shorten it", result.err)
     assert "note: speculative prefill to 1/4 is left out: the prompt has" in result.err
     ratios: list[set[float]] = []
-    for table, length in zip(result.out.split("\n\n"), (100, 600), strict=True):
+    for table, length in zip(result.out.split("\n\n"), (150, 600), strict=True):
         title, *lines = table.splitlines()
         assert title == f"recall at {length} tokens: 1 question at each depth"
         heads, *rows = (re.split(r" {2,}", line.strip()) for line in lines)
@@ -171,7 +169,7 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     # The raw question weighs less in a longer prompt.
     (short,), (long,) = ratios
     assert 1 < short < long < 4
-    assert words_of(picture) >= {"100 tokens", "600 tokens", "recall", "K=4", "0%", "50%"}
+    assert words_of(picture) >= {"150 tokens", "600 tokens", "recall", "K=4", "0%", "50%"}
     alone = run("evaluate", "--model", narrow.base, *recall, "--plot", picture)
     assert (alone.code, alone.out) == (1, "no method can read these prompts\n")
     assert "there is nothing to draw, every method is left out" in alone.err

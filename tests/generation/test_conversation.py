@@ -15,6 +15,7 @@ from kmerge_mlx.prompts.lay_out import ALL, Layout, lay_out_chat
 from tests.cli_runner import CHATML, copy_base
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS += ["4,711", "Ada"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,10 @@ def question(random, low=3, high=40):
         (Layout("contexts", 8), 1.5),
         (Layout(ALL), 1.5),
         (Layout("contexts", 8, chat_template=False), 1.5),
+        (Layout("contexts", 8, keep=("numbers", "names")), 1.2),
+        (Layout(ALL, keep=("numbers", "names")), 1.2),
     ],
-    ids=["documents", "contexts", "all", "no template"],
+    ids=["documents", "contexts", "all", "no template", "kept", "all but kept"],
 )
 def test_every_turn_is_one_long_prompt(chatty, layout, ratio):
     random = Random(1)

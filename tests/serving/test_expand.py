@@ -383,6 +383,24 @@ def test_a_prompt_that_merges_whole_has_one_segment(kmerge, monkeypatch):
         assert f"Tell me.\n{FIRST}" in second
 
 
+def test_what_is_kept_inside_of_a_text_is_part_of_its_segment(kmerge, monkeypatch):
+    own = {"expand": True, "chat_template": True, "merges": "documents", "keep": ["numbers"]}
+    with serving(*kmerge, **own) as address:
+        scripted = script(address, monkeypatch)
+        content = QUESTION.replace("The secret", "99 secret", 1)
+        answer = scripted.ask(call(segment=2), call(segment=3), "so", content=content).json
+    first, second, third = scripted.prompts()
+    assert "[segment 3]" not in first
+    assert "Read:\n[segment 1]\n@and\n[segment 2]\n99@4711" in first
+    assert first.count("4711") == 4
+    text = SECOND.replace("The secret", "99 secret", 1)
+    assert f"<|im_start|>tool\n{text}<|im_end|>\n" in second
+    assert "There is no segment 3: give a number from 1 to 2." in third
+    usage = answer["usage"]
+    read = sum(scripted.jobs[1].lengths)
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= read - 5
+
+
 def test_a_base_that_cannot_call_tools_is_refused(base_path, adapter_path, kmerge, tmp_path):
     silent = copy_base(base_path, tmp_path / "silent", CHATML)
     deaf = copy_base(base_path, tmp_path / "deaf", "{#- <tool_call> tool_call.name -#}" + CHATML)
