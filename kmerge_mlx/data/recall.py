@@ -180,7 +180,7 @@ class RecallTask(Task):
     sizes: Mapping[str, int] = field(default_factory=dict)  # rows by split, where not the default
 
     name: ClassVar[str] = "recall"
-    rows: ClassVar[Mapping[str, int]] = {"train": 10_000, "valid": 200, "test": 500}
+    rows: ClassVar[Mapping[str, int]] = {"train": 5_000, "valid": 200, "test": 500}
 
     def draw(self, split: str, index: int) -> tuple[Fact, str]:
         """Draws one document of a split, whatever was drawn before, and what is asked of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from kmerge_mlx.errors import PromptError
+from kmerge_mlx.errors import PromptError, SettingsError
 from kmerge_mlx.prompts.segments import Segment, add, merged_text
 from kmerge_mlx.prompts.tags import Span
 
@@ -77,7 +77,9 @@ KINDS: dict[str, re.Pattern[str]] = {
 
 def kinds_of(asked: Sequence[str]) -> tuple[str, ...]:
     """The kinds that a setting asks for, where ``none`` alone stands for none of them."""
-    return () if [*asked] == [NONE] else tuple(asked)
+    if NONE in asked and len(asked) > 1:
+        raise SettingsError(f"`keep` is {','.join(asked)}, and {NONE} stands alone")
+    return tuple(kind for kind in asked if kind != NONE)
 
 
 def cut(spans: Iterable[Span], outside: bool, kinds: Sequence[str]) -> list[Span]:

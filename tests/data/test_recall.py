@@ -7,10 +7,13 @@ import re
 from collections import Counter
 
 import pytest
+import yaml
 
 from kmerge_mlx.data.recall import RecallTask
 from kmerge_mlx.errors import SettingsError
+from kmerge_mlx.train.settings import TrainSettings
 from tests.cli_runner import run
+from tests.doc_blocks import ROOT
 
 ASKED = {
     r"What is the access code of the (.*)\?": r"The access code of the {} is (\d{{5}})\.",
@@ -84,3 +87,14 @@ def test_the_command_writes_what_is_drawn(tmp_path):
     ]
     with pytest.raises(SettingsError, match="nothing to write"):
         RecallTask(sizes={"train": 0, "valid": 0, "test": 0}).write(tmp_path / "none")
+
+
+def test_the_two_trainings_of_the_example_differ_in_what_they_keep_alone():
+    printed = {}
+    for path in sorted((ROOT / "examples" / "recall").glob("*.yaml")):
+        result = run("train", "-c", path, "--print-config")
+        assert result.code == 0, result.err
+        printed[path.stem] = yaml.safe_load(result.out)
+        assert TrainSettings.of(printed[path.stem]).task == "recall"
+    assert printed["plain"] | {"keep": ["numbers", "code"]} == printed["keep"]
+    assert printed["plain"]["keep"] == []
