@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
 import pytest
 
+from kmerge_mlx.prompts.keep import KINDS
 from tests.conftest import UPSTREAM
 from tests.doc_blocks import ROOT, Sandbox, blocks
 
@@ -74,3 +76,14 @@ def test_the_memory_table_prints_nothing_but_its_cells(run):
     script = ROOT / "benchmarks" / "train_table.py"
     out = run(sys.executable, script, "--model", UPSTREAM / "base", "--length", 300)
     assert re.fullmatch(r"\| base \| 4 \| 300 \| 1 \| no \| \d+\.\d\d GB \|", out.splitlines()[-1])
+
+
+def test_the_table_of_what_is_kept_has_a_line_for_each_kind(run, tmp_path):
+    row = {"context": "One 12 two three 3.14 four five. " * 4, "prompt": "?", "completion": "A"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    script = ROOT / "benchmarks" / "keep_ratio.py"
+    lines = run(sys.executable, script, "--model", UPSTREAM / "base", tmp_path).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[2:5] for line in lines}
+    ratio = {label: float(found[1].strip(" x")) for label, found in list(cells.items())[2:]}
+    assert [*ratio] == ["nothing", *KINDS, "all"]
+    assert ratio["numbers"] == ratio["all"] < ratio["nothing"] == ratio["emails"]

@@ -90,4 +90,6 @@ def _report_start(service: Service, url: str) -> None:
     merged = f"K={k}, merges {layout.merges}" if k > 1 else "nothing is merged"
     if k > 1 and layout.merges != "all":
         merged += f" of at least {layout.threshold} tokens"
+    if k > 1 and layout.keep:
+        merged += f" but {', '.join(layout.keep)}"
     note(f"Serving {provider.name} ({merged}) at {url}/v1")

@@ -56,18 +56,7 @@ _WHEN = (
     *("", " before noon", " last week", " after the rain", " in the evening", " at the weekend"),
     *(" without a word", " in great haste", " as usual", " for a friend"),
 )
-_VERBS = (
-    "retry",
-    "cache",
-    "upload",
-    "session",
-    "queue",
-    "batch",
-    "index",
-    "token",
-    "login",
-    "sync",
-)
+_VERBS = ("retry", "cache", "upload", "session", "queue", "batch", "index", "token", "login")
 _NOUNS = ("limit", "delay", "size", "timeout", "window", "count", "depth", "rate", "budget", "age")
 _UNITS = ("ms", "kb", "max", "min", "sec", "total", "per_day", "v2")
 _ROLES, _REGIONS = ("srv", "db", "web", "job", "log"), ("eu", "us", "ap", "sa", "af")

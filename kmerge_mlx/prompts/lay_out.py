@@ -157,11 +157,8 @@ def lay_out_spans(
     tokenizer: Any, spans: Sequence[Span], outside: bool, layout: Layout = DEFAULT_LAYOUT
 ) -> list[Segment]:
     """Splits a text without a chat template; ``outside``: spans that do not specify it merge."""
-    special, spans = (
-        wants_special_tokens(tokenizer, text_of(spans)),
-        cut(spans, outside, layout.keep),
-    )
-    return _segments(tokenizer, spans, outside, layout, special)
+    special = wants_special_tokens(tokenizer, text_of(spans))
+    return _segments(tokenizer, cut(spans, outside, layout.keep), outside, layout, special)
 
 
 def _segments(

@@ -39,7 +39,7 @@ if x:  # "quoted"
     pass
 ```]
 After it, [__init__] and a last one:
-[~~~
+[```
 what is never closed is code to its end.
 One more line]""",
     "urls": """\
@@ -78,6 +78,10 @@ def test_kinds_add_up_and_what_does_not_merge_is_not_searched():
     )
     assert kept(text, *KINDS) == (
         'The server ["srv-eu-7f3a"] of [Harlow] is at [http://10.0.0.1/x_y].'
+    )
+    fenced = "```\r\nx\r\n```\r\n"
+    assert kept(f"a\r\n{fenced}b 1", "code") == f"a\r\n[{fenced[:-2]}]\r\nb 1".replace(
+        "]\r\n", "\r]\n"
     )
     for merge, outside in ((False, True), (None, False)):
         assert cut([Span(text, merge)], outside, [*KINDS]) == [Span(text, merge)]
