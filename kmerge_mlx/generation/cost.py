@@ -87,13 +87,17 @@ def kv_bytes(cache: Sequence[Any]) -> int:
 
 
 def kv_bytes_at(model: nn.Module) -> Callable[[int], int]:
-    """Bytes of a model's KV cache by the number of positions read.
-
-    They follow from a cache that has read one position: a sliding window keeps no more than its
-    size, and the state of a linear layer has one size.
-    """
+    """Bytes of a model's KV cache by the number of positions read."""
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=cache))
+    return kv_bytes_from(cache)
+
+
+def kv_bytes_from(cache: Sequence[Any]) -> Callable[[int], int]:
+    """Bytes by the number of positions, as they follow from a cache that has read one of them.
+
+    A sliding window keeps no more than its size, and the state of a linear layer has one size.
+    """
     layers = list(_layers(cache))
 
     def at(positions: int) -> int:

@@ -103,6 +103,7 @@ def lay_out_chat(
     options: Mapping[str, Any] | None = None,
     prefilled: bool = False,
     note: Note | None = None,
+    merge: bool | None = None,
 ) -> list[Segment]:
     """Splits a conversation into merged and raw segments.
 
@@ -120,6 +121,7 @@ def lay_out_chat(
         options: Further arguments of ``apply_chat_template`` (``tools``, for one).
         prefilled: Whether the last message is the beginning of the answer.
         note: Called with each long message of which nothing merges, and why; or None.
+        merge: Whether all of it merges, the template too, or nothing, whatever else specifies it.
 
     Returns:
         Segments whose ids, laid end to end, are those of the rendered conversation.
@@ -130,6 +132,11 @@ def lay_out_chat(
             merges; template options without a template.
     """
     options, given = options or {}, _parsed_messages(messages)
+    if merge is not None:  # the same texts, with nothing specified
+        layout = replace(layout, merges=ALL)
+        for message in given:
+            text = text_of(message["content"])
+            message["content"] = [Span(text)] * bool(text)
     users = [i for i, message in enumerate(given) if message["role"] == "user"]
     specified = any(span.merge is not None for message in given for span in message["content"])
     for i, message in enumerate(given):
@@ -137,7 +144,7 @@ def lay_out_chat(
         message["content"], why = by_layout(tokenizer, message["content"], role, last, layout)
         if why and note is not None:
             note(f"messages[{i}] ({role})", why)
-    outside = layout.merges == ALL
+    outside = layout.merges == ALL if merge is None else merge
     if not (layout.chat_template and tokenizer.has_chat_template):
         if named := [name for name, value in options.items() if value]:
             said = f"{', '.join(named)}: needs a chat template, and none is applied"

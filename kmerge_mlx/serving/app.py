@@ -7,10 +7,12 @@ import hmac
 import re
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from ipaddress import ip_address
 from threading import Thread
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -24,10 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
 from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, body_too_large, event
 from kmerge_mlx.serving.connection import MOST_HEAD_BYTES, Connection, note_refusal
+from kmerge_mlx.serving.page import HEADERS, PAGE
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
 
 _LEFT = 499  # nginx's status for a client that left; only the metrics show it
+_JSON = [(b"content-type", b"application/json")]
 _STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 _STREAM += [(b"x-accel-buffering", b"no")]  # nginx would hold the pieces back
 
@@ -70,7 +74,16 @@ def make_app(service: Service) -> ASGIApp:
     async def complete(request: Request) -> Response:
         chat = request.scope["path"].endswith("/chat/completions")
         _check_body(request, service.settings)
-        return _Completing(service, request, chat)
+        return _Answering(request, partial(service.answer, chat=chat), service.settings, _STREAM)
+
+    @post("/v1/layout")
+    async def layout(request: Request) -> Response:
+        _check_body(request, service.settings)
+        return _Answering(request, service.lay_out, service.settings, _JSON)
+
+    @get("/")
+    async def page() -> Response:
+        return Response(PAGE, headers=HEADERS, media_type="text/html")
 
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
         scope["path"] = _without_slashes(scope["path"])
@@ -132,12 +145,16 @@ def _is_ours(host: str, settings: ServeSettings) -> bool:
 
     A web page may let its own name stand for this machine (DNS rebinding), but no address.
     """
-    if not host:
-        return True  # HTTP/1.0: no browser
+    # Without one it is HTTP/1.0, and no browser.
+    return not host or "*" in settings.allowed_hosts or _is_named(host, settings)
+
+
+def _is_named(host: str, settings: ServeSettings) -> bool:
+    """Whether a Host is an address, or a name that is known to be this server's."""
     name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]").lower()
     machine = socket.gethostname()
     own = ["localhost", settings.host, machine, machine.partition(".")[0] + ".local"]
-    if name in map(str.lower, [*own, *settings.allowed_hosts]) or "*" in settings.allowed_hosts:
+    if name in map(str.lower, [*own, *settings.allowed_hosts]):
         return True
     try:
         return bool(ip_address(name))
@@ -145,13 +162,20 @@ def _is_ours(host: str, settings: ServeSettings) -> bool:
         return False
 
 
+def _is_own_page(origin: str, request: Request, settings: ServeSettings) -> bool:
+    """Whether a request comes from the server's own page, by a name that is known to be its own."""
+    host = request.headers.get("Host", "")
+    return bool(host) and origin.partition("://")[2] == host and _is_named(host, settings)
+
+
 async def _check_client(service: Service, request: Request) -> None:
     """A page in a browser names its origin; other clients send a key."""
     origin, allowed = request.headers.get("Origin"), service.settings.allowed_origins
-    if origin is not None and origin not in allowed and "*" not in allowed:
+    own = origin is not None and _is_own_page(origin, request, service.settings)
+    if not (origin is None or own or origin in allowed or "*" in allowed):
         message = "this origin may not call the server: see --allowed-origins"
         raise ApiError(403, message, code="origin_not_allowed")
-    if service.key is None or request.scope["path"] == "/health":
+    if service.key is None or request.scope["path"] in ("/", "/health"):
         return
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
     same = hmac.compare_digest(given.strip().encode(), service.key.encode())
@@ -169,19 +193,33 @@ def _check_body(request: Request, settings: ServeSettings) -> None:
         raise body_too_large(settings.max_body_bytes)
 
 
-class _Completing(Response):
-    """Answers one completion; unlike FastAPI's responses it sees the client leave at any moment."""
+class _Answering(Response):
+    """Answers one request; unlike FastAPI's responses it sees the client leave at any moment.
 
-    def __init__(self, service: Service, request: Request, chat: bool):
+    Args:
+        request: The request.
+        answer: Makes the answer, as :meth:`Service.answer` does.
+        settings: The server's.
+        headers: Those of what is written piece by piece.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        answer: Callable[..., Awaitable[dict[str, Any] | None]],
+        settings: ServeSettings,
+        headers: list[tuple[bytes, bytes]],
+    ):
         super().__init__()
-        self.service, self.request, self.chat = service, request, chat
+        self.request, self.answer, self.settings = request, answer, settings
+        self.begun_with = {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection, begun, lock = scope["state"]["connection"], False, asyncio.Lock()
 
         async def put(message: Message) -> None:
             try:
-                async with asyncio.timeout(self.service.settings.read_timeout):
+                async with asyncio.timeout(self.settings.read_timeout):
                     await send(message)
             except TimeoutError:
                 raise ClientGone("the client does not read") from None
@@ -191,15 +229,15 @@ class _Completing(Response):
             body = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
             async with lock:  # a request may have several prompts
                 if not begun:
-                    await put({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                    await put(self.begun_with)
                     begun = True
                 await put(body)
 
         connection.answering = asyncio.current_task()
         try:
             try:
-                asked = (self.request.stream(), self.chat, connection.arrived)
-                whole = await self.service.answer(*asked, write)
+                asked = {"pieces": self.request.stream(), "arrived": connection.arrived}
+                whole = await self.answer(**asked, write=write)
                 await (write("", last=True) if begun else JSONResponse(whole)(scope, receive, put))
             except (ApiError, KMergeError) as error:
                 if not begun:

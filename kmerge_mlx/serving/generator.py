@@ -28,6 +28,7 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from kmerge_mlx.base import find_embedding
 from kmerge_mlx.errors import BlockTableFullError, ServeError, one_line_refusals
+from kmerge_mlx.generation.cost import kv_bytes_from
 from kmerge_mlx.generation.stream import compress, over_original_ids
 from kmerge_mlx.generation.structured import Follow, Grammar
 from kmerge_mlx.model import load_source, merged_embedding
@@ -133,10 +134,14 @@ class PinnedModel(host.ModelProvider):
             )
         caches = make_prompt_cache(model)
         self.is_batchable = all(hasattr(cache, "merge") for cache in caches)
+        mx.eval(model(mx.array([[0]]), cache=caches))
+        plain = quantized = kv_bytes_from(caches)
         if settings.kv_bits is not None:  # now, so that a request is not the first to fail
-            model(mx.array([[0]]), cache=caches)
             with one_line_refusals():
                 maybe_quantize_kv_cache(caches, 0, settings.kv_group_size, settings.kv_bits)
+            quantized = kv_bytes_from(caches)
+        start = settings.quantized_kv_start
+        self.kv_bytes_at = lambda count: (quantized if count >= start else plain)(count)
         self.model, self.own_tokenizer = model, tokenizer
         self.tokenizer = copy.copy(tokenizer)  # mlx-lm's
         self.tokenizer._detokenizer = _Textless()

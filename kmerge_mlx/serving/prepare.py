@@ -7,6 +7,7 @@ and characters before they are tokenized.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from kmerge_mlx.serving.answers import ApiError, body_too_large, busy, unfollowe
 from kmerge_mlx.serving.dates import Dates
 from kmerge_mlx.serving.expand import MOST_ROUNDS, MOST_TOKENS, NAME, messages_of, numbered
 from kmerge_mlx.serving.generator import PinnedModel
+from kmerge_mlx.serving.layout import Layouts
 from kmerge_mlx.serving.requests import ChatCompletion, Completion, read_completion
 
 MOST_BODIES = 4
@@ -57,6 +59,7 @@ class Preparer:
         self._places = asyncio.Semaphore(MOST_PREPARED)
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
+        self._layouts = Layouts(self.tokenizer, provider.source.k, provider.kv_bytes_at)
         self._schemas = Schemas(self.tokenizer)
         with suppress(ImportError, PromptError):  # a request with a schema is told
             self._schemas.read_vocabulary()
@@ -80,6 +83,10 @@ class Preparer:
             TimeoutError: The deadline has passed.
         """
         return await self._aside(partial(self._read, body, chat, deadline))
+
+    async def layout(self, body: bytearray, deadline: float) -> str:
+        """The JSON of how a request's prompt is read; see :meth:`prompts`."""
+        return await self._aside(partial(self._described, body, deadline))
 
     async def expanded(self, *asked: Any) -> tuple[ChatCompletion, list[Segment]]:
         """The next round of an answer, whose model asked for text: see :meth:`_expand`."""
@@ -122,11 +129,12 @@ class Preparer:
         return await asyncio.shield(here)
 
     def _read(
-        self, body: bytearray, chat: bool, deadline: float
+        self, body: bytearray, chat: bool | None, deadline: float
     ) -> tuple[Completion, list[list[Segment]]]:
         """A checked request, and its prompts laid out."""
         provider = self.provider
         completion = read_completion(bytes(body), chat, provider.names, provider.vocab_size)
+        chat = completion.chat
         if (schema := completion.answer_schema) is not None:
             completion.grammar = self._compiled(schema, chat)
         if chat:
@@ -146,9 +154,19 @@ class Preparer:
             prompts.append(self._fitting(lay_out, "prompt"))
         return completion, prompts
 
+    def _described(self, body: bytearray, deadline: float) -> str:
+        _, prompts = self._read(body, None, deadline)
+        if len(prompts) > 1:
+            message = f"prompt has {len(prompts)} prompts, expected one: a layout is of one"
+            raise ApiError(400, message, "prompt")
+        with self._tokenizer_lock:
+            made = self._layouts.describe(prompts[0])
+        known = {"object": "prompt.layout", "model": self.provider.name}
+        return json.dumps(known | made)
+
     def _read_chat(self, completion: ChatCompletion) -> tuple[ChatCompletion, list[Segment]]:
         """A conversation laid out; with ``expand``, if it is to be offered and something merges."""
-        if self.settings.expand:
+        if self.settings.expand and completion.merge is None:
             functions = [tool.get("function", tool) for tool in completion.tools]
             if any(isinstance(f, dict) and f.get("name") == NAME for f in functions):
                 message = f"tools has a function {NAME}, which is the server's own: rename it"
@@ -235,7 +253,8 @@ class Preparer:
         options |= {"tools": tools} if (tools := completion.offered_tools) else {}
         messages = completion.messages
         layout = replace(self.provider.layout, date=self._dates.of(messages), keep=keep)
-        return lay_out_chat(self.tokenizer, messages, layout, options, note=self._note_once)
+        how = {"note": self._note_once, "merge": completion.merge}
+        return lay_out_chat(self.tokenizer, messages, layout, options, **how)
 
     def _lay_out(self, prompt: str | list[int], merge: bool | None) -> list[Segment]:
         layout = self.provider.layout

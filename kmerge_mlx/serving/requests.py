@@ -146,6 +146,7 @@ class Completion(_Part):
     n: Literal[1] = 1
     best_of: Literal[1] = 1
     echo: Literal[False] = False
+    merge: bool | None = None
     _grammar: Grammar | None = None
 
     @property
@@ -177,7 +178,6 @@ class TextCompletion(Completion):
     """A request to ``/v1/completions``."""
 
     prompt: Annotated[Any, BeforeValidator(_prompts)]
-    merge: bool | None = None
 
 
 class ChatCompletion(Completion):
@@ -226,10 +226,13 @@ def read_json(raw: bytes) -> Any:
             gc.enable()
 
 
-def read_completion(raw: bytes, chat: bool, names: Sequence[str], vocab_size: int) -> Completion:
+def read_completion(
+    raw: bytes, chat: bool | None, names: Sequence[str], vocab_size: int
+) -> Completion:
     """Reads and checks the body of a request to a model of these names; an ApiError names a field.
 
-    The first of the names is the one that the model is called by.
+    The first of the names is the one that the model is called by. ``chat`` None: it is a
+    conversation if it has messages.
     """
     try:
         body = read_json(raw)
@@ -239,6 +242,7 @@ def read_completion(raw: bytes, chat: bool, names: Sequence[str], vocab_size: in
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {short(body)}, expected a JSON object")
     _check_supported(body)
+    chat = "messages" in body if chat is None else chat
     try:
         completion = (ChatCompletion if chat else TextCompletion).model_validate(body)
     except ValidationError as error:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -128,25 +128,47 @@ class Service:
         Raises:
             ApiError: It is refused, or took too long.
         """
-        admitted, seconds = 0, self.settings.request_timeout
+        admitted = 0
         try:
-            async with asyncio.timeout_at(arrived + seconds):
+            async with self._in_time(arrived) as deadline:
                 async with self.preparer.body(pieces) as body:
-                    if self.draining:
-                        raise busy(503, "the server is shutting down", "shutting_down")
-                    self._admit(1)
+                    self._enter()
                     admitted = 1
-                    deadline = arrived + seconds
                     completion, prompts = await self.preparer.prompts(body, chat, deadline)
                 del body  # it may be large, and an answer takes long
                 self._admit(len(prompts) - 1)
                 admitted = len(prompts)
                 return await self._generate_all(completion, prompts, arrived, write)
+        finally:
+            self.in_flight -= admitted
+
+    async def lay_out(
+        self, pieces: AsyncIterator[bytes], arrived: float, write: Callable[[str], Awaitable[None]]
+    ) -> None:
+        """Answers how a request's prompt is read; see :meth:`answer`."""
+        # What it holds is let go once the client has its answer, which may be large.
+        async with self._in_time(arrived) as deadline, self.preparer.body(pieces) as body:
+            self._enter()
+            try:
+                await write(await self.preparer.layout(body, deadline))
+            finally:
+                self.in_flight -= 1
+
+    @asynccontextmanager
+    async def _in_time(self, arrived: float) -> AsyncIterator[float]:
+        """Gives the deadline of a request, and ends with an ApiError what goes on past it."""
+        seconds = self.settings.request_timeout
+        try:
+            async with asyncio.timeout_at(arrived + seconds):
+                yield arrived + seconds
         except TimeoutError:
             message = f"the answer took more than {seconds:g} s"
             raise ApiError(504, message, code="timeout") from None
-        finally:
-            self.in_flight -= admitted
+
+    def _enter(self) -> None:
+        if self.draining:
+            raise busy(503, "the server is shutting down", "shutting_down")
+        self._admit(1)
 
     def _admit(self, count: int) -> None:
         if self.in_flight + count > self._limit:

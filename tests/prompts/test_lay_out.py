@@ -91,6 +91,24 @@ def test_a_chat_template_stays_raw_around_the_context(template, context):
     assert len(merged) >= len(context.strip()) - 2  # a token on the border stays raw
 
 
+@pytest.mark.parametrize("template", [None, CHATML, TRIMMING, COUNTING])
+@pytest.mark.parametrize("merge", [True, False])
+def test_all_of_a_conversation_merges_or_none_of_it_with_the_ids_that_it_has_anyway(
+    template, merge
+):
+    tokenizer = tokenizer_with(template)
+    conversation = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": f" <merge>{TREE}</merge> <raw>exactly</raw> "},
+        {"role": "assistant", "content": "<raw>", "merge": not merge},
+    ]
+    (segment,) = lay_out_chat(tokenizer, conversation, Layout(ALL), merge=merge)
+    assert (segment.merge, segment.ids) == (
+        merge,
+        ids_of(lay_out_chat(tokenizer, plain_messages(conversation), Layout(ALL))),
+    )
+
+
 def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
     tokenizer = tokenizer_with(CHATML)
     (segment,) = lay_out(tokenizer, "Tree: JN", None, ChatTemplate(), Layout(ALL))

@@ -88,7 +88,7 @@ def test_a_request_that_is_malformed_gets_its_status(alive):
 
 def test_another_route_is_a_404_and_another_method_a_405(alive):
     for method, path, status in (
-        *(("GET", "/", 404), ("POST", "/v1/embeddings", 404), ("PATCH", "/nowhere", 404)),
+        *(("GET", "/v1", 404), ("POST", "/v1/embeddings", 404), ("PATCH", "/nowhere", 404)),
         *(("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)),
         *(("DELETE", "/v1/models/x", 405), ("GET", "/v1/models/x", 404)),
     ):

@@ -289,6 +289,10 @@ def test_where_nothing_merges_or_tools_are_off_the_prompt_is_as_without(scripted
     answer = scripted.ask("so", tool_choice="none", tools=[LOOK]).json
     assert "@and\n@" in prompt()
     assert answer["usage"]["expansions"] == 0
+    scripted.ask("so", merge=False)  # nothing merges; and with true, an expansion would merge again
+    assert FIRST in prompt()
+    scripted.ask("so", merge=True)
+    assert "@" in prompt()
     scripted.answers, scripted.jobs[:] = [call(segment=1)], []
     answer = scripted.server.complete(prompt=QUESTION, max_tokens=500).json
     assert "@and\n@" in prompt()
