@@ -124,6 +124,8 @@ class Preparer:
 
         here = asyncio.wrap_future(done)
         here.add_done_callback(lambda _: self._places.release())
+        # If nobody waits any more, asyncio would log its error as one that was overlooked.
+        here.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Not one of a pool: Python waits for those before it ends.
         Thread(target=run, name="prepare", daemon=True).start()
         return await asyncio.shield(here)

@@ -1,4 +1,4 @@
-"""/v1/layout says what the same request would read; its texts are the prompt's, its counts usage's."""
+"""/v1/layout says what the same request would read: the counts are usage's, the text is whole."""
 
 from __future__ import annotations
 
