@@ -26,9 +26,10 @@ _OTHER_FILES = 256  # open beside the connections, of which as many again may be
 def serve(settings: ServeSettings) -> None:
     """Serve an OpenAI-compatible API over merged prompts.
 
-    mlx-lm's engine with one pinned model: /v1/chat/completions, /v1/completions, /v1/models,
-    /health and /metrics. Tags <merge> and <raw> in a text, or "merge" beside a message's content,
-    decide what merges. Ctrl-C or SIGTERM lets the requests in flight end first.
+    mlx-lm's engine with one pinned model: /v1/chat/completions, /v1/completions, /v1/layout,
+    /v1/models, /health and /metrics, and a page in which to ask it. Tags <merge> and <raw> in a
+    text, or "merge" beside a message's content, decide what merges. Ctrl-C or SIGTERM lets the
+    requests in flight end first.
 
     \b
     Examples:
@@ -93,3 +94,4 @@ def _report_start(service: Service, url: str) -> None:
     if k > 1 and layout.keep:
         merged += f" but {', '.join(layout.keep)}"
     note(f"Serving {provider.name} ({merged}) at {url}/v1")
+    note(f"To ask it in a browser: {url}")

@@ -85,6 +85,12 @@ def make_app(service: Service) -> ASGIApp:
     async def page() -> Response:
         return Response(PAGE, headers=HEADERS, media_type="text/html")
 
+    return _counted(app, service)
+
+
+def _counted(app: FastAPI, service: Service) -> ASGIApp:
+    """An app that answers who calls it by one of its names, and counts every request."""
+
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
         scope["path"] = _without_slashes(scope["path"])
         status, request = _LEFT, Request(scope)

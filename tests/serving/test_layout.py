@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from tests.servers import Address, eventually, serving
 from tests.tiny import UPSTREAM
 from tests.vocabularies import ENDS, MAKERS, base_with
 
+ROOT = Path(__file__).parents[2]
 TEXT = "Tree: JN\n+WO\n++UP, Task: Parent/Child Relationship, Parent: JN, Child: WO, Answer: "
 BYTES = "caf\u00e9 \u65e5\u672c\u8a9e \U0001f389 end"
 PARTS = [{"type": "text", "text": TEXT, "merge": True}, {"type": "text", "text": "\n\nIs it?"}]
@@ -124,6 +128,14 @@ def test_kv_bytes_are_of_a_cache_that_has_read_the_prompt(start):
         segments = [Segment(list(tokenizer.encode(TEXT)), merge)]
         reading = time_reading(model, lambda s=segments: compress(model, tokenizer, s), **options)
         assert (reading.positions, reading.kv_bytes) == (one["compressed_tokens"], one["kv_bytes"])
+
+
+def test_the_example_of_the_docs_is_what_the_bundled_model_gets():
+    text = (ROOT / "docs" / "serving.md").read_text()
+    (body,) = re.findall(r"v1/layout -d '(.*?)'", text)
+    (answer,) = re.findall(r'^{"object": "prompt.layout".*?\]}$', text, re.DOTALL | re.MULTILINE)
+    with serving("bundled", "bundled", 4) as server:
+        assert layout(server, json.loads(body)) == json.loads(answer)
 
 
 def test_without_an_adapter_nothing_merges(base_path):

@@ -51,7 +51,10 @@ def test_sigterm_lets_requests_in_flight_end_and_refuses_new_ones(model):
         assert "retry-after" in refused.headers
         assert [future.result(PATIENCE).status for future in asked] == [200] * 2
         assert server.wait() == 0
-    assert server.said[1:] == ["Ending: requests in flight end first (again: at once)"]
+    assert server.said[1:] == [
+        f"To ask it in a browser: http://127.0.0.1:{address.port}",
+        "Ending: requests in flight end first (again: at once)",
+    ]
 
 
 @pytest.mark.parametrize("drain", [0.2, 500])
