@@ -264,7 +264,7 @@ def test_compare_shows_both_answers_with_their_times_tokens_and_bytes(driver, se
     page.answered()
     assert page.texts(".said") == [ANSWER, ANSWER]
     titles = page.texts(".card h2")
-    assert titles == ["Merges: the server's choice", "Uncompressed"]
+    assert titles == ["Merged", "Uncompressed"]
     merged, plain = (page.figures(f".card:nth-of-type({n})") for n in (1, 2))
     assert merged.keys() == plain.keys() >= {"KV cache", "first token", "whole answer"}
     tokens, positions = map(number, merged["tokens \u2192 positions"].split(" \u2192 "))
