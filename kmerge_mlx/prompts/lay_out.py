@@ -121,7 +121,7 @@ def lay_out_chat(
         options: Further arguments of ``apply_chat_template`` (``tools``, for one).
         prefilled: Whether the last message is the beginning of the answer.
         note: Called with each long message of which nothing merges, and why; or None.
-        merge: Whether all of it merges, the template too, or nothing, whatever else specifies it.
+        merge: Whether all of it merges (but what the layout keeps), or nothing, whoever says else.
 
     Returns:
         Segments whose ids, laid end to end, are those of the rendered conversation.
@@ -132,11 +132,8 @@ def lay_out_chat(
             merges; template options without a template.
     """
     options, given = options or {}, _parsed_messages(messages)
-    if merge is not None:  # the same texts, with nothing specified
-        layout = replace(layout, merges=ALL)
-        for message in given:
-            text = text_of(message["content"])
-            message["content"] = [Span(text)] * bool(text)
+    if merge is not None:
+        layout, given = replace(layout, merges=ALL), _unspecified(given)
     users = [i for i, message in enumerate(given) if message["role"] == "user"]
     specified = any(span.merge is not None for message in given for span in message["content"])
     for i, message in enumerate(given):
@@ -179,6 +176,12 @@ def _segments(
 def _filled(spans: Iterable[Span], merge: bool) -> list[Span]:
     """Spans, with a default for those that tags do not decide."""
     return [replace(span, merge=merge) if span.merge is None else span for span in spans]
+
+
+def _unspecified(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are spans, with one that specifies nothing in their place."""
+    texts = [(message, text_of(message["content"])) for message in messages]
+    return [{**message, "content": [Span(text)] * bool(text)} for message, text in texts]
 
 
 def _parsed_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

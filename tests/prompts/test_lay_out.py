@@ -109,6 +109,16 @@ def test_all_of_a_conversation_merges_or_none_of_it_with_the_ids_that_it_has_any
     )
 
 
+def test_what_the_layout_keeps_stays_raw_where_all_else_of_a_conversation_merges():
+    tokenizer, layout = tokenizer_with(CHATML), Layout(keep=("numbers",))
+    conversation = [{"role": "user", "content": f"{TREE} and 1234 of them, as they were"}]
+    segments = lay_out_chat(tokenizer, conversation, layout, merge=True)
+    assert [segment.merge for segment in segments] == [True, False, True]
+    assert "1234" in tokenizer.decode(segments[1].ids)
+    (segment,) = lay_out_chat(tokenizer, conversation, layout, merge=False)
+    assert not segment.merge
+
+
 def test_a_template_merges_with_a_context_alone_where_the_layout_says_so():
     tokenizer = tokenizer_with(CHATML)
     (segment,) = lay_out(tokenizer, "Tree: JN", None, ChatTemplate(), Layout(ALL))
