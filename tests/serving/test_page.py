@@ -173,7 +173,7 @@ def answers(monkeypatch):
 @pytest.fixture
 def slowly(monkeypatch):
     """Tokens come one at a time, as a large model's do: seconds of each."""
-    following, pause = Job.next, {"seconds": 0.05}
+    following, pause = Job.next, {"seconds": 0.3}
 
     async def next_(job: Job) -> Any:
         await asyncio.sleep(pause["seconds"])
@@ -203,6 +203,7 @@ def test_an_answer_streams_is_text_whatever_it_says_and_can_be_stopped(
     page.wait(lambda: page.text("#status") == "Stopped.")
     assert len(page.text(".said")) < len(ANSWER)
     eventually(lambda: server.metric("requests_in_flight") == 0)
+    slowly["seconds"] = 0
     page.click("ask")
     page.answered()
     assert page.text(".said") == ANSWER
@@ -282,7 +283,6 @@ def test_it_says_that_the_server_is_away_and_goes_on_when_it_is_back(
     with serving(base_path, adapter_path, **LAYOUT) as server:
         answers(server)
         server.server.service.drain = lambda seconds: None  # it waits for no answer
-        slowly["seconds"] = 0.2  # longer than the server waits for its connections
         page = Page(driver, server)
         page.write()
         page.click("ask")
@@ -376,8 +376,8 @@ def test_the_keyboard_alone_suffices(driver, server, answers):
 def test_a_long_document_is_shown_in_part_and_says_how_much_is_not(driver, server, monkeypatch):
     monkeypatch.setattr(server.server.service.provider.model, "context_length", 10**6)
     page = Page(driver, server)
-    page.write("Parent: JN, Child: WO\n" * 8_500)
     page.slide(2)
+    page.write("Parent: JN, Child: WO\n" * 8_500)
     page.wait(lambda: page.texts(".more") and page.text("#positions").endswith(QUESTION))
     tokens, positions = map(
         number, page.figures("#prompt")["tokens \u2192 positions"].split(" \u2192 ")
