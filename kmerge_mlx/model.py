@@ -25,6 +25,7 @@ from kmerge_mlx.config import MAX_BLOCKS, is_int
 from kmerge_mlx.encoder import Encoder, MergeEncoder
 from kmerge_mlx.errors import AdapterError, ModelError, findings, first_line
 from kmerge_mlx.files import check_memory
+from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.prompts.segments import MergedText
 from kmerge_mlx.source import Source, check_unmerged
 from kmerge_mlx.virtual_tokens import MergedEmbedding
@@ -162,16 +163,20 @@ def attach(
     pad_token_id: int,
     name: str = "the base model",
     max_blocks: int = MAX_BLOCKS,
+    encoder: Encoder | None = None,
 ) -> None:
-    """Puts an adapter on a freshly loaded base model, in place, ready to generate."""
-    own = None
-    if adapter.encoder_folder is not None:
+    """Puts an adapter on a freshly loaded base model, in place, ready to generate.
+
+    An ``encoder`` with its weights takes the place of the adapter's own.
+    """
+    own = encoder
+    if own is None and adapter.encoder_folder is not None:
         own = window_encoder.load(
             adapter.merge.encoder, adapter.encoder_folder, adapter.encoder_weights
         )
     merged = wire(model, adapter.merge, adapter.tuning, pad_token_id, name, max_blocks, own)
     found = (adapter.tuning_weights, adapter.encoder_weights, adapter.head_weights)
-    tuned, encoder, head = found
+    tuned, weights, head = found
     problems = lora.tensor_problems(_tuned(model, adapter.merge, adapter.tuning), tuned)
     carrier = _head(model, merged)
     if adapter.merge.head_lora is not None:
@@ -181,7 +186,7 @@ def attach(
     model.load_weights(list(tuned.items()), strict=False)
     carrier.load_weights(list(head.items()), strict=False)
     if isinstance(merged.encoder, MergeEncoder):  # its shapes were checked where its file was read
-        merged.encoder.load_weights(list(encoder.items()))
+        merged.encoder.load_weights(list(weights.items()))
     mx.eval(found)
     if own is not None:
         mx.eval(own.parameters())
@@ -253,6 +258,8 @@ def adapter_of(model: nn.Module, merge: MergeConfig, tuning: Tuning) -> Adapter:
     encoder, folder = merged.encoder, None
     if isinstance(encoder, WindowEncoder):
         encoder, folder = encoder.projection, encoder.folder
+    if isinstance(encoder, MultiEncoder):
+        encoder = encoder.of(merge.merge_factor)
     encoder = {} if encoder is None else dict(tree_flatten(encoder.parameters()))
     head = {} if merge.head_lora is None else _lora_parts(_head(model, merged))
     return Adapter(merge, tuning, _tuned(model, merge, tuning), encoder, head, folder)

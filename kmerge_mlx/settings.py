@@ -7,10 +7,11 @@ The settings of a command are a frozen dataclass below :class:`Settings`, and ea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
@@ -18,6 +19,7 @@ from kmerge_mlx.errors import SettingsError, findings, short
 from kmerge_mlx.prompts.keep import KINDS, NONE
 from kmerge_mlx.prompts.policy import MERGES
 
+INTS = "ints"  # the kind of a whole number, or of an ascending list of them, such as 2,4,8
 SIZE = "size"  # the kind of a number of bytes: a whole number, or text such as 4GB
 MAX_INT = 2**63 - 1  # the largest whole number that arrays, seeds and files can hold
 
@@ -29,6 +31,7 @@ _WORDS = {
     str: "text",
     dict: "a mapping",
     list: "a list",
+    INTS: "a whole number, or several ascending ones such as 2,4,8",
     SIZE: "bytes, such as 4GB",
 }
 
@@ -37,7 +40,7 @@ _WORDS = {
 class Option:
     """A setting, without its name and default."""
 
-    kind: type | str  # int, float, bool, str, SIZE, list (a flag takes commas), dict (JSON)
+    kind: type | str  # int, float, bool, str, INTS, SIZE, list (a flag takes commas), dict (JSON)
     help: str  # one sentence
     low: float | None = None  # smallest value
     high: float | None = None  # largest value
@@ -169,20 +172,28 @@ def _problems(field_: Field, value: Any) -> Iterator[str]:
             some = "some" if own.kind is list else "one"
             expected = f"{some} of {choices}" if choices else _WORDS[own.kind]
             yield f"{name} is {short(each)}, expected {expected}"
-        elif own.low is not None and each < own.low:
+        elif own.low is not None and _ends(each)[0] < own.low:
             yield f"{name} is {each}, expected at least {own.low}"
-        elif high is not None and each > high:
+        elif high is not None and _ends(each)[-1] > high:
             yield f"{name} is {short(each)}, expected at most {high}"
         # Bytes of the command line that are not text come as lone surrogates.
         elif isinstance(each, str) and re.search("[\ud800-\udfff]", each):
             yield f"{name} is not UTF-8"
 
 
+def _ends(value: Any) -> Sequence[Any]:
+    """A value between its smallest and its largest number: itself, where it is one."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def _is_kind(kind: type | str, value: Any) -> bool:
-    if kind is int:
-        return is_int(value, -(2**63))
     if kind is float:
         return is_number(value)
+    if kind == INTS and isinstance(value, list | tuple):
+        whole = len(value) > 1 and all(is_int(each, -(2**63)) for each in value)
+        return whole and all(one < two for one, two in pairwise(value))
+    if kind in (int, INTS):
+        return is_int(value, -(2**63))
     if kind == SIZE:
         return is_int(value) or (isinstance(value, str) and bool(_SIZE.fullmatch(value.strip())))
     return isinstance(value, list | tuple if kind is list else kind)

@@ -21,7 +21,7 @@ LAYERS = [
     {"settings"},
     {"adapters", "data"},
     {"base", "encoder"},
-    {"virtual_tokens", "window_encoder", "source"},
+    {"virtual_tokens", "window_encoder", "multi_encoder", "source"},
     {"model", "convert"},
     {"generation"},
     {"train", "serving"},

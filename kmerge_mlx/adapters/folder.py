@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,21 @@ def check_plain_encoder(merge: MergeConfig, what: str) -> None:
             f"the merge encoder is quantized to {packing.bits} bits, and cannot be {what}: take "
             "the adapter that it was made from"
         )
+
+
+def share_tuning(adapters: Sequence[Adapter]) -> bool:
+    """Whether all adapters change the base alike, to the bit, and so differ in their encoders."""
+    first, *others = adapters
+    return all(
+        (other.tuning, other.merge.head_lora) == (first.tuning, first.merge.head_lora)
+        and mine.keys() == theirs.keys()
+        and all(mx.array_equal(array, theirs[name]).item() for name, array in mine.items())
+        for other in others
+        for mine, theirs in (
+            (first.tuning_weights, other.tuning_weights),
+            (first.head_weights, other.head_weights),
+        )
+    )
 
 
 def load_adapter(path: str | Path, k: int | None = None) -> Adapter:

@@ -19,6 +19,7 @@ from kmerge_mlx.prompts.chat_template import ChatTemplate, needs_template, now
 from kmerge_mlx.prompts.keep import check_keep
 from kmerge_mlx.prompts.policy import Layout, chosen
 from kmerge_mlx.settings import (
+    INTS,
     SIZE,
     CacheSettings,
     LayoutSettings,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 MAX_YAML_BYTES, MAX_ALIASES = 1 << 20, 20
 
-_METAVARS = {int: "N", float: "X", str: "TEXT", SIZE: "SIZE", list: "A,B", dict: "JSON"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", INTS: "N[,N]", SIZE: "SIZE"}
+_METAVARS |= {list: "A,B", dict: "JSON"}
 
 _DEVICE = {
     "the memory ran out": ("OutOfMemory", "Insufficient Memory", "malloc", "allocate"),
@@ -179,8 +181,10 @@ def _read(field: Field, value: Any) -> Any:
     kind = option_of(field).kind
     if kind is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    if kind == SIZE and value.isdecimal():
+    if kind in (INTS, SIZE) and value.isdecimal() and len(value) < 20:
         return int(value)
+    if kind == INTS and re.fullmatch(r" *\d{1,9} *(, *\d{1,9} *)+", value):
+        return [int(part) for part in value.split(",")]
     if kind is dict:
         try:
             return json.loads(value)

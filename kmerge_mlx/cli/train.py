@@ -135,8 +135,14 @@ class TrainingBar:
 
     def on_val_loss_report(self, now: dict[str, Any]) -> None:
         kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
+        each = [
+            f"K={k} {now[f'val_loss_k{k}']:.3f}"
+            for k in self._run.merges
+            if f"val_loss_k{k}" in now
+        ]
         told = (
-            f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{kl}, "
+            f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}"
+            f"{' (' * bool(each)}{', '.join(each)}{')' * bool(each)}{kl}, "
             f"Accuracy {now['val_accuracy']:.2%} "
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
@@ -167,6 +173,8 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
     elif state.finished:
         lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
     command = ["kmerge-mlx", "generate", "--model", run.settings.model, "--adapter-path", best]
+    if len(ks := run.settings.ks) > 1:
+        command += ["--k", ks[-1]]
     command += ["--trust-remote-code"] * run.settings.trust_remote_code
     # A FILE merges, and `-` is one: the line does something as it is, in any shell.
     lines += [
@@ -181,26 +189,31 @@ def _header(run: Run) -> str:
     from kmerge_mlx.model import adapter_of
     from kmerge_mlx.train.dataset import prompt_compression
 
-    state, settings, k = run.state, run.settings, run.merge.merge_factor
+    state, settings, ks = run.state, run.settings, run.settings.ks
     if state.finished or state.iteration >= settings.iters:
         more = "" if state.finished else ": a larger --iters goes on"
         return f"This run was over at iteration {state.iteration}{more}"
     start = f"Resuming at iteration {state.iteration}" if state.rng else "Starting"
     if settings.resume and not state.rng:
         start = f"{run.path} holds no run to resume: starting one"
-    adapter, stage = adapter_of(run.model, run.merge, run.tuning), run.stages[state.stage]
-    encoder = sum(array.size for array in adapter.encoder_weights.values()) / 1e6
+    adapters = [adapter_of(run.model, merge, run.tuning) for merge in run.merges.values()]
+    adapter, stage = adapters[0], run.stages[state.stage]
+    encoder = sum(array.size for a in adapters for array in a.encoder_weights.values()) / 1e6
     tuned = [*adapter.tuning_weights.values(), *adapter.head_weights.values()]
     tuned = f"{settings.fine_tune_type} {sum(array.size for array in tuned) / 1e6:.2f}M"
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
-    ratio, kind = prompt_compression(stage.train, k), getattr(run.model, "model_type", "base")
+    ratios, kind = (
+        [prompt_compression(stage.train, k) for k in ks],
+        getattr(run.model, "model_type", "base"),
+    )
+    factors, encoders = ",".join(map(str, ks)), "encoders" if len(ks) > 1 else "encoder"
     lines = [
-        f"{start}: {kind}, K={k}, encoder {encoder:.2f}M and {tuned} trainable",
+        f"{start}: {kind}, K={factors}, {encoders} {encoder:.2f}M and {tuned} trainable",
         f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}, prompts compressed "
-        f"{ratio:.2f}x",
+        f"{', '.join(f'{ratio:.2f}x' for ratio in ratios)}",
     ]
-    if k > 1 and ratio < LITTLE:
+    if ks[-1] > 1 and ratios[-1] < LITTLE:
         lines.append(
             "note: next to nothing of them merges: mark what should with <merge>, lower "
             "--merge-threshold, or give --merges all"

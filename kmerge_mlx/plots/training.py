@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.plots import COLOURS, plain_ticks, write
 from kmerge_mlx.train.checkpoint import TRAINING, read_log
+
+STYLES = (":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
+"""The lines of the Ks of a run for several."""
 
 
 def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] = ()) -> None:
@@ -24,6 +28,15 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         _line(losses, log, "val_loss", f"{label}validation", color=colour)
         _line(losses, log, "val_kl", f"{label}KL to the base", color=colour, linestyle="--")
         _line(accuracies, log, "val_accuracy", f"{label}accuracy", color=colour)
+        for name, text, axes in (
+            ("val_loss", "", losses),
+            ("val_accuracy", "accuracy, ", accuracies),
+        ):
+            each = {n for record in log for n in record if n.startswith(f"{name}_k")}
+            ks = sorted(int(n.removeprefix(f"{name}_k")) for n in each)
+            for k, style in zip(ks, cycle(STYLES)):
+                named = f"{label}{text}K={k}"
+                _line(axes, log, f"{name}_k{k}", named, color=colour, linestyle=style, alpha=0.6)
         measured = [r for r in log if {"val_accuracy", "val_balanced_accuracy"} <= r.keys()]
         if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in measured):
             balanced = f"{label}balanced accuracy"

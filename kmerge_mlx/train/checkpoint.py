@@ -1,6 +1,7 @@
 """Writes and reads the folder of a run, so that a run killed at any moment loses nothing.
 
-The folder holds the adapter as it is now, ``best/`` with the adapter of the best validation, and
+The folder holds the adapter as it is now (of several K: one in each of ``k2/``, ``k4/`` and so on),
+``best/`` with the adapter of the best validation, and
 ``training/`` with everything else that an exact resume needs, and the logs. It is written whole,
 beside the one that it replaces.
 """
@@ -33,6 +34,11 @@ STATE, TENSORS, ANSWERS = "state.json", "state.safetensors", "answers.json"
 LOG, TIMING = "log.jsonl", "timing.jsonl"
 """One JSON object a line: what a repeated run repeats to the bit, and its speed and memory."""
 FORMAT_VERSION = 1
+FOLDERS = "k[0-9]*"
+"""The folders of the adapters of a run for several K."""
+
+Adapters = Mapping[int, Adapter]
+"""By K."""
 
 _NEW = ("keep", "words")
 """Settings of no earlier release, whose files name all the others."""
@@ -120,37 +126,39 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
             f"{path} holds a run: give `resume` to go on with it, `force` to replace it, or "
             "another `adapter_path`"
         )
-    names = (*FILES, BEST, TRAINING)
-    files.check_destination(path, force, "adapter", names, TrainError, marker=MERGE_CONFIG)
+    names = (*FILES, BEST, TRAINING, FOLDERS)
+    marker = f"{TRAINING}/{STATE}" if there else MERGE_CONFIG
+    files.check_destination(path, force, "adapter", names, TrainError, marker=marker)
     return False
 
 
 def _check_plain(path: Path) -> None:
     """Refuses a run's folder, which may come from a stranger, that leads to files outside of it."""
-    inside = [(BEST,), (TRAINING,), *((name,) for name in FILES), *((BEST, n) for n in FILES)]
-    inside += [(TRAINING, name) for name in (STATE, TENSORS, ANSWERS, LOG, TIMING)]
-    for at in (path.joinpath(*names) for names in inside):
-        wanted = at.is_dir() if at.name in (BEST, TRAINING) else at.is_file()
+    folders = [path / BEST, path / TRAINING, *path.glob(FOLDERS), *path.glob(f"{BEST}/{FOLDERS}")]
+    inside = [folder / name for folder in (path, *folders) for name in FILES]
+    inside += [path / TRAINING / name for name in (STATE, TENSORS, ANSWERS, LOG, TIMING)]
+    for at in (*folders, *inside):
+        wanted = at.is_dir() if at in folders else at.is_file()
         if at.is_symlink() or (at.exists() and not wanted):
             raise TrainError(f"{at} is not what a run writes: `resume` takes no links or devices")
 
 
-def save(run: Run, adapter: Adapter, tensors: Mapping[str, mx.array], best: Adapter | None) -> None:
+def save(run: Run, adapters: Adapters, tensors: Mapping[str, mx.array], best: Adapters) -> None:
     """Writes a run's folder; the previous one stays until this one is whole.
 
-    ``best`` is the adapter of the best validation, or None where it is what it was.
+    ``best`` has the adapters of the best validation; it is empty where they are what they were.
     """
     path, state, old = run.path, run.state, run.path / TRAINING
     try:
         with files.replacing_folder(path) as folder:
-            write_adapter(adapter, folder)
-            if best is not None:
-                (folder / BEST).mkdir()
-                write_adapter(best, folder / BEST)
+            _write(adapters, folder)
+            if best:
+                _write(best, folder / BEST)
             elif state.best_score is not None and (path / BEST).is_dir():
-                (folder / BEST).mkdir()
-                for name in FILES:
-                    _link(path / BEST / name, folder / BEST / name)
+                for at in _folders(adapters, Path(BEST)).values():
+                    (folder / at).mkdir(parents=True, exist_ok=True)
+                    for name in FILES:
+                        _link(path / at / name, folder / at / name)
             training = folder / TRAINING
             training.mkdir()
             # A run that begins has no log: the one that --force replaces belongs to another run.
@@ -177,6 +185,18 @@ def _asked(settings: TrainSettings) -> dict[str, Any]:
     """The settings of a run; those of this release only where they were asked for."""
     saved, default = settings.saved(), TrainSettings().saved()
     return {n: v for n, v in saved.items() if n not in _NEW or v != default[n]}
+
+
+def _folders(adapters: Adapters, path: Path) -> dict[int, Path]:
+    """Where the adapters of a run lie, by K: one alone in the folder, several below it."""
+    return {k: path if len(adapters) == 1 else path / f"k{k}" for k in adapters}
+
+
+def _write(adapters: Adapters, path: Path) -> None:
+    for k, folder in _folders(adapters, path).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(adapters[k], folder)
+        files.flush(folder)
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], State, dict[str, mx.array]]:

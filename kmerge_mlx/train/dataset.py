@@ -37,12 +37,13 @@ def _row(settings: TrainSettings, tokenizer: Any, example: Example) -> Tokenized
     """An example as ids; raises KMergeError if it is too long, or shorter than a block."""
     row = tokenize(tokenizer, example, settings.layout())
     merged = sum(len(segment.ids) for segment in row.segments if segment.merge)
-    if 0 < merged < settings.k and not settings.layout().keep:
+    least, most = settings.ks[0], settings.ks[-1]  # what holds for these holds between them
+    if 0 < merged < most and not settings.layout().keep:
         raise DataError(
-            f"found {merged} tokens to merge, expected at least `k` = {settings.k}: leave the row "
+            f"found {merged} tokens to merge, expected at least `k` = {most}: leave the row "
             "out (`skip_bad`), or use a smaller K"
         )
-    length = num_positions(row, settings.k)
+    length = num_positions(row, least)
     if length > settings.max_seq_length:
         raise DataError(
             f"found {length:,} positions ({row.num_tokens:,} tokens), expected at most "
@@ -113,7 +114,7 @@ class TokenizedSet(Sequence[TokenizedExample]):
     def set_answer(self, index: int, answer_ids: Sequence[int]) -> None:
         """Gives an example the answer it lacks, cut to the longest row."""
         row = self._rows[index]
-        room = max(self._settings.max_seq_length - num_positions(row, self._settings.k), 1)
+        room = max(self._settings.max_seq_length - num_positions(row, self._settings.ks[0]), 1)
         self._rows[index] = TokenizedExample(row.segments, answer_ids[:room]).packed()
 
 

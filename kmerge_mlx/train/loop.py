@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,9 +45,15 @@ class Figures:
     balanced_accuracy: float
     kl: float | None = None  # from the teacher, nats, mean of an answer token
 
-    def named(self) -> dict[str, float]:
-        """The figures as mlx-lm names them: ``val_loss`` and so on."""
-        return {f"val_{n}": float(v) for n, v in vars(self).items() if v is not None}
+    @classmethod
+    def mean(cls, figures: Collection[Figures]) -> Figures:
+        """The mean over several K, each of which weighs the same."""
+        columns = zip(*(vars(f).values() for f in figures), strict=True)
+        return cls(*(None if None in c else sum(c) / len(c) for c in columns))
+
+    def named(self, after: str = "") -> dict[str, float]:
+        """The figures as mlx-lm names them: ``val_loss`` and so on, with ``after`` at the end."""
+        return {f"val_{n}{after}": float(v) for n, v in vars(self).items() if v is not None}
 
     @property
     def score(self) -> float:
@@ -134,7 +140,7 @@ class Trainer:
         self._run, self._settings, self._ranks = run, run.settings, run.ranks
         self._watchers = watchers if run.ranks.rank == 0 else ()
         self._engine = Engine(run)
-        self._best: Adapter | None = None
+        self._best: dict[int, Adapter] = {}
         self._saved = run.state.iteration
         self._stopping = self.stop_requested = False
         self._iterations, self._tokens, self._seconds = 0, 0, 0.0  # since the last report
@@ -158,23 +164,27 @@ class Trainer:
             self._save()
         elif self._ranks.rank == 0:
             cut_logs(self._run.path, state)
-        if state.iteration == 0 and self._validator is not None:
-            self._measure(self._validator)
+        if state.iteration == 0 and self._validators:
+            self._measure()
 
     def _enter_stage(self) -> None:
         """Opens a stage's data at the place where the run is."""
-        run, settings, k = self._run, self._settings, self._run.merge.merge_factor
+        run, settings = self._run, self._settings
         stage = self._stage = run.stages[run.state.stage]
         seed = (settings.seed % 2**32, run.state.stage)
+        # By length at the smallest K, whatever K a batch has: the order follows from the place.
+        k = settings.ks[0]
         self._rows = shuffled(stage.train, settings.batch_size, k, seed, run.state.place)
-        self._validator = None
+        self._validators = {}
         size = 0 if stage.valid is None else len(stage.valid)
         if settings.val_batches >= 0:
             size = min(size, settings.val_batches * settings.batch_size)
         if size:
-            make_batch = partial(self._engine.make_batch, split="valid")
             examples, b = [stage.valid[i] for i in range(size)], settings.batch_size
-            self._validator = Validator(run.model, examples, b, k, make_batch, self._ranks)
+            for k in run.merges:
+                make_batch = partial(self._engine.make_batch, split="valid", k=k)
+                made = Validator(run.model, examples, b, k, make_batch, self._ranks)
+                self._validators[k] = made
 
     def _iterate(self) -> None:
         settings, state, begin = self._settings, self._run.state, time.perf_counter()
@@ -193,8 +203,8 @@ class Trainer:
         self._seconds += time.perf_counter() - begin
         if sums[1]:
             self._report(*sums)
-        if self._validator is not None and (state.iteration % settings.steps_per_eval == 0 or over):
-            self._decide(self._measure(self._validator))
+        if self._validators and (state.iteration % settings.steps_per_eval == 0 or over):
+            self._decide(self._measure())
         self._stopping = self.stop_requested
         if self._ranks.size > 1:  # several machines ask each other only now and then
             self._stopping = reporting and self._ranks.any(self.stop_requested)
@@ -222,18 +232,22 @@ class Trainer:
         self._iterations, self._tokens, self._seconds = 0, 0, 0.0
         self._log("on_train_loss_report", record, timing)
 
-    def _measure(self, validator: Validator) -> Figures:
-        """Validates, logs it, and keeps the best adapter."""
-        state, begin = self._run.state, time.perf_counter()
-        figures = validator(partial(self._tell, "on_validation"))
+    def _measure(self) -> Figures:
+        """Validates each K, logs it, and keeps the best adapter by the mean over them."""
+        state, begin, found = self._run.state, time.perf_counter(), {}
+        for k, validator in self._validators.items():
+            found[k] = validator(partial(self._tell, "on_validation"))
+        figures = Figures.mean(found.values())
         if not math.isfinite(figures.score):
             self._diverged(f"the validation loss is {figures.score}")
         record = {"stage": self._stage.name, **figures.named()}
+        if len(found) > 1:
+            record |= {n: v for k, own in found.items() for n, v in own.named(f"_k{k}").items()}
         self._log("on_val_loss_report", record, {"val_time": time.perf_counter() - begin})
         state.stale += 1
         if state.best_score is None or figures.score < state.best_score:
             state.best_score, state.best_iteration, state.stale = figures.score, state.iteration, 0
-            self._best = self._adapter()
+            self._best = self._adapters()
         return figures
 
     def _decide(self, figures: Figures) -> None:
@@ -245,11 +259,11 @@ class Trainer:
                 return
             state.stage, state.place, state.stale = state.stage + 1, Place(), 0
             # The next stage is harder: its losses do not compare with those of this one.
-            state.best_score = state.best_iteration = self._best = None
+            state.best_score, state.best_iteration, self._best = None, None, {}
             self._enter_stage()
             self._log("on_stage", {"begins": self._stage.name})
             # Measured at once, so that there is a best; the stage can end at the next validation.
-            self._measure(self._validator)
+            self._measure()
         elif early and state.stale >= early:
             state.finished = f"no better validation since iteration {state.best_iteration}"
 
@@ -261,12 +275,13 @@ class Trainer:
         tensors = self._engine.tensors()
         state.rng = mx.random.state[0].tolist()
         if self._ranks.rank == 0:
-            save(run, self._adapter(), tensors, self._best)
-        self._best, self._saved = None, state.iteration
+            save(run, self._adapters(), tensors, self._best)
+        self._best, self._saved = {}, state.iteration
         self._tell("on_save", state.iteration)
 
-    def _adapter(self) -> Adapter:
-        return adapter_of(self._run.model, self._run.merge, self._run.tuning)
+    def _adapters(self) -> dict[int, Adapter]:
+        run = self._run
+        return {k: adapter_of(run.model, merge, run.tuning) for k, merge in run.merges.items()}
 
     def _log(self, event: str, record: dict[str, Any], timing: dict[str, float] = {}) -> None:  # noqa: B006
         """Appends a record to the log, its timing to another, and tells the watchers both."""

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.model import merged_embedding, output_head
+from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.train.rows import Batch
 from kmerge_mlx.virtual_tokens import MergedEmbedding
 
@@ -108,9 +109,17 @@ def divergence(logits: mx.array, batch: Batch) -> mx.array:
 
 
 def add_decoder(merged: MergedEmbedding) -> None:
-    """Gives the wrapped embedding a trainable decoder, ``(D,)`` to ``(K * D,)``, for warm-up."""
+    """Gives the wrapped embedding a trainable decoder, ``(D,)`` to ``(K * D,)``, for warm-up.
+
+    Where it has encoders for several K, each gets one.
+    """
     d = merged.encoder.config.hidden_size
-    merged[DECODER] = nn.Linear(d, merged.merge_factor * d)
+    if not isinstance(merged.encoder, MultiEncoder):
+        merged[DECODER] = nn.Linear(d, merged.merge_factor * d)
+        return
+    merged[DECODER] = nn.Module()
+    for k in merged.encoder.ks:
+        merged[DECODER][f"k{k}"] = nn.Linear(d, k * d)
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -119,9 +128,10 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.ar
     A linear decoder turns a merged embedding into K vectors, each compared with the embeddings of
     the batch's own tokens (from ``rows.with_candidates``); at least 1 is counted, to divide by.
     """
-    merged = merged_embedding(model)
+    merged, k = merged_embedding(model), batch.block_targets.shape[1]
     vectors = merged.encoder(merged.embedding(batch.blocks))  # (M, D)
-    decoded = merged[DECODER](vectors).reshape(-1, merged.merge_factor, vectors.shape[-1])
+    decoder = merged[DECODER].get(f"k{k}", merged[DECODER])
+    decoded = decoder(vectors).reshape(-1, k, vectors.shape[-1])
     table = merged.embedding(batch.candidates).astype(decoded.dtype)  # (U, D)
     scores = (decoded @ table.T).astype(mx.float32)  # (M, K, U)
     scores = scores + mx.where(batch.candidate_weights > 0, 0.0, -mx.inf)

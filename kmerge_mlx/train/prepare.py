@@ -6,6 +6,7 @@ Source: arXiv 2604.15153 section 4 (LoRA on every linear layer and the output he
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,24 @@ from kmerge_mlx.adapters.folder import (
     Adapter,
     check_plain_encoder,
     find_adapters,
-    load_adapter,
+    read_adapter,
+    share_tuning,
 )
 from kmerge_mlx.adapters.schema import FULL, FullConfig, LoRAConfig, MergeConfig, Tuning
 from kmerge_mlx.data.tasks import Bar, silent
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import AdapterError, TrainError, findings, short
 from kmerge_mlx.files import machine_memory
-from kmerge_mlx.model import attach, check_fit, fresh_lora, load_source, padding_of, wire
+from kmerge_mlx.model import (
+    attach,
+    check_fit,
+    fresh_lora,
+    load_source,
+    merged_embedding,
+    padding_of,
+    wire,
+)
+from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.prompts.chat_template import now
 from kmerge_mlx.source import Source
 from kmerge_mlx.train import checkpoint
@@ -40,6 +51,10 @@ from kmerge_mlx.train.rarity import fit_rarity
 from kmerge_mlx.train.settings import LORA_PARAMETERS, TrainSettings
 from kmerge_mlx.train.teacher import Answers, StoredTeacher, Teacher
 
+Encoders = Mapping[int, schema.EncoderConfig | None]
+Given = Mapping[int, Adapter]
+"""Both by K."""
+
 
 @dataclass
 class Run:
@@ -49,7 +64,7 @@ class Run:
     path: Path
     model: nn.Module  # the base with the adapter on it
     tokenizer: Any
-    merge: MergeConfig
+    merges: dict[int, MergeConfig]  # by K, ascending; they differ in their encoders alone
     tuning: Tuning
     stages: list[Stage]  # at least one
     base: tuple[str, str]  # base.digests
@@ -59,6 +74,11 @@ class Run:
     state: State = field(default_factory=State)
     tensors: dict[str, mx.array] = field(default_factory=dict)  # the saved optimizer and so on
     answers: Answers | None = None  # those that the teacher wrote
+
+    @property
+    def merge(self) -> MergeConfig:
+        """That of the smallest K."""
+        return next(iter(self.merges.values()))
 
 
 def prepare(
@@ -77,7 +97,7 @@ def prepare(
         raise TrainError(
             f"`batch_size` {settings.batch_size} is not divisible by {ranks.size} machines"
         )
-    source, adapter = _source(settings, resumed)
+    source, given = _source(settings, resumed)
     maybe_set_recommended_wired_limit()
     if mx.default_device() == mx.Device(mx.cpu):
         # The C library hands memory out as fast as MLX's cache, and gives it back: 20% less in use.
@@ -85,9 +105,11 @@ def prepare(
     mx.random.seed(settings.seed)
     bare = replace(source, adapter_path=None, adapter=None, merge=None)
     model, tokenizer, config = load_source(bare)
-    fresh = adapter is None or (not resumed and adapter.merge.merge_factor != settings.k)
-    encoder = _encoder(settings, model) if fresh else adapter.merge.encoder
-    _check_memory(settings, encoder, model)
+    encoders = {
+        k: given[k].merge.encoder if k in given else _encoder(settings, model, k)
+        for k in settings.ks
+    }
+    _check_memory(settings, encoders, model)
     if settings.template_date is None and not settings.ignore_chat_template:
         date = teaching.stored_date(settings.teacher_file) or now(tokenizer)
         settings = replace(settings, template_date=ranks.share_json(date))
@@ -97,12 +119,15 @@ def prepare(
     teacher = None
     if settings.teacher is not None:
         teacher = Teacher(_frozen_copy(bare, model), settings.teacher_top_k)
-    if fresh and adapter is not None:
-        adapter = _with_encoder(adapter, encoder)
-    merge, tuning = _adapt(settings, model, tokenizer, config, encoder, adapter, resumed)
-    if fresh and encoder is not None and encoder.start != schema.MEAN:
-        fit_rarity(model, stages[0])
-    made = (settings, path, model, tokenizer, merge, tuning)
+    merges, tuning = _adapt(settings, model, tokenizer, config, encoders, given, resumed)
+    encoder = merged_embedding(model).encoder
+    if settings.encoder_start != schema.MEAN and (
+        fresh := [k for k in settings.ks if k not in given]
+    ):
+        several = isinstance(encoder, MultiEncoder)
+        own = [encoder.of(k) for k in fresh if k > 1] if several else [encoder]
+        fit_rarity(model, stages[0], own)
+    made = (settings, path, model, tokenizer, merges, tuning)
     run = Run(*made, stages, weights, data, ranks, teacher)
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
@@ -116,45 +141,52 @@ def prepare(
     return run
 
 
-def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, Adapter | None]:
-    """The base, and the adapter that a run goes on with, or begins from, or None."""
+def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, dict[int, Adapter]]:
+    """The base, and the adapters by K that a run goes on with, or begins from, if any."""
     start = settings.adapter_path if resumed else settings.init_from
     trust = settings.trust_remote_code
     if start is None:  # not Source.find: the adapter that a model carries is not trained on
         path = base.resolve(settings.model)
-        return Source(settings.model, path, trust_remote_code=trust), None
+        return Source(settings.model, path, trust_remote_code=trust), {}
     try:
-        # A run begins from an adapter for its own K, or else from the only one there is.
-        k = settings.k if not resumed and settings.k in find_adapters(start) else None
-        source = Source.find(settings.model, start, k, trust)
-        adapter = load_adapter(source.adapter)
-        check_plain_encoder(adapter.merge, "trained")
+        # A run begins from adapters for its own Ks, or else from the LoRA of those that there are.
+        have = find_adapters(start)
+        ks = [k for k in settings.ks if k in have] or [*have]
+        sources = Source.find_all(settings.model, start, ks, trust)
+        found = {source.k: read_adapter(source.adapter, source.merge) for source in sources}
+        for adapter in found.values():
+            check_plain_encoder(adapter.merge, "trained")
+        if not share_tuning([*found.values()]):
+            raise AdapterError(
+                f"the adapters for K = {', '.join(map(str, ks))} in {start} have different LoRA: "
+                "give the folder of one"
+            )
     except AdapterError as error:
         raise TrainError(f"`{'resume' if resumed else 'init_from'}`: {error}") from error
-    return source, adapter
+    return sources[0], found
 
 
-def _encoder(settings: TrainSettings, model: nn.Module) -> schema.EncoderConfig | None:
+def _encoder(settings: TrainSettings, model: nn.Module, k: int) -> schema.EncoderConfig | None:
     """A fresh encoder's sizes; None for K = 1."""
-    if settings.k == 1:
+    if k == 1:
         return None
     _, table = base.find_embedding(model, settings.model)
     d = table(mx.array([0])).shape[-1]
-    h = schema.inner_size(settings.k, d, settings.encoder_factor)
+    h = schema.inner_size(k, d, settings.encoder_factor)
     context, start = settings.encoder_context, settings.encoder_start
-    return schema.EncoderConfig(settings.k, d, h, context, start=start)
+    return schema.EncoderConfig(k, d, h, context, start=start)
 
 
-def _check_memory(
-    settings: TrainSettings, encoder: schema.EncoderConfig | None, model: nn.Module
-) -> None:
+def _check_memory(settings: TrainSettings, encoders: Encoders, model: nn.Module) -> None:
     """Refuses an encoder that this machine's memory could never train: its size grows with K^2."""
-    if encoder is None:
+    sizes = [encoder.num_parameters for encoder in encoders.values() if encoder is not None]
+    if not sizes:
         return
+    encoder = encoders[max(encoders)]  # the largest
     # Weights and gradients, and Adam's two moments; all in float32.
     arrays = 4 if settings.optimizer in ("adam", "adamw") else 2
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    needed, memory = weights + 4 * arrays * encoder.num_parameters, machine_memory()
+    needed, memory = weights + 4 * arrays * sum(sizes), machine_memory()
     if needed > memory:
         raise TrainError(
             f"the encoder of `k` = {encoder.merge_factor} has {encoder.num_parameters / 1e9:,.2f} "
@@ -170,45 +202,73 @@ def _with_encoder(adapter: Adapter, encoder: schema.EncoderConfig | None) -> Ada
     return replace(adapter, merge=replace(adapter.merge, encoder=encoder), encoder_weights=weights)
 
 
+def _several(settings: TrainSettings, encoders: Encoders, given: Given) -> MultiEncoder | None:
+    """The encoders of a run for several K, with the given weights; None where there is one K."""
+    if len(encoders) == 1:
+        return None
+    made = {k: MergeEncoder(config) for k, config in encoders.items() if config is not None}
+    for k, encoder in made.items():
+        if encoder.config.context != settings.encoder_context:
+            raise TrainError(
+                f"`encoder_context` is {settings.encoder_context}, the encoder for K = {k} has "
+                f"{encoder.config.context}"
+            )
+        if k in given:
+            encoder.load_weights(list(given[k].encoder_weights.items()))
+    return MultiEncoder(made)
+
+
 def _adapt(
     settings: TrainSettings,
     model: nn.Module,
     tokenizer: Any,
     config: dict[str, Any],
-    encoder: schema.EncoderConfig | None,
-    adapter: Adapter | None,
+    encoders: Encoders,
+    given: Given,
     resumed: bool,
-) -> tuple[MergeConfig, Tuning]:
-    """Puts the given adapter on the model, or a fresh one, and says what it is."""
+) -> tuple[dict[int, MergeConfig], Tuning]:
+    """Puts the given adapters on the model, or fresh ones, and says what they are."""
+    adapter = next(iter(given.values()), None)
+    if len(encoders) == 1 and adapter is not None and settings.k not in given:
+        adapter = _with_encoder(adapter, encoders[settings.k])
+    several = _several(settings, encoders, given)
+    encoder = next(iter(encoders.values())) if several is None else several.config
     if adapter is None:
         made_for = schema.BaseModelConfig(settings.model, base.fingerprint(config))
         try:
             tuning, head = _tuning(settings, model)
             merge = MergeConfig(encoder, made_for, base.default_pad_token_id(tokenizer), head)
-            wire(model, merge, tuning, merge.pad_token_id, settings.model)
+            wire(model, merge, tuning, merge.pad_token_id, settings.model, encoder=several)
         except AdapterError as error:
             raise TrainError(f"lora_parameters: {error}") from error
     else:
         check_fit(adapter, config, settings.model)
-        attach(model, adapter, padding_of(adapter, tokenizer))
+        if not resumed:
+            _check_adopted(settings, adapter, encoders)
+        if several is not None:
+            merge = replace(adapter.merge, encoder=encoder)
+            adapter = replace(adapter, merge=merge, encoder_weights={})
+        attach(model, adapter, padding_of(adapter, tokenizer), encoder=several)
         merge, tuning = adapter.merge, adapter.tuning
-        if resumed:
-            return merge, tuning
-        _check_adopted(settings, adapter)
-    return _signed(settings, merge, tokenizer), tuning
+    if not resumed:
+        merge = _signed(settings, merge, tokenizer)
+    own = {k: replace(merge, encoder=config) for k, config in encoders.items()}
+    return own | {k: given[k].merge for k in own.keys() & given.keys() if resumed}, tuning
 
 
-def _check_adopted(settings: TrainSettings, adapter: Adapter) -> None:
+def _check_adopted(settings: TrainSettings, adapter: Adapter, encoders: Encoders) -> None:
     """Refuses settings that ask for another adapter than the given one."""
-    encoder, tuning = adapter.merge.encoder, adapter.tuning
-    pairs = {
-        "`encoder_context`": (settings.encoder_context, encoder.context if encoder else 0),
-        "`encoder_start`": (settings.encoder_start, encoder.start if encoder else schema.MEAN),
-        "`fine_tune_type`": (settings.fine_tune_type, tuning.to_json()["fine_tune_type"]),
-    }
-    if encoder is not None and settings.encoder_factor is not None:
-        inner = schema.inner_size(settings.k, encoder.hidden_size, settings.encoder_factor)
-        pairs["the width of `encoder_factor`"] = (inner, encoder.inner_size)
+    tuning = adapter.tuning
+    pairs = {"`fine_tune_type`": (settings.fine_tune_type, tuning.to_json()["fine_tune_type"])}
+    for k, encoder in encoders.items():
+        of = f" for K = {k}" if len(encoders) > 1 else ""
+        if encoder is None:
+            continue
+        pairs[f"`encoder_context`{of}"] = (settings.encoder_context, encoder.context)
+        pairs[f"`encoder_start`{of}"] = (settings.encoder_start, encoder.start)
+        if settings.encoder_factor is not None:
+            inner = schema.inner_size(k, encoder.hidden_size, settings.encoder_factor)
+            pairs[f"the width of `encoder_factor`{of}"] = (inner, encoder.inner_size)
     if settings.num_layers != -1:
         pairs["`num_layers`"] = (settings.num_layers, tuning.num_layers)
     if isinstance(tuning, LoRAConfig) and settings.lora_parameters != LORA_PARAMETERS:
@@ -233,6 +293,8 @@ def _signed(settings: TrainSettings, merge: MergeConfig, tokenizer: Any) -> Merg
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
+    if len(settings.ks) > 1:
+        provenance["k"] = [*settings.ks]  # the LoRA has learnt all of them
     return replace(merge, layout=layout, provenance=provenance)
 
 

@@ -6,12 +6,13 @@ pretrained embedding (R2 0.95 on SmolLM2), so D + 1 numbers hold it for all toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.train.dataset import Stage
 
@@ -22,8 +23,8 @@ FIRST_RANK = 300  # tokens are numbered by rank, after the bytes: Zipf's law beg
 RIDGE = 0.01  # of the embeddings' variance
 
 
-def fit_rarity(model: nn.Module, stage: Stage) -> None:
-    """Sets the center and the gate of a model's merge encoder, from its table and its data."""
+def fit_rarity(model: nn.Module, stage: Stage, encoders: Sequence[MergeEncoder]) -> None:
+    """Sets the center and the gate of a model's merge encoders, from its table and its data."""
     merged = merged_embedding(model)
     counts = np.zeros(merged.vocab_size)
     for i in range(min(len(stage.train), MOST_ROWS)):
@@ -52,5 +53,6 @@ def fit_rarity(model: nn.Module, stage: Stage) -> None:
     *gate, bias = np.linalg.solve(products + ridge, targets)
     # The encoder reads embeddings as they are, so the center's part goes into the bias.
     found = {"center": center, "gate_weight": gate, "gate_bias": [bias - center @ gate]}
-    merged.encoder.update({n: mx.array(np.array(v, np.float32)) for n, v in found.items()})
-    mx.eval(merged.encoder.parameters())
+    for encoder in encoders:
+        encoder.update({n: mx.array(np.array(v, np.float32)) for n, v in found.items()})
+        mx.eval(encoder.parameters())

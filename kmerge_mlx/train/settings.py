@@ -17,7 +17,7 @@ from kmerge_mlx.data.textualized_tree import TreeTask
 from kmerge_mlx.errors import short
 from kmerge_mlx.prompts.keep import KINDS, NONE, kinds_of
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, MERGES, Layout, is_date
-from kmerge_mlx.settings import SIZE, Settings, option, option_of, parse_size
+from kmerge_mlx.settings import INTS, SIZE, Settings, option, option_of, parse_size
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 REPORTERS = ("wandb", "swanlab")
@@ -127,8 +127,13 @@ class TrainSettings(Settings):
         **_TASKS,
     )
 
-    k: int = option(
-        4, int, "Merge factor K; 1 trains without merging.", flags=("--k", "--merge-factor"), **_K
+    k: Any = option(
+        4,
+        INTS,
+        "Merge factor K; 1 trains without merging. Several (2,4,8) share one LoRA, and each has an "
+        "encoder.",
+        flags=("--k", "--merge-factor"),
+        **_K,
     )
     encoder_factor: float | None = option(
         None, float, "Encoder width H = int(factor * K) * D. Default: the paper's.", low=0, **_MERGE
@@ -206,7 +211,7 @@ class TrainSettings(Settings):
 
     def clashes(self) -> list[str]:
         sources = [n for n in ("data", "task", "hf_dataset") if getattr(self, n)]
-        trees, k1, lora = self.task == TreeTask.name, self.k == 1, self.lora()
+        trees, k1, lora = self.task == TreeTask.name, self.ks[0] == 1, self.lora()
         keys, dropout = lora["keys"], lora["dropout"]
         own = [f for f in fields(self) if f.name.startswith("encoder_")]
         encoders = [f"`{f.name}`" for f in own if getattr(self, f.name) != f.default]
@@ -214,7 +219,9 @@ class TrainSettings(Settings):
         rules = {
             f"found `{'` and `'.join(sources)}`, expected one of them": len(sources) > 1,
             "`curriculum` is for `task` textualized-tree": bool(self.curriculum) and not trees,
-            f"`k` = 1 has no encoder: leave {' and '.join(encoders)} out": k1 and bool(encoders),
+            f"`k` = 1 has no encoder: leave {' and '.join(encoders)} out": (
+                self.ks == (1,) and bool(encoders)
+            ),
             "`teacher_top_k`, `teacher_file` and `teacher_answers` need `teacher`": (
                 self.teacher is None
                 and bool(self.teacher_top_k or self.teacher_file or self.teacher_answers)
@@ -245,6 +252,11 @@ class TrainSettings(Settings):
             ),
         }
         return [text for text, broken in rules.items() if broken]
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The merge factors, ascending: one, or several that are trained together."""
+        return (self.k,) if isinstance(self.k, int) else tuple(self.k)
 
     def saved(self) -> dict[str, Any]:
         """The settings a resumed run begins from: all but where it writes and reports."""

@@ -24,7 +24,9 @@ from kmerge_mlx.config import is_number
 from kmerge_mlx.data.layout import TokenizedExample
 from kmerge_mlx.errors import TrainError, first_line, short
 from kmerge_mlx.model import merged_embedding, unfreeze
+from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.train import loss as losses
+from kmerge_mlx.train import multi_k
 from kmerge_mlx.train.checkpoint import State
 from kmerge_mlx.train.prepare import Run
 from kmerge_mlx.train.ranks import Ranks
@@ -125,6 +127,8 @@ class Stepper:
         kept = nn.value_and_grad(model, loss)
         recomputed = nn.value_and_grad(model, losses.recomputing(loss))
         state = [model.state, optimizer.state, mx.random.state]
+        merged = merged_embedding(model)
+        several = merged is not None and isinstance(merged.encoder, MultiEncoder)
 
         @partial(mx.compile, inputs=state, outputs=state)
         def forward_backward(arrays: dict[str, mx.array]):
@@ -137,6 +141,8 @@ class Stepper:
                 mx.random.state[0][:] = following
             # Some gradients are transposed views. Sums over them would be in another order than
             # over what a resumed run has read from the disk.
+            if several:
+                gradients = multi_k.owned(gradients, [arrays["blocks"].shape[1] - merged.context])
             return sums, tree_map(mx.contiguous, gradients)
 
         @partial(mx.compile, inputs=state, outputs=state)
@@ -153,7 +159,7 @@ class Stepper:
         (loss, tokens), gradients = self._forward_backward(batch.arrays())
         found = {"loss": loss, "tokens": tokens, "gradients": gradients}
         if totals is not None:
-            found = tree_map(mx.add, found, totals)
+            found = multi_k.added(found, totals)
         mx.async_eval(found, self._state)
         return found
 
@@ -162,7 +168,8 @@ class Stepper:
 
         Summed loss in nats, answer tokens, and the norm of a token's gradient before clipping.
         """
-        loss, tokens, gradients = self._ranks.sum(totals).values()
+        found = self._ranks.sum(totals)
+        loss, tokens, gradients = (found[name] for name in ("loss", "tokens", "gradients"))
         norm = self._apply(gradients, tokens)
         mx.async_eval(self._state, loss, tokens, norm)
         return loss, tokens, norm
@@ -174,6 +181,7 @@ class Engine:
     def __init__(self, run: Run):
         self._run, self._settings, self._ranks = run, run.settings, run.ranks
         self._merged = merged_embedding(run.model)
+        self._ks = tuple(run.merges)
         self._totals: Totals | None = None
         self._window = EMPTY_WINDOW
         unfreeze(run.model, run.tuning)
@@ -194,10 +202,10 @@ class Engine:
         """Adds a batch up, of which this rank takes its share, and updates when it is time."""
         settings, state = self._settings, self._run.state
         mine = slice(self._ranks.rank, None, self._ranks.size)
-        given, k = (rows.indices[mine], rows.examples[mine]), self._merged.merge_factor
+        given, k = (rows.indices[mine], rows.examples[mine]), self._drawn(state.iteration)
         # Reconstruction compares with the tokens of all the batch, and reads no row.
         for indices, examples in [given] if self._reconstructs else in_parts(*given, k):
-            batch = self.make_batch(indices, examples, "train")
+            batch = self.make_batch(indices, examples, "train", k)
             if self._reconstructs:
                 batch = with_candidates(batch, k)
             self._totals = self._stepper.add(batch, self._totals)
@@ -212,12 +220,17 @@ class Engine:
         if self._warming and state.iteration == settings.encoder_warmup:
             self._enter_phase(False, {})
 
+    def _drawn(self, iteration: int) -> int:
+        """The K of an iteration's batch; while the encoder is trained alone, one that has one."""
+        ks = [k for k in self._ks if k > 1 or not self._warming]
+        return multi_k.drawn(ks, self._settings.seed, iteration)
+
     def make_batch(
-        self, indices: Sequence[int], examples: Sequence[TokenizedExample], split: str
+        self, indices: Sequence[int], examples: Sequence[TokenizedExample], split: str, k: int
     ) -> Batch:
         """A batch of examples (``indices`` of a split), with the teacher's distributions."""
         merged, teacher = self._merged, self._run.teacher
-        k, pad, v = merged.merge_factor, merged.pad_token_id, merged.vocab_size
+        pad, v = merged.pad_token_id, merged.vocab_size
         batch = make_batch(examples, k, pad, v, merged.context)
         return batch if teacher is None else teacher.teach(batch, indices, examples, split)
 
@@ -267,8 +280,14 @@ class Engine:
 
     def _restore(self, saved: dict[str, mx.array]) -> None:
         """Goes on from a saved run's tensors."""
-        weights, zero = self._run.model.trainable_parameters(), mx.array(0.0)
-        if self._run.state.added:
+        weights, zero, state = (
+            self._run.model.trainable_parameters(),
+            mx.array(0.0),
+            self._run.state,
+        )
+        if state.added:
+            done = range(state.iteration - state.added, state.iteration)
+            weights = multi_k.owned(weights, {self._drawn(i + 1) for i in done})
             self._totals = {"loss": zero, "tokens": zero, "gradients": weights}
         found = refill(self._parts(), saved)
         self._optimizer.state, self._window = found[OPTIMIZER], found[WINDOW]
