@@ -7,6 +7,7 @@ adapter on a model for training, and :func:`adapter_of` takes the trained one of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from mlx_lm.utils import load_model
 
 from kmerge_mlx import base, bundled, window_encoder
 from kmerge_mlx.adapters import lora
-from kmerge_mlx.adapters.folder import ENCODER, HEAD, Adapter, check_plain_encoder, read_adapter
+from kmerge_mlx.adapters.folder import (
+    ENCODER,
+    HEAD,
+    Adapter,
+    check_plain_encoder,
+    read_adapter,
+    share_tuning,
+)
 from kmerge_mlx.adapters.schema import FullConfig, LoRAConfig, LoRASpec, MergeConfig, Tuning
 from kmerge_mlx.config import MAX_BLOCKS, is_int
 from kmerge_mlx.encoder import Encoder, MergeEncoder
@@ -83,11 +91,14 @@ def load_source(
     lazy: bool = False,
     max_blocks: int = MAX_BLOCKS,
     fold: bool = True,
+    several: Sequence[Source] = (),
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Loads a source, as :func:`load` does: the model, its tokenizer, and the base's config.
 
-    Without ``fold`` the LoRA stays as it is stored, to be saved or trained.
+    Without ``fold`` the LoRA stays as it is stored, to be saved or trained. With ``several``
+    sources, of which it is one, the model has the encoders of all: they may differ in nothing else.
     """
+    encoder = _encoders(several) if several else None
     adapter = None if source.adapter is None else read_adapter(source.adapter, source.merge)
     config, path, name = source.config, source.path, source.model
     trust = source.trust_remote_code
@@ -108,13 +119,28 @@ def load_source(
     # Plain attribute, not a parameter: generation compares prompts with it.
     model.context_length = base.context_length(config)
     if adapter is not None:
-        attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks)
+        attach(model, adapter, padding_of(adapter, tokenizer), name, max_blocks, encoder)
     widen(model, path)
     if fold and adapter is not None:
         fold_lora(model)
     if not lazy:
         mx.eval(model.state)  # what waits belongs to the thread that asked for it
     return model, tokenizer, config
+
+
+def _encoders(sources: Sequence[Source]) -> MultiEncoder:
+    """The encoders of adapters that are alike but for them."""
+    adapters = {s.k: read_adapter(s.adapter, s.merge) for s in sources}
+    rest = [replace(a.merge, encoder=None, provenance={}) for a in adapters.values()]
+    windows = any(a.merge.has_window for a in adapters.values())
+    if windows or any(r != rest[0] for r in rest) or not share_tuning([*adapters.values()]):
+        have = ", ".join(map(str, adapters))
+        raise AdapterError(
+            f"{sources[0].adapter_path} holds adapters for K = {have}, which were not trained "
+            "together: choose one with `k`"
+        )
+    configs = {k: adapter.merge.encoder for k, adapter in adapters.items()}
+    return MultiEncoder.make(configs, {k: a.encoder_weights for k, a in adapters.items()})
 
 
 def read_tokenizer(source: Source, options: Mapping[str, Any] | None = None) -> TokenizerWrapper:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from kmerge_mlx.adapters.schema import EncoderConfig
-from kmerge_mlx.encoder import MergeEncoder
+from kmerge_mlx.encoder import Block, MergeEncoder, Run
 from kmerge_mlx.errors import AdapterError, short
+
+Key = tuple[int, Block]
+"""A K, and what its encoder reads of a block."""
 
 
 class MultiEncoder(nn.Module):
-    """One merge encoder for each of several K, all of one width D and one context c.
+    """One merge encoder for each of several K, all of one width D.
 
-    Its ``config`` is that of the smallest K.
+    What it does not name a K for is of the smallest, whose ``config`` is its own.
 
     Args:
         encoders: At least one, by K.
@@ -52,6 +55,35 @@ class MultiEncoder(nn.Module):
         """The encoder for a K, or None: K = 1 has none."""
         return self.get(f"k{k}")
 
+    @classmethod
+    def make(
+        cls,
+        configs: Mapping[int, EncoderConfig | None],
+        weights: Mapping[int, Mapping[str, mx.array]],
+    ) -> MultiEncoder:
+        """Fresh encoders of these sizes by K (None for K = 1), those with weights having these."""
+        made = {k: MergeEncoder(config) for k, config in configs.items() if config is not None}
+        for k in made.keys() & weights.keys():
+            made[k].load_weights(list(weights[k].items()))
+        return cls(made)
+
+    def keys(self, ids: Sequence[int], pad_token_id: int, k: int | None = None) -> list[Key]:
+        """The blocks of a run for one K, each with that K: two encoders may read the same ids."""
+        k = self.ks[0] if k is None else k
+        return [(k, block) for block in self[f"k{k}"].keys(ids, pad_token_id)]
+
+    def merge(
+        self, table: nn.Module, runs: Iterable[Run], wanted: Collection[Key]
+    ) -> Iterator[tuple[list[Key], mx.array]]:
+        """The merged embeddings of blocks, a bounded number at once; see ``Encoder``."""
+        for k in self.ks:
+            blocks = [block for of, block in wanted if of == k]
+            for part, merged in self[f"k{k}"].merge(table, (), blocks):
+                yield [(k, block) for block in part], merged
+
     def __call__(self, embeddings: mx.array) -> mx.array:
-        """Merges blocks of one K, ``(N, c + K, D)``, to ``(N, D)``, as ``MergeEncoder`` does."""
+        """Merges blocks of one K, ``(N, c + K, D)``, to ``(N, D)``, as ``MergeEncoder`` does.
+
+        The context c has to be that of all of them.
+        """
         return self[f"k{embeddings.shape[1] - self.config.context}"](embeddings)

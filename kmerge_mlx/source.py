@@ -46,13 +46,7 @@ class Source:
             check_unmerged(k, name)
             return cls(name, path, trust_remote_code=trust_remote_code)
         folder, merge = folders.choose(k)
-        try:
-            path = path or base.resolve(name, revision)
-        except ModelError as error:
-            if model is not None:
-                raise
-            hint = f"({folders.name} names this base; `model` gives another)"
-            raise ModelError(f"{error} {hint}") from error
+        path = path or _resolve(name, model, folders, revision)
         return cls(name, path, folders.name, folder, merge, trust_remote_code)
 
     @classmethod
@@ -77,9 +71,27 @@ class Source:
         elif folders is None:
             check_unmerged(ks[-1], name)
         chosen = [folders.choose(k) if k != 1 or k in found else (None, None) for k in ks]
-        path = path or base.resolve(name)
+        path = path or _resolve(name, model, folders)
         called = None if folders is None else folders.name
         return [cls(name, path, called, *one, trust_remote_code) for one in chosen]
+
+    @classmethod
+    def find_set(
+        cls,
+        model: str | None = None,
+        adapter_path: str | Path | None = None,
+        k: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> list[Source]:
+        """Finds the base and the adapter for ``k``; without ``k`` all that there are.
+
+        Of the bundled model's, which are no set, it is the default one.
+        """
+        if k is not None or BUNDLED in (adapter_path, model if adapter_path is None else None):
+            return [cls.find(model, adapter_path, k, trust_remote_code)]
+        if adapter_path is None and model is None:
+            return [cls.find()]
+        return cls.find_all(model, adapter_path, (), trust_remote_code)
 
     @property
     def k(self) -> int:
@@ -114,6 +126,19 @@ def check_unmerged(k: int | None, model: str) -> None:
     """Refuses a merge factor where there is no adapter."""
     if k not in (None, 1):
         raise AdapterError(without_encoder(f"`k` is {k}", model))
+
+
+def _resolve(
+    name: str, model: str | None, folders: AdapterFolders | None, revision: str | None = None
+) -> Path:
+    """The folder of a base, which the ``model`` of a command names, or else the adapters."""
+    try:
+        return base.resolve(name, revision)
+    except ModelError as error:
+        if model is not None:
+            raise
+        hint = f"({folders.name} names this base; `model` gives another)"
+        raise ModelError(f"{error} {hint}") from error
 
 
 def _look_up(

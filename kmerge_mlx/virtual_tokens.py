@@ -205,16 +205,17 @@ class MergedEmbedding(nn.Module):
         finally:
             self._rows = kept
 
-    def compress(self, segments: Iterable[Segment]) -> CompressedPrompt:
+    def compress(self, segments: Iterable[Segment], k: int | None = None) -> CompressedPrompt:
         """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
         Blocks never straddle two segments, and keep their slots while the returned object lives.
+        ``k`` is another merge factor of the encoder's, or 1, which merges nothing.
         """
-        segments, k = list(segments), self.merge_factor
+        segments, k = list(segments), self.merge_factor if k is None else k
         original_ids = [i for segment in segments for i in segment.ids]
         self.check(segments)
-        merged = [s.ids if s.merge and self.encoder is not None else () for s in segments]
-        cut = [self.keys(ids) if ids else [] for ids in merged]
+        merged = [s.ids if s.merge and k > 1 else () for s in segments]
+        cut = [self.keys(ids, k) if ids else [] for ids in merged]
         virtual = self._virtual_ids(list(zip(merged, cut, strict=True)))
         ids: list[int] = []
         lengths: list[int] = []
@@ -232,9 +233,10 @@ class MergedEmbedding(nn.Module):
         for segment in segments:
             check_ids(segment.ids, (segment.merge and own) or self.vocab_size, tokenizer)
 
-    def keys(self, ids: Sequence[int]) -> list[Block]:
+    def keys(self, ids: Sequence[int], k: int | None = None) -> list[Block]:
         """The blocks of a run of tokens that merges."""
-        return self.encoder.keys(ids, self.pad_token_id)
+        other = () if k in (None, self.merge_factor) else (k,)
+        return self.encoder.keys(ids, self.pad_token_id, *other)
 
     def _virtual_ids(self, runs: Sequence[Run]) -> Iterator[int]:
         """The virtual ids of the blocks of some runs, each with its row written."""

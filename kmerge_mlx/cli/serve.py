@@ -89,6 +89,8 @@ def _report_start(service: Service, url: str) -> None:
             "reaches it can use the model"
         )
     merged = f"K={k}, merges {layout.merges}" if k > 1 else "nothing is merged"
+    if others := [name for name in provider.ks if name != provider.name]:
+        merged = f"K={k}, or as {', '.join(others)}; merges {layout.merges}"
     if k > 1 and layout.merges != "all":
         merged += f" of at least {layout.threshold} tokens"
     if k > 1 and layout.keep:

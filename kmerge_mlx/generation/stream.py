@@ -70,7 +70,9 @@ class BatchResponse(HostBatchResponse):
     finish_reasons: list[str] = field(default_factory=list)
 
 
-def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedPrompt:
+def compress(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, k: int | None = None
+) -> CompressedPrompt:
     """Turns a prompt into the ids that the model reads.
 
     Args:
@@ -78,6 +80,7 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         tokenizer: Its tokenizer.
         prompt: Text or token ids (all of it merges), or segments (see ``lay_out``). An already
             compressed prompt is returned as it is.
+        k: Merge factor, of a model that has several (as a server's has); None is its own.
 
     Returns:
         The compressed prompt; its blocks stay bound while the object lives.
@@ -99,7 +102,7 @@ def compress(model: nn.Module, tokenizer: Any, prompt: Prompt) -> CompressedProm
         raise PromptError("the prompt is empty: there is nothing to read")
     if embedding is not None:
         embedding.check(segments, tokenizer)
-        return embedding.compress(segments)
+        return embedding.compress(segments, k)
     check_ids(ids, table_rows(model), tokenizer)
     return CompressedPrompt(ids, ids, [1] * len(ids))
 
@@ -281,8 +284,12 @@ def check_context(
     model: nn.Module,
     prompt: Sequence[Segment] | CompressedPrompt,
     cache: Sequence[Any] | None = None,
+    k: int | None = None,
 ) -> None:
-    """Refuses a prompt that has more positions than the model was made for, before any work."""
+    """Refuses a prompt that has more positions than the model was made for, before any work.
+
+    ``k``: the merge factor at which it will be read; None is the model's.
+    """
     limit = getattr(model, "context_length", None)
     if limit is None:
         return
@@ -291,7 +298,8 @@ def check_context(
         tokens, positions = len(prompt.original_ids), len(prompt.ids)
     else:
         embedding = merged_embedding(model)
-        k = 1 if embedding is None else embedding.merge_factor
+        if k is None:
+            k = 1 if embedding is None else embedding.merge_factor
         tokens, positions = sum(len(s.ids) for s in prompt), sum(s.positions(k) for s in prompt)
     if cached + positions <= limit:
         return

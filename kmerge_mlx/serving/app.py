@@ -61,12 +61,15 @@ def make_app(service: Service) -> ASGIApp:
     @get("/v1/models")
     @get("/v1/models/{wanted:path}")
     async def models(wanted: str = "") -> Response:
-        name = service.provider.name
-        known = {"id": name, "object": "model", "created": started, "owned_by": "kmerge-mlx"}
-        if wanted and wanted not in service.provider.names:
-            message = f"the model {wanted[:60]!a} is not served here, only {name} is"
+        provider = service.provider
+        about = {"object": "model", "created": started, "owned_by": "kmerge-mlx"}
+        known = {name: {"id": name} | about for name in provider.ks}
+        if not wanted:
+            return JSONResponse({"object": "list", "data": [*known.values()]})
+        if wanted not in provider.names:
+            message = f"the model {wanted[:60]!a} is not served here, only {provider.name} is"
             raise ApiError(404, message, "model", "model_not_found")
-        return JSONResponse(known if wanted else {"object": "list", "data": [known]})
+        return JSONResponse(known[provider.names[wanted]])
 
     @post("/v1/completions")
     @post("/v1/chat/completions")

@@ -91,7 +91,9 @@ class _Textless(StreamingDetokenizer):
 class PinnedModel(host.ModelProvider):
     """mlx-lm's model provider with one model, which no client can change."""
 
-    def __init__(self, settings: ServeSettings, source: Source):
+    def __init__(self, settings: ServeSettings, sources: Sequence[Source]):
+        # Where there are several, that of the smallest K that merges: it loses least.
+        source = next((one for one in sources if one.k > 1), sources[0])
         own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
         super().__init__(Namespace(**vars(settings) | own))
         self.settings, self.source = settings, source
@@ -99,8 +101,13 @@ class PinnedModel(host.ModelProvider):
         self.name = source.model
         if folder.is_dir():  # by its own name, where it is a link too
             self.name = (folder.resolve() if folder.name in ("", "..") else folder).name
-        # What a request may call it: also as ``model`` was given.
-        self.names = (self.name, DEFAULT_MODEL, source.model)
+        self.several = sources if len(sources) > 1 else ()
+        suffixes = {"": source.k} | {f":k{one.k}": one.k for one in self.several}
+        # By the names that clients are shown.
+        self.ks = {f"{self.name}{suffix}": k for suffix, k in suffixes.items()}
+        # What a request may call them: also as ``model`` was given.
+        called = (self.name, DEFAULT_MODEL, source.model)
+        self.names = {f"{n}{suffix}": f"{self.name}{suffix}" for suffix in suffixes for n in called}
         self.stored_layout = None if source.merge is None else source.merge.layout
         self.layout = chosen(
             self.stored_layout,
@@ -117,7 +124,9 @@ class PinnedModel(host.ModelProvider):
     def load_once(self) -> None:
         """Loads the model, in mlx-lm's generation thread."""
         settings = self.settings
-        model, tokenizer, _ = load_source(self.source, max_blocks=settings.max_blocks)
+        model, tokenizer, _ = load_source(
+            self.source, max_blocks=settings.max_blocks, several=self.several
+        )
         needs_template(tokenizer, settings.chat_template)
         check_keep(tokenizer, self.layout.keep)
         has_template = self.layout.chat_template and tokenizer.has_chat_template
@@ -155,6 +164,7 @@ class Job:
     segments: list[Segment]
     chat: bool
     loop: AbstractEventLoop  # of who waits for the replies
+    k: int  # the merge factor at which it is read
     context: host.GenerationContext | None = None
     cancelled: bool = False  # by the client
     alone: bool = False  # not in a batch
@@ -200,7 +210,7 @@ class Job:
     def followed_by(self, segments: list[Segment]) -> Job:
         """The next job of the same answer, with another prompt."""
         carried = {"earlier": self.earlier + self.generated, "first_token_at": self.first_token_at}
-        return Job(segments, self.chat, self.loop, **carried)
+        return Job(segments, self.chat, self.loop, self.k, **carried)
 
     @property
     def cached_tokens(self) -> int:
@@ -347,9 +357,9 @@ class CompressingGenerator(host.ResponseGenerator):
         if request.cancelled:
             raise ClientGone("cancelled before its turn")
         self._held = {job: prompt for job, prompt in self._held.items() if not job.over}
-        prompt = self._compress(tokenizer, request.segments)
+        prompt = self._compress(tokenizer, request.segments, request.k)
         self._held[request] = args.prompt = prompt
-        request.lengths, k = prompt.lengths, self.model_provider.source.k
+        request.lengths, k = prompt.lengths, request.k
         if k > 1:  # else, what is laid out to merge is read one by one
             request.merged_tokens = sum(len(s.ids) for s in request.segments if s.merge)
         limit = getattr(self.model_provider.model, "context_length", None)
@@ -372,13 +382,13 @@ class CompressingGenerator(host.ResponseGenerator):
             args.follow = Follow(args.grammar, lambda e: request.tell(unfollowed(e)), after)
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
-    def _compress(self, tokenizer: Any, segments: list[Segment]) -> CompressedPrompt:
+    def _compress(self, tokenizer: Any, segments: list[Segment], k: int) -> CompressedPrompt:
         model = self.model_provider.model
         try:
-            return compress(model, tokenizer, segments)
+            return compress(model, tokenizer, segments, k)
         except BlockTableFullError:
             embedding = merged_embedding(model)
-            blocks = {block for s in segments if s.merge for block in embedding.keys(s.ids)}
+            blocks = {block for s in segments if s.merge for block in embedding.keys(s.ids, k)}
             if len(blocks) > embedding.table.capacity:
                 raise ApiError(
                     400,
@@ -387,7 +397,7 @@ class CompressingGenerator(host.ResponseGenerator):
                     code="context_length_exceeded",
                 ) from None
             self.prompt_cache.trim_to(n_sequences=0)
-            return compress(model, tokenizer, segments)
+            return compress(model, tokenizer, segments, k)
 
     def _log_cache_stats(self) -> None:
         """Nothing: /metrics has it."""

@@ -139,8 +139,9 @@ class Preparer:
         chat = completion.chat
         if (schema := completion.answer_schema) is not None:
             completion.grammar = self._compiled(schema, chat)
+        k = self._k(completion)
         if chat:
-            self._check_length(completion.written, "messages")
+            self._check_length(completion.written, "messages", k)
             completion, segments = self._read_chat(completion)
             return completion, [segments]
         count = len(completion.prompt)
@@ -151,9 +152,9 @@ class Preparer:
         for prompt in completion.prompt:
             if time.monotonic() > deadline:
                 raise TimeoutError
-            self._check_length(prompt, "prompt")
+            self._check_length(prompt, "prompt", k)
             lay_out = partial(self._lay_out, prompt, completion.merge)
-            prompts.append(self._fitting(lay_out, "prompt"))
+            prompts.append(self._fitting(lay_out, "prompt", k))
         return completion, prompts
 
     def _described(self, body: bytearray, deadline: float) -> str:
@@ -168,17 +169,18 @@ class Preparer:
 
     def _read_chat(self, completion: ChatCompletion) -> tuple[ChatCompletion, list[Segment]]:
         """A conversation laid out; with ``expand``, if it is to be offered and something merges."""
-        if self.settings.expand and completion.merge is None:
+        k = self._k(completion)
+        if self.settings.expand and completion.merge is None and k > 1:
             functions = [tool.get("function", tool) for tool in completion.tools]
             if any(isinstance(f, dict) and f.get("name") == NAME for f in functions):
                 message = f"tools has a function {NAME}, which is the server's own: rename it"
                 raise ApiError(400, message, "tools")
             if completion.tool_choice == "auto" and completion.answer_schema is None:
                 asked = completion.expanding(MOST_ROUNDS)
-                segments = self._fitting(lambda: self._lay_out_chat(asked), "messages")
+                segments = self._fitting(lambda: self._lay_out_chat(asked), "messages", k)
                 if any(segment.merge for segment in segments):
                     return asked, segments
-        return completion, self._fitting(lambda: self._lay_out_chat(completion), "messages")
+        return completion, self._fitting(lambda: self._lay_out_chat(completion), "messages", k)
 
     def _expand(
         self,
@@ -188,8 +190,8 @@ class Preparer:
         calls: Sequence[Mapping[str, Any]],
     ) -> tuple[ChatCompletion, list[Segment]]:
         """The conversation with what the model asked for, laid out."""
-        tokens = sum(len(s.ids) for s in segments)
-        positions = sum(s.positions(self.provider.source.k) for s in segments)
+        tokens, k = sum(len(s.ids) for s in segments), self._k(completion)
+        positions = sum(s.positions(k) for s in segments)
         limits = (self.settings.max_prompt_tokens, tokens), (self._model.context_length, positions)
         # Half of what is left: there may be more rounds, and an answer is to come.
         room = [max(0, most - taken) // 2 for most, taken in limits if most is not None]
@@ -197,7 +199,11 @@ class Preparer:
             most = min([MOST_TOKENS, *room])
             added = messages_of(self.tokenizer, self._whole(completion), said, calls, most)
         asked = completion.expanding(completion.rounds - 1, *added)
-        return asked, self._fitting(lambda: self._lay_out_chat(asked), "messages")
+        return asked, self._fitting(lambda: self._lay_out_chat(asked), "messages", k)
+
+    def _k(self, completion: Completion) -> int:
+        """The merge factor that a request's model has."""
+        return self.provider.ks[self.provider.names[completion.model]]
 
     def _compiled(self, schema: dict[str, Any], chat: bool) -> Grammar:
         """The grammar of a schema that an answer can follow."""
@@ -209,10 +215,10 @@ class Preparer:
         except PromptError as error:
             raise unfollowed(error) from None
 
-    def _check_length(self, prompt: str | list[int], field: str) -> None:
+    def _check_length(self, prompt: str | list[int], field: str, k: int) -> None:
         """Refuses a text that is too long to fit, before it is tokenized."""
         context = self._model.context_length
-        most = [self.settings.max_prompt_tokens, context and context * self.provider.source.k]
+        most = [self.settings.max_prompt_tokens, context and context * k]
         tokens = min(filter(None, most), default=None)
         if isinstance(prompt, str) and tokens and len(prompt) > MOST_CHARACTERS * tokens:
             found = (
@@ -221,7 +227,7 @@ class Preparer:
             )
             raise _too_long(tokens, found, field)
 
-    def _fitting(self, lay_out: Callable[[], list[Segment]], field: str) -> list[Segment]:
+    def _fitting(self, lay_out: Callable[[], list[Segment]], field: str, k: int) -> list[Segment]:
         """A prompt laid out, if it fits."""
         try:
             with self._tokenizer_lock:
@@ -235,7 +241,7 @@ class Preparer:
         if most is not None and tokens > most:
             found = f"the prompt has {tokens:,} tokens, the server takes {most:,}: shorten it"
         try:
-            check_context(model, segments)
+            check_context(model, segments, k=k)
         except PromptError as error:
             most, found = model.context_length, error.found
         if found is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
@@ -227,7 +227,7 @@ def read_json(raw: bytes) -> Any:
 
 
 def read_completion(
-    raw: bytes, chat: bool | None, names: Sequence[str], vocab_size: int
+    raw: bytes, chat: bool | None, names: Collection[str], vocab_size: int
 ) -> Completion:
     """Reads and checks the body of a request to a model of these names; an ApiError names a field.
 
@@ -250,7 +250,9 @@ def read_completion(
     except PromptError as error:
         raise ApiError(400, error.found, error.field) from None
     if completion.model not in names:
-        message = f"the model {short(completion.model)} is not served here, only {names[0]} is"
+        message = (
+            f"the model {short(completion.model)} is not served here, only {next(iter(names))} is"
+        )
         raise ApiError(404, message, "model", "model_not_found")
     if chat and completion.offered_tools and completion.answer_schema is not None:
         message = "response_format does not go with tools: leave them out, or set tool_choice none"

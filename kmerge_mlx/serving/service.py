@@ -67,7 +67,7 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.key = read_api_key(settings.api_key)
         named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
-        self.provider = PinnedModel(settings, Source.find(*named))
+        self.provider = PinnedModel(settings, Source.find_set(*named))
         looked_up = self.metrics.lookups.labels
         self.generator = CompressingGenerator(self.provider, lambda found: looked_up(found).inc())
         # Kept: mlx-lm's thread takes the model with it when it ends.
@@ -77,7 +77,7 @@ class Service:
         self._limit = running + settings.max_queue
         self.preparer = Preparer(self.provider, self._limit)
         fingerprint = host.get_system_fingerprint()
-        self._known = {"model": self.provider.name, "system_fingerprint": fingerprint}
+        self._known = {"system_fingerprint": fingerprint}
         self._read_gauges()
 
     def _read_gauges(self) -> None:
@@ -179,8 +179,10 @@ class Service:
         self, completion: Completion, prompts: list[list[Segment]], arrived: float, write: Any
     ) -> dict[str, Any] | None:
         """The answers to a request's prompts, generated at once."""
-        head, loop = head_of(completion, self._known), asyncio.get_running_loop()
-        jobs = [Job(segments, completion.chat, loop) for segments in prompts]
+        name = self.provider.names[completion.model]
+        head, loop = head_of(completion, {"model": name} | self._known), asyncio.get_running_loop()
+        k = self.provider.ks[name]
+        jobs = [Job(segments, completion.chat, loop, k) for segments in prompts]
 
         async def send(choice: dict[str, Any]) -> None:
             await write(event(head | {"choices": [choice]}))

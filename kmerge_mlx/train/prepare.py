@@ -206,16 +206,13 @@ def _several(settings: TrainSettings, encoders: Encoders, given: Given) -> Multi
     """The encoders of a run for several K, with the given weights; None where there is one K."""
     if len(encoders) == 1:
         return None
-    made = {k: MergeEncoder(config) for k, config in encoders.items() if config is not None}
-    for k, encoder in made.items():
-        if encoder.config.context != settings.encoder_context:
+    for k, config in encoders.items():
+        if config is not None and config.context != settings.encoder_context:
             raise TrainError(
                 f"`encoder_context` is {settings.encoder_context}, the encoder for K = {k} has "
-                f"{encoder.config.context}"
+                f"{config.context}"
             )
-        if k in given:
-            encoder.load_weights(list(given[k].encoder_weights.items()))
-    return MultiEncoder(made)
+    return MultiEncoder.make(encoders, {k: given[k].encoder_weights for k in given})
 
 
 def _adapt(
