@@ -31,10 +31,14 @@ class MultiEncoder(nn.Module):
         super().__init__()
         if len(widths := {e.config.hidden_size for e in encoders.values()}) > 1:
             raise AdapterError(f"merge encoders have hidden_size {short(widths)}, expected one")
-        self.ks = tuple(sorted(encoders))
         self.table_rows = None
-        for k in self.ks:
-            self[f"k{k}"] = encoders[k]
+        for k, encoder in sorted(encoders.items()):
+            self[f"k{k}"] = encoder
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The Ks that there are encoders for, ascending."""
+        return tuple(int(name[1:]) for name in self)
 
     @property
     def config(self) -> EncoderConfig:

@@ -87,10 +87,9 @@ class Source:
 
         Of the bundled model's, which are no set, it is the default one.
         """
-        if k is not None or BUNDLED in (adapter_path, model if adapter_path is None else None):
+        bundled = adapter_path == BUNDLED or (adapter_path is None and model in (None, BUNDLED))
+        if bundled or k is not None:
             return [cls.find(model, adapter_path, k, trust_remote_code)]
-        if adapter_path is None and model is None:
-            return [cls.find()]
         return cls.find_all(model, adapter_path, (), trust_remote_code)
 
     @property

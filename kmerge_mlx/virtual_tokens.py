@@ -25,7 +25,7 @@ import mlx.nn as nn
 from kmerge_mlx.adapters.schema import LoRASpec
 from kmerge_mlx.config import MAX_BLOCKS
 from kmerge_mlx.encoder import Encoder, Run
-from kmerge_mlx.errors import BlockTableFullError
+from kmerge_mlx.errors import BlockTableFullError, PromptError, short
 from kmerge_mlx.prompts.segments import Segment, check_ids
 
 Block = Hashable
@@ -209,9 +209,12 @@ class MergedEmbedding(nn.Module):
         """Turns a prompt into ids that the language model reads; a new block is encoded once.
 
         Blocks never straddle two segments, and keep their slots while the returned object lives.
-        ``k`` is another merge factor of the encoder's, or 1, which merges nothing.
+        ``k`` is another merge factor that there is an encoder for, or 1, which merges nothing.
         """
         segments, k = list(segments), self.merge_factor if k is None else k
+        if k not in (has := {1, self.merge_factor, *getattr(self.encoder, "ks", ())}):
+            have = ", ".join(map(str, sorted(has)))
+            raise PromptError(f"`k` is {short(k)}, this model reads prompts at K = {have}")
         original_ids = [i for segment in segments for i in segment.ids]
         self.check(segments)
         merged = [s.ids if s.merge and k > 1 else () for s in segments]

@@ -135,14 +135,11 @@ class TrainingBar:
 
     def on_val_loss_report(self, now: dict[str, Any]) -> None:
         kl = f", KL to the base {now['val_kl']:.4f}" if "val_kl" in now else ""
-        each = [
-            f"K={k} {now[f'val_loss_k{k}']:.3f}"
-            for k in self._run.merges
-            if f"val_loss_k{k}" in now
-        ]
+        names = {k: f"val_loss_k{k}" for k in self._run.merges}
+        each = [f"K={k} {now[name]:.3f}" for k, name in names.items() if name in now]
+        each = f" ({', '.join(each)})" if each else ""
         told = (
-            f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}"
-            f"{' (' * bool(each)}{', '.join(each)}{')' * bool(each)}{kl}, "
+            f"Iter {now['iteration']}: Val loss {now['val_loss']:.3f}{each}{kl}, "
             f"Accuracy {now['val_accuracy']:.2%} "
             f"(balanced {now['val_balanced_accuracy']:.2%}), Val took {now['val_time']:.3f}s"
         )
@@ -203,13 +200,11 @@ def _header(run: Run) -> str:
     tuned = f"{settings.fine_tune_type} {sum(array.size for array in tuned) / 1e6:.2f}M"
     valid = "no validation set" if stage.valid is None else f"{len(stage.valid):,} to validate"
     skipped = f", {stage.train.bad:,} bad rows left out" if stage.train.bad else ""
-    ratios, kind = (
-        [prompt_compression(stage.train, k) for k in ks],
-        getattr(run.model, "model_type", "base"),
-    )
-    factors, encoders = ",".join(map(str, ks)), "encoders" if len(ks) > 1 else "encoder"
+    ratios = [prompt_compression(stage.train, k) for k in ks]
+    kind, factors = getattr(run.model, "model_type", "base"), ",".join(map(str, ks))
+    encoders = f"encoder{'s' * (len(ks) > 1)} {encoder:.2f}M"
     lines = [
-        f"{start}: {kind}, K={factors}, {encoders} {encoder:.2f}M and {tuned} trainable",
+        f"{start}: {kind}, K={factors}, {encoders} and {tuned} trainable",
         f"Data: {stage.name}, {len(stage.train):,} examples, {valid}{skipped}, prompts compressed "
         f"{', '.join(f'{ratio:.2f}x' for ratio in ratios)}",
     ]

@@ -80,14 +80,14 @@ def compress(
         tokenizer: Its tokenizer.
         prompt: Text or token ids (all of it merges), or segments (see ``lay_out``). An already
             compressed prompt is returned as it is.
-        k: Merge factor, of a model that has several (as a server's has); None is its own.
+        k: Merge factor: 1 merges nothing, and a server's model may have several; None is its own.
 
     Returns:
         The compressed prompt; its blocks stay bound while the object lives.
 
     Raises:
-        PromptError: Empty, of another type, with a token id outside the vocabulary, or compressed
-            for another model.
+        PromptError: Empty, of another type, with a token id outside the vocabulary, for a K that
+            there is no encoder for, or compressed for another model.
         BlockTableFullError: Too many blocks in use at once.
     """
     embedding, segments = merged_embedding(model), _segments(tokenizer, prompt)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from kmerge_mlx.errors import AdapterError, DataError
 from kmerge_mlx.files import ALL_DTYPES, read_safetensors
 from kmerge_mlx.hub import fetch, is_namespaced
 from kmerge_mlx.prompts.policy import ALL
-from kmerge_mlx.train.checkpoint import BEST, STATE, TRAINING, read_log, read_progress
+from kmerge_mlx.train.checkpoint import BEST, FOLDERS, STATE, TRAINING, read_log, read_progress
 
 _NAMES = {*FILES, *checkpoint.FETCHED}
 PATTERNS = ("config.json", *LCLM_CONFIGS, *(f"{at}{name}" for at in ("", "*/") for name in _NAMES))
@@ -121,7 +123,7 @@ def describe_adapter(adapter: Adapter, folder: Path | None = None) -> dict[str, 
         "pad_token_id": merge.pad_token_id,
         "layout": None if merge.layout is None else merge.layout.to_json(),
         "provenance": dict(merge.provenance),
-        "training": None if folder is None else _training(folder),
+        "training": None if folder is None else _training(folder, merge.merge_factor),
     }
 
 
@@ -140,8 +142,10 @@ def window_sizes(folder: Path) -> tuple[int, int]:
     return parameters, size
 
 
-def _training(folder: Path) -> dict[str, Any] | None:
+def _training(folder: Path, k: int) -> dict[str, Any] | None:
     """How far the run in a folder came, and the figures of its best validation; None without."""
+    if fnmatch(folder.name, FOLDERS) and not (folder / TRAINING).is_dir():  # of a run for several K
+        folder = folder.parent
     folder = folder.parent if folder.name == BEST else folder
     if not (folder / TRAINING / STATE).is_file():
         return None
@@ -151,6 +155,8 @@ def _training(folder: Path) -> dict[str, Any] | None:
         for record in read_log(folder / TRAINING):
             if record.get("iteration") == state.best_iteration and "val_loss" in record:
                 best = record
+    others = re.compile(rf"_k(?!{k}$)\d+$")  # figures of the run's other K
+    best = {name: value for name, value in best.items() if not others.search(name)}
     return {"iteration": state.iteration, "finished": state.finished, "best": best or None}
 
 

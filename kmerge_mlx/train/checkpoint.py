@@ -1,9 +1,8 @@
 """Writes and reads the folder of a run, so that a run killed at any moment loses nothing.
 
-The folder holds the adapter as it is now (of several K: one in each of ``k2/``, ``k4/`` and so on),
-``best/`` with the adapter of the best validation, and
-``training/`` with everything else that an exact resume needs, and the logs. It is written whole,
-beside the one that it replaces.
+The folder holds the adapter as it is now (of several K one each in ``k2/``, ``k4/`` and so on),
+``best/`` with that of the best validation, and ``training/`` with everything else that an exact
+resume needs, and the logs. It is written whole, beside the one that it replaces.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def drawn(ks: Sequence[int], seed: int, iteration: int) -> int:
         return ks[0]
     turn, at = divmod(iteration - 1, len(ks))
     # RandomState's sequences are frozen; numpy may change those of its newer generators.
-    return ks[np.random.RandomState([seed % 2**32, turn]).permutation(len(ks))[at]]
+    return ks[np.random.RandomState([seed % 2**32, turn % 2**32]).permutation(len(ks))[at]]
 
 
 def owned(tree: Any, ks: Collection[int]) -> Any:

@@ -132,7 +132,8 @@ def prepare(
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
         checkpoint.check_same(run, saved)
-        if run.state.stage >= len(stages) or run.state.added >= settings.grad_accumulation_steps:
+        most = min(settings.grad_accumulation_steps - 1, run.state.iteration)
+        if run.state.stage >= len(stages) or run.state.added > most:
             raise TrainError(f"{path} cannot be resumed: its state is not of a run like this")
     if settings.teacher_answers:
         _answer(run, bar)

@@ -280,11 +280,8 @@ class Engine:
 
     def _restore(self, saved: dict[str, mx.array]) -> None:
         """Goes on from a saved run's tensors."""
-        weights, zero, state = (
-            self._run.model.trainable_parameters(),
-            mx.array(0.0),
-            self._run.state,
-        )
+        state, zero = self._run.state, mx.array(0.0)
+        weights = self._run.model.trainable_parameters()
         if state.added:
             done = range(state.iteration - state.added, state.iteration)
             weights = multi_k.owned(weights, {self._drawn(i + 1) for i in done})

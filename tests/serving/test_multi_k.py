@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from kmerge_mlx import load
 from kmerge_mlx.adapters.schema import EncoderConfig
 from kmerge_mlx.encoder import MergeEncoder
-from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.errors import AdapterError, PromptError
 from kmerge_mlx.generation.stream import compress
 from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.prompts.segments import Segment
@@ -205,7 +205,9 @@ def test_encoders_of_two_widths_are_refused():
 
 def test_a_model_of_one_k_reads_at_that_k_or_unmerged(whole):
     model, tokenizer = load(str(BASE), whole, 4)
-    assert (
-        compress(model, tokenizer, PROMPTS[0], 4).ids == compress(model, tokenizer, PROMPTS[0]).ids
-    )
-    assert compress(model, tokenizer, PROMPTS[0], 1).ids == PROMPTS[0]
+    own, unmerged, default = (compress(model, tokenizer, PROMPTS[0], k) for k in (4, 1, None))
+    assert own.ids == default.ids
+    assert unmerged.ids == PROMPTS[0]
+    for k in (2, "4"):
+        with pytest.raises(PromptError, match=r"`k` is .*, this model reads prompts at K = 1, 4"):
+            compress(model, tokenizer, PROMPTS[0], k)

@@ -26,7 +26,7 @@ from kmerge_mlx.train.prepare import prepare
 from kmerge_mlx.train.ranks import Ranks
 from kmerge_mlx.train.rows import Place, make_batch, shuffled
 from kmerge_mlx.train.settings import TrainSettings
-from tests.cli_runner import assert_one_error, run
+from tests.cli_runner import assert_one_error, change_json, run
 from tests.kills import Writer
 from tests.train import test_ranks
 from tests.train.test_killed import OPTIONS, SAVES, content
@@ -293,6 +293,21 @@ def test_another_set_of_ks_is_not_resumed_and_a_link_in_it_not_followed(tmp_path
     assert_one_error(train(path, "--resume", "--iters", 15), 1, said)
 
 
+@pytest.mark.parametrize(
+    ("state", "code"), [({"iteration": 0, "added": 1, "rng": [0, 0]}, 1), ({"iteration": 2**62}, 0)]
+)
+def test_a_state_that_no_run_has_is_one_line(tmp_path, whole, state, code):
+    """It may come from a stranger, and the K of each batch follows from it."""
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    file = path / "training" / "state.json"
+    about = json.loads(file.read_text())
+    settings = about["settings"] | {"grad_accumulation_steps": 2, "val_batches": 0}
+    change_json(file, state=about["state"] | state, settings=settings)
+    result = train(path, "--resume", "--iters", 2**62 + 1)
+    assert (result.code, "Traceback" in result.err) == (code, False)
+    assert ("its state is not of a run like this" in result.err) == (code == 1)
+
+
 def test_a_set_whose_lora_differs_is_not_gone_on_with(tmp_path, whole):
     path = Path(shutil.copytree(whole, tmp_path / "run"))
     file = str(path / "k3" / "adapters.safetensors")
@@ -371,8 +386,20 @@ def test_every_command_reads_one_k_of_a_set(tmp_path, whole, monkeypatch):
         answers.add(found.out)
     for command in (("generate", "--adapter-path", whole, "-p", "A"), ("export", whole, "x")):
         assert_one_error(run(*command), 1, "holds adapters for K = 2, 3, 4: choose one with --k")
+    shutil.copy(whole.parent / "data" / "valid.jsonl", tmp_path / "test.jsonl")
+    measured = run("evaluate", "--adapter-path", whole, "--data", tmp_path, "--limit", 2, "--json")
+    assert measured.code == 0, measured.err
+    assert {row["k"] for row in json.loads(measured.out)["rows"]} >= {*KS}
+    named = ("--license", "mit", "--base-model", "some/base")
+    sent = run("upload", whole, "me/several", *named, "--dry-run")
+    assert sent.code == 0, sent.err
+    assert all(f"k{k}/adapters.safetensors" in sent.err for k in KS)
     about = json.loads(run("info", whole, "--json").out)
     assert [adapter["merge_factor"] for adapter in about["adapters"]] == [*KS]
+    for adapter, k in zip(about["adapters"], KS, strict=True):
+        assert adapter["training"]["iteration"] == 14
+        best = adapter["training"]["best"]
+        assert {n for n in best if "loss" in n} == {"val_loss", f"val_loss_k{k}"}
 
 
 @pytest.mark.parametrize("k", [4, "2,4"])
