@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kmerge_mlx.errors import KMergeError, ServeError, first_line
 from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, body_too_large, event
 from kmerge_mlx.serving.connection import MOST_HEAD_BYTES, Connection, note_refusal
+from kmerge_mlx.serving.generator import PinnedModel
 from kmerge_mlx.serving.page import HEADERS, PAGE
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
@@ -61,15 +62,7 @@ def make_app(service: Service) -> ASGIApp:
     @get("/v1/models")
     @get("/v1/models/{wanted:path}")
     async def models(wanted: str = "") -> Response:
-        provider = service.provider
-        about = {"object": "model", "created": started, "owned_by": "kmerge-mlx"}
-        known = {name: {"id": name} | about for name in provider.ks}
-        if not wanted:
-            return JSONResponse({"object": "list", "data": [*known.values()]})
-        if wanted not in provider.names:
-            message = f"the model {wanted[:60]!a} is not served here, only {provider.name} is"
-            raise ApiError(404, message, "model", "model_not_found")
-        return JSONResponse(known[provider.names[wanted]])
+        return _models(service.provider, wanted, started)
 
     @post("/v1/completions")
     @post("/v1/chat/completions")
@@ -113,6 +106,18 @@ def _counted(app: FastAPI, service: Service) -> ASGIApp:
                 service.metrics.requests.labels(_route_of(scope), str(seen)).inc()
 
     return counting
+
+
+def _models(provider: PinnedModel, wanted: str, created: int) -> Response:
+    """The names that are served, or one of them."""
+    about = {"object": "model", "created": created, "owned_by": "kmerge-mlx"}
+    known = {name: {"id": name} | about for name in provider.ks}
+    if not wanted:
+        return JSONResponse({"object": "list", "data": [*known.values()]})
+    if wanted not in provider.names:
+        message = f"the model {wanted[:60]!a} is not served here, only {provider.name} is"
+        raise ApiError(404, message, "model", "model_not_found")
+    return JSONResponse(known[provider.names[wanted]])
 
 
 def _route_of(scope: Scope) -> str:
