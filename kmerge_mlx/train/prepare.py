@@ -158,9 +158,10 @@ def _source(settings: TrainSettings, resumed: bool) -> tuple[Source, dict[int, A
         for adapter in found.values():
             check_plain_encoder(adapter.merge, "trained")
         if not share_tuning([*found.values()]):
+            several = ", ".join(map(str, ks))
             raise AdapterError(
-                f"the adapters for K = {', '.join(map(str, ks))} in {start} have different LoRA: "
-                "give the folder of one"
+                f"the adapters for K = {several} in {start} do not change the base alike: give the "
+                "folder of one"
             )
     except AdapterError as error:
         raise TrainError(f"`{'resume' if resumed else 'init_from'}`: {error}") from error

@@ -318,7 +318,7 @@ def test_a_set_whose_lora_differs_is_not_gone_on_with(tmp_path, whole):
     ):
         result = train(tmp_path / "new", "--data", whole.parent / "data", *options)
         assert_one_error(result, 1, said)
-        assert "have different LoRA: give the folder of one" in result.err
+        assert "do not change the base alike: give the folder of one" in result.err
 
 
 def test_force_replaces_a_set_by_one_adapter_and_back(tmp_path, whole):
