@@ -96,16 +96,14 @@ class PinnedModel(host.ModelProvider):
         source = next((one for one in sources if one.k > 1), sources[0])
         own = {"prompt_cache_bytes": settings.cache_limit, "draft_model": None, "pipeline": False}
         super().__init__(Namespace(**vars(settings) | own))
-        self.settings, self.source = settings, source
+        self.settings, self.source, self.several = settings, source, sources[1:] and sources
         folder = Path(source.model)
         self.name = source.model
         if folder.is_dir():  # by its own name, where it is a link too
             self.name = (folder.resolve() if folder.name in ("", "..") else folder).name
-        self.several = sources if len(sources) > 1 else ()
         suffixes = {"": source.k} | {f":k{one.k}": one.k for one in self.several}
-        # By the names that clients are shown.
+        # The K of each name that clients are shown, and that name for each that they may use.
         self.ks = {f"{self.name}{suffix}": k for suffix, k in suffixes.items()}
-        # What a request may call them: also as ``model`` was given.
         called = (self.name, DEFAULT_MODEL, source.model)
         self.names = {f"{n}{suffix}": f"{self.name}{suffix}" for suffix in suffixes for n in called}
         self.stored_layout = None if source.merge is None else source.merge.layout
@@ -124,9 +122,8 @@ class PinnedModel(host.ModelProvider):
     def load_once(self) -> None:
         """Loads the model, in mlx-lm's generation thread."""
         settings = self.settings
-        model, tokenizer, _ = load_source(
-            self.source, max_blocks=settings.max_blocks, several=self.several
-        )
+        more = {"max_blocks": settings.max_blocks, "several": self.several}
+        model, tokenizer, _ = load_source(self.source, **more)
         needs_template(tokenizer, settings.chat_template)
         check_keep(tokenizer, self.layout.keep)
         has_template = self.layout.chat_template and tokenizer.has_chat_template

@@ -15,24 +15,25 @@ class Layouts:
 
     Args:
         tokenizer: The model's.
-        k: The merge factor; 1: nothing merges.
         kv_bytes_at: Bytes of the KV cache by the number of positions.
     """
 
-    def __init__(self, tokenizer: Any, k: int, kv_bytes_at: Callable[[int], int]):
+    def __init__(self, tokenizer: Any, kv_bytes_at: Callable[[int], int]):
         own = merged_text(tokenizer)
-        self._k, self._kv_bytes_at = k, kv_bytes_at
+        self._kv_bytes_at = kv_bytes_at
         self._bytes_of_raw = self._bytes_of_merged = _speller(tokenizer)
         if own is not None:
             self._bytes_of_merged = _speller(own.tokenizer)
 
-    def describe(self, segments: Sequence[Segment]) -> dict[str, Any]:
+    def describe(self, segments: Sequence[Segment], k: int) -> dict[str, Any]:
         """Counts, and the tokens of each position as texts; all texts end to end are the prompt's.
+
+        ``k`` is the merge factor; at 1 nothing merges.
 
         A character of several tokens is in the text of the last one, and the others have less, or
         none. What is not a whole character where its segment ends is U+FFFD.
         """
-        k, tokens = self._k, sum(len(s.ids) for s in segments)
+        tokens = sum(len(s.ids) for s in segments)
         positions = sum(s.positions(k) for s in segments)
         merged = sum(len(s.ids) for s in segments if s.merge) if k > 1 else 0
         return {
@@ -43,12 +44,12 @@ class Layouts:
             "raw_tokens": tokens - merged,
             "compression_ratio": tokens / positions,
             "kv_bytes": self._kv_bytes_at(positions),
-            "segments": [self._segment(segment) for segment in segments],
+            "segments": [self._segment(segment, k) for segment in segments],
         }
 
-    def _segment(self, segment: Segment) -> dict[str, Any]:
-        merge = segment.merge and self._k > 1
-        size = self._k if merge else 1
+    def _segment(self, segment: Segment, k: int) -> dict[str, Any]:
+        merge = segment.merge and k > 1
+        size = k if merge else 1
         # A tokenizer of its own makes what merges, whether or not it is read in merged form.
         bytes_of = self._bytes_of_merged if segment.merge else self._bytes_of_raw
         decoder, last = codecs.getincrementaldecoder("utf-8")("replace"), len(segment.ids) - 1

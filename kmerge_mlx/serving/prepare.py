@@ -59,7 +59,7 @@ class Preparer:
         self._places = asyncio.Semaphore(MOST_PREPARED)
         self._noted: set[str] = set()
         self._dates = Dates(self.tokenizer)
-        self._layouts = Layouts(self.tokenizer, provider.source.k, provider.kv_bytes_at)
+        self._layouts = Layouts(self.tokenizer, provider.kv_bytes_at)
         self._schemas = Schemas(self.tokenizer)
         with suppress(ImportError, PromptError):  # a request with a schema is told
             self._schemas.read_vocabulary()
@@ -158,13 +158,13 @@ class Preparer:
         return completion, prompts
 
     def _described(self, body: bytearray, deadline: float) -> str:
-        _, prompts = self._read(body, None, deadline)
+        completion, prompts = self._read(body, None, deadline)
         if len(prompts) > 1:
             message = f"prompt has {len(prompts)} prompts, expected one: a layout is of one"
             raise ApiError(400, message, "prompt")
         with self._tokenizer_lock:
-            made = self._layouts.describe(prompts[0])
-        known = {"object": "prompt.layout", "model": self.provider.name}
+            made = self._layouts.describe(prompts[0], self._k(completion))
+        known = {"object": "prompt.layout", "model": self.provider.names[completion.model]}
         return json.dumps(known | made)
 
     def _read_chat(self, completion: ChatCompletion) -> tuple[ChatCompletion, list[Segment]]:

@@ -88,7 +88,7 @@ def test_the_texts_of_all_tokens_are_the_text_and_a_split_character_is_in_its_la
     path = base_with(tmp_path / "base", MAKERS[name](), 720, ENDS[name])
     tokenizer = read_tokenizer(path, read_config(path), "base")
     ids = list(tokenizer.encode(BYTES, add_special_tokens=False))
-    (segment,) = Layouts(tokenizer, 4, int).describe([Segment(ids)])["segments"]
+    (segment,) = Layouts(tokenizer, int).describe([Segment(ids)], 4)["segments"]
     texts = [text for block in segment["blocks"] for text in block]
     assert "".join(texts).strip(" ") == BYTES == tokenizer.decode(ids)
     parts = [tokenizer.detokenizer.spell(i)[1] for i in ids]
@@ -101,7 +101,7 @@ def test_a_character_that_its_segment_does_not_end_is_marked(tmp_path):
     path = base_with(tmp_path / "base", MAKERS["byte level"](), 720, ENDS["byte level"])
     tokenizer = read_tokenizer(path, read_config(path), "base")
     first = tokenizer.encode("\U0001f389", add_special_tokens=False)[:1]
-    (segment,) = Layouts(tokenizer, 4, int).describe([Segment(first)])["segments"]
+    (segment,) = Layouts(tokenizer, int).describe([Segment(first)], 4)["segments"]
     assert segment["blocks"] == [["\ufffd"]]
 
 

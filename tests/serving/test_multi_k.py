@@ -131,6 +131,15 @@ def test_a_chat_has_the_k_of_its_model_in_the_answer_and_in_each_chunk(server):
     assert counts[0] > 1.8 * counts[1] > 3 * counts[2]
 
 
+def test_a_layout_is_that_of_the_k_that_is_asked_for(server, alone):
+    for k in KS:
+        asked = {"model": f"base:k{k}", "prompt": PROMPTS[0], "merge": True}
+        found = server.request("POST", "/v1/layout", asked).json
+        assert (found["model"], found["merge_factor"]) == (f"base:k{k}", k)
+        assert found["compressed_tokens"] == alone[k][0]["usage"]["compressed_tokens"]
+        assert max(len(texts) for s in found["segments"] for texts in s["blocks"]) == k
+
+
 def test_a_cached_prefix_is_of_its_own_k(whole):
     """A prompt that was read at one K is new at another, and known when it comes again."""
     with serving(BASE, whole) as server:
