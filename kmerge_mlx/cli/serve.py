@@ -95,5 +95,5 @@ def _report_start(service: Service, url: str) -> None:
         merged += f" of at least {layout.threshold} tokens"
     if k > 1 and layout.keep:
         merged += f" but {', '.join(layout.keep)}"
-    note(f"Serving {provider.name} ({merged}) at {url}/v1")
     note(f"To ask it in a browser: {url}")
+    note(f"Serving {provider.name} ({merged}) at {url}/v1")
