@@ -1,9 +1,13 @@
 // The AI SDK with @ai-sdk/openai-compatible.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateText, jsonSchema, streamText, tool } from "ai";
-import { check, KEY, MODEL, overflows, refused, TAGGED, TOO_LONG, TREE, TWO_PARTS, URL } from "./checks.mjs";
+import { generateText, jsonSchema, Output, streamText, tool } from "ai";
+import {
+  check, isVerdict, KEY, MODEL, overflows, refused, TAGGED, TOO_LONG, TREE, TWO_PARTS, URL, VERDICT,
+} from "./checks.mjs";
 
-const server = createOpenAICompatible({ name: "kmerge", baseURL: URL, apiKey: KEY, includeUsage: true });
+const server = createOpenAICompatible({
+  name: "kmerge", baseURL: URL, apiKey: KEY, includeUsage: true, supportsStructuredOutputs: true,
+});
 const [model, completing] = [server.chatModel(MODEL), server.completionModel(MODEL)];
 const own = { maxOutputTokens: 4, maxRetries: 0 };
 const ask = (prompt, more) => generateText({ model, prompt, ...own, ...more });
@@ -13,6 +17,15 @@ async function streamed(model) {
   let text = "";
   for await (const piece of streamText({ model, prompt: TREE, ...own }).textStream) text += piece;
   return text;
+}
+
+const inSchema = { maxOutputTokens: 60, output: Output.object({ schema: jsonSchema(VERDICT) }) };
+
+async function streamedObject() {
+  let last;
+  const answer = streamText({ model, prompt: TREE, ...own, ...inSchema });
+  for await (const part of answer.partialOutputStream) last = part;
+  return last;
 }
 
 const look = tool({
@@ -32,4 +45,6 @@ await check("document and question", () => usage(TWO_PARTS), (u) => u.raw.raw_to
 await check("stop", async () => (await ask(TREE, { stopSequences: ["e"] })).text, "tru");
 await check("system", async () => (await ask(TREE, { system: "<raw> </raw>" })).text, Boolean);
 await check("too long", () => refused(() => ask(TOO_LONG)), overflows);
+await check("in a schema", async () => (await ask(TREE, inSchema)).output, isVerdict);
+await check("in a schema, streamed", streamedObject, isVerdict);
 await check("tools", async () => (await ask(TREE, { tools: { look } })).toolCalls.length, 0);

@@ -10,6 +10,15 @@ export const TAGGED = `<merge>${TREE}</merge>`;
 export const TWO_PARTS = `<merge>${DOCUMENT}</merge><raw>, Task:${QUESTION}</raw>`;
 export const TOO_LONG = "A ".repeat(10_000);
 
+// What an answer in a schema is here.
+export const VERDICT = {
+  type: "object",
+  properties: { right: { enum: ["true", "false"] } },
+  required: ["right"],
+  additionalProperties: false,
+};
+export const isVerdict = (found) => ["true", "false"].includes(found.right);
+
 // Asks, and prints a line of the table: the client's own exception or answer, and a verdict.
 export async function check(what, ask, right) {
   let found, good;
