@@ -6,16 +6,18 @@ The settings of a command are a frozen dataclass below :class:`Settings`, and ea
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from kmerge_mlx.config import is_int, is_number
-from kmerge_mlx.errors import SettingsError, findings, short
+from kmerge_mlx.errors import KMergeError, SettingsError, findings, short
 from kmerge_mlx.prompts.keep import KINDS, NONE
 from kmerge_mlx.prompts.policy import MERGES
 
@@ -86,6 +88,19 @@ def parse_size(text: str, kilo: int = 1000) -> int:
     """Bytes that a text such as ``4GB`` means; a kB is 1000 bytes, as in mlx-lm, and a KiB 1024."""
     number, unit, binary = _SIZE.fullmatch(text.strip()).groups()
     return int(Decimal(number) * (1024 if binary else kilo) ** " KMGT".index(unit.upper() or " "))
+
+
+def check_output(
+    name: str, path: str | Path, suffixes: Sequence[str], error: type[KMergeError] = SettingsError
+) -> None:
+    """Refuses a file, the value of a setting, that could not be written when the work is done."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise error(f"`{name}` is {path}, expected a name that ends with {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise error(f"`{name}` is {path}, but there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise error(f"`{name}` is {path}, which cannot be written: name another file")
 
 
 @dataclass(frozen=True)

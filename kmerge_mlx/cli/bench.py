@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kmerge_mlx import __version__
+from kmerge_mlx.cli.convert import ConvertSettings
 from kmerge_mlx.cli.inputs import command
-from kmerge_mlx.cli.output import (
-    aligned,
-    bar,
-    figure,
-    note,
-    print_json,
-    seconds,
-    size,
-    wrapped,
+from kmerge_mlx.cli.output import aligned, bar, note, print_json, wrapped
+from kmerge_mlx.cli.report import (
+    GLOSSARY,
+    JSON,
+    MARKDOWN,
+    json_beside,
+    lora,
+    of_rounds,
+    table,
+    versions,
+    write_report,
 )
 from kmerge_mlx.errors import AdapterError
-from kmerge_mlx.settings import CacheSettings, ModelSettings, option
+from kmerge_mlx.settings import CacheSettings, ModelSettings, check_output, option
+from kmerge_mlx.tools.shapes import SHAPES
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from kmerge_mlx.source import Source
-    from kmerge_mlx.tools.bench import Row, Side
+    from kmerge_mlx.tools.bench import Row
+    from kmerge_mlx.tools.random_base import RandomBase
     from kmerge_mlx.virtual_tokens import MergedEmbedding
 
-K, LORA_RANK = 4, 4
-PACKAGES = ("mlx", "mlx_lm", "kmerge_mlx")
+K, LORA_RANK, DTYPE = 4, 4, "bfloat16"
+GENERATED, OF_A_REPORT = 16, 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,28 @@ class BenchSettings(ModelSettings):
         f"any case. Default: all that --adapter-path holds; without one, {K}.",
         many=True,
     )
+    shape: str | None = option(
+        None,
+        str,
+        "Measure random weights of the shape of this base, made in memory, instead of a --model.",
+        choices=tuple(SHAPES),
+    )
+    dtype: str | None = ConvertSettings.setting(
+        "dtype", help=f"Of the weights of --shape. Default: {DTYPE}."
+    )
     length: tuple[int, ...] = option(
         (512, 2048), int, "Tokens of the prompt; give it again for another.", low=1, many=True
     )
     num_trials: int = option(
         3, int, "Rounds, after one that warms up.", low=1, flags=("--num-trials", "-n")
     )
-    generation_tokens: int = option(
-        16, int, "Tokens generated in each run.", low=1, flags=("--generation-tokens", "-g")
+    generation_tokens: int | None = option(
+        None,
+        int,
+        f"Tokens generated in each run. Default: {GENERATED}; with --report {OF_A_REPORT}, the "
+        "fewest there.",
+        low=1,
+        flags=("--generation-tokens", "-g"),
     )
     lora_rank: int = option(
         LORA_RANK, int, "Rank of the untrained LoRA without --adapter-path; 0 leaves it out.", low=0
@@ -63,6 +82,34 @@ class BenchSettings(ModelSettings):
     seed: int = option(0, int, "Seed of the random prompts.")
     as_json: bool = option(False, bool, "Print one JSON object on stdout.", flags=("--json",))
     plot: str | None = option(None, str, "Draw a picture into this file (.png, .svg, .pdf).")
+    report: str | None = option(
+        None,
+        str,
+        "Write a report of --shape on this machine into this file (.md), and the --json beside it. "
+        "It names no user, host or folder.",
+    )
+
+    def clashes(self) -> list[str]:
+        """What is wrong with settings that are good alone, one line each."""
+        named = self.model or self.adapter_path
+        few = self.report and self.tokens < OF_A_REPORT
+        rules = {
+            "`shape` is a base with random weights: leave `model` and `adapter_path` out": (
+                self.shape and named
+            ),
+            "`dtype` is of the weights of a `shape`: leave it out": self.dtype and not self.shape,
+            f"`report` is of a `shape` ({', '.join(SHAPES)}): give one": (
+                self.report and not self.shape
+            ),
+            f"`generation_tokens` is {self.generation_tokens}, expected at least {OF_A_REPORT} for "
+            "a `report`": few,
+        }
+        return [text for text, broken in rules.items() if broken]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated in each run."""
+        return self.generation_tokens or (OF_A_REPORT if self.report else GENERATED)
 
 
 @command(BenchSettings)
@@ -78,36 +125,39 @@ def bench(settings: BenchSettings) -> None:
       kmerge-mlx bench --model Qwen/Qwen2.5-0.5B
       kmerge-mlx bench --model M --k 2 --k 4 --k 8 --length 512 --length 8192 --plot speed.png
       kmerge-mlx bench --adapter-path A -n 5 -g 64 --json
+      kmerge-mlx bench --shape qwen2.5-0.5b --report mac.md
     """
     if settings.plot:
         from kmerge_mlx.plots import check_plot
 
         check_plot(settings.plot)
+    if settings.report:
+        check_output("report", settings.report, [MARKDOWN])
+        check_output("report", json_beside(settings.report), [JSON])
 
     from kmerge_mlx.tools import bench as benchmark
+    from kmerge_mlx.tools.machine import describe_machine
 
     source, merged = _sources(settings)
-    shared = ("num_trials", "generation_tokens", "prefill_step_size", "seed", "delay")
+    named = _named(settings, source)
+    shared = ("num_trials", "prefill_step_size", "seed", "delay")
     how = {name: getattr(settings, name) for name in shared}
+    how |= {"generation_tokens": settings.tokens}
     config = benchmark.BenchmarkConfig(tuple(sorted(set(settings.length))), **how)
     # On Metal mlx-lm prints a warning about large models.
     with contextlib.redirect_stdout(sys.stderr):
         sides = benchmark.load_sides(source, merged, config.lengths, settings.lora_rank)
         encoders = [_encoder(side.embedding) for side in sides if side.embedding is not None]
-        if encoders and source.adapter_path is None:
+        if encoders and named["adapter_path"] is None:
             form = "K={merge_factor}: {parameters:,} {dtype}".format_map
             note(
                 "note: no --adapter-path, so the encoders are untrained, of their default sizes "
-                f"({', '.join(map(form, encoders))}), with {_lora(settings.lora_rank)}"
+                f"({', '.join(map(form, encoders))}), with {lora(settings.lora_rank)}"
             )
         rows = benchmark.measure(sides, config, bar("Positions read"))
     report = {
-        "machine": _machine(sides[0]),
-        "settings": {
-            **{name: getattr(source, name) for name in ("model", "adapter_path")},
-            "lora_rank": None if source.adapter_path else settings.lora_rank,
-            **asdict(config),
-        },
+        "machine": describe_machine() | {"dtype": _dtype(sides[0].llm)},
+        "settings": named | asdict(config),
         "encoders": encoders,
         "rows": [asdict(row) for row in rows],
     }
@@ -116,16 +166,24 @@ def bench(settings: BenchSettings) -> None:
         from kmerge_mlx.plots.speed import draw_speed
 
         draw_speed(rows, _backend(report["machine"]), settings.plot)
+    if settings.report:
+        write_report(report, rows, settings.report)
 
 
-def _sources(settings: BenchSettings) -> tuple[Source, dict[int, Source | None]]:
+def _sources(
+    settings: BenchSettings,
+) -> tuple[Source | RandomBase, dict[int, Source | None]]:
     """The base, and what is measured beside it, by merge factor."""
     from kmerge_mlx.source import Source
+    from kmerge_mlx.tools.random_base import RandomBase
 
+    untrained = {k: None for k in settings.k or (K,) if k > 1}
+    if name := settings.shape:
+        return RandomBase(name, SHAPES[name], settings.dtype or DTYPE), untrained
     named = (settings.model, settings.adapter_path)
     (base,) = Source.find_all(*named, (1,), settings.trust_remote_code)
     if base.adapter_path is None:
-        return base, {k: None for k in settings.k or (K,) if k > 1}
+        return base, untrained
     found = Source.find_all(*named, settings.k, settings.trust_remote_code)
     merged: dict[int, Any] = {one.k: one for one in found if one.k > 1}
     if not merged:
@@ -134,6 +192,15 @@ def _sources(settings: BenchSettings) -> tuple[Source, dict[int, Source | None]]
             "one with a larger K"
         )
     return base, merged
+
+
+def _named(settings: BenchSettings, source: Source | RandomBase) -> dict[str, Any]:
+    """What is measured, by the names of the settings that choose it."""
+    if settings.shape:
+        found = {"shape": settings.shape, "model": None, "adapter_path": None}
+    else:
+        found = {"model": source.model, "adapter_path": source.adapter_path}
+    return found | {"lora_rank": None if found["adapter_path"] else settings.lora_rank}
 
 
 def _encoder(embedding: MergedEmbedding) -> dict[str, Any]:
@@ -145,30 +212,14 @@ def _encoder(embedding: MergedEmbedding) -> dict[str, Any]:
     return encoder.config.to_json() | about
 
 
-def _lora(rank: int) -> str:
-    return f"LoRA of rank {rank}" if rank else "no LoRA"
-
-
-def _machine(reference: Side) -> dict[str, str]:
-    """Where it ran, and with what."""
+def _dtype(llm: nn.Module) -> str:
+    """The dtype that a base computes in: that of its embeddings."""
     import mlx.core as mx
-    import mlx_lm
 
     from kmerge_mlx.base import dtype_name, find_embedding
 
-    device = mx.default_device()
-    gpu = "Metal" if mx.metal.is_available() else "CUDA"
-    _, table = find_embedding(reference.llm, "the base model")
-    return {
-        "backend": "CPU" if device == mx.Device(mx.cpu) else gpu,
-        "device": str(device),
-        "machine": platform.machine(),
-        "processor": str(mx.device_info(device).get("device_name", "unknown")),
-        "dtype": dtype_name(table(mx.array([0])).dtype),
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
-        "kmerge_mlx": __version__,
-    }
+    _, looked_up = find_embedding(llm, "the base model")
+    return dtype_name(looked_up(mx.array([0])).dtype)
 
 
 def _backend(machine: Mapping[str, str]) -> str:
@@ -181,45 +232,20 @@ def _backend(machine: Mapping[str, str]) -> str:
 
 def _text(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The report for people: where, what, a table, and what its words mean."""
-    machine, settings = report["machine"], report["settings"]
+    settings = report["settings"]
     adapter = "no adapter"
     if report["encoders"]:
-        adapter = f"untrained encoders, {_lora(settings['lora_rank'])}"
+        adapter = f"untrained encoders, {lora(settings['lora_rank'])}"
     if settings["adapter_path"]:
         adapter = f"adapter {settings['adapter_path']}"
-    rounds, trials = "figure of 1 round", settings["num_trials"]
-    if spread := trials > 1:
-        rounds = f"median (lowest-highest) of {trials} rounds"
-    versions = (f"{name.replace('_', '-')} {machine[name]}" for name in PACKAGES)
-    where = f"{_backend(machine)}; {', '.join(versions)}"
-    what = f"{settings['model']}, {adapter}; {rounds} after one to warm up, "
+    where = f"{_backend(report['machine'])}; {versions(report['machine'])}"
+    what = f"{settings.get('shape') or settings['model']}, {adapter}; {of_rounds(settings)}, "
     what += f"{settings['generation_tokens']} tokens generated"
+    words = "\n".join(f"{word:<12}  {meaning}" for word, meaning in GLOSSARY.items())
     return f"""\
 {wrapped(where)}
 {wrapped(what)}
 
-{_table(rows, spread)}
+{aligned(table(rows, settings["num_trials"] > 1), 2)}
 
-K = 1         plain mlx-lm on the whole prompt
-TTFT          from token ids to the first token: with compressing, without tokenizing
-speed-up      TTFT of K = 1 over this one, in each round
-/ floor       TTFT over that of plain mlx-lm on as many plain tokens, in each round
-prompt tok/s  original tokens over TTFT
-KV cache      keys and values of the prompt's positions"""
-
-
-def _table(rows: Sequence[Row], spread: bool) -> str:
-    heads = ("prompt", "K", "positions", "TTFT", "speed-up", "/ floor", "prompt tok/s")
-    cells = [(*heads, "decode tok/s", "peak memory", "KV cache")]
-    for row in rows:
-        figures = row.figures
-        prompt = (f"{row.length:,} tokens", str(row.k), f"{row.positions:,}")
-        speeds = (
-            seconds(figures.time_to_first_token, spread),
-            figure(row.speedup, "{:.2f}", spread, "x"),
-            figure(row.overhead, "{:.3f}", spread),
-            figure(figures.prompt_tps, "{:,.1f}", False),
-            figure(figures.generation_tps, "{:,.1f}", spread),
-        )
-        cells.append((*prompt, *speeds, size(figures.peak_bytes.median), size(figures.kv_bytes)))
-    return aligned(cells, 2)
+{words}"""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.errors import PlotError, first_line
 from kmerge_mlx.files import replacing_file
+from kmerge_mlx.settings import check_output
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Colour-blind people can tell them apart (Okabe, Ito); the last is a purple in place of yellow.
@@ -23,13 +23,7 @@ def check_plot(path: str | Path) -> None:
     """
     if find_spec("matplotlib") is None:
         raise PlotError("`plot` needs matplotlib: pip install 'kmerge-mlx[plot]'")
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise PlotError(f"`plot` is {path}, expected a name that ends with {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise PlotError(f"`plot` is {path}, but there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PlotError(f"`plot` is {path}, which cannot be written: name another file")
+    check_output("plot", path, SUFFIXES, PlotError)
 
 
 def plain_ticks(axis: Any) -> None:

@@ -30,6 +30,7 @@ from kmerge_mlx.errors import PromptError, findings
 from kmerge_mlx.generation.cost import Spread, time_reading
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.source import Source
+from kmerge_mlx.tools.random_base import PAD_TOKEN_ID, RandomBase
 from kmerge_mlx.virtual_tokens import CompressedPrompt, MergedEmbedding
 
 
@@ -80,15 +81,24 @@ class Figures:
     generation_tps: Spread | None
     peak_bytes: Spread
     kv_bytes: int
+    cold_time_to_first_token: float  # in the round that warms up, where kernels are compiled
 
     @classmethod
-    def of(cls, trials: Sequence[Trial]) -> Figures:
-        """The figures of at least one run."""
+    def of(cls, runs: Sequence[Trial]) -> Figures:
+        """The figures of at least two runs, of which the first warms up."""
+        cold, *trials = runs
         seconds = Spread.of(t.time_to_first_token for t in trials)
         read = Spread.of(t.tokens / t.time_to_first_token for t in trials)
         speeds = [t.generation_tps for t in trials if t.generation_tps is not None]
         peak = Spread.of(t.peak_bytes for t in trials)
-        return cls(seconds, read, Spread.of(speeds) if speeds else None, peak, trials[0].kv_bytes)
+        return cls(
+            seconds,
+            read,
+            Spread.of(speeds) if speeds else None,
+            peak,
+            trials[0].kv_bytes,
+            cold.time_to_first_token,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,10 @@ class Row:
 
 
 def load_sides(
-    source: Source, merged: Mapping[int, Source | None], lengths: Sequence[int], lora_rank: int
+    source: Source | RandomBase,
+    merged: Mapping[int, Source | None],
+    lengths: Sequence[int],
+    lora_rank: int,
 ) -> list[Side]:
     """Loads a base once, and for each K a model over the same weights.
 
@@ -114,17 +127,18 @@ def load_sides(
     comes first, then for each K the floor and the merged side.
     """
     _check_lengths(lengths, merged, base.context_length(source.config))
+    if isinstance(source, RandomBase):
+        source.check_memory(lengths, merged)
     adapters = {
         k: one and read_adapter(one.adapter, one.merge) for k, one in sorted(merged.items())
     }
     for adapter in filter(None, adapters.values()):
         model.check_fit(adapter, source.config, source.model)
-    alone = replace(source, adapter_path=None, adapter=None, merge=None)
-    plain, tokenizer, _ = model.load_source(alone)
+    plain, tokenizer = _open(source)
     readers = [(1, plain)]
     for k, adapter in adapters.items():
         # Only its modules are wanted: the lazy weights are never read.
-        llm, _, _ = model.load_source(alone, lazy=True)
+        llm, _ = _open(source, lazy=True)
         llm.update(plain.parameters())
         max_blocks = Side(k, llm).positions(max(lengths))
         if adapter is None:
@@ -135,13 +149,14 @@ def load_sides(
                 spec = LoRASpec(lora_rank, 1.0)
                 tuning, head = model.fresh_lora(llm, spec, len(llm.layers))
             untrained = MergeConfig(EncoderConfig(k, d, inner_size(k, d)), head_lora=head)
-            pad = base.default_pad_token_id(tokenizer)
+            pad = base.default_pad_token_id(tokenizer) if tokenizer else PAD_TOKEN_ID
             model.wire(llm, untrained, tuning, pad, source.model, max_blocks)
             llm.eval()
         else:
             pad = model.padding_of(adapter, tokenizer)
             model.attach(llm, adapter, pad, source.model, max_blocks)
-        model.widen(llm, source.path)  # the adapter: the base's own arrays were cast above
+        if isinstance(source, Source):
+            model.widen(llm, source.path)  # the adapter: the base's own arrays were cast above
         model.fold_lora(llm)
         mx.eval(llm.parameters())
         readers += [(k, plain), (k, llm)]
@@ -153,6 +168,14 @@ def load_sides(
         Side(k, llm, model.merged_embedding(llm), total - sum(own.values()))
         for (k, llm), own in zip(readers, weights, strict=True)
     ]
+
+
+def _open(source: Source | RandomBase, lazy: bool = False) -> tuple[nn.Module, Any]:
+    """A base alone, and its tokenizer or None; ``lazy``: its arrays are not to be evaluated."""
+    if isinstance(source, RandomBase):
+        return source.skeleton() if lazy else source.make(), None
+    alone = replace(source, adapter_path=None, adapter=None, merge=None)
+    return model.load_source(alone, lazy=lazy)[:2]
 
 
 def _arrays(llm: nn.Module) -> list[Any]:
@@ -201,8 +224,7 @@ def measure(
             for i in range(len(sides)):
                 side = sides[(number + step * i) % len(sides)]
                 trial = _run(side, ids, config)
-                if number >= 0:
-                    trials[side].append(trial)
+                trials[side].append(trial)
                 done += trial.positions
                 progress(done, total)
         rows += _rows(length, trials)
@@ -234,7 +256,7 @@ def _rows(length: int, trials: Mapping[Side, Sequence[Trial]]) -> list[Row]:
     """The rows of one length; a ratio is of two runs of the same round."""
 
     def ratios(over: Side, under: Side) -> Spread:
-        pairs = zip(trials[over], trials[under], strict=True)
+        pairs = zip(trials[over][1:], trials[under][1:], strict=True)
         return Spread.of(a.time_to_first_token / b.time_to_first_token for a, b in pairs)
 
     figures = {side: Figures.of(runs) for side, runs in trials.items()}

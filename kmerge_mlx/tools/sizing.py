@@ -78,7 +78,7 @@ def calculate(name: str, settings: SizingConfig, own_k: bool = False) -> dict[st
     path = base.resolve(name, weights=False)
     config, has_weights = base.read_config(path), _has_weights(path)
     model = _build(path, config, name, settings.dtype, has_weights)
-    found = _Calculator(model, config, settings, name)
+    found = Calculator(model, config, settings, name)
     found.windows = _window_cost(carried_by(path))
     wanted = found.windows[:1] if own_k and found.windows else settings.ks
     ks, rows = sorted({1, *wanted}), []
@@ -120,7 +120,7 @@ class _Encoder:
     at_once: int = BLOCKS_PER_CHUNK  # blocks for which its weights are read once
 
 
-class _Calculator:
+class Calculator:
     """The sizes of one base model."""
 
     windows: tuple[int, _Encoder] | None = None  # K and cost of the window encoder in its folder

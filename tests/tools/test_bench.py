@@ -123,6 +123,7 @@ def test_ratios_are_of_runs_in_the_same_round(sides, monkeypatch):
     monkeypatch.setattr(benchmark, "_run", run)
     plain, merged = benchmark.measure(sides[:3], replace(CONFIG, num_trials=3))
     assert plain.figures.time_to_first_token.trials == (8.0, 80.0, 800.0)
+    assert plain.figures.cold_time_to_first_token == 8.0 * 9  # of the round that warms up
     assert merged.speedup == Spread(4.0, 2.0, 8.0, (2.0, 4.0, 8.0))
     assert merged.overhead == Spread(1.0, 0.5, 2.0, (2.0, 1.0, 0.5))
     assert merged.figures.prompt_tps.trials == (21 / 4, 21 / 20, 21 / 100)
