@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import aligned, bar, note, print_json, seconds, size, wrapped
-from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, EvaluateSettings
+from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, PERPLEXITY, EvaluateSettings
 
 if TYPE_CHECKING:
+    from kmerge_mlx.evaluation.recommend import Recommendation
     from kmerge_mlx.evaluation.report import Report, Row
 
 
@@ -27,6 +28,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     Examples:
       kmerge-mlx evaluate --task textualized-tree --baseline all --plot pareto.png
       kmerge-mlx evaluate --adapter-path A --data ./data --k 4 --baseline uncompressed
+      kmerge-mlx evaluate --adapter-path A --data ./data --recommend --budget 2
       kmerge-mlx evaluate --adapter-path A --task recall --length 4096 --predictions answers.jsonl
     """
     settings.refuse_foreign(settings.task or DATA, OWN_OPTIONS)
@@ -50,6 +52,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         print_json(report.to_json())
     else:
         print("\n\n".join(_tables(report)))
+        if report.recommended is not None:
+            print(f"\n{_recommendation(report.recommended)}")
     for row in report.rows:
         if row.refused is not None:
             note(f"note: {row.label} is left out: {row.refused}")
@@ -108,6 +112,24 @@ def _table(
         cells = [cell(name, row.scores[group][name]) for group, name in columns]
         lines.append([row.label, f"{row.ratio(groups):.2f}x", kept, *timed, *cells])
     return f"{wrapped(title)}\n{aligned(lines)}"
+
+
+def _recommendation(found: Recommendation) -> str:
+    """Which K to take, and what each one loses, on one line."""
+    grows = found.score == PERPLEXITY
+    unit, form = ("%", "{:.4g}") if grows else ("", "{:.1%}")
+    said = [found.score.replace("_", " ")] if found.score else []
+    for one in found.compared:
+        value, reference = form.format(one.value), form.format(one.reference)
+        ends = f"{one.difference:+.1f}{unit} ({one.low:+.1f} to {one.high:+.1f})"
+        verdict = f"within {found.budget:g}{unit or ' points'}" if one.within else "too far"
+        said.append(
+            f"K = {one.k}: {value} against {reference} at K = 1, difference {ends}: {verdict}"
+        )
+    best = f"K = {found.k}"
+    if found.k is None:
+        best = "no K, as K = 1 " + ("scores 0" if found.compared else "did not answer")
+    return "; ".join([*said, f"recommended: {best}"])
 
 
 def _questions(size: int) -> str:

@@ -5,7 +5,8 @@ and its bootstrap (of the sums of each resample). Labels are counted in arrays (
 number of labels: how often each label was right, was the answer, and was predicted.
 
 Source: Wilson, J. Am. Stat. Assoc. 22 (1927); Brown, Cai and DasGupta, Stat. Sci. 16 (2001) 101
-(the Jeffreys interval); Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), 13.3;
+(the Jeffreys interval); Rubin, Ann. Stat. 9 (1981) 130 (the Bayesian bootstrap); Efron and
+Tibshirani, "An Introduction to the Bootstrap" (1993), 13.3;
 the evaluation script of SQuAD 2.0 (its exact match and F1, Rajpurkar et al., arXiv 1806.03822).
 """
 
@@ -66,6 +67,24 @@ def bootstrap_interval(
     drawn = (rng.integers(n, size=n) for _ in range(RESAMPLES))
     sums = np.stack([np.bincount(which, minlength=n) @ flat for which in drawn])
     return _middle(statistic(sums.reshape(-1, *terms.shape[1:])))
+
+
+def paired_interval(strata: Sequence[tuple[float, np.ndarray]]) -> Interval:
+    """The interval of a weighted sum of mean differences, each of (n,) values from -1 to 1.
+
+    The Bayesian bootstrap: the differences of a stratum get random weights, Dirichlet(1, ..., 1).
+    Half a difference of -1 and half a one of 1 are added, as in Jeffreys' prior, so that it is as
+    wide as the data allow where all differences are alike. It includes the sum itself.
+    """
+    rng, draws = np.random.default_rng(SEED), np.zeros(RESAMPLES)
+    for weight, differences in strata:
+        values = np.append(differences, (-1, 1))
+        shape = np.append(np.ones(len(differences)), (0.5, 0.5))
+        for i in range(RESAMPLES):
+            drawn = rng.standard_gamma(shape)
+            draws[i] += weight * (drawn @ values) / drawn.sum()
+    whole, (low, high) = sum(w * each.mean() for w, each in strata), _middle(draws)
+    return float(min(low, whole)), float(max(high, whole))
 
 
 def _middle(values: np.ndarray) -> Interval:

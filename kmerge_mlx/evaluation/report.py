@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,11 +27,14 @@ from kmerge_mlx.files import read_json
 from kmerge_mlx.generation.cost import Spread
 from kmerge_mlx.prompts.policy import Layout
 
+if TYPE_CHECKING:
+    from kmerge_mlx.evaluation.recommend import Recommendation
+
 _SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
 COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
 """The scores of a table, in its order, and whether each is a share."""
 _JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}
-_UNREPORTED = ("predictions", "json", "plot")
+_UNREPORTED = ("predictions", "json", "plot", "recommend", "budget", "recommend_by")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Report:
     bad_rows: int
     about: Mapping[str, Mapping[str, Any]]  # by group: questions; labels, length, depth if any
     rows: Sequence[Row]
+    recommended: Recommendation | None = None  # if one was asked for
 
     @property
     def groups(self) -> dict[str, int]:
@@ -120,6 +124,8 @@ class Report:
         """Everything, by name, as :func:`read_report` reads it."""
         names = {"version": "kmerge_mlx", "about": "groups"}
         named = {names.get(name, name): value for name, value in vars(self).items()}
+        if (found := named.pop("recommended")) is not None:
+            named["recommended"] = found.to_json()
         return named | {"rows": [row.to_json() for row in self.rows]}
 
 
@@ -209,21 +215,12 @@ def group_scores(
     group: Group, answers: Sequence[Sequence[str]], predictions: Sequence[Prediction]
 ) -> dict[str, Score]:
     """The scores of a group by name, with the right answers for each prediction (at least one)."""
-    texts, wanted = [p.text.strip() for p in predictions], [a.strip() for a, *_ in answers]
-    if group.squad:
-        scores = _squad_scores(answers, texts)
-    elif group.labels:
+    if group.labels:
+        texts, wanted = _texts(answers, predictions)
         scores = _label_scores(group.labels, wanted, texts)
     else:
-        pairs = zip(wanted, texts, strict=True)
-        right = sum(_holds(text, a) if group.anywhere else a == text for a, text in pairs)
-        n = len(texts)
-        found = Score(right / n, *wilson_interval(right, n))
-        scores = {"recall" if group.place else "exact_match": found}
-    if "exact_match" in scores and not group.squad:
-        similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
-        interval = bootstrap_interval(similar, lambda sums: sums / len(texts))
-        scores["edit_similarity"] = Score(float(similar.mean()), *interval)
+        rows = row_scores(group, answers, predictions)
+        scores = {name: _mean(name, values) for name, values in rows.items()}
     terms = np.array([(p.nll, p.answer_tokens) for p in predictions], np.float64)
     # A model that overflows has infinite likelihoods, or NaN.
     finite = np.isfinite(terms).all()
@@ -236,12 +233,37 @@ def _holds(text: str, exact: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(exact)}(?!\w)", text) is not None
 
 
-def _squad_scores(answers: Sequence[Sequence[str]], texts: Sequence[str]) -> dict[str, Score]:
-    found = np.array([*map(metrics.squad_scores, answers, texts)])
-    exact, f1 = found.T
-    interval = bootstrap_interval(f1, lambda sums: sums / len(texts))
-    right = Score(float(exact.mean()), *wilson_interval(int(exact.sum()), len(texts)))
-    return {"token_f1": Score(float(f1.mean()), *interval), "exact_match": right}
+def row_scores(
+    group: Group, answers: Sequence[Sequence[str]], predictions: Sequence[Prediction]
+) -> dict[str, np.ndarray]:
+    """The scores that are means over a group's questions: by name, each one's share (n,)."""
+    texts, wanted = _texts(answers, predictions)
+    if group.squad:
+        exact, f1 = np.array([*map(metrics.squad_scores, answers, texts)]).T
+        return {"token_f1": f1, "exact_match": exact}
+    pairs = zip(wanted, texts, strict=True)
+    right = np.array(
+        [(_holds(text, a) if group.anywhere else a == text) for a, text in pairs], float
+    )
+    if group.labels or group.place:
+        return {"accuracy" if group.labels else "recall": right}
+    similar = np.array([*map(Levenshtein.normalized_similarity, texts, wanted)])
+    return {"exact_match": right, "edit_similarity": similar}
+
+
+def _texts(
+    answers: Sequence[Sequence[str]], predictions: Sequence[Prediction]
+) -> tuple[list[str], list[str]]:
+    """What was answered, and the (first) right answers."""
+    return [p.text.strip() for p in predictions], [a.strip() for a, *_ in answers]
+
+
+def _mean(name: str, values: np.ndarray) -> Score:
+    if name in ("exact_match", "recall"):
+        interval = wilson_interval(int(values.sum()), len(values))
+    else:
+        interval = bootstrap_interval(values, lambda sums: sums / len(values))
+    return Score(float(values.mean()), *interval)
 
 
 def _label_scores(

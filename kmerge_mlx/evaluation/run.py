@@ -22,9 +22,10 @@ from kmerge_mlx.errors import EvaluateError, KMergeError, PromptError
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS, Base, Merged, Method, Uncompressed
 from kmerge_mlx.evaluation.baselines.method import ALONE
 from kmerge_mlx.evaluation.questions import Questions, load_questions, recall_questions
+from kmerge_mlx.evaluation.recommend import check, recommend
 from kmerge_mlx.evaluation.report import Report, Row, make_report, row_of
 from kmerge_mlx.evaluation.scoring import DATE, PredictionsFile, Scorer, stored_date
-from kmerge_mlx.evaluation.settings import ALL, RECALL, TEXT, TREE, EvaluateSettings
+from kmerge_mlx.evaluation.settings import ALL, BUDGET, RECALL, TEXT, TREE, EvaluateSettings
 from kmerge_mlx.generation.cost import Spread, kv_bytes_at
 from kmerge_mlx.generation.stream import check_context
 from kmerge_mlx.model import load_source, wire
@@ -64,6 +65,8 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
     templated = layout.chat_template and tokenizer.has_chat_template
     layout = replace(layout, chat_template=templated, date=date if templated else None)
     questions = _questions(settings, tokenizer, layout, bar)
+    if settings.recommend:
+        check(questions, methods, settings.recommend_by)
     if unnamed:
         refuse_unknown(tokenizer.decode(questions.items[0].row.prompt_ids))
     size, identity = len(questions.items), {}
@@ -84,7 +87,13 @@ def evaluate(settings: EvaluateSettings, bar: Bar) -> Report:
         asked = (questions, layout, timed, file, settings.batch_size)
         found |= _measured(source, mine, *asked, progress)
     show(total, total)
-    return make_report(settings, questions, layout, [found[method] for method in methods])
+    report = make_report(settings, questions, layout, [found[method] for method in methods])
+    if not settings.recommend:
+        return report
+    answers = {method: file.of(method) for method, row in found.items() if row.refused is None}
+    budget = BUDGET if settings.budget is None else settings.budget
+    recommended = recommend(questions, answers, settings.recommend_by, budget)
+    return replace(report, recommended=recommended)
 
 
 def _sources(settings: EvaluateSettings) -> tuple[Sources, list[Method]]:

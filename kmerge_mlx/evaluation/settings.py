@@ -19,6 +19,10 @@ SPLITS = ("test", "valid")
 TEXT, TREE = "text", "tree"
 HAYSTACKS = (TEXT, TREE)
 ALL = "all"
+BALANCED, PERPLEXITY = "balanced_accuracy", "perplexity"
+BUDGET = 2.0  # points
+JUDGED = (BALANCED, "accuracy", "token_f1", "exact_match", "edit_similarity", "recall", PERPLEXITY)
+"""Scores that a K may be recommended by."""
 
 LENGTHS = {TEXT: (512, 2048), TREE: (32, 52)}
 """Tokens of a recall prompt by its haystack: the bundled model knows trees of 12 nodes."""
@@ -124,6 +128,23 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         None, str, "Write every answer into this JSONL file, and go on from it after a stop."
     )
     skip_bad: bool = option(False, bool, "Count bad lines and go on, instead of stopping.")
+    recommend: bool = option(
+        False, bool, "Recommend the largest K that is as good as K = 1, within the --budget."
+    )
+    budget: float | None = option(
+        None,
+        float,
+        "Points of the score that a recommended K may lose against K = 1, with 95% confidence; of "
+        f"perplexity, percent that it may grow. Default: {BUDGET:g}.",
+        low=0,
+    )
+    recommend_by: str | None = option(
+        None,
+        str,
+        "The score that --recommend goes by. Default: the table's first; of several groups, the "
+        "mean.",
+        choices=JUDGED,
+    )
     json: bool = option(False, bool, "Print one JSON object on stdout.")
     plot: str | None = option(None, str, "Draw a picture into this file (.png, .svg, .pdf).")
 
@@ -142,6 +163,9 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
             ),
             f"`positive` is {self.positive}, expected one of `labels`": (
                 self.labels and self.positive not in (None, *self.labels)
+            ),
+            "`budget` and `recommend_by` are of `recommend`: give it, or leave them out": (
+                not self.recommend and (self.budget, self.recommend_by) != (None, None)
             ),
             "`plot` and `predictions` are the same file": (
                 drawn and Path(self.plot).resolve() == Path(self.predictions).resolve()
