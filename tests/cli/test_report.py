@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import json
+import platform
 import re
 import socket
 from pathlib import Path
@@ -120,15 +120,15 @@ def test_the_json_says_what_was_measured(in_folder):
 
 
 def test_a_report_names_no_user_host_or_folder(in_folder, monkeypatch):
-    monkeypatch.setenv("MLX_ENABLE_TF32", str(in_folder))
+    for name in ("USER", "LOGNAME", "HOME", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(name, "/Users/lovelace")
+    monkeypatch.setattr(socket, "gethostname", lambda: "lovelaces-mac.local")
+    node = platform.uname()._replace(node="lovelaces-mac.local")
+    monkeypatch.setattr(platform, "uname", lambda: node)
     result = run("bench", *QUICK, "--report", in_folder / "mac.md")
     assert result.code == 0, result.err
-    names = {str(Path.home()), str(in_folder), in_folder.name, socket.gethostname()}
-    names |= {getpass.getuser()}
     for file in (Path("mac.md"), Path("mac.json")):
-        for name in names:
-            # A name of one word may be an ordinary one (root, runner): it must not stand alone.
-            assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", file.read_text()), name
+        assert "lovelace" not in file.read_text()
 
 
 def test_without_a_report_a_shape_is_measured_as_a_model_is():
