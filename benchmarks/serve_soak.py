@@ -1,11 +1,15 @@
 """Asks a server thousands of times and looks whether an answer, a request or memory gets lost.
 
     python benchmarks/serve_soak.py --requests 2000 --json soak.json
+    python benchmarks/serve_soak.py --requests 300 --prompt-cache-dir DIR --restarts 3
 
 Prompts share prefixes or are fresh, are merged or raw, streamed or not; some clients leave in the
 middle. Every answer that is read to its end is compared with the one that the library gave alone,
 before the server started. Memory is the server's resident set after every tenth of the requests;
 its growth is that of the highest of the second half over the highest of the first.
+
+With --restarts the server is killed (SIGKILL) that often in the midst of requests, and started
+again; what was cut off is asked again.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=400, help="tokens of the longest prompt")
     parser.add_argument("--max-blocks", type=int, default=4096)
     parser.add_argument("--leave", type=float, default=0.15, help="how many clients leave early")
+    parser.add_argument("--prompt-cache-dir", help="the server's folder of prompt caches")
+    parser.add_argument("--prompt-cache-dir-bytes", default="20MB")
+    parser.add_argument("--restarts", type=int, default=0, help="times that the server is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here too")
     return parser.parse_args()
@@ -105,31 +113,78 @@ def ask(
 
 
 def metric(url: str, name: str) -> float:
+    """A metric's value, 0 if it was never counted."""
     text = urlopen(url.removesuffix("/v1") + "/metrics").read().decode()
-    return float(re.search(rf"^kmerge_mlx_{name} (\S+)$", text, re.MULTILINE)[1])
+    found = re.search(rf"^kmerge_mlx_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+class Running:
+    """The server, which may be killed and started again while it is asked."""
+
+    def __init__(self, line: list[str]):
+        self._line, self.starts, self.answered, self.down = line, 1, 0, False
+        self.process, self.url = start_server(line)
+
+    def restart(self, after: int) -> None:
+        """Kills the server once it has answered so many requests, and starts it again."""
+        while self.answered < after:
+            time.sleep(0.01)
+        self.down = True
+        self.process.kill()
+        self.process.wait()
+        self.process, self.url = start_server(self._line)
+        self.starts, self.down = self.starts + 1, False
+
+    def asked(self, ask_once: Callable[[OpenAI], str]) -> str:
+        """Asks, and asks again if the server was killed meanwhile."""
+        while True:
+            starts = self.starts
+            client = OpenAI(base_url=self.url, api_key="none", max_retries=3, timeout=300)
+            outcome = ask_once(client)
+            cut_off = self.down or starts != self.starts
+            if not (cut_off and outcome.startswith("lost")):
+                self.answered += 1
+                return outcome
+            time.sleep(0.2)
 
 
 def tenth(
-    number: int, given: argparse.Namespace, url: str, prompts: list[Any], expected: list[Any]
+    number: int,
+    given: argparse.Namespace,
+    running: Running,
+    prompts: list[Any],
+    expected: list[Any],
+    kill: bool,
 ) -> Counter[str]:
-    """A tenth of the requests, many at a time."""
-    client = OpenAI(base_url=url, api_key="none", max_retries=3, timeout=300)
+    """A tenth of the requests, many at a time; in their midst the server may be killed."""
+    requests = given.requests // 10
 
     def one(i: int) -> str:
         rng = random.Random(f"{given.seed} {number} {i}")
         which = rng.randrange(len(prompts))
         if rng.random() < given.leave / 2:  # before an answer comes
             body = prompts[which] | {"max_tokens": 500}
-            hurried = client.with_options(timeout=rng.uniform(0.01, 0.2), max_retries=0)
-            outcome = ask(hurried, body, [], rng.random() < 0.5, leave=False)
-            if "Timeout" in outcome:
-                return "left"
-            return outcome if outcome.startswith("lost") else "answered before it left"
-        leave = rng.random() < given.leave / 2  # in mid-stream
-        return ask(client, prompts[which], expected[which], leave or rng.random() < 0.5, leave)
+            timeout, stream = rng.uniform(0.01, 0.2), rng.random() < 0.5
 
-    with ThreadPoolExecutor(given.clients) as pool:
-        return Counter(pool.map(one, range(given.requests // 10)))
+            def hurried(client: OpenAI) -> str:
+                client = client.with_options(timeout=timeout, max_retries=0)
+                outcome = ask(client, body, [], stream, leave=False)
+                if "Timeout" in outcome:
+                    return "left"
+                return outcome if outcome.startswith("lost") else "answered before it left"
+
+            return running.asked(hurried)
+        leave = rng.random() < given.leave / 2  # in mid-stream
+        how = prompts[which], expected[which], leave or rng.random() < 0.5, leave
+        return running.asked(lambda client: ask(client, *how))
+
+    with ThreadPoolExecutor(given.clients + 1) as pool:
+        killed = pool.submit(running.restart, running.answered + requests // 2) if kill else None
+        outcomes = Counter(pool.map(one, range(requests)))
+        if killed is not None:
+            killed.result()
+        return outcomes
 
 
 def main() -> None:
@@ -137,17 +192,27 @@ def main() -> None:
     prompts, expected = references(given)
     line = ["kmerge_mlx", "serve", "--model", given.model, "--adapter-path", given.adapter_path]
     line += ["--k", given.k, "--max-blocks", str(given.max_blocks)]
-    server, url = start_server(line)
+    if given.prompt_cache_dir is not None:
+        line += ["--prompt-cache-dir", given.prompt_cache_dir]
+        line += ["--prompt-cache-dir-bytes", given.prompt_cache_dir_bytes]
+    running = Running(line)
+    kills = {10 * (i + 1) // (given.restarts + 1) for i in range(given.restarts)}
     result: dict[str, Any] = {"outcomes": Counter(), "resident_mb": [], "slots": []}
+    result |= {"files_read": [], "files_written": []}  # by the server that is there then
     begin = time.monotonic()
     try:
         for number in range(10):
-            result["outcomes"] += tenth(number, given, url, prompts, expected)
-            result["resident_mb"].append(resident(server.pid) / 2**20)
-            result["slots"].append(metric(url, "block_slots_in_use"))
-        result["in_flight_at_the_end"] = metric(url, "requests_in_flight")
+            kill = number in kills
+            result["outcomes"] += tenth(number, given, running, prompts, expected, kill)
+            result["resident_mb"].append(resident(running.process.pid) / 2**20)
+            result["slots"].append(metric(running.url, "block_slots_in_use"))
+            for event in ("read", "written"):
+                name = f'prompt_cache_files_total{{event="{event}"}}'
+                result[f"files_{event}"].append(metric(running.url, name))
+        result["in_flight_at_the_end"] = metric(running.url, "requests_in_flight")
     finally:
-        result["exit_code"] = stop_server(server)
+        result["exit_code"] = stop_server(running.process)
+    result["restarts"] = running.starts - 1
     result["seconds"] = round(time.monotonic() - begin, 1)
     memory = result["resident_mb"]
     result["memory_growth"] = max(memory[5:]) / max(memory[:5]) - 1
@@ -158,6 +223,7 @@ def main() -> None:
         and result["memory_growth"] < 0.05
         and max(result["slots"]) <= given.max_blocks
         and result["exit_code"] == 0
+        and result["restarts"] == given.restarts
     )
     text = json.dumps(result, indent=1)
     print(text)

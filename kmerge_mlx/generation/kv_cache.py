@@ -1,4 +1,4 @@
-"""Reads mlx-lm's KV caches from a file that a stranger may have made.
+"""Reads mlx-lm's KV caches from a file that a stranger may have made, and makes them bytes.
 
 The model says which caches it has, and of which shapes. The file may only fill them, so mlx-lm's
 own reader, which builds whatever a file names, is not used.
@@ -9,14 +9,15 @@ Source: ``mlx_lm.models.cache`` (the state of each kind; ``save_prompt_cache`` f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import cache as host
 
 from kmerge_mlx.errors import PromptError, findings, first_line
@@ -25,16 +26,101 @@ KEEP = 4
 """Positions that a cache of ``max_kv_size`` never forgets: ``make_prompt_cache``'s number."""
 
 
-def digest(cache: Sequence[Any]) -> str:
+_NOTHING = np.zeros(0, np.uint8)
+_CODES = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U"}
+"""Dtypes as safetensors spells them, before the number of bits."""
+
+
+class Part(NamedTuple):
+    """An entry of what KV caches hold: bytes that a thread without MLX may hash and write."""
+
+    name: str
+    label: str  # what the digest reads before the bytes
+    kind: str | None  # mlx-lm's word for what is not an array
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray  # uint8; a view of the array's own memory, which it keeps alive
+
+
+def parts(states: Sequence[Any]) -> Iterator[Part]:
+    """What caches hold, given by their states; each part is evaluated as it is asked for."""
+    for name, value in tree_flatten(list(states)):
+        kind, label, array = None, f"{name} {value}", value
+        if isinstance(value, mx.array):
+            label = f"{name} {value.dtype} {value.shape}" if value.size else ""
+        elif value is None:
+            kind, array = "none", mx.array([])
+        elif isinstance(value, str):
+            kind, array = "string", mx.array([ord(character) for character in value])
+        else:
+            kind, array = "scalar", mx.array(value)
+        data = np.array(array.flatten().view(mx.uint8), copy=False) if array.size else _NOTHING
+        dtype = str(array.dtype).rpartition(".")[2]
+        word = dtype.rstrip("0123456789")
+        code = _CODES[word] + dtype.removeprefix(word) if word in _CODES else "BOOL"
+        yield Part(name, label, kind, code, array.shape, data)
+
+
+def digest(found: Iterable[Part]) -> str:
     """SHA-256 of everything that KV caches hold."""
-    found = hashlib.sha256()
-    for name, value in tree_flatten([each.state for each in cache]):
-        if isinstance(value, mx.array) and value.size:
-            found.update(f"{name} {value.dtype} {value.shape}".encode())
-            found.update(np.array(value.flatten().view(mx.uint8), copy=False))
-        elif not isinstance(value, mx.array):
-            found.update(f"{name} {value}".encode())
-    return found.hexdigest()
+    whole = hashlib.sha256()
+    for part in found:
+        whole.update(part.label.encode())
+        if part.kind is None:
+            whole.update(part.data)
+    return whole.hexdigest()
+
+
+def write(
+    file: BinaryIO, kinds: Sequence[str], found: Sequence[Part], metadata: Mapping[str, str]
+) -> Iterator[None]:
+    """Writes parts of caches of these kinds as ``save_prompt_cache`` would, a part a step.
+
+    Unlike it, it never calls MLX, so that any thread may.
+    """
+    scalars = ["", *((part.name, part.kind) for part in found if part.kind is not None)]
+    header: dict[str, Any] = {
+        "__metadata__": dict(tree_flatten([dict(metadata), list(kinds), scalars]))
+    }
+    end = 0
+    for part in found:
+        begin, end = end, end + len(part.data)
+        header[part.name] = {
+            "dtype": part.dtype,
+            "shape": part.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers stay aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for part in found:
+        file.write(part.data)
+        yield
+
+
+def compact(layer: Any) -> Any:
+    """The state of a cache without room for further positions, and in order; not evaluated.
+
+    What was trimmed, or went round in a ring, is as if the rest had been read alone.
+    """
+    if isinstance(layer, host.CacheList):
+        return [(compact(inner), type(inner).__name__) for inner in layer.caches]
+    if not hasattr(layer, "offset") or layer.empty():
+        return layer.state
+    held = layer.keys, layer.values
+    if isinstance(layer, host.RotatingKVCache):
+        keys, values = (layer._temporal_order(array) for array in held)
+        more = max(0, keys.shape[2] - layer.max_size)
+        keys, values = layer._trim(more, keys), layer._trim(more, values)
+        return keys, values, *layer.state[2:5], keys.shape[2]
+    length = layer.offset - getattr(layer, "start_position", 0)
+    return *tree_map(lambda array: array[..., :length, :], held), *layer.state[2:]
+
+
+def have_read(cache: Sequence[Any], positions: int) -> bool:
+    """Whether so many positions were read into caches."""
+    grown = [each for _, each in _layers(cache) if hasattr(each, "offset") and not each.empty()]
+    return all(each.offset == positions for each in grown)
 
 
 def read(path: Path, model: nn.Module, positions: int) -> list[Any]:
@@ -144,7 +230,7 @@ def _sides(array: mx.array, grows: bool) -> tuple[int, ...]:
 
 
 def _holds(layer: Any, positions: int) -> bool:
-    """Whether a cache is as after reading so many positions, the last one alone, as mlx-lm does."""
+    """Whether a cache is as after reading so many positions, in mlx-lm's way or in order."""
     if not hasattr(layer, "offset"):
         return True
     arrays = [array for _, array in tree_flatten([layer.keys, layer.values]) if array is not None]
@@ -155,7 +241,7 @@ def _holds(layer: Any, positions: int) -> bool:
     if layer.offset != positions or others or not 0 <= start < positions:
         return False
     if isinstance(layer, host.RotatingKVCache) and positions > layer.max_size:
-        return held == layer.max_size and layer._idx == layer.keep + 1
+        return held == layer.max_size and layer._idx in (layer.keep + 1, held)
     at = getattr(layer, "_idx", length)
     # Room is made for so many positions at once.
     return at == length <= held < length + getattr(layer, "step", 1)

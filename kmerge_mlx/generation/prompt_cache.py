@@ -6,12 +6,14 @@ mlx-lm itself can load the file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import mlx.core as mx
@@ -90,12 +92,35 @@ class CacheFile:
 
     def save(self, cache: Sequence[Any]) -> None:
         """Writes the file with mlx-lm's KV caches, whole or not at all."""
+        entry = self._entry(kv_cache.parts([each.state for each in cache]))
+        try:
+            with replacing_file(self.path) as new:
+                host.save_prompt_cache(str(new), list(cache), entry)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise PromptError(f"cannot write `prompt_cache_file` {self.path}: {reason}") from error
+
+    def write(self, kinds: Sequence[str], parts: Sequence[kv_cache.Part], stop: Event) -> None:
+        """Writes what :meth:`save` would, without calling MLX, so that any thread may.
+
+        Args:
+            kinds: The kind of each layer's cache.
+            parts: What they hold.
+            stop: Ends it early, with an OSError and without a file.
+        """
+        entry = self._entry(parts)
+        with replacing_file(self.path) as new, new.open("wb") as file:
+            for _ in kv_cache.write(file, kinds, parts, entry):
+                if stop.is_set():
+                    raise InterruptedError(errno.EINTR, "the server ended")
+
+    def _entry(self, parts: Iterable[kv_cache.Part]) -> dict[str, str]:
         entry = {
             "version": VERSION,
             "identity": {name: values[0] for name, values in self.identity.items()},
             "held": [[segment.merge, *segment.ids] for segment in self.held],
             "about": self.about,
-            "digest": kv_cache.digest(cache),
+            "digest": kv_cache.digest(parts),
         }
         text = json.dumps(entry)
         if len(text) > MAX_HEADER_BYTES // 2:
@@ -103,12 +128,7 @@ class CacheFile:
                 f"the prompt is too long for a prompt cache file: its tokens take {len(text):,} "
                 f"bytes of its header, which holds {MAX_HEADER_BYTES // 2:,}"
             )
-        try:
-            with replacing_file(self.path) as new:
-                host.save_prompt_cache(str(new), list(cache), {ENTRY: text})
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise PromptError(f"cannot write `prompt_cache_file` {self.path}: {reason}") from error
+        return {ENTRY: text}
 
     @classmethod
     def read(cls, path: Path) -> CacheFile:
@@ -150,7 +170,8 @@ class CacheFile:
     def load(self, model: nn.Module, positions: int) -> list[Any]:
         """The model's KV caches, evaluated, with so many positions; PromptError for any others."""
         cache = kv_cache.read(self.path, model, positions)
-        if self.digest is not None and kv_cache.digest(cache) != self.digest:
+        parts = kv_cache.parts([each.state for each in cache])
+        if self.digest is not None and kv_cache.digest(parts) != self.digest:
             raise PromptError(f"{self.path} is damaged: make it again")
         return cache
 

@@ -31,6 +31,20 @@ class Segment:
         return -(-len(self.ids) // merge_factor) if self.merge else len(self.ids)
 
 
+def beginning(segments: Iterable[Segment], positions: int, merge_factor: int) -> list[Segment]:
+    """What the first positions of a prompt stand for."""
+    found: list[Segment] = []
+    for segment in segments:
+        if positions < (own := segment.positions(merge_factor)):
+            tokens = positions * (merge_factor if segment.merge else 1)
+            segment = Segment(segment.ids[:tokens], segment.merge)
+        positions -= own
+        found += [segment] if segment.ids else []
+        if positions <= 0:
+            break
+    return found
+
+
 @dataclass(frozen=True)
 class MergedText:
     """How merging text becomes tokens where the encoder has a tokenizer of its own.

@@ -12,7 +12,7 @@ import logging
 import time
 from argparse import Namespace
 from asyncio import AbstractEventLoop, Queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import server as host
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, PromptTrie, make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from kmerge_mlx.base import find_embedding
@@ -35,9 +35,11 @@ from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.keep import check_keep
 from kmerge_mlx.prompts.policy import chosen
-from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.prompts.segments import Segment, beginning
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy, unfollowed
+from kmerge_mlx.serving.cache_folder import CacheFolder
 from kmerge_mlx.serving.expand import check_expand
+from kmerge_mlx.serving.prefixes import PromptCache
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.source import Source
@@ -53,10 +55,12 @@ _host_processors = host._make_logits_processors
 _SEAM = {
     (host, "_make_logits_processors"): "args",
     (host.ResponseGenerator, "_run_generate"): "self",
+    (host.ResponseGenerator, "_next_request"): "self, timeout",
     (host.ResponseGenerator, "_is_batchable"): "self, args",
     (host.ResponseGenerator, "_tokenize"): "self, tokenizer, request, args",
     (LRUPromptCache, "fetch_nearest_cache"): "self, model, tokens",
     (LRUPromptCache, "insert_cache"): "self, model, tokens, prompt_cache, cache_type",
+    (PromptTrie, "get"): "self, model, tokens",
     (host.ModelProvider, "load"): "self, model_path, adapter_path, draft_model_path",
 }
 
@@ -253,40 +257,27 @@ def _processors(args: Arguments) -> list[Any]:
     return over_original_ids(_host_processors(args), args.prompt) + ours
 
 
-class PromptCache(LRUPromptCache):
-    """mlx-lm's cache of prefixes; it reports each ``hit`` and ``miss``, and knows its ids."""
-
-    def __init__(self, max_size: int, max_bytes: int | None, looked_up: Callable[[str], None]):
-        super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
-        self._looked_up = looked_up
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The longest cached prefix of a prompt, and the rest; mlx-lm dies of an empty rest."""
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if not rest:
-            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-            rest = [*rest, tokens[-1]]
-        self._looked_up("hit" if len(rest) < len(tokens) else "miss")
-        return cache, rest
-
-    def cached_ids(self) -> Iterable[Sequence[int]]:
-        """The ids of every cached prefix: their blocks stay bound."""
-        return [ids for kept in self._lru._lrus.values() for _, ids in kept]
-
-
 class CompressingGenerator(host.ResponseGenerator):
     """mlx-lm's response generator, whose prompts are merged; its thread loads the model first."""
 
-    def __init__(self, provider: PinnedModel, looked_up: Callable[[str], None]):
+    def __init__(
+        self,
+        provider: PinnedModel,
+        looked_up: Callable[[str], None],
+        filed: Callable[[str], None],
+    ):
         check_seam()
+        settings = provider.settings
         host._make_logits_processors = _processors
         self.jobs: set[Job] = set()
         self._held: dict[Job, CompressedPrompt] = {}
         self._loaded: Future[None] = Future()
         self._over: Exception | None = None  # why no job is taken any more
         self._failures = 0  # of mlx-lm's loop, since an answer came to its end
-        size, limit = provider.settings.prompt_cache_size, provider.settings.cache_limit
-        super().__init__(provider, PromptCache(size, limit, looked_up))
+        self.folder = None if settings.prompt_cache_dir is None else CacheFolder(settings, filed)
+        limits = settings.prompt_cache_size, settings.cache_limit
+        cache = PromptCache(*limits, looked_up, self.folder, self._stand_for)
+        super().__init__(provider, cache)
         self._loaded.result()
 
     def submit(self, job: Job, args: Arguments) -> None:
@@ -316,6 +307,8 @@ class CompressingGenerator(host.ResponseGenerator):
             provider.load_once()
             if (embedding := merged_embedding(provider.model)) is not None:
                 embedding.table.cached_ids = self.prompt_cache.cached_ids
+            if self.folder is not None:
+                self.folder.open(provider.model, provider.source)
             self._loaded.set_result(None)
             while not self._stop:
                 self._generate_until_it_fails()
@@ -332,6 +325,8 @@ class CompressingGenerator(host.ResponseGenerator):
             self.prompt_cache = None
             gc.collect()
         finally:  # else MLX aborts a process that ends as its thread does
+            if self.folder is not None:
+                self.folder.close()
             mx.clear_streams()
 
     def _generate_until_it_fails(self) -> None:
@@ -348,6 +343,27 @@ class CompressingGenerator(host.ResponseGenerator):
             for job in list(self.jobs):
                 job.put(busy(503, message, "generation_failed"))
         gc.collect()
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        if self.folder is not None:
+            self.folder.step()
+        return super()._next_request(timeout)
+
+    def _stand_for(self, ids: Sequence[int]) -> list[Segment] | None:
+        """What the ids of a prompt in work stand for, or those of one and its answer."""
+        found = [
+            (len(prompt.ids), job)
+            for job, prompt in self._held.items()
+            if prompt.ids[: len(ids)] == ids[: len(prompt.ids)]
+        ]
+        if not found:
+            return None
+        length, job = max(found, key=lambda each: each[0])
+        answer = ids[length:]
+        if any(i >= self.model_provider.vocab_size for i in answer):
+            return None
+        start = beginning(job.segments, len(ids), self.model_provider.source.k)
+        return [*start, Segment(answer, False)] if answer else start
 
     def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
         """Merges a prompt that is laid out already; see mlx-lm's for the result."""

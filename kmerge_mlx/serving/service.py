@@ -46,6 +46,7 @@ class Metrics:
         counter = partial(Counter, **self._own)
         self.requests = counter("requests", "Requests answered.", ("endpoint", "status"))
         self.lookups = counter("prompt_cache_lookups", "Prompts looked up in caches.", ("result",))
+        self.files = counter("prompt_cache_files", "Prefixes read or written in files.", ("event",))
         self.prompt = counter("prompt_tokens", "Original tokens of prompts.")
         self.compressed = counter("compressed_tokens", "Positions that those tokens took.")
         self.cached = counter("cached_tokens", "Original tokens that a KV cache held already.")
@@ -68,8 +69,10 @@ class Service:
         self.key = read_api_key(settings.api_key)
         named = (settings.model, settings.adapter_path, settings.k, settings.trust_remote_code)
         self.provider = PinnedModel(settings, Source.find_set(*named))
-        looked_up = self.metrics.lookups.labels
-        self.generator = CompressingGenerator(self.provider, lambda found: looked_up(found).inc())
+        looked_up, filed = self.metrics.lookups.labels, self.metrics.files.labels
+        self.generator = CompressingGenerator(
+            self.provider, lambda found: looked_up(found).inc(), lambda event: filed(event).inc()
+        )
         # Kept: mlx-lm's thread takes the model with it when it ends.
         self.tokenizer = self.provider.own_tokenizer
         self.draining, self.in_flight = False, 0
@@ -303,16 +306,24 @@ class Service:
     def drain(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> int:
         """Takes no more requests, and waits for those that are in, so long or until enough.
 
+        If there is time left, what they leave in memory is written to the folder of prompt caches.
+
         Returns:
             How many are left.
         """
         self.draining, deadline = True, time.monotonic() + seconds
-        while self.in_flight and time.monotonic() < deadline and not enough():
-            time.sleep(0.02)
+
+        def wait(going_on: Callable[[], Any]) -> None:
+            while going_on() and time.monotonic() < deadline and not enough():
+                time.sleep(0.02)
+
+        wait(lambda: self.in_flight)
+        if self.generator.folder is not None:
+            wait(self.generator.folder.flushing())
         return self.in_flight
 
     def close(self) -> None:
         """Gives up the requests that are left, and ends the generation thread."""
         self.generator.give_up(busy(503, "the server has shut down", "shutting_down"))
-        self.drain(5)
+        self.drain(5, lambda: not self.in_flight)
         self.generator.stop_and_join()

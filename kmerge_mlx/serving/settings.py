@@ -24,6 +24,7 @@ from kmerge_mlx.settings import (
 
 API_KEY_VARIABLE = "KMERGE_MLX_API_KEY"
 MOST_KEY = 4096  # characters
+FOLDER_BYTES = "20GB"
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _LIMIT = {"low": 1, "group": "Limits"}
@@ -63,6 +64,16 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     prefill_step_size: int = CacheSettings.setting("prefill_step_size", **_CACHE)
     prompt_cache_size: int = option(10, int, "KV caches kept for prefixes.", **_BATCH)
     prompt_cache_bytes: Any = option(None, SIZE, "Most memory of those: 500M, 4GB.", **_CACHE)
+    prompt_cache_dir: str | None = option(
+        None, str, "Folder that keeps KV caches of prefixes, to be found after a restart.", **_CACHE
+    )
+    prompt_cache_dir_bytes: Any = option(
+        None,
+        SIZE,
+        "Most bytes of it; what was used longest ago goes.",
+        shown=FOLDER_BYTES,
+        **_CACHE,
+    )
     kv_bits: int | None = CacheSettings.setting("kv_bits", **_CACHE)
     kv_group_size: int = CacheSettings.setting("kv_group_size", **_CACHE)
     quantized_kv_start: int = CacheSettings.setting("quantized_kv_start", **_CACHE)
@@ -78,11 +89,26 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     max_blocks: int = option(MAX_BLOCKS, int, "Distinct blocks in use at once.", **_LIMIT)
     log_level: str = option("INFO", str, "What is logged.", choices=_LEVELS)
 
+    def clashes(self) -> list[str]:
+        """See :class:`Settings`."""
+        if self.prompt_cache_dir is None and self.prompt_cache_dir_bytes is not None:
+            return ["`prompt_cache_dir_bytes` needs a `prompt_cache_dir`"]
+        return []
+
     @property
     def cache_limit(self) -> int | None:
         """Most bytes of KV caches that are kept for prefixes."""
-        size = self.prompt_cache_bytes
-        return parse_size(size) if isinstance(size, str) else size
+        return _bytes(self.prompt_cache_bytes)
+
+    @property
+    def folder_limit(self) -> int:
+        """Most bytes of the files in ``prompt_cache_dir``."""
+        given = self.prompt_cache_dir_bytes
+        return _bytes(FOLDER_BYTES if given is None else given)
+
+
+def _bytes(size: Any) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def read_api_key(file: str | None) -> str | None:
