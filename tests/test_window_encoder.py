@@ -286,6 +286,20 @@ def test_greedy_answers_are_pytorchs_through_the_server(converted):
         assert list(pool.map(ask, converted.cases * 2)) == expected * 2
 
 
+def test_greedy_answers_are_pytorchs_through_a_restarted_server(converted, tmp_path):
+    named, folder = (converted.source.model, converted.source.adapter_path), str(tmp_path / "kept")
+    case = max(converted.cases, key=lambda case: sum(map(len, case.memory_ids)))
+    text = converted.tokenizer.decode(before_the_end(case.greedy))
+    for restarted in (False, True):
+        with serving(*named, prompt_cache_dir=folder) as address:
+            answer = address.complete(prompt=tagged(case.prompt), max_tokens=16, temperature=0)
+            usage = answer.json["usage"]
+            assert answer.json["choices"][0]["text"] == text
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= usage["merged_tokens"] // 2 if restarted else cached == 0
+            address.server.service.drain(60)
+
+
 @pytest.mark.parametrize("second", ["And then?", f"<merge>{TREE}</merge>And here?"])
 def test_a_conversations_second_answer_is_pytorchs(converted, second):
     """After a first turn, whose positions are not read again; the history is one long prompt."""

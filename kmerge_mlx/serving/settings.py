@@ -90,7 +90,6 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     log_level: str = option("INFO", str, "What is logged.", choices=_LEVELS)
 
     def clashes(self) -> list[str]:
-        """See :class:`Settings`."""
         if self.prompt_cache_dir is None and self.prompt_cache_dir_bytes is not None:
             return ["`prompt_cache_dir_bytes` needs a `prompt_cache_dir`"]
         return []
