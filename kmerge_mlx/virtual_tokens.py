@@ -74,6 +74,7 @@ class BlockTable:
         self.vocab_size, self.capacity = vocab_size, capacity
         self._slot_of: dict[Block, int] = {}
         self._free: list[int] = []  # of the slots that a block once had
+        self.rowless: dict[int, Block] = {}  # slots whose row was not needed yet
         self.prompts: WeakSet[CompressedPrompt] = WeakSet()  # they keep their slots
         self.cached_ids: Callable[[], Iterable[Sequence[int]]] = lambda: ()  # of KV caches, too
 
@@ -81,7 +82,7 @@ class BlockTable:
         return len(self._slot_of)
 
     def intern(self, blocks: Sequence[Block]) -> tuple[list[int], dict[int, Block]]:
-        """The virtual id of each block, and the slots that are new: the caller writes their rows.
+        """The virtual id of each block, and the slots that are new, which have no row yet.
 
         A BlockTableFullError leaves the table as it was.
         """
@@ -99,12 +100,14 @@ class BlockTable:
         for block in missing:
             slot = self._free.pop() if self._free else len(self)
             self._slot_of[block], new[slot] = slot, block
+        self.rowless |= new
         return [self.vocab_size + self._slot_of[block] for block in blocks], new
 
     def forget(self, slots: dict[int, Block]) -> None:
         """Frees slots, given with their blocks."""
         for slot, block in slots.items():
             del self._slot_of[block]
+            self.rowless.pop(slot, None)
             self._free.append(slot)
 
     def _sweep(self, keep: set[int]) -> None:
@@ -205,11 +208,14 @@ class MergedEmbedding(nn.Module):
         finally:
             self._rows = kept
 
-    def compress(self, segments: Iterable[Segment], k: int | None = None) -> CompressedPrompt:
-        """Turns a prompt into ids that the language model reads; a new block is encoded once.
+    def compress(
+        self, segments: Iterable[Segment], k: int | None = None, cached: int = 0
+    ) -> CompressedPrompt:
+        """Turns a prompt into ids that the language model reads; a block is encoded once.
 
         Blocks never straddle two segments, and keep their slots while the returned object lives.
         ``k`` is another merge factor that there is an encoder for, or 1, which merges nothing.
+        The blocks of the first ``cached`` positions, which a KV cache holds, need not be encoded.
         """
         segments, k = list(segments), self.merge_factor if k is None else k
         if k not in (has := {1, self.merge_factor, *getattr(self.encoder, "ks", ())}):
@@ -219,13 +225,19 @@ class MergedEmbedding(nn.Module):
         self.check(segments)
         merged = [s.ids if s.merge and k > 1 else () for s in segments]
         cut = [self.keys(ids, k) if ids else [] for ids in merged]
-        virtual = self._virtual_ids(list(zip(merged, cut, strict=True)))
+        found, new = self.table.intern([block for blocks in cut for block in blocks])
+        virtual = iter(found)
         ids: list[int] = []
         lengths: list[int] = []
         for segment, blocks in zip(segments, cut, strict=True):
             count = len(segment.ids)
             ids += [next(virtual) for _ in blocks] or segment.ids
             lengths += [min(k, count - i * k) for i in range(len(blocks))] or [1] * count
+        try:
+            self._encode(ids[cached:], list(zip(merged, cut, strict=True)))
+        except BaseException:  # Ctrl-C included
+            self.table.forget(new)
+            raise
         prompt = CompressedPrompt(ids, original_ids, lengths, self.table)
         self.table.prompts.add(prompt)
         return prompt
@@ -241,16 +253,13 @@ class MergedEmbedding(nn.Module):
         other = () if k in (None, self.merge_factor) else (k,)
         return self.encoder.keys(ids, self.pad_token_id, *other)
 
-    def _virtual_ids(self, runs: Sequence[Run]) -> Iterator[int]:
-        """The virtual ids of the blocks of some runs, each with its row written."""
-        ids, new = self.table.intern([block for _, blocks in runs for block in blocks])
-        try:
-            if new:
-                self._write(new, runs)
-        except BaseException:  # Ctrl-C included: a slot without its row would go unnoticed
-            self.table.forget(new)
-            raise
-        return iter(ids)
+    def _encode(self, ids: Sequence[int], runs: Sequence[Run]) -> None:
+        """Writes the rows that ids lack; a slot keeps its place in ``rowless`` until it has one."""
+        rowless, slots = self.table.rowless, dict.fromkeys(i - self.vocab_size for i in ids)
+        if missing := {slot: rowless[slot] for slot in slots if slot in rowless}:
+            self._write(missing, runs)
+            for slot in missing:
+                del rowless[slot]
 
     def _write(self, new: dict[int, Block], runs: Sequence[Run]) -> None:
         """Encodes blocks, given by slot, and stores their rows, a part in memory at once."""

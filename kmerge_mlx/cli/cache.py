@@ -16,7 +16,7 @@ from kmerge_mlx.prompts.chat_template import ChatTemplate
 from kmerge_mlx.prompts.lay_out import lay_out
 from kmerge_mlx.prompts.policy import DEFAULT_LAYOUT, Layout
 from kmerge_mlx.prompts.tags import Span, parse
-from kmerge_mlx.settings import option
+from kmerge_mlx.settings import MAX_INT, option
 
 if TYPE_CHECKING:
     from kmerge_mlx.cli.generate import GenerateSettings
@@ -121,14 +121,14 @@ def go_on(settings: GenerateSettings) -> tuple[Opened, CompressedPrompt, list[An
     # A beginning of the answer goes into the file's template, if it has one.
     opened = open_model(replace(settings, prefill_response=None, **named))
     file.check(prompt_cache.identity(opened.source))
-    start = compress(opened.model, opened.tokenizer, file.held)
+    start = compress(opened.model, opened.tokenizer, file.held, cached=MAX_INT)
     cache = file.load(opened.model, len(start.ids))
     bits = next((each.bits for each in cache if hasattr(each, "bits")), None)
     if bits is not None and settings.kv_bits not in (None, bits):
         raise PromptError(f"`kv_bits` is {settings.kv_bits}, {path} was made with {bits}")
     spans = parse(about["context"] or "")
     segments = _lay_out(opened.tokenizer, about, spans, question, settings.prefill_response)
-    whole = compress(opened.model, opened.tokenizer, segments)
+    whole = compress(opened.model, opened.tokenizer, segments, cached=len(start.ids))
     if whole.ids[: len(start.ids)] != start.ids:
         raise PromptError(
             f"this `prompt` changes how the end of {path} is read: begin it differently"

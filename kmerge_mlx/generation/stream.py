@@ -71,7 +71,7 @@ class BatchResponse(HostBatchResponse):
 
 
 def compress(
-    model: nn.Module, tokenizer: Any, prompt: Prompt, k: int | None = None
+    model: nn.Module, tokenizer: Any, prompt: Prompt, k: int | None = None, cached: int = 0
 ) -> CompressedPrompt:
     """Turns a prompt into the ids that the model reads.
 
@@ -81,6 +81,8 @@ def compress(
         prompt: Text or token ids (all of it merges), or segments (see ``lay_out``). An already
             compressed prompt is returned as it is.
         k: Merge factor: 1 merges nothing, and a server's model may have several; None is its own.
+        cached: How many of its first positions a KV cache holds: their blocks are not encoded, and
+            it may only be read after them.
 
     Returns:
         The compressed prompt; its blocks stay bound while the object lives.
@@ -102,7 +104,7 @@ def compress(
         raise PromptError("the prompt is empty: there is nothing to read")
     if embedding is not None:
         embedding.check(segments, tokenizer)
-        return embedding.compress(segments, k)
+        return embedding.compress(segments, k, cached)
     check_ids(ids, table_rows(model), tokenizer)
     return CompressedPrompt(ids, ids, [1] * len(ids))
 

@@ -197,6 +197,11 @@ class CacheFolder:
             self._used(found[0])
         return None
 
+    def encode(self, held: Sequence[Segment], cached: int) -> None:
+        """Encodes the blocks of a prompt that are left to read after its cached positions."""
+        if self._embedding is not None:
+            self._embedding.compress(held, cached=cached)
+
     def _best(
         self, keys: np.ndarray, room: float = float("inf"), known: int = 0
     ) -> tuple[_Kept, int] | None:

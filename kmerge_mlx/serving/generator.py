@@ -42,6 +42,7 @@ from kmerge_mlx.serving.expand import check_expand
 from kmerge_mlx.serving.prefixes import PromptCache
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
+from kmerge_mlx.settings import MAX_INT
 from kmerge_mlx.source import Source
 from kmerge_mlx.virtual_tokens import CompressedPrompt
 
@@ -396,9 +397,10 @@ class CompressingGenerator(host.ResponseGenerator):
         return ids, parts, ["user", "assistant"][-len(parts) :], state, None
 
     def _compress(self, tokenizer: Any, segments: list[Segment], k: int) -> CompressedPrompt:
-        model = self.model_provider.model
+        # With a folder, nothing is encoded until it is known what is left to read.
+        model, cached = self.model_provider.model, 0 if self.folder is None else MAX_INT
         try:
-            return compress(model, tokenizer, segments, k)
+            return compress(model, tokenizer, segments, k, cached)
         except BlockTableFullError:
             embedding = merged_embedding(model)
             blocks = {block for s in segments if s.merge for block in embedding.keys(s.ids, k)}
@@ -410,7 +412,7 @@ class CompressingGenerator(host.ResponseGenerator):
                     code="context_length_exceeded",
                 ) from None
             self.prompt_cache.trim_to(n_sequences=0)
-            return compress(model, tokenizer, segments, k)
+            return compress(model, tokenizer, segments, k, cached)
 
     def _log_cache_stats(self) -> None:
         """Nothing: /metrics has it."""

@@ -40,13 +40,15 @@ class PromptCache(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """The longest cached prefix of a prompt, and the rest."""
         cache, rest = self._nearest(model, tokens)
-        if self._folder is not None and (held := self._held(tokens)) is not None:
+        if self._folder is not None:
+            held = self._held(tokens)
             found = self._folder.read(held, len(tokens) - len(rest), self)
             if found is not None:
                 loaded, positions = found
                 super().insert_cache(model, tokens[:positions], loaded, cache_type="user")
                 del cache
                 cache, rest = self._nearest(model, tokens)
+            self._folder.encode(held, len(tokens) - len(rest))
         self._looked_up("hit" if len(rest) < len(tokens) else "miss")
         return cache, rest
 

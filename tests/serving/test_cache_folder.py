@@ -23,6 +23,7 @@ import pytest
 
 from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import save_adapter
+from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import ServeError
 from kmerge_mlx.generation.prompt_cache import CacheFile
 from kmerge_mlx.serving import cache_folder
@@ -200,6 +201,32 @@ def test_many_at_once_go_on_from_one_file(folder, model):
         assert events(server, "read") == 1
         flush(server)
         assert events(server, "written") == 0  # nine tenths of each are there
+
+
+def test_what_a_file_holds_is_encoded_only_when_it_is_read_again(folder, model, monkeypatch):
+    real, encoded = MergeEncoder.merge, []
+
+    def merge(self: MergeEncoder, table: Any, runs: Any, wanted: Any) -> Any:
+        encoded.append(len(wanted))
+        return real(self, table, runs, wanted)
+
+    monkeypatch.setattr(MergeEncoder, "merge", merge)
+    with keeping(folder, *model) as server:
+        wanted = ask(server, prompt_of())[0]
+    blocks = sum(encoded)
+    assert blocks > 50
+    encoded.clear()
+    with keeping(folder, *model, prompt_cache_size=1) as server:
+        assert alike(ask(server, prompt_of())[0], wanted)
+        assert sum(encoded) == 0
+        for path in files(folder):
+            path.unlink()
+        ask(server, "x" * 50)  # takes the one place in memory
+        encoded.clear()
+        found, usage = ask(server, prompt_of())
+        assert alike(found, wanted)
+        assert cached(usage) == 0
+        assert sum(encoded) == blocks
 
 
 def test_what_memory_holds_is_not_read(folder, model):
