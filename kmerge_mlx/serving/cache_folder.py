@@ -106,6 +106,7 @@ class CacheFolder:
         self._stop, self._idle, self._held = Event(), Event(), ExitStack()
         try:
             self._path.mkdir(parents=True, exist_ok=True)
+            os.scandir(self._path).close()
             self._writes = os.access(self._path, os.W_OK)
             if self._writes:
                 self._held.enter_context(alone(self._path / "server", ServeError))

@@ -504,6 +504,12 @@ def test_bytes_without_a_folder_are_refused():
     assert_one_error(done, 2, "--prompt-cache-dir-bytes needs a --prompt-cache-dir")
 
 
+def test_a_folder_that_cannot_be_one_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("serve", "--prompt-cache-dir", tmp_path / "file")
+    assert_one_error(done, 1, f"--prompt-cache-dir {tmp_path / 'file'}: File exists")
+
+
 def test_a_prompt_too_long_for_a_files_header_is_not_kept(folder, model, monkeypatch, caplog):
     monkeypatch.setattr("kmerge_mlx.generation.prompt_cache.MAX_HEADER_BYTES", 100)
     with keeping(folder, *model) as server:
