@@ -35,11 +35,11 @@ from kmerge_mlx.model import load_source, merged_embedding
 from kmerge_mlx.prompts.chat_template import needs_template
 from kmerge_mlx.prompts.keep import check_keep
 from kmerge_mlx.prompts.policy import chosen
-from kmerge_mlx.prompts.segments import Segment, beginning
+from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import ApiError, ClientGone, busy, unfollowed
 from kmerge_mlx.serving.cache_folder import CacheFolder
 from kmerge_mlx.serving.expand import check_expand
-from kmerge_mlx.serving.prefixes import PromptCache
+from kmerge_mlx.serving.prefixes import PromptCache, stand_for
 from kmerge_mlx.serving.requests import DEFAULT_MODEL
 from kmerge_mlx.serving.settings import ServeSettings
 from kmerge_mlx.settings import MAX_INT
@@ -351,20 +351,9 @@ class CompressingGenerator(host.ResponseGenerator):
         return super()._next_request(timeout)
 
     def _stand_for(self, ids: Sequence[int]) -> list[Segment] | None:
-        """What the ids of a prompt in work stand for, or those of one and its answer."""
-        found = [
-            (len(prompt.ids), job)
-            for job, prompt in self._held.items()
-            if prompt.ids[: len(ids)] == ids[: len(prompt.ids)]
-        ]
-        if not found:
-            return None
-        length, job = max(found, key=lambda each: each[0])
-        answer = ids[length:]
-        if any(i >= self.model_provider.vocab_size for i in answer):
-            return None
-        start = beginning(job.segments, len(ids), self.model_provider.source.k)
-        return [*start, Segment(answer, False)] if answer else start
+        in_work = [(job.segments, prompt.ids) for job, prompt in self._held.items()]
+        provider = self.model_provider
+        return stand_for(ids, in_work, provider.vocab_size, provider.source.k)
 
     def _tokenize(self, tokenizer: Any, request: Job, args: Arguments) -> Any:
         """Merges a prompt that is laid out already; see mlx-lm's for the result."""

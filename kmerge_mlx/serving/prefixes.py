@@ -11,8 +11,34 @@ from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache
 
-from kmerge_mlx.prompts.segments import Segment
+from kmerge_mlx.prompts.segments import Segment, beginning
 from kmerge_mlx.serving.cache_folder import CacheFolder
+
+
+def stand_for(
+    ids: Sequence[int],
+    in_work: Iterable[tuple[list[Segment], list[int]]],
+    vocab_size: int,
+    merge_factor: int,
+) -> list[Segment] | None:
+    """What the ids of a prompt in work stand for, or those of one and its answer.
+
+    Args:
+        ids: As the model reads them.
+        in_work: The segments and the ids of each prompt in work, whose blocks are bound.
+        vocab_size: V; a virtual id is no part of an answer.
+        merge_factor: K.
+
+    Returns:
+        Segments, or None if no prompt in work begins so.
+    """
+    found = [each for each in in_work if each[1][: len(ids)] == ids[: len(each[1])]]
+    segments, prompt = max(found, key=lambda each: len(each[1]), default=([], []))
+    answer = list(ids[len(prompt) :])
+    if not found or any(i >= vocab_size for i in answer):
+        return None
+    start = beginning(segments, len(ids), merge_factor)
+    return [*start, Segment(answer, False)] if answer else start
 
 
 class PromptCache(LRUPromptCache):
