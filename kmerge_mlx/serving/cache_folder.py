@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import mlx.nn as nn
@@ -59,12 +59,20 @@ def _hashes(stands_for: Sequence[Hashable]) -> np.ndarray:
     return np.fromiter(map(hash, stands_for), np.int64, len(stands_for))
 
 
+class Held(NamedTuple):
+    """What the positions of a prompt, or of its beginning, stand for."""
+
+    segments: list[Segment]
+    k: int  # the merge factor at which those that merge are read
+
+
 @dataclass(eq=False)
 class _Kept:
     """A file of the folder; one without keys is of no use here, and only takes room."""
 
     path: Path
     size: int  # bytes
+    k: int = 1  # the merge factor at which its prompt was read
     keys: np.ndarray | None = None  # of each position, a hash of what it stands for
     whole: bool = False  # only all of it can be gone on from: its state cannot be trimmed
 
@@ -100,7 +108,7 @@ class CacheFolder:
         self._quantized = None if bits is None else (bits, group)
         self._counted, self._said = counted, set[str]()
         self._files: dict[str, _Kept] = {}  # the least recently used first
-        self._waiting: deque[tuple[list[Segment], ReferenceType]]
+        self._waiting: deque[tuple[Held, ReferenceType]]
         self._waiting = deque(maxlen=settings.prompt_cache_size)
         self._new: _New | None = None
         self._stop, self._idle, self._held = Event(), Event(), ExitStack()
@@ -119,23 +127,22 @@ class CacheFolder:
         if not self._writes:
             self._say(f"`prompt_cache_dir` {self._path} cannot be written: it is only read")
 
-    def open(self, model: nn.Module, source: Source) -> None:
-        """Lists the files of a model, which the generation thread then asks for."""
+    def open(self, model: nn.Module, sources: Sequence[Source]) -> None:
+        """Lists the files of a model, one source for each K, for the generation thread to read."""
         self._model, self._embedding = model, merged_embedding(model)
         kv = None if self._quantized is None else "{} bits in groups of {}".format(*self._quantized)
-        self._identity = identity(source) | {_KV: (kv,)}
+        self._identities = {one.k: identity(one) | {_KV: (kv,)} for one in sources}
         others = 0
         for path in self._oldest_first():
             kept = self._files[path.name] = _Kept(path, path.stat().st_size)
             try:
                 file = CacheFile.read(path)
-                try:
-                    file.check(self._identity)
-                except PromptError:
+                ks = [k for k in self._identities if self._made_with(file, k)]
+                if not ks:
                     others += 1
                     continue
-                kept.keys = _hashes(self._stands_for(file.held))
-                kept.whole = bool(file.about.get("whole"))
+                kept.k, kept.whole = ks[0], bool(file.about.get("whole"))
+                kept.keys = _hashes(self._stands_for(Held(file.held, kept.k)))
             except PromptError as error:
                 self._ignore(kept, error)
         usable = sum(kept.keys is not None for kept in self._files.values())
@@ -156,20 +163,27 @@ class CacheFolder:
                 self._say(f"ignored in `prompt_cache_dir`: {path} is not a server's file")
         return [path for _, path in sorted(found)]
 
-    def _stands_for(self, held: Sequence[Segment]) -> list[Hashable]:
+    def _made_with(self, file: CacheFile, k: int) -> bool:
+        try:
+            file.check(self._identities[k])
+        except PromptError:
+            return False
+        return True
+
+    def _stands_for(self, held: Held) -> list[Hashable]:
         """What each position stands for, the same in every process, which a slot is not."""
         embedding, found = self._embedding, []
         if embedding is None:
-            check_ids((i for s in held for i in s.ids), table_rows(self._model))
+            check_ids((i for s in held.segments for i in s.ids), table_rows(self._model))
         else:
-            embedding.check(held)
-        merges = embedding is not None and embedding.encoder is not None
-        for segment in held:
-            found += embedding.keys(segment.ids) if segment.merge and merges else segment.ids
+            embedding.check(held.segments)
+        for segment in held.segments:
+            merges = segment.merge and held.k > 1
+            found += embedding.keys(segment.ids, held.k) if merges else segment.ids
         return found
 
     def read(
-        self, held: Sequence[Segment], known: int, memory: host.LRUPromptCache
+        self, held: Held, known: int, memory: host.LRUPromptCache
     ) -> tuple[list[Any], int] | None:
         """The KV caches of a prompt's beginning, if a file holds one that is worth to be read.
 
@@ -198,10 +212,10 @@ class CacheFolder:
             self._used(found[0])
         return None
 
-    def encode(self, held: Sequence[Segment], cached: int) -> None:
+    def encode(self, held: Held, cached: int) -> None:
         """Encodes the blocks of a prompt that are left to read after its cached positions."""
         if self._embedding is not None:
-            self._embedding.compress(held, cached=cached)
+            self._embedding.compress(held.segments, held.k, cached)
 
     def _best(
         self, keys: np.ndarray, room: float = float("inf"), known: int = 0
@@ -221,8 +235,8 @@ class CacheFolder:
 
     def _load(self, kept: _Kept, stands_for: Sequence[Hashable]) -> list[Any]:
         file, positions = CacheFile.read(kept.path), len(stands_for)
-        file.check(self._identity)
-        held = self._stands_for(file.held)
+        file.check(self._identities[kept.k])
+        held = self._stands_for(Held(file.held, kept.k))
         if held[:positions] != stands_for or file.digest is None:
             raise PromptError(f"{kept.path} is not what it was, or was not written by a server")
         cache = file.load(self._model, len(held))
@@ -236,7 +250,7 @@ class CacheFolder:
             host.trim_prompt_cache(cache, excess)
         return cache
 
-    def keep(self, held: list[Segment], entry: Any) -> None:
+    def keep(self, held: Held, entry: Any) -> None:
         """Has an entry of mlx-lm's cache written later, if that keeps it until then."""
         if self._writes:
             self._idle.clear()
@@ -271,13 +285,13 @@ class CacheFolder:
             if is_there or not kv_cache.have_read(cache, len(keys)):
                 continue
             about = {"whole": not host.can_trim_prompt_cache(cache)}
-            segments = [[s.merge, *s.ids] for s in held]
-            named = json.dumps([self._identity, segments]).encode()
+            own = self._identities[held.k]
+            named = json.dumps([own, [[s.merge, *s.ids] for s in held.segments]]).encode()
             path = self._path / f"{hashlib.sha256(named).hexdigest()}.safetensors"
-            file = CacheFile(path, self._identity, held, about)
+            file = CacheFile(path, own, held.segments, about)
             kinds = [type(layer).__name__ for layer in cache]
             parts = kv_cache.parts([kv_cache.compact(layer) for layer in cache])
-            return _New(file, _Kept(path, 0, keys, about["whole"]), kinds, parts)
+            return _New(file, _Kept(path, 0, held.k, keys, about["whole"]), kinds, parts)
         return None
 
     def _evaluate(self, new: _New) -> None:

@@ -12,33 +12,33 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache
 
 from kmerge_mlx.prompts.segments import Segment, beginning
-from kmerge_mlx.serving.cache_folder import CacheFolder
+from kmerge_mlx.serving.cache_folder import CacheFolder, Held
 
 
 def stand_for(
     ids: Sequence[int],
-    in_work: Iterable[tuple[list[Segment], list[int]]],
+    in_work: Iterable[tuple[Held, list[int]]],
     vocab_size: int,
-    merge_factor: int,
-) -> list[Segment] | None:
+) -> Held | None:
     """What the ids of a prompt in work stand for, or those of one and its answer.
 
     Args:
         ids: As the model reads them.
-        in_work: The segments and the ids of each prompt in work, whose blocks are bound.
+        in_work: Each prompt in work, whose blocks are bound, and its ids.
         vocab_size: V; a virtual id is no part of an answer.
-        merge_factor: K.
 
     Returns:
-        Segments, or None if no prompt in work begins so.
+        Its beginning, or None if no prompt in work begins so.
     """
     found = [each for each in in_work if each[1][: len(ids)] == ids[: len(each[1])]]
-    segments, prompt = max(found, key=lambda each: len(each[1]), default=([], []))
-    answer = list(ids[len(prompt) :])
-    if not found or any(i >= vocab_size for i in answer):
+    if not found:
         return None
-    start = beginning(segments, len(ids), merge_factor)
-    return [*start, Segment(answer, False)] if answer else start
+    (segments, k), prompt = max(found, key=lambda each: len(each[1]))
+    answer = list(ids[len(prompt) :])
+    if any(i >= vocab_size for i in answer):
+        return None
+    start = beginning(segments, len(ids), k)
+    return Held([*start, Segment(answer, False)] if answer else start, k)
 
 
 class PromptCache(LRUPromptCache):
@@ -58,7 +58,7 @@ class PromptCache(LRUPromptCache):
         max_bytes: int | None,
         looked_up: Callable[[str], None],
         folder: CacheFolder | None,
-        held: Callable[[Sequence[int]], list[Segment] | None],
+        held: Callable[[Sequence[int]], Held | None],
     ):
         super().__init__(max_size, *(() if max_bytes is None else (max_bytes,)))
         self._looked_up, self._folder, self._held = looked_up, folder, held

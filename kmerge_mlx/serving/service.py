@@ -17,13 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.serving.answers import Answer, ApiError, busy, event, head_of
-from kmerge_mlx.serving.generator import (
-    Arguments,
-    CompressingGenerator,
-    Job,
-    PinnedModel,
-    usage_of,
-)
+from kmerge_mlx.serving.generator import Arguments, CompressingGenerator, PinnedModel
+from kmerge_mlx.serving.jobs import Job, usage_of
 from kmerge_mlx.serving.prepare import Preparer
 from kmerge_mlx.serving.requests import Completion
 from kmerge_mlx.serving.settings import ServeSettings, read_api_key

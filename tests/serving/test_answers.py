@@ -17,7 +17,7 @@ from mlx_lm.server import Response
 from kmerge_mlx import Segment, load, stream_generate
 from kmerge_mlx.prompts.lay_out import lay_out_chat, lay_out_text
 from kmerge_mlx.prompts.policy import Layout
-from kmerge_mlx.serving.generator import Job
+from kmerge_mlx.serving.jobs import Job
 from tests.cli_runner import CHATML, copy_base
 from tests.servers import FIXTURE_EOS, Address, eventually, serving
 from tests.tiny import qwen2_config, write_base

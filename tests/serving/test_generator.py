@@ -8,7 +8,8 @@ import pytest
 from mlx_lm.server import ResponseGenerator
 
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.serving.generator import MOST_FAILURES, Job, check_seam
+from kmerge_mlx.serving.generator import MOST_FAILURES, check_seam
+from kmerge_mlx.serving.jobs import Job
 from tests.servers import Address, eventually, long_answer, receive_until, serving
 
 

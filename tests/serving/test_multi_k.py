@@ -21,7 +21,7 @@ from kmerge_mlx.generation.stream import compress
 from kmerge_mlx.multi_encoder import MultiEncoder
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.virtual_tokens import MergedEmbedding
-from tests.servers import FIXTURE_EOS, Address, serving
+from tests.servers import FIXTURE_EOS, Address, eventually, serving
 from tests.train_runs import BASE, rows_of, trained, write_data
 
 KS = (1, 2, 4)
@@ -220,3 +220,18 @@ def test_a_model_of_one_k_reads_at_that_k_or_unmerged(whole):
     for k in (2, "4"):
         with pytest.raises(PromptError, match=r"`k` is .*, this model reads prompts at K = 1, 4"):
             compress(model, tokenizer, PROMPTS[0], k)
+
+
+def test_a_restarted_server_reads_each_prefix_of_a_folder_at_its_own_k(whole, alone, tmp_path):
+    def cached(server: Address, k: int) -> int:
+        answer = server.complete(model=f"base:k{k}", prompt=PROMPTS[0], **ASKED)
+        return answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    for restarted in (False, True):
+        with serving(BASE, whole, prompt_cache_dir=str(tmp_path / "kept")) as server:
+            for k in KS:
+                assert (cached(server, k) > 30) == restarted, k
+                assert same(answer_of(server, f"base:k{k}", PROMPTS[0]), alone[k][0])
+            busy = server.server.service.generator.folder.flushing()
+            eventually(lambda busy=busy: not busy())
+    assert len([*(tmp_path / "kept").glob("*.safetensors")]) == len(KS)

@@ -17,7 +17,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from kmerge_mlx.serving import generator
-from kmerge_mlx.serving.generator import Job
+from kmerge_mlx.serving.jobs import Job
 from tests.servers import FIXTURE_EOS, Address, eventually, serving
 
 pytestmark = pytest.mark.slow
