@@ -282,7 +282,7 @@ def test_it_says_that_the_server_is_away_and_goes_on_when_it_is_back(
 ):
     with serving(base_path, adapter_path, **LAYOUT) as server:
         answers(server)
-        server.server.service.drain = lambda seconds: None  # it waits for no answer
+        server.server.service.drain = lambda *_: 0  # it waits for no answer
         page = Page(driver, server)
         page.write()
         page.click("ask")

@@ -105,7 +105,7 @@ def test_it_warns_when_anybody_may_ask_and_notes_another_layout_than_in_training
     change_json(adapter / "merge_config.json", layout=layout)
     arguments = ("--model", base_path, "--adapter-path", adapter, "--merges", "all")
     with serving_process(*arguments, "--host", "0.0.0.0") as server:
-        note, warning, started = server.said
+        note, warning, _, started = server.said
         assert note == "note: this adapter was trained with --merges contexts"
         assert warning.startswith("warning: 0.0.0.0 can be reached")
         assert "merges all" in started
@@ -114,7 +114,7 @@ def test_it_warns_when_anybody_may_ask_and_notes_another_layout_than_in_training
 
 def test_the_bundled_model_is_served_without_an_argument_and_with_a_key_without_a_warning():
     with serving_process("--host", "0.0.0.0", KMERGE_MLX_API_KEY="sesame") as server:
-        note, line = server.said
+        note, _, line = server.said
         assert note.startswith("note: no --model and no --adapter-path: the bundled model reads")
         assert line.startswith("Serving bundled (K=4, merges ")
         assert server.address.request("GET", "/v1/models").status == 401
