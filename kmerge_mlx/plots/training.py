@@ -34,9 +34,11 @@ def draw_training(runs: Sequence[Path], path: str | Path, labels: Sequence[str] 
         ):
             each = {n for record in log for n in record if n.startswith(f"{name}_k")}
             ks = sorted(int(n.removeprefix(f"{name}_k")) for n in each)
-            for k, style in zip(ks, cycle(STYLES)):
+            # A colour is a run's, unless there is one alone.
+            shades = cycle(COLOURS[1:] if len(logs) == 1 else [colour])
+            for k, style, shade in zip(ks, cycle(STYLES), shades):
                 named = f"{label}{text}K={k}"
-                _line(axes, log, f"{name}_k{k}", named, color=colour, linestyle=style, alpha=0.6)
+                _line(axes, log, f"{name}_k{k}", named, color=shade, linestyle=style, alpha=0.8)
         measured = [r for r in log if {"val_accuracy", "val_balanced_accuracy"} <= r.keys()]
         if any(abs(r["val_accuracy"] - r["val_balanced_accuracy"]) > 1e-3 for r in measured):
             balanced = f"{label}balanced accuracy"
