@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmerge_mlx.cli.convert import ConvertSettings
@@ -22,7 +23,7 @@ from kmerge_mlx.cli.report import (
     versions,
     write_report,
 )
-from kmerge_mlx.errors import AdapterError
+from kmerge_mlx.errors import AdapterError, SettingsError
 from kmerge_mlx.settings import CacheSettings, ModelSettings, check_output, option
 from kmerge_mlx.tools.shapes import SHAPES
 
@@ -127,13 +128,7 @@ def bench(settings: BenchSettings) -> None:
       kmerge-mlx bench --adapter-path A -n 5 -g 64 --json
       kmerge-mlx bench --shape qwen2.5-0.5b --report mac.md
     """
-    if settings.plot:
-        from kmerge_mlx.plots import check_plot
-
-        check_plot(settings.plot)
-    if settings.report:
-        check_output("report", settings.report, [MARKDOWN])
-        check_output("report", json_beside(settings.report), [JSON])
+    _check_files(settings)
 
     from kmerge_mlx.tools import bench as benchmark
     from kmerge_mlx.tools.machine import describe_machine
@@ -168,6 +163,23 @@ def bench(settings: BenchSettings) -> None:
         draw_speed(rows, _backend(report["machine"]), settings.plot)
     if settings.report:
         write_report(report, rows, settings.report)
+
+
+def _check_files(settings: BenchSettings) -> None:
+    """Refuses what could not be written when the work is done, or would replace a file."""
+    if settings.plot:
+        from kmerge_mlx.plots import check_plot
+
+        check_plot(settings.plot)
+    if settings.report:
+        check_output("report", settings.report, [MARKDOWN])
+        check_output("report", json_beside(settings.report), [JSON])
+        if there := [
+            p for p in (settings.report, json_beside(settings.report)) if Path(p).exists()
+        ]:
+            raise SettingsError(
+                f"`report`: {there[0]} is there already: name another, or remove it"
+            )
 
 
 def _sources(

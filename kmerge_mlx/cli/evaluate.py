@@ -122,7 +122,11 @@ def _recommendation(found: Recommendation) -> str:
     for one in found.compared:
         value, reference = form.format(one.value), form.format(one.reference)
         ends = f"{one.difference:+.1f}{unit} ({one.low:+.1f} to {one.high:+.1f})"
-        verdict = f"within {found.budget:g}{unit or ' points'}" if one.within else "too far"
+        least = one.low if grows else -one.high  # that is lost, for sure
+        verdict = "too few questions to tell"
+        if one.within or least > found.budget:
+            side = "within" if one.within else "beyond"
+            verdict = f"{side} {found.budget:g}{unit or ' points'}"
         said.append(
             f"K = {one.k}: {value} against {reference} at K = 1, difference {ends}: {verdict}"
         )

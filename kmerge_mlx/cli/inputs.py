@@ -74,9 +74,9 @@ def command(
         def run(**given: Any) -> None:
             config, show = given.pop("config", None), given.pop("print_config", False)
             try:
-                named = [f for f in fields(settings) if given.get(f.name) is not None]
+                named = [f for f in fields(settings) if given.get(f.name) not in (None, [])]
                 flags = {f.name: _read(f, given[f.name]) for f in named}
-                made = settings.of(_read_yaml(config) if config else {}, flags)
+                made = settings.of(_as_flags(settings, _read_yaml(config)) if config else {}, flags)
                 _check_trust(made, flags)
                 if show:
                     print(as_yaml(to_print(made)), end="")
@@ -150,7 +150,7 @@ def _parameter(field: Field) -> inspect.Parameter:
     own = option_of(field)
     # A list is text with commas, a mapping is JSON.
     kind: Any = own.kind if own.kind in (int, float, bool) else str
-    kind = list[kind] if own.many else kind
+    kind = list[kind] if own.many or own.kind == INTS else kind
     if own.argument:
         info = typer.Argument(metavar=own.argument, help=own.help, show_default=False)
     else:
@@ -160,7 +160,8 @@ def _parameter(field: Field) -> inspect.Parameter:
             help=own.help + _default(field, own),
             show_default=False,
             # Not a choice of Typer's: the settings' own check says more, for YAML too.
-            metavar="|".join(map(str, own.choices)) or _METAVARS.get(own.kind),
+            metavar=("," if own.kind is list else "|").join(map(str, own.choices))
+            or _METAVARS.get(own.kind),
             **limits,
         )
     annotation = Annotated[kind if own.required else kind | None, info]
@@ -181,6 +182,8 @@ def _read(field: Field, value: Any) -> Any:
     kind = option_of(field).kind
     if kind is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
+    if kind == INTS and not isinstance(value, str):  # the flag was given several times
+        value = ",".join(value)
     if kind in (INTS, SIZE) and value.isdecimal() and len(value) < 20:
         return int(value)
     if kind == INTS and re.fullmatch(r" *\d{1,9} *(, *\d{1,9} *)+", value):
@@ -191,6 +194,14 @@ def _read(field: Field, value: Any) -> Any:
         except ValueError as error:
             raise SettingsError(f"`{field.name}` is not JSON: {error}") from None
     return value
+
+
+def _as_flags(settings: type[Settings], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file; a list in it may be written as the flag takes it, such as 2,4."""
+    lists = {f.name: f for f in fields(settings) if option_of(f).kind in (list, INTS)}
+    return {
+        n: _read(lists[n], v) if n in lists and isinstance(v, str) else v for n, v in found.items()
+    }
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:

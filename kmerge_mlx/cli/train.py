@@ -171,7 +171,7 @@ def _print_outcome(run: Run, interrupted: bool) -> None:
         lines.insert(0, f"Ended at iteration {state.iteration}: {state.finished}")
     command = ["kmerge-mlx", "generate", "--model", run.settings.model, "--adapter-path", best]
     if len(ks := run.settings.ks) > 1:
-        command += ["--k", ks[-1]]
+        command += ["--k", next(k for k in ks if k > 1)]  # as serve takes it
     command += ["--trust-remote-code"] * run.settings.trust_remote_code
     # A FILE merges, and `-` is one: the line does something as it is, in any shell.
     lines += [

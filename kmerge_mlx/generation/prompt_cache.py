@@ -39,8 +39,13 @@ from kmerge_mlx.virtual_tokens import CompressedPrompt
 
 ENTRY = "kmerge_mlx"
 VERSION = 1
+_SEAL = "seal"  # a digest of the other entries
 _BASE, _ADAPTER, _K = "the base model", "the adapter", "--k"
 """The file's names for what it belongs to."""
+
+
+def _seal(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def identity(source: Source) -> dict[str, tuple[Any, ...]]:
@@ -89,6 +94,8 @@ class CacheFile:
     """How the prompt was made, for whoever goes on with it."""
     digest: str | None = None
     """Of the KV caches; files of 0.1.0 have none."""
+    sealed: bool = False
+    """Whether a digest of all the rest was there, and right."""
 
     def save(self, cache: Sequence[Any]) -> None:
         """Writes the file with mlx-lm's KV caches, whole or not at all."""
@@ -122,7 +129,7 @@ class CacheFile:
             "about": self.about,
             "digest": kv_cache.digest(parts),
         }
-        text = json.dumps(entry)
+        text = json.dumps(entry | {_SEAL: _seal(entry)})
         if len(text) > MAX_HEADER_BYTES // 2:
             raise PromptError(
                 f"the prompt is too long for a prompt cache file: its tokens take {len(text):,} "
@@ -147,9 +154,12 @@ class CacheFile:
                 raise PromptError(
                     f"{path}: its version is {short(version)}, expected {VERSION}: make it again"
                 )
+            if (seal := entry.pop(_SEAL, None)) not in (None, _seal(entry)):
+                raise PromptError(f"{path} is damaged: make it again")
             held = [Segment([index(i) for i in ids], bool(merge)) for merge, *ids in entry["held"]]
             known = {name: (value,) for name, value in dict(entry["identity"]).items()}
-            return cls(path, known, held, dict(entry["about"]), entry.get("digest"))
+            about, digest = dict(entry["about"]), entry.get("digest")
+            return cls(path, known, held, about, digest, seal is not None)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PromptError(f"{path}: its record of its tokens is torn: make it again") from None
 

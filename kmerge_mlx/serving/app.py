@@ -28,6 +28,7 @@ from kmerge_mlx.serving.answers import ApiError, ClientGone, as_api_error, body_
 from kmerge_mlx.serving.connection import MOST_HEAD_BYTES, Connection, note_refusal
 from kmerge_mlx.serving.generator import PinnedModel
 from kmerge_mlx.serving.page import HEADERS, PAGE
+from kmerge_mlx.serving.requests import unknown_model
 from kmerge_mlx.serving.service import Service
 from kmerge_mlx.serving.settings import ServeSettings
 
@@ -115,8 +116,7 @@ def _models(provider: PinnedModel, wanted: str, created: int) -> Response:
     if not wanted:
         return JSONResponse({"object": "list", "data": [*known.values()]})
     if wanted not in provider.names:
-        message = f"the model {wanted[:60]!a} is not served here, only {provider.name} is"
-        raise ApiError(404, message, "model", "model_not_found")
+        raise unknown_model(wanted, provider.names)
     return JSONResponse(known[provider.names[wanted]])
 
 

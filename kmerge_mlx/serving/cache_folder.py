@@ -103,7 +103,8 @@ class CacheFolder:
     """
 
     def __init__(self, settings: ServeSettings, counted: Callable[[str], None]):
-        self._path, self._limit = Path(settings.prompt_cache_dir), settings.folder_limit
+        self._path = Path(settings.prompt_cache_dir).expanduser()
+        self._limit = settings.folder_limit
         bits, group = settings.kv_bits, settings.kv_group_size
         self._quantized = None if bits is None else (bits, group)
         self._counted, self._said = counted, set[str]()
@@ -119,7 +120,8 @@ class CacheFolder:
             if self._writes:
                 self._held.enter_context(alone(self._path / "server", ServeError))
         except OSError as error:
-            raise ServeError(f"`prompt_cache_dir` {self._path}: {error.strerror}") from None
+            reason = f"{error.strerror}: name a folder that can be made and read"
+            raise ServeError(f"`prompt_cache_dir` {self._path}: {reason}") from None
         except ServeError:
             text = f"`prompt_cache_dir` {self._path} is in use by another server: name another"
             raise ServeError(text) from None
@@ -153,14 +155,17 @@ class CacheFolder:
 
     def _oldest_first(self) -> list[Path]:
         """The files of servers; what a killed one left half-written is removed."""
-        found = []
+        found, others = [], []
         for path in self._path.iterdir():
-            if _LEFT.fullmatch(path.name) and self._writes:
+            if _LEFT.fullmatch(path.name) and self._writes and path.is_file():
                 path.unlink(missing_ok=True)
             elif _NAME.fullmatch(path.name) and path.is_file():
                 found.append((path.stat().st_mtime_ns, path))
             elif not path.name.startswith("."):
-                self._say(f"ignored in `prompt_cache_dir`: {path} is not a server's file")
+                others.append(path.name)
+        if others:
+            names = ", ".join(sorted(others)[:3]) + ", ..." * (len(others) > 3)
+            self._say(f"{self._path}: {len(others)} files are not a server's: {names}")
         return [path for _, path in sorted(found)]
 
     def _made_with(self, file: CacheFile, k: int) -> bool:
@@ -237,7 +242,7 @@ class CacheFolder:
         file, positions = CacheFile.read(kept.path), len(stands_for)
         file.check(self._identities[kept.k])
         held = self._stands_for(Held(file.held, kept.k))
-        if held[:positions] != stands_for or file.digest is None:
+        if held[:positions] != stands_for or file.digest is None or not file.sealed:
             raise PromptError(f"{kept.path} is not what it was, or was not written by a server")
         cache = file.load(self._model, len(held))
         for layer, own in zip(cache, host.make_prompt_cache(self._model), strict=True):
@@ -344,7 +349,8 @@ class CacheFolder:
 
     def _ignore(self, kept: _Kept, error: Exception) -> None:
         kept.keys = None
-        self._say(f"ignored in `prompt_cache_dir`: {first_line(error)}")
+        reason = first_line(error).removeprefix(f"{kept.path}").lstrip(": ").split(": make it")[0]
+        self._say(f"{kept.path} is of no use, and takes room until it is removed: {reason}")
 
     def _say(self, text: str) -> None:
         if text not in self._said:

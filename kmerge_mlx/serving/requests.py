@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError, model_validator
@@ -226,12 +226,19 @@ def read_json(raw: bytes) -> Any:
             gc.enable()
 
 
+def unknown_model(name: str, names: Mapping[str, str]) -> ApiError:
+    """The refusal of a model that is not among the names, given with what clients are shown."""
+    known = ", ".join(dict.fromkeys(names.values()))
+    message = f"the model {short(name)} is not served here: expected {known}"
+    return ApiError(404, message, "model", "model_not_found")
+
+
 def read_completion(
-    raw: bytes, chat: bool | None, names: Collection[str], vocab_size: int
+    raw: bytes, chat: bool | None, names: Mapping[str, str], vocab_size: int
 ) -> Completion:
     """Reads and checks the body of a request to a model of these names; an ApiError names a field.
 
-    The first of the names is the one that the model is called by. ``chat`` None: it is a
+    ``names`` has, for each that a client may use, the one that it is shown. ``chat`` None: it is a
     conversation if it has messages.
     """
     try:
@@ -250,10 +257,7 @@ def read_completion(
     except PromptError as error:
         raise ApiError(400, error.found, error.field) from None
     if completion.model not in names:
-        message = (
-            f"the model {short(completion.model)} is not served here, only {next(iter(names))} is"
-        )
-        raise ApiError(404, message, "model", "model_not_found")
+        raise unknown_model(completion.model, names)
     if chat and completion.offered_tools and completion.answer_schema is not None:
         message = "response_format does not go with tools: leave them out, or set tool_choice none"
         raise ApiError(400, message, "response_format")

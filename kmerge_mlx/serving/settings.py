@@ -92,6 +92,10 @@ class ServeSettings(SamplingSettings, LayoutSettings, ModelSettings):
     def clashes(self) -> list[str]:
         if self.prompt_cache_dir is None and self.prompt_cache_dir_bytes is not None:
             return ["`prompt_cache_dir_bytes` needs a `prompt_cache_dir`"]
+        if self.prompt_cache_dir == "":
+            return ["`prompt_cache_dir` is empty, expected a folder"]
+        if not self.folder_limit:
+            return ["`prompt_cache_dir_bytes` is 0, expected room for prefixes, such as 20GB"]
         return []
 
     @property

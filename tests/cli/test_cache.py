@@ -144,7 +144,8 @@ def test_a_torn_file_is_refused(kept, tmp_path):
     ):
         pad = len(bad) - len(good)
         length = int.from_bytes(data[:8], "little") + pad
-        torn.write_bytes(length.to_bytes(8, "little") + data[8:].replace(good, bad, 1))
+        plain = data[8:].replace(rb"\"seal\"", rb"\"none\"", 1)  # as a stranger may write it
+        torn.write_bytes(length.to_bytes(8, "little") + plain.replace(good, bad, 1))
         assert_one_error(ask(torn), 1, said)
     mx.save_safetensors(str(torn), {"a": mx.zeros(2)})
     assert_one_error(ask(torn), 1, "does not record which tokens it holds", "kmerge-mlx cache")
@@ -161,6 +162,7 @@ def changed(kept, path, change, honest=False):
     entry = json.loads(metadata["0.kmerge_mlx"])
     if not honest:
         entry.pop("digest", None)
+        entry.pop("seal", None)
     change(arrays, metadata, entry)
     mx.save_safetensors(
         str(path),
@@ -239,6 +241,8 @@ def test_a_file_of_0_1_0_is_read_and_a_damaged_one_of_today_is_not(world, kept, 
     for name in ("0.0", "1.1"):
         swapped = changed(kept, file, put(name, lambda a: -a), honest=True)
         assert_one_error(ask(swapped), 1, f"{file} is damaged: make it again")
+    other = changed(kept, file, lambda a, m, e: e["held"][-1].append(7), honest=True)
+    assert_one_error(ask(other), 1, f"{file} is damaged: make it again")
 
 
 def test_a_changed_config_of_base_or_adapter_is_noticed(world, kept, base_path, tmp_path):

@@ -177,6 +177,15 @@ def test_a_mistake_is_one_line_before_anything_is_made(in_folder, monkeypatch, a
     assert list(in_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["mac.md", "mac.json"])
+def test_a_report_replaces_no_file(in_folder, monkeypatch, name):
+    monkeypatch.setattr(random_base.RandomBase, "make", None)
+    (in_folder / name).write_text("mine")
+    result = run("bench", "--shape", NAME, "--report", "mac.md")
+    assert_one_error(result, 2, f"--report: {name} is there already: name another, or remove it")
+    assert (in_folder / name).read_text() == "mine"
+
+
 def test_a_shape_that_does_not_fit_is_one_line(monkeypatch):
     monkeypatch.setattr(random_base.RandomBase, "make", None)
     monkeypatch.setattr(random_base, "usable_memory", lambda: 1000)

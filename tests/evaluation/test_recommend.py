@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kmerge_mlx.cli.evaluate import _recommendation
 from kmerge_mlx.data.examples import Example
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation.baselines import Mean, Merged, Uncompressed
@@ -225,3 +226,12 @@ def test_the_command_says_it_on_one_line_and_in_json(folders, data, tmp_path):
 def test_a_mistake_is_one_line(folders, data, args, code, said):
     result = run("evaluate", *folders.flags(), "--data", data, *args)
     assert_one_error(result, code, said)
+
+
+@pytest.mark.parametrize(
+    ("questions", "wrong", "said"),
+    [(1000, 0, "within 2 points"), (60, 0, "too few questions to tell"), (1000, 90, "beyond 2 p")],
+)
+def test_the_verdict_tells_what_is_worse_from_what_is_not_known(questions, wrong, said):
+    found = recommended(questions, {1: set(), 2: {*range(wrong)}})
+    assert f"): {said}" in _recommendation(found)

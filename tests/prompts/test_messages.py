@@ -60,7 +60,7 @@ def test_rows_and_requests_give_a_template_the_same_arguments(arguments, written
     messages = calling(arguments)
     row = tokenize(tokenizer, RowFormat().read({"messages": messages}))
     asked = json.dumps({"messages": messages[:-1]}).encode()
-    request = read_completion(asked, True, ("base", "default_model"), 700)
+    request = read_completion(asked, True, {"base": "base", "default_model": "base"}, 700)
     ids = ids_of(lay_out_chat(tokenizer, request.messages))
     assert row.prompt_ids == ids
     assert f"<call>mul {expected}</call>" in tokenizer.decode(ids)
@@ -143,9 +143,7 @@ def test_a_wrong_message_is_refused_alike_in_rows_and_requests(messages, said):
     with pytest.raises(DataError) as row:
         RowFormat().read({"messages": messages})
     with pytest.raises(ApiError) as request:
-        read_completion(
-            json.dumps({"messages": messages}).encode(), True, ("base", "default_model"), 700
-        )
+        read_completion(json.dumps({"messages": messages}).encode(), True, {"base": "base"}, 700)
     assert str(row.value) == str(request.value)
     assert str(row.value).startswith(said)
     assert request.value.param == said.split(" ")[0]

@@ -25,7 +25,7 @@ from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.generation.prompt_cache import CacheFile
+from kmerge_mlx.generation.prompt_cache import CacheFile, _seal
 from kmerge_mlx.serving import cache_folder
 from tests.cli_runner import PLAIN_USER, assert_one_error, run, run_process
 from tests.servers import FIXTURE_EOS, PATIENCE, Address, eventually, serving, serving_process
@@ -303,6 +303,25 @@ def test_a_flipped_byte_is_noticed_and_the_file_is_made_again(folder, model, cap
         assert file.read_bytes() == good
 
 
+def test_a_changed_token_in_a_files_record_is_noticed(folder, model, caplog):
+    """The KV caches are whole then, and those of another prompt."""
+    prompt, other = [*range(20, 120)], [*range(20, 70), 7, *range(71, 120)]
+    with serving(*model) as server:
+        wanted = ask(server, other, merge=True)[0]
+    with keeping(folder, *model) as server:
+        ask(server, prompt, merge=True)
+    (file,) = files(folder)
+    good = file.read_bytes()
+    file.write_bytes(bad := good.replace(b" 69, 70, 71,", b" 69,  7, 71,"))
+    assert bad != good
+    caplog.clear()
+    with keeping(folder, *model) as server:
+        found, usage = ask(server, other, merge=True)
+        assert alike(found, wanted)
+        assert cached(usage) < 50
+    assert "is damaged" in caplog.text
+
+
 def test_torn_and_foreign_files_are_ignored_and_said_once(folder, model, caplog):
     with keeping(folder, *model) as server:
         wanted = ask(server, prompt_of())[0]
@@ -321,8 +340,9 @@ def test_torn_and_foreign_files_are_ignored_and_said_once(folder, model, caplog)
         assert cached(usage) > 100
         ask(server, prompt_of(1))
     for name in (*names[:5], folder / "notes.txt", folder / "sub"):
-        assert caplog.text.count(str(name)) == 1, name
+        assert caplog.text.count(name.name) == 1, name
         assert name.exists()
+    assert "make it" not in caplog.text
 
 
 def claims(file: Path, at: Path, **changes: Any) -> Path:
@@ -331,6 +351,7 @@ def claims(file: Path, at: Path, **changes: Any) -> Path:
     entry = json.loads(metadata["0.kmerge_mlx"])
     for name, value in changes.items():
         entry[name] = value(entry[name])
+    entry["seal"] = _seal({name: value for name, value in entry.items() if name != "seal"})
     mx.save_safetensors(str(at), arrays, metadata | {"0.kmerge_mlx": json.dumps(entry)})
     return at
 
@@ -502,12 +523,16 @@ def test_sigterm_writes_what_is_in_memory_and_a_second_server_is_one_clear_line(
 def test_bytes_without_a_folder_are_refused():
     done = run("serve", "--prompt-cache-dir-bytes", "1GB")
     assert_one_error(done, 2, "--prompt-cache-dir-bytes needs a --prompt-cache-dir")
+    done = run("serve", "--prompt-cache-dir", "kept", "--prompt-cache-dir-bytes", "0")
+    assert_one_error(done, 2, "--prompt-cache-dir-bytes is 0, expected room for prefixes")
+    done = run("serve", "--prompt-cache-dir", "")
+    assert_one_error(done, 2, "--prompt-cache-dir is empty, expected a folder")
 
 
 def test_a_folder_that_cannot_be_one_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = run("serve", "--prompt-cache-dir", tmp_path / "file")
-    assert_one_error(done, 1, f"--prompt-cache-dir {tmp_path / 'file'}: File exists")
+    assert_one_error(done, 1, f"--prompt-cache-dir {tmp_path / 'file'}: File exists: name a folder")
 
 
 def test_a_prompt_too_long_for_a_files_header_is_not_kept(folder, model, monkeypatch, caplog):

@@ -116,6 +116,7 @@ def test_the_names_of_all_k_are_listed_and_no_others_are_known(server):
         assert server.request("GET", f"/v1/models/{wanted}").status == 404
         answer = server.complete(model=wanted, prompt="x")
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert answer.error["message"].endswith("expected base, base:k1, base:k2, base:k4")
 
 
 def test_a_chat_has_the_k_of_its_model_in_the_answer_and_in_each_chunk(server):

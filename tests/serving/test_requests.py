@@ -18,7 +18,8 @@ PENALTIES = ("repetition", "presence", "frequency")
 
 def read(body: Any, chat: bool = False) -> Any:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_completion(raw, chat, ("base", "default_model", "models/base"), VOCABULARY)
+    names = dict.fromkeys(("base", "default_model", "models/base"), "base")
+    return read_completion(raw, chat, names, VOCABULARY)
 
 
 def refusal(body: Any, chat: bool = False) -> ApiError:

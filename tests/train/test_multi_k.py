@@ -201,7 +201,8 @@ def test_a_run_that_is_killed_leaves_a_whole_set_and_ends_with_the_bits_of_an_un
     """Killed at steps on the disk through the first save and the second."""
     kills, wholes = 12, 0
     path, unbroken = tmp_path / "killed" / "run", tmp_path / "unbroken" / "run"
-    options = [*map(str, (*OPTIONS, "--k", "2,4"))]
+    options = [*map(str, OPTIONS)]
+    options[options.index("--k") + 1] = "2,4"
     for place in (path, unbroken):
         place.parent.mkdir()
     with Writer() as write:
@@ -249,7 +250,8 @@ def test_k_is_a_number_or_several_in_a_flag_and_in_yaml(tmp_path):
         return train(tmp_path / "run", *options, "--print-config", yaml=yaml).out.splitlines()
 
     several = ["k:", "- 2", "- 4", "- 8"]
-    for lines in (printed("--k", "2,4,8"), printed(yaml="k: [2, 4, 8]\n")):
+    repeated, plain = printed("--k", 2, "--k", 4, "--k", 8), printed(yaml="k: 2,4,8\n")
+    for lines in (printed("--k", "2,4,8"), repeated, plain, printed(yaml="k: [2, 4, 8]\n")):
         assert lines[lines.index("k:") :][:4] == several
     assert "k: 2" in printed("--k", 2, yaml="k: [2, 4, 8]\n")
     for k, said in (
