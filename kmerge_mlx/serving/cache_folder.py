@@ -333,14 +333,17 @@ class CacheFolder:
         self._counted("written")
 
     def _make_room(self, size: int, *names: str) -> None:
-        for name in (*names, *self._files):
-            used = sum(kept.size for kept in self._files.values())
-            if name in names or used + size > self._limit:
-                self._remove(name)
+        used = size + sum(kept.size for kept in self._files.values())
+        for name in dict.fromkeys((*names, *self._files)):
+            if name in names or used > self._limit:
+                used -= self._remove(name)
 
-    def _remove(self, name: str) -> None:
-        if (kept := self._files.pop(name, None)) is not None:
-            kept.path.unlink(missing_ok=True)
+    def _remove(self, name: str) -> int:
+        """Removes a file, if it is there; returns the bytes that it took."""
+        if (kept := self._files.pop(name, None)) is None:
+            return 0
+        kept.path.unlink(missing_ok=True)
+        return kept.size
 
     def _used(self, kept: _Kept) -> None:
         self._files[kept.path.name] = self._files.pop(kept.path.name)
