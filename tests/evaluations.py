@@ -19,6 +19,7 @@ from tests.tiny import build, qwen2_config, random_adapter, write_base
 Row = dict[str, Any]
 Answers = dict[tuple[str, int], list[Row]]
 
+QUESTIONS = 12
 WORDS = ("tree", "node", "parent", "child", "answer", "the", "of", "and", "AB", "CD")
 # The end of its assistant's messages is the end of an answer, and nothing follows it.
 TEMPLATE = (

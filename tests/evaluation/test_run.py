@@ -7,13 +7,9 @@ import json
 import math
 import weakref
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-import numpy as np
 import pytest
 from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
 from mlx_lm.tuner.trainer import evaluate as host_evaluate
@@ -21,19 +17,19 @@ from mlx_lm.tuner.trainer import evaluate as host_evaluate
 from kmerge_mlx import generate, load
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.data.examples import RowFormat
-from kmerge_mlx.data.layout import TokenizedExample, tokenize
+from kmerge_mlx.data.layout import tokenize
 from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.evaluation.report import read_report
-from kmerge_mlx.model import merged_embedding
 from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train import rows as train_rows
 from tests.cli_runner import CHATML, copy_base
-from tests.evaluation.baselines.by_hand import attention, chunks, heaviest, surprise
+from tests.evaluation.by_hand import by_hand
 from tests.evaluations import (
+    QUESTIONS,
     TEMPLATE,
     Folders,
     answers_of,
@@ -41,23 +37,11 @@ from tests.evaluations import (
     measured,
     questions_of,
     write_data,
-    write_folders,
 )
-from tests.tiny import PAD, build, qwen2_config, random_adapter, write_base
+from tests.tiny import build, qwen2_config, random_adapter, write_base
 
-QUESTIONS = 12
 WEIGHING = ("selective-context", "spec-prefill")
 MAX_TOKENS = 4
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Folders:
-    return write_folders(tmp_path_factory.mktemp("scores"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("a") / "data", questions_of(QUESTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -98,78 +82,9 @@ def test_perplexity_uncompressed_is_mlx_lms(tmp_path, folders, adapted):
     )
 
 
-@cache
-def loaded(folders: Folders, k: int) -> nn.Module:
-    return load(str(folders.base), folders.adapters, k)[0]
-
-
-def naive_nll(model: nn.Module, ids: list[int], answer: list[int], embeddings=None) -> float:
-    """All logits of one unpadded row."""
-    row, options = mx.array([ids + answer[:-1]]), {}
-    if embeddings is not None:
-        options["input_embeddings"] = embeddings[None]
-    logits = model(row, **options)[0, len(ids) - 1 :]
-    return nn.losses.cross_entropy(logits, mx.array(answer)).sum().item()
-
-
-def plain_means(model: nn.Module, row: TokenizedExample, k: int) -> mx.array:
-    """What is read where a block is the mean of its embeddings: prompt and answer."""
-    table, parts = merged_embedding(model).embedding, []
-    for segment in row.segments:
-        ids = list(segment.ids)
-        if segment.merge:
-            ids += [PAD] * (-len(ids) % k)
-            parts.append(table(mx.array(ids).reshape(-1, k)).mean(axis=1))
-        else:
-            parts.append(table(mx.array(ids)))
-    return mx.concatenate([*parts, table(mx.array(row.answer_ids[:-1]))])
-
-
-def by_hand(folders: Folders, row: TokenizedExample, method: str, k: int) -> tuple[float, int]:
-    """A row's likelihood and positions, computed by the words that define the method."""
-    if method == "base":
-        ids = row.prompt_ids
-        return naive_nll(load(str(folders.base))[0], ids, row.answer_ids), len(ids)
-    model = loaded(folders, k if method in ("merged", "mean") else 1)
-    if method == "merged":
-        ids = merged_embedding(model).compress(row.segments).ids
-        return naive_nll(model, ids, row.answer_ids), len(ids)
-    if method == "mean":
-        embeddings = plain_means(model, row, k)
-        ids = [0] * (embeddings.shape[0] - len(row.answer_ids) + 1)
-        return naive_nll(model, ids, row.answer_ids, embeddings), len(ids)
-    weights = np.zeros(len(row.prompt_ids))
-    if method == "selective-context":
-        weights = surprise(model, row.prompt_ids)
-    elif method == "spec-prefill":
-        weights = attention(model, row.prompt_ids)
-    ids, start = [], 0
-    for segment in row.segments:
-        part, room = list(segment.ids), math.ceil(len(segment.ids) / k)
-        own, start = weights[start : start + len(part)], start + len(part)
-        if segment.merge and method == "truncate":
-            part = part[len(part) - room :]
-        elif segment.merge and method == "stride":
-            part = [part[min(i * k + k - 1, len(part) - 1)] for i in range(room)]
-        elif segment.merge and method == "selective-context":
-            part = heaviest(part, own, room)
-        elif segment.merge and method == "spec-prefill":
-            part = heaviest(part, chunks(own), room)
-        ids += part
-    return naive_nll(model, ids, row.answer_ids), len(ids)
-
-
 READ = [("uncompressed", 1), ("base", 1)] + [
     (name, k) for k in (2, 4) for name, method in METHODS.items() if method.compresses
 ]
-
-
-@pytest.fixture(scope="module")
-def rows(folders, data) -> list[TokenizedExample]:
-    """The questions as ids."""
-    _, tokenizer = load(str(folders.base))
-    lines = (data / "test.jsonl").read_text().splitlines()
-    return [tokenize(tokenizer, RowFormat().read(json.loads(line))) for line in lines]
 
 
 @pytest.mark.parametrize(("method", "k"), READ)
@@ -404,69 +319,6 @@ def test_the_kv_cache_is_that_of_the_mean_prompt(folders, batched):
         mean = sum(line["positions"] for line in lines) / QUESTIONS
         assert row.kv_bytes == {"data": pytest.approx(mean * position)}
         assert row.time_to_first_token == {}
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[tuple[str, int]]:
-    """The methods and lengths of the prompts that are timed, each of which takes its number."""
-    seen: list[tuple[str, int]] = []
-
-    def seconds(self, method, segments):
-        seen.append((method.name, sum(len(segment.ids) for segment in segments)))
-        return float(len(seen))
-
-    monkeypatch.setattr(scoring.Scorer, "seconds", seconds)
-    return seen
-
-
-def test_prompts_of_all_lengths_are_timed_after_one_that_warms_up(tmp_path, folders, asked):
-    rows = [{"prompt": "AB " * (i + 1), "completion": f"{i} x"} for i in range(9)]
-    data = str(write_data(tmp_path / "data", rows))
-    settings = folders.settings(k=(4,), data=data, baseline=("truncate",), max_tokens=1)
-    report = measured(**settings, timed=3)
-    sizes = [size for name, size in asked if name == "merged"]
-    lengths = sorted(batch_lengths(folders, rows))
-    assert sizes == [lengths[1], lengths[1], lengths[4], lengths[7]]
-    assert {name for name, _ in asked} == {"merged", "truncate"}
-    for row in report.rows:
-        spread = row.time_to_first_token["data"]
-        assert (spread.median, spread.min, spread.max) == (spread.trials[1], *spread.trials[::2])
-    assert len(measured(**settings, timed=99).rows[0].time_to_first_token["data"].trials) == 9
-    named = report.to_json()["rows"][0]["time_to_first_token"]["data"]
-    assert set(named) == {"median", "min", "max", "trials"}
-
-
-def batch_lengths(folders: Folders, rows: list[dict]) -> list[int]:
-    _, tokenizer = load(str(folders.base))
-    return [len(tokenize(tokenizer, RowFormat().read(row)).prompt_ids) for row in rows]
-
-
-def test_needles_at_other_depths_of_one_length_are_not_timed_again(folders, asked):
-    recall = {"task": "recall", "length": (200, 400), "depth": (0, 1), "num_needles": 3}
-    report = measured(model=str(folders.base), **recall, timed=2, max_tokens=1)
-    assert len(asked) == 1 + 2 * 2
-    times = [spread.trials for spread in report.rows[0].time_to_first_token.values()]
-    assert times == [(2, 3), (2, 3), (4, 5), (4, 5)]
-
-
-def test_the_time_of_a_method_includes_its_own_pass(monkeypatch, folders, rows):
-    model, tokenizer = load(str(folders.base), folders.adapters, 1)
-    passes, plain = [], scoring.time_reading
-
-    def timed(model, compress):
-        before = len(passes)
-        reading = plain(model, compress)
-        assert len(passes) == before + 1
-        return reading
-
-    class Watched(METHODS["selective-context"]):
-        def weigh(self, model, ids):
-            passes.append(ids.size)
-            return super().weigh(model, ids)
-
-    monkeypatch.setattr(scoring, "time_reading", timed)
-    assert scoring.Scorer(model, tokenizer, 1).seconds(Watched(2), rows[0].segments) > 0
-    assert passes == [len(rows[0].prompt_ids)]
 
 
 def test_baselines_that_need_no_encoder_are_measured_without_an_adapter(folders, data):

@@ -1,19 +1,12 @@
-"""``serve --prompt-cache-dir``: a restarted server answers as before, whatever the files are.
+"""``serve --prompt-cache-dir``: a restarted server goes on from the files, and answers as before.
 
 The oracle of an answer is a server without a folder, which reads the whole prompt.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,62 +18,28 @@ from kmerge_mlx import load
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.encoder import MergeEncoder
 from kmerge_mlx.errors import ServeError
-from kmerge_mlx.generation.prompt_cache import CacheFile, _seal
+from kmerge_mlx.generation.prompt_cache import CacheFile
 from kmerge_mlx.serving import cache_folder
-from tests.cli_runner import PLAIN_USER, assert_one_error, run, run_process
-from tests.servers import FIXTURE_EOS, PATIENCE, Address, eventually, serving, serving_process
+from tests.cli_runner import assert_one_error, run, run_process
+from tests.servers import serving, serving_process
+from tests.serving.kept import (
+    NO_END,
+    WORDS,
+    alike,
+    ask,
+    cached,
+    claims,
+    document,
+    events,
+    files,
+    flush,
+    keeping,
+    prompt_of,
+)
 from tests.tiny import EXPERTS, qwen2_config, random_adapter, write_base
 from tests.tools.test_sizing import GEMMA3, HYBRIDS
 
 EIGHT_BITS = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
-TOLERANCE = 1e-4
-NO_END = {"logit_bias": {str(FIXTURE_EOS): -100}}
-WORDS = "one two three four five six seven eight nine ten and so".split()  # noqa: SIM905
-
-
-def document(seed: int = 0, words: int = 90) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=words)) + "."
-
-
-def prompt_of(seed: int = 0, question: str = "Which is it?") -> str:
-    return f"<merge>{document(seed)}</merge><raw>\n\n{question}</raw>"
-
-
-def ask(server: Address, prompt: Any, **more: Any) -> tuple[list[float], dict[str, Any]]:
-    """The log-probabilities of an answer, and its usage."""
-    body = {"prompt": prompt, "max_tokens": 6, "logprobs": 0} | NO_END | more
-    answer = server.complete(**body)
-    assert answer.status == 200, answer.body
-    return answer.json["choices"][0]["logprobs"]["token_logprobs"], answer.json["usage"]
-
-
-def cached(usage: dict[str, Any]) -> int:
-    return usage["prompt_tokens_details"]["cached_tokens"]
-
-
-def alike(found: list[float], wanted: list[float]) -> bool:
-    return found == pytest.approx(wanted, rel=0, abs=TOLERANCE)
-
-
-def events(server: Address, event: str) -> float:
-    return server.metric(f'prompt_cache_files_total{{event="{event}"}}')
-
-
-@contextmanager
-def keeping(folder: Path, *named: Any, **settings: Any) -> Iterator[Address]:
-    """A server with a folder, which is written when the block ends."""
-    with serving(*named, prompt_cache_dir=str(folder), **settings) as server:
-        yield server
-        flush(server)
-
-
-def flush(server: Address) -> None:
-    busy = server.server.service.generator.folder.flushing()
-    eventually(lambda: not busy())
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
 
 
 @pytest.fixture
@@ -281,107 +240,6 @@ def test_a_longer_beginning_takes_the_place_of_a_shorter_one(folder, model):
             assert events(server, "written") == count
 
 
-def test_a_flipped_byte_is_noticed_and_the_file_is_made_again(folder, model, caplog):
-    with keeping(folder, *model) as server:
-        wanted = ask(server, prompt_of())[0]
-    (file,) = files(folder)
-    good, draw = file.read_bytes(), random.Random(0)
-    header = 8 + int.from_bytes(good[:8], "little")
-    for at in (header, len(good) - 1, *(draw.randrange(header, len(good)) for _ in range(6))):
-        bad = bytearray(good)
-        bad[at] ^= 1 << draw.randrange(8)
-        file.write_bytes(bad)
-        asked = ("--prompt-cache-file", file, "-p", "x", "--model", model[0])
-        done = run("generate", *asked, "--adapter-path", model[1])
-        assert_one_error(done, 1, str(file))
-        caplog.clear()
-        with keeping(folder, *model) as server:
-            found, usage = ask(server, prompt_of())
-            assert alike(found, wanted)
-            assert cached(usage) == 0
-            assert caplog.text.count(file.name) == 1
-        assert file.read_bytes() == good
-
-
-def test_a_changed_token_in_a_files_record_is_noticed(folder, model, caplog):
-    """The KV caches are whole then, and those of another prompt."""
-    prompt, other = [*range(20, 120)], [*range(20, 70), 7, *range(71, 120)]
-    with serving(*model) as server:
-        wanted = ask(server, other, merge=True)[0]
-    with keeping(folder, *model) as server:
-        ask(server, prompt, merge=True)
-    (file,) = files(folder)
-    good = file.read_bytes()
-    file.write_bytes(bad := good.replace(b" 69, 70, 71,", b" 69,  7, 71,"))
-    assert bad != good
-    caplog.clear()
-    with keeping(folder, *model) as server:
-        found, usage = ask(server, other, merge=True)
-        assert alike(found, wanted)
-        assert cached(usage) < 50
-    assert "is damaged" in caplog.text
-
-
-def test_torn_and_foreign_files_are_ignored_and_said_once(folder, model, caplog):
-    with keeping(folder, *model) as server:
-        wanted = ask(server, prompt_of())[0]
-    (file,) = files(folder)
-    good = file.read_bytes()
-    names = [folder / f"{digit * 64}.safetensors" for digit in "abcdef"]
-    for name, size in zip(names, (0, 4, 200, len(good) // 2, len(good) - 1), strict=False):
-        name.write_bytes(good[:size])
-    os.mkfifo(names[5])
-    mx.save_safetensors(str(names[4]), {"x": mx.zeros(3)})
-    (folder / "notes.txt").write_text("mine")
-    (folder / "sub").mkdir()
-    with keeping(folder, *model) as server:
-        found, usage = ask(server, prompt_of())
-        assert alike(found, wanted)
-        assert cached(usage) > 100
-        ask(server, prompt_of(1))
-    for name in (*names[:5], folder / "notes.txt", folder / "sub"):
-        assert caplog.text.count(name.name) == 1, name
-        assert name.exists()
-    assert "make it" not in caplog.text
-
-
-def claims(file: Path, at: Path, **changes: Any) -> Path:
-    """A copy of a file that says other things of itself."""
-    arrays, metadata = mx.load(str(file), return_metadata=True)
-    entry = json.loads(metadata["0.kmerge_mlx"])
-    for name, value in changes.items():
-        entry[name] = value(entry[name])
-    entry["seal"] = _seal({name: value for name, value in entry.items() if name != "seal"})
-    mx.save_safetensors(str(at), arrays, metadata | {"0.kmerge_mlx": json.dumps(entry)})
-    return at
-
-
-STRANGE = {
-    "another document": {"held": lambda h: [[h[0][0], *[9] * len(h[0][1:])], *h[1:]]},
-    "a longer document": {"held": lambda h: [*h, [False, *[5] * 50]]},
-    "a shorter document": {"held": lambda h: h[:1]},
-    "no tokens": {"held": lambda h: []},
-    "tokens past the vocabulary": {"held": lambda h: [[h[0][0], *h[0][1:-1], 10**9], *h[1:]]},
-    "tokens past every number": {"held": lambda h: [[h[0][0], *h[0][1:-1], 10**99], *h[1:]]},
-    "negative tokens": {"held": lambda h: [[h[0][0], *h[0][1:-1], -5], *h[1:]]},
-    "no digest": {"digest": lambda d: None},
-    "another digest": {"digest": lambda d: "0" * 64},
-    "a version to come": {"version": lambda v: 9},
-    "more merged": {"held": lambda h: [[True, *ids] for _, *ids in h]},
-}
-
-
-@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
-def test_a_strangers_file_changes_no_answer(folder, tmp_path, model, change):
-    with keeping(tmp_path / "good", *model) as server:
-        wanted = ask(server, prompt_of())[0]
-    folder.mkdir()
-    claims(*files(tmp_path / "good"), folder / f"{'a' * 64}.safetensors", **change)
-    with keeping(folder, *model) as server:
-        assert alike(ask(server, prompt_of())[0], wanted)
-        server.assert_alive()
-
-
 def test_other_kinds_of_caches_than_the_servers_are_not_taken(folder, tmp_path):
     """Such a cache would end mlx-lm's loop, which makes batches of one kind."""
     model = with_adapter(tmp_path, {})
@@ -417,20 +275,6 @@ def test_one_server_at_a_time_has_a_folder(folder, model):
         server.assert_alive()
 
 
-def test_a_full_disk_is_said_once_and_serving_goes_on(folder, model, monkeypatch, caplog):
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(CacheFile, "write", full)
-    with keeping(folder, *model) as server:
-        for seed in range(3):
-            ask(server, prompt_of(seed))
-            flush(server)
-        assert cached(ask(server, prompt_of(2))[1]) > 0
-    said = f"cannot write to `prompt_cache_dir` {folder}: No space left on device"
-    assert caplog.text.count(said) == 1
-
-
 def test_a_folder_that_cannot_be_written_is_read(folder, model, monkeypatch, caplog):
     with keeping(folder, *model) as server:
         ask(server, prompt_of())
@@ -460,50 +304,6 @@ def test_slots_that_another_text_has_by_now_are_not_taken_for_the_first(folder, 
             for _ in range(3):
                 for ids, expected in zip(texts, wanted, strict=True):
                     assert alike(ask(server, ids, merge=True)[0], expected)
-
-
-KILLED = """
-import os, signal, sys
-from kmerge_mlx.generation import kv_cache
-from tests.serving.test_cache_folder import ask, flush, keeping, prompt_of
-
-at, folder, base, adapter = int(sys.argv[1]), *sys.argv[2:]
-real = kv_cache.write
-
-def write(*args):
-    for number, _ in enumerate(real(*args)):
-        args[0].flush()
-        if number == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield
-
-kv_cache.write = write
-from pathlib import Path
-with keeping(Path(folder), base, adapter) as server:
-    ask(server, prompt_of())
-    flush(server)
-    ask(server, prompt_of(1))
-    flush(server)
-"""
-
-
-@pytest.mark.parametrize("at", [0, 2, 5])
-def test_a_server_killed_while_it_writes_leaves_nothing_torn(folder, model, at, caplog):
-    command = [sys.executable, "-c", KILLED, str(at), str(folder), *map(str, model)]
-    paths = os.pathsep.join((str(Path(__file__).parents[2]), str(PLAIN_USER)))
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, timeout=PATIENCE)
-    assert done.returncode == -signal.SIGKILL
-    assert files(folder)  # the name of the temporary file ends so too
-    assert not [path for path in folder.iterdir() if path.name[0] != "."]
-    with serving(*model) as server:
-        wanted = ask(server, prompt_of())[0]
-    for expected in (False, True):
-        with keeping(folder, *model) as server:
-            found, usage = ask(server, prompt_of())
-            assert alike(found, wanted)
-            assert bool(cached(usage)) == expected
-    assert len(files(folder)) == 1
-    assert "ignored" not in caplog.text
 
 
 @pytest.mark.slow
