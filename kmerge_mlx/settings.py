@@ -186,7 +186,8 @@ def _problems(field_: Field, value: Any) -> Iterator[str]:
         if not _is_kind(own.kind, each) or (choices and any(i not in own.choices for i in items)):
             some = "some" if own.kind is list else "one"
             expected = f"{some} of {choices}" if choices else _WORDS[own.kind]
-            yield f"{name} is {short(each)}, expected {expected}"
+            texts = items is each and all(isinstance(i, str) for i in items)
+            yield f"{name} is {short(','.join(items) if texts else each)}, expected {expected}"
         elif own.low is not None and _ends(each)[0] < own.low:
             yield f"{name} is {each}, expected at least {own.low}"
         elif high is not None and _ends(each)[-1] > high:

@@ -40,6 +40,8 @@ _ABOUT = dict.fromkeys(("context", "prompt", "system_prompt", "model", "adapter_
 class CacheFileSettings(PromptSettings):
     """Settings of ``kmerge-mlx cache``."""
 
+    NAME = "cache"
+
     prompt_cache_file: str | None = option(
         None, str, "File to write: a .safetensors file.", required=True
     )

@@ -26,6 +26,8 @@ HELP = "q exits, r forgets, h is this, /stats says what it takes; Ctrl-C stops a
 class ChatSettings(AnswerSettings):
     """Settings of ``kmerge-mlx chat``."""
 
+    NAME = "chat"
+
     merge_threshold: int | None = LayoutSettings.setting("merge_threshold")
     seed: int = GenerateSettings.setting("seed", help="Seed of the random numbers.", default=0)
 

@@ -16,6 +16,7 @@ from kmerge_mlx.settings import ModelSettings, Settings, argument, option
 class ConvertSettings(Settings):
     """What to convert, and where to."""
 
+    NAME = "convert"
     ELSEWHERE = dict.fromkeys(
         ("quantize", "q", "q_bits", "hf_path", "mlx_path"),
         "this command takes a checkpoint, SRC, and writes an adapter, DST; `kmerge-mlx quantize` "
@@ -94,6 +95,8 @@ def convert(settings: ConvertSettings) -> None:
 @dataclass(frozen=True)
 class ExportSettings(Settings):
     """What to export, and where to."""
+
+    NAME = "export"
 
     source: str = argument("ADAPTER", "Adapter folder, or a folder of several K.")
     destination: str = argument("DST", "Folder to write.")

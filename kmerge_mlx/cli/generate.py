@@ -74,6 +74,8 @@ class AnswerSettings(PromptSettings):
 class GenerateSettings(AnswerSettings):
     """Settings of ``kmerge-mlx generate``."""
 
+    NAME = "generate"
+
     prompt: str | None = CacheFileSettings.setting("prompt")
     min_p: float = SamplingSettings.setting("min_p")
     top_k: int = SamplingSettings.setting("top_k")

@@ -181,7 +181,9 @@ def _read(field: Field, value: Any) -> Any:
     """A flag's value as the settings hold it."""
     kind = option_of(field).kind
     if kind is list and isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        if not (parts := [part.strip() for part in value.split(",") if part.strip()]):
+            raise SettingsError(f"`{field.name}` is empty, expected names with commas between them")
+        return parts
     if kind == INTS and not isinstance(value, str):  # the flag was given several times
         value = ",".join(value)
     if kind in (INTS, SIZE) and value.isdecimal() and len(value) < 20:

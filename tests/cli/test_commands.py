@@ -25,6 +25,7 @@ from kmerge_mlx.cli import app, texts
 from kmerge_mlx.cli.generate import GenerateSettings
 from kmerge_mlx.prompts import lay_out as layout
 from kmerge_mlx.prompts import tags
+from kmerge_mlx.settings import Settings
 from tests.cli_runner import (
     CHATML,
     assert_one_error,
@@ -373,3 +374,10 @@ def test_generate_says_what_is_wrong_with_a_schema(
     assert_one_error(run(*given, "--prefill-response", "{"), 2, "--prefill-response")
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert_one_error(run(*given), 1, "pip install 'kmerge-mlx[structured]'")
+
+
+def test_an_error_about_settings_names_the_command():
+    def names(settings: type[Settings]) -> set[str]:
+        return {settings.NAME}.union(*map(names, settings.__subclasses__()))
+
+    assert names(Settings) >= {*COMMANDS}

@@ -60,8 +60,10 @@ def test_a_bare_adapter_keeps_what_is_asked_for(adapter_path):
     assert kept < everything
     assert "trained with --keep none" in said
     named = ("generate", "--model", BASE, "--adapter-path", adapter_path, "-", "--keep")
-    said = "--keep is ['dates'], expected some of numbers, code, urls, emails, quotes, names, none"
-    assert_one_error(run(*named, "dates"), 2, said)
+    said = "--keep is 'dates', expected some of numbers, code, urls, emails, quotes, names, none"
+    assert_one_error(run(*named, "dates"), 2, f"generate: {said}")
+    said = "--keep is empty, expected names with commas between them"
+    assert_one_error(run(*named, ""), 2, said)
     said = "--keep is numbers,none, and none stands alone"
     assert_one_error(run(*named, "numbers,none", stdin=b"a b"), 2, said)
 
