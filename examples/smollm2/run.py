@@ -151,9 +151,11 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
     command = [*KMERGE, "evaluate", "--adapter-path", adapters]
     command += ["--data", given.out / "data" / task, "--baseline", "all", "--json"]
     command += ["--predictions", given.out / f"{task}.answers.jsonl"]
-    if task == "commits":  # whole files, compared by how likely they are: writing them takes hours
-        command += ["--max-tokens", 1]
-    command += ["--timed", 1, "--max-tokens", 4] if given.smoke else []
+    if task == "commits":  # whole files, compared by how likely they are
+        command += ["--max-tokens", 0]
+    elif given.smoke:
+        command += ["--max-tokens", 4]
+    command += ["--timed", 1] if given.smoke else []
     say([*command, "--plot", given.out / f"{task}.png"], result)
 
 

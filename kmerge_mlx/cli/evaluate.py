@@ -83,6 +83,7 @@ def _group_table(report: Report, name: str) -> str:
     title = f"{name.replace('_', ' ')}: {_questions(report.groups[name])}"
     if labels:
         heads = [f"F1 ({labels[0]})" if head == "F1" else head for head in heads]
+    if "majority_accuracy" in scores:
         majority = (scores[f"majority_{kind}"].value for kind in ("accuracy", "balanced_accuracy"))
         title += " (always the most frequent answer: {:.2%}, balanced {:.2%})".format(*majority)
     return _table(report.measured, title, heads, [(name, column) for column in shown])

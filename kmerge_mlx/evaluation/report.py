@@ -22,7 +22,7 @@ from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.metrics import bootstrap_interval, wilson_interval
 from kmerge_mlx.evaluation.questions import Group, Questions
 from kmerge_mlx.evaluation.scoring import Prediction
-from kmerge_mlx.evaluation.settings import EvaluateSettings
+from kmerge_mlx.evaluation.settings import PERPLEXITY, EvaluateSettings
 from kmerge_mlx.files import read_json
 from kmerge_mlx.generation.cost import Spread
 from kmerge_mlx.prompts.policy import Layout
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kmerge_mlx.evaluation.recommend import Recommendation
 
 _SHARES = ("balanced_accuracy", "accuracy", "f1", "f1_macro", "token_f1", "exact_match", "recall")
-COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {"perplexity": False}
+COLUMNS = dict.fromkeys((*_SHARES, "edit_similarity"), True) | {PERPLEXITY: False}
 """The scores of a table, in its order, and whether each is a share."""
 _JSON_NAMES = {"k": "ks", "baseline": "baselines", "length": "lengths", "depth": "depths"}
 _UNREPORTED = ("predictions", "json", "plot", "recommend", "budget", "recommend_by")
@@ -208,6 +208,8 @@ def row_of(method: Method, questions: Questions, predictions: Sequence[Predictio
         tokens = sum(prediction.prompt_tokens for prediction in answered)
         sizes[group.name] = tokens, sum(prediction.positions for prediction in answered)
         scores[group.name] = group_scores(group, answers, answered)
+        if questions.limits.get(group.name) == 0:  # nothing was written
+            scores[group.name] = {PERPLEXITY: scores[group.name][PERPLEXITY]}
     return Row(method.name, method.k, method.label, sizes, scores)
 
 
@@ -225,7 +227,7 @@ def group_scores(
     # A model that overflows has infinite likelihoods, or NaN.
     finite = np.isfinite(terms).all()
     interval = bootstrap_interval(terms, metrics.perplexity) if finite else ()
-    return scores | {"perplexity": Score(float(metrics.perplexity(terms.sum(axis=0))), *interval)}
+    return scores | {PERPLEXITY: Score(float(metrics.perplexity(terms.sum(axis=0))), *interval)}
 
 
 def _holds(text: str, exact: str) -> bool:

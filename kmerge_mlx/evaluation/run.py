@@ -286,7 +286,7 @@ def _limits(settings: EvaluateSettings, questions: Questions) -> dict[str, int]:
     for group in questions.groups:
         sizes = [len(q.row.answer_ids) - 1 for q in questions.items if q.group == group.name]
         longest = max([1, *sizes]) + (MORE_TOKENS if group.anywhere else 0)
-        limits[group.name] = settings.max_tokens or longest
+        limits[group.name] = longest if settings.max_tokens is None else settings.max_tokens
     return limits
 
 

@@ -62,7 +62,7 @@ class Scorer:
     def score(
         self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch by a method, written greedily."""
+        """Answers a batch by a method, written greedily; where all limits are 0, with no text."""
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.read(self._model, row.segments)) for row in rows]
@@ -74,6 +74,10 @@ class Scorer:
         texts, nll, vocab_size = [], [], self._embedding.vocab_size
         for part in in_passes(read, vocab_size):
             here = slice(len(texts), len(texts) + len(part))
+            nll += self._nll(part)
+            if not any(max_tokens):
+                texts += [""] * len(part)
+                continue
             texts += batch_generate(
                 self._model,
                 self._tokenizer,
@@ -82,7 +86,6 @@ class Scorer:
                 prefill_batch_size=self._batch_size,
                 completion_batch_size=self._batch_size,
             ).texts
-            nll += self._nll(part)
         return [
             Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
             for row, prompt, text, loss in zip(rows, prompts, texts, nll, strict=True)

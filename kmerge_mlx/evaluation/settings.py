@@ -116,8 +116,9 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
     max_tokens: int | None = option(
         None,
         int,
-        "Most tokens of an answer. Default: those of the longest right one; more for recall.",
-        low=1,
+        "Most tokens of an answer; 0: none is written, and perplexity is the only score. Default: "
+        "those of the longest right one; more for recall.",
+        low=0,
         flags=("--max-tokens", "-m"),
     )
     batch_size: int = option(32, int, "Questions answered at once.", low=1)
@@ -166,6 +167,12 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
             ),
             "`budget` and `recommend_by` are of `recommend`: give it, or leave them out": (
                 not self.recommend and (self.budget, self.recommend_by) != (None, None)
+            ),
+            "`max_tokens` is 0, so no answer is written, and recall is scored by answers": (
+                self.max_tokens == 0 and self.task == RECALL
+            ),
+            f"`max_tokens` is 0, so no answer is written: give `recommend_by` {PERPLEXITY}": (
+                self.max_tokens == 0 and self.recommend and self.recommend_by != PERPLEXITY
             ),
             "`plot` and `predictions` are the same file": (
                 drawn and Path(self.plot).resolve() == Path(self.predictions).resolve()

@@ -121,6 +121,14 @@ def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, tr
         assert re.fullmatch(rf"{number} \({number}-{number}\)", row[8])
 
 
+def test_without_answers_the_table_has_perplexity_alone(folders, truth):
+    given = ("evaluate", *folders.flags(), "--data", truth, "--k", 4)
+    result = run(*given, "--max-tokens", 0, "--timed", 0)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0] == "truths: 8 questions"
+    assert cells(result.out)[0] == ["ratio", "KV cache", "perplexity"]
+
+
 def test_everything_but_the_report_goes_to_stderr(tmp_path, monkeypatch, folders):
     data = write_data(tmp_path / "data", [*map(json.dumps, labelled(TRUTH)), "{"])
     plain = session.reader

@@ -18,11 +18,12 @@ from kmerge_mlx import generate, load
 from kmerge_mlx.adapters.folder import save_adapter
 from kmerge_mlx.data.examples import RowFormat
 from kmerge_mlx.data.layout import tokenize
-from kmerge_mlx.errors import EvaluateError
+from kmerge_mlx.errors import EvaluateError, SettingsError
 from kmerge_mlx.evaluation import run as session
 from kmerge_mlx.evaluation import scoring
 from kmerge_mlx.evaluation.baselines import BASELINES, METHODS
 from kmerge_mlx.evaluation.report import read_report
+from kmerge_mlx.plots.evaluation import draw_report
 from kmerge_mlx.prompts.lay_out import Layout
 from kmerge_mlx.prompts.segments import Segment
 from kmerge_mlx.train import rows as train_rows
@@ -259,6 +260,24 @@ def test_long_prompts_are_likely_alike_read_in_steps(monkeypatch, folders, data,
     found = report.rows[0].scores["data"]["perplexity"].value
     assert found == pytest.approx(wanted.scores["data"]["perplexity"].value, rel=1e-5)
     assert any(with_cache for _, with_cache in widths)
+
+
+def test_without_answers_there_is_perplexity_alone(monkeypatch, tmp_path, folders, data, batched):
+    monkeypatch.delattr(scoring, "batch_generate")
+    settings = folders.settings(k=(2, 4), baseline=BASELINES, data=str(data), batch_size=8)
+    report = measured(**settings, max_tokens=0)
+    for found, wanted in zip(report.rows, batched[1].rows, strict=True):
+        perplexity = wanted.scores["data"]["perplexity"]
+        assert found.scores == {"data": {"perplexity": perplexity}}
+    draw_report(report, tmp_path / "plot.png")
+    asked = settings | {"max_tokens": 0}
+    measured(**asked, recommend=True, recommend_by="perplexity")
+    for more, said in (
+        ({"recommend": True}, "no answer is written: give `recommend_by` perplexity"),
+        ({"task": "recall", "data": None}, "no answer is written, and recall is scored by answers"),
+    ):
+        with pytest.raises(SettingsError, match=f"`max_tokens` is 0, so {said}"):
+            measured(**asked | more)
 
 
 def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
