@@ -307,8 +307,8 @@ class Server(AbstractContextManager):
 
     def close(self) -> None:
         """Ends it; requests in flight are given up."""
-        self.service.close()
         self._http.should_exit = True
+        self.service.close()
         self._thread.join()
 
     def __exit__(self, *error: object) -> None:

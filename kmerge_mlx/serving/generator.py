@@ -255,6 +255,7 @@ class CompressingGenerator(host.ResponseGenerator):
         """mlx-lm's loop, which ends with the server or with an error; the requests then end too."""
         try:
             self._generate()
+            return
         except Exception:
             self._failures += 1
             if not self.jobs or self._failures == MOST_FAILURES:  # it would only happen again
@@ -264,7 +265,7 @@ class CompressingGenerator(host.ResponseGenerator):
             message = "generation failed and has begun anew: try again"
             for job in list(self.jobs):
                 job.put(busy(503, message, "generation_failed"))
-        gc.collect()
+        gc.collect()  # what the failed batch held; mlx-lm does so itself at a proper end
 
     def _next_request(self, timeout: float | None = None) -> Any:
         if self.folder is not None:
