@@ -172,14 +172,14 @@ def _check_files(settings: BenchSettings) -> None:
 
         check_plot(settings.plot)
     if settings.report:
-        check_output("report", settings.report, [MARKDOWN])
-        check_output("report", json_beside(settings.report), [JSON])
-        if there := [
-            p for p in (settings.report, json_beside(settings.report)) if Path(p).exists()
-        ]:
-            raise SettingsError(
-                f"`report`: {there[0]} is there already: name another, or remove it"
-            )
+        files = {MARKDOWN: settings.report, JSON: json_beside(settings.report)}
+        for suffix, path in files.items():
+            check_output("report", path, [suffix])
+        for path in files.values():
+            if Path(path).exists():
+                raise SettingsError(
+                    f"`report`: {path} is there already: name another, or remove it"
+                )
 
 
 def _sources(

@@ -207,20 +207,26 @@ def row_of(method: Method, questions: Questions, predictions: Sequence[Predictio
         answers, answered = zip(*mine, strict=True)
         tokens = sum(prediction.prompt_tokens for prediction in answered)
         sizes[group.name] = tokens, sum(prediction.positions for prediction in answered)
-        scores[group.name] = group_scores(group, answers, answered)
-        if questions.limits.get(group.name) == 0:  # nothing was written
-            scores[group.name] = {PERPLEXITY: scores[group.name][PERPLEXITY]}
+        written = questions.limits.get(group.name) != 0
+        scores[group.name] = group_scores(group, answers, answered, written)
     return Row(method.name, method.k, method.label, sizes, scores)
 
 
 def group_scores(
-    group: Group, answers: Sequence[Sequence[str]], predictions: Sequence[Prediction]
+    group: Group,
+    answers: Sequence[Sequence[str]],
+    predictions: Sequence[Prediction],
+    written: bool = True,
 ) -> dict[str, Score]:
-    """The scores of a group by name, with the right answers for each prediction (at least one)."""
-    if group.labels:
+    """The scores of a group by name, with the right answers for each prediction (at least one).
+
+    Where no answer was ``written``, that is perplexity alone.
+    """
+    scores: dict[str, Score] = {}
+    if written and group.labels:
         texts, wanted = _texts(answers, predictions)
         scores = _label_scores(group.labels, wanted, texts)
-    else:
+    elif written:
         rows = row_scores(group, answers, predictions)
         scores = {name: _mean(name, values) for name, values in rows.items()}
     terms = np.array([(p.nll, p.answer_tokens) for p in predictions], np.float64)

@@ -19,7 +19,7 @@ from kmerge_mlx.evaluation.recommend import check, recommend
 from kmerge_mlx.evaluation.report import group_scores, read_report
 from kmerge_mlx.evaluation.scoring import Prediction
 from tests.cli_runner import assert_one_error, run
-from tests.evaluations import Folders, questions_of, write_data, write_folders
+from tests.evaluations import questions_of, write_data
 
 TEXTS, LABELS = Group("data"), Group("data", labels=("yes", "no"))
 
@@ -177,11 +177,6 @@ def test_the_interval_of_equal_pairs_is_that_of_an_event_that_never_came():
 def test_what_cannot_be_compared_is_refused_before_anything_is_asked(methods, score, said):
     with pytest.raises(EvaluateError, match=said):
         check(questions_about(["a"], TEXTS), methods, score)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Folders:
-    return write_folders(tmp_path_factory.mktemp("recommend"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from kmerge_mlx.evaluation.scoring import Prediction, PredictionsFile, stored_da
 from tests.cli_runner import assert_one_error, command, copy_base, environment, run
 from tests.evaluations import (
     TEMPLATE,
-    Folders,
     answers_of,
     labelled,
     lines_of,
@@ -175,11 +174,6 @@ def test_a_full_disk_is_one_line_and_loses_no_earlier_answer(tmp_path, monkeypat
         file.add(K2, [0], [ASKED], [answer(0)])
     monkeypatch.undo()
     assert opened(path).of(K4) == [answer(i) for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Folders:
-    return write_folders(tmp_path_factory.mktemp("predictions"))
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,6 @@ from tests.servers import PATIENCE, serving
 from tests.serving.kept import alike, ask, cached, claims, files, flush, keeping, prompt_of
 
 
-@pytest.fixture
-def model(base_path, adapter_path):
-    return base_path, adapter_path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "kept"
-
-
 def test_a_flipped_byte_is_noticed_and_the_file_is_made_again(folder, model, caplog):
     with keeping(folder, *model) as server:
         wanted = ask(server, prompt_of())[0]

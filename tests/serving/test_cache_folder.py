@@ -42,16 +42,6 @@ from tests.tools.test_sizing import GEMMA3, HYBRIDS
 EIGHT_BITS = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
 
 
-@pytest.fixture
-def model(base_path, adapter_path):
-    return base_path, adapter_path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "kept"
-
-
 def with_adapter(path: Path, config: dict[str, Any], start: str = "mean", context: int = 0) -> Any:
     base = write_base(path / "base", qwen2_config(**config))
     keys = ("self_attn.q_proj",)  # whatever the model is
