@@ -30,8 +30,8 @@ KMERGE = [sys.executable, "-m", "kmerge_mlx"]
 QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
 TEXT = "text"
-SMOKE_KS = ("k1", "k4")
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
+SMOKE_KS = "4,8"
 SMOKE_ROWS, SMOKE_SIZE = 4, 400  # of each split, the shortest of at least so many characters
 SECOND = "second-reviews"  # only scored, by the adapters for reviews
 SCORES = {
@@ -39,6 +39,12 @@ SCORES = {
     SECOND: "balanced_accuracy",
     "qa": "token_f1",
     "commits": "perplexity",
+}
+HEADS = {
+    "reviews": "reviews: balanced accuracy (%)",
+    SECOND: "other reviews: balanced accuracy (%)",
+    "qa": "questions: token F1 (%)",
+    "commits": "commits: perplexity (lower is better)",
 }
 
 
@@ -92,6 +98,7 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
     say([*data, *train, "--out", folder, "--test", 0, "--force"])
     say([*data, *test, "--out", folder / "held-out", "--test", 0, "--valid", 0])
     shutil.move(folder / "held-out" / "train.jsonl", folder / "test.jsonl")
+    shutil.rmtree(folder / "held-out")
 
 
 def make_text(given: argparse.Namespace, folder: Path) -> None:
@@ -123,28 +130,28 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
 def train(path: Path, given: argparse.Namespace) -> None:
     """Trains as one YAML file says, from where it stopped.
 
-    Where K tokens merge, a task goes on from what K has learnt of text, and text from K = 4.
+    TASK.yaml is one run for several K, and goes on from what they learnt of text; TASK-k1.yaml is
+    the same LoRA without merging, whose adapter lies beside theirs.
     """
-    task, k = path.stem.split("-")
+    task, _, k = path.stem.partition("-")
     adapters = given.out / "adapters"
-    done = given.out / f"{path.stem}.trained"
-    start = adapters / TEXT / ("k4" if task == TEXT else k)
-    if done.exists() or (given.smoke and k not in SMOKE_KS):
+    done = given.out / "logs" / f"{path.stem}.jsonl"
+    if done.exists():
         return
     command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
     command += ["--data", given.out / "data" / task, "--adapter-path", adapters / task / k]
-    if task == TEXT:
-        command += ["--teacher-file", given.out / "teacher.safetensors"]
-    if k != "k1" and path.stem != f"{TEXT}-k4":
-        command += ["--init-from", start]
-    smoke = [part for pair in SMOKE.items() for part in pair] if given.smoke else []
-    say([*command, *smoke])
+    if not k and task != TEXT:
+        command += ["--init-from", adapters / TEXT]
+    if given.smoke:
+        command += [part for pair in SMOKE.items() for part in pair]
+        command += [] if k else ["--k", SMOKE_KS]
+    say(command)
     shutil.copy(adapters / task / k / "training" / "log.jsonl", done)
 
 
 def evaluate(task: str, given: argparse.Namespace) -> None:
     """Scores every adapter of a task and every baseline; answers that are there are kept."""
-    result = given.out / f"{task}.json"
+    result = given.out / "logs" / f"{task}.json"
     if result.exists():
         return
     adapters = given.out / "adapters" / (task if task != SECOND else "reviews")
@@ -168,7 +175,8 @@ def quality(task: str, row: dict[str, Any]) -> str:
     if "refused" in row:
         return row["refused"]
     ((_, scores),) = row["scores"].items()
-    found = scores[SCORES[task]]
+    if (found := scores.get(SCORES[task])) is None:
+        return "all rows have one label"
     scale, digits = (1, 2) if SCORES[task] == "perplexity" else (100, 1)
     value, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low}-{high})"
@@ -194,13 +202,20 @@ def table(task: str, report: dict[str, Any]) -> list[str]:
 
 def summary(reports: dict[str, dict[str, Any]]) -> list[str]:
     """One table of all tasks: a line for each method, with its 95% intervals."""
-    names = [f"{task}: {SCORES[task].replace('_', ' ')}" for task in reports]
-    lines = [line(["", *names]), "|---" * (1 + len(names)) + "|"]
+    lines = [line(["", *(HEADS[task] for task in reports)]), "|---" * (1 + len(reports)) + "|"]
     rows = {task: {row["label"]: row for row in report["rows"]} for task, report in reports.items()}
     for label in dict.fromkeys(label for found in rows.values() for label in found):
         cells = (quality(task, rows[task][label]) if label in rows[task] else "" for task in rows)
-        lines.append(line([label, *cells]))
+        lines.append(line([f"**{label}**" if label.startswith("K=") else label, *cells]))
     return [*lines, ""]
+
+
+def tables(folder: Path) -> list[str]:
+    """All tables of the reports in a folder, in Markdown: first the one of all tasks."""
+    found = {task: folder / f"{task}.json" for task in SCORES}
+    reports = {task: read(path) for task, path in found.items() if path.exists()}
+    lines = summary(reports) if reports else []
+    return lines + [line for task, report in reports.items() for line in table(task, report)]
 
 
 def arguments() -> argparse.Namespace:
@@ -214,14 +229,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--qa", type=Path, help="SQuAD's JSON, or rows of it, .jsonl(.gz)")
     parser.add_argument("--commits", action="append", default=[], help="a repository to train on")
     parser.add_argument("--held-out", action="append", default=[], help="a repository to test on")
-    parser.add_argument("--only", nargs="+", help="these only: runs (qa-k2), scores (qa)")
+    parser.add_argument("--only", nargs="+", help="these only: runs (qa-k1), scores (qa.json)")
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps of everything")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if not (given.reviews or given.qa):
+        parser.error("expected --reviews or --qa: their texts are what reading is learnt from")
+    return given
 
 
 def main() -> None:
     given = arguments()
-    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "logs").mkdir(parents=True, exist_ok=True)
     if given.model is None:
         given.model = given.out / "base"
         if not given.model.exists():
@@ -236,20 +254,15 @@ def main() -> None:
     for task in made:
         make_data(task, tasks[task][0], given)
     make_data(TEXT, make_text, given)
-    for task in (TEXT, *made):
-        runs = (HERE / "runs").glob(f"{task}-k*.yaml")
-        for run in sorted(runs, key=lambda run: (run.stem != f"{TEXT}-k4", run.stem)):
-            if given.only is None or run.stem in given.only:
-                train(run, given)
+    for name in (TEXT, *(f"{task}{k}" for task in made if task != SECOND for k in ("", "-k1"))):
+        if given.only is None or name in given.only:
+            train(HERE / "runs" / f"{name}.yaml", given)
     for task in made:
-        if given.only is None or task in given.only:
+        if given.only is None or f"{task}.json" in given.only:
             evaluate(task, given)
-    results = {task: given.out / f"{task}.json" for task in made}
-    reports = {task: read(path) for task, path in results.items() if path.exists()}
-    tables = summary(reports) if reports else []
-    tables += [line for task, report in reports.items() for line in table(task, report)]
-    (given.out / "tables.md").write_text("\n".join(tables))
-    print("\n".join(tables))
+    text = "\n".join(tables(given.out / "logs"))
+    (given.out / "tables.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def cache(settings: CacheFileSettings) -> None:
     context, spans, begun = read_prompt(settings.files, settings.prompt)
     path = Path(settings.prompt_cache_file)
     if not path.resolve().parent.is_dir():
-        raise PromptError(f"`prompt_cache_file` {path}: there is no such folder")
+        raise PromptError(f"`prompt_cache_file` {path}: there is no folder {path.parent}")
 
     from kmerge_mlx.generation import prompt_cache
     from kmerge_mlx.generation.stream import fitting

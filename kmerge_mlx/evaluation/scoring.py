@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kmerge_mlx.config import is_int, is_number
 from kmerge_mlx.data.jsonl import MAX_LINE_BYTES
 from kmerge_mlx.data.layout import TokenizedExample
+from kmerge_mlx.detokenizer import exact
 from kmerge_mlx.errors import EvaluateError, first_line
 from kmerge_mlx.evaluation.baselines import Method
 from kmerge_mlx.evaluation.questions import Question
@@ -62,7 +63,11 @@ class Scorer:
     def score(
         self, method: Method, rows: Sequence[TokenizedExample], max_tokens: Sequence[int]
     ) -> list[Prediction]:
-        """Answers a batch by a method, written greedily; where all limits are 0, with no text."""
+        """Answers a batch by a method, written greedily; where all limits are 0, with no text.
+
+        Where each token of the right answer is the likeliest one, it is what the model writes, and
+        that is known without writing it.
+        """
         # Merged anew, so that an answer's last digits depend on its batch alone.
         self._embedding.forget_blocks()
         prompts = [self._embedding.compress(method.read(self._model, row.segments)) for row in rows]
@@ -71,21 +76,12 @@ class Scorer:
             TokenizedExample([Segment(prompt.ids, False)], row.answer_ids)
             for row, prompt in zip(rows, prompts, strict=True)
         ]
-        texts, nll, vocab_size = [], [], self._embedding.vocab_size
-        for part in in_passes(read, vocab_size):
+        texts, nll = [], []
+        for part in in_passes(read, self._embedding.vocab_size):
             here = slice(len(texts), len(texts) + len(part))
-            nll += self._nll(part)
-            if not any(max_tokens):
-                texts += [""] * len(part)
-                continue
-            texts += batch_generate(
-                self._model,
-                self._tokenizer,
-                prompts[here],
-                max_tokens=list(max_tokens[here]),
-                prefill_batch_size=self._batch_size,
-                completion_batch_size=self._batch_size,
-            ).texts
+            found, likeliest = self._right_answers(part)
+            nll += found
+            texts += self._write(prompts[here], part, likeliest, max_tokens[here])
         return [
             Prediction(text, loss, len(row.answer_ids), len(row.prompt_ids), len(prompt.ids))
             for row, prompt, text, loss in zip(rows, prompts, texts, nll, strict=True)
@@ -103,8 +99,36 @@ class Scorer:
 
         return time_reading(self._model, compress).seconds[0]
 
-    def _nll(self, read: Sequence[TokenizedExample]) -> list[float]:
-        """The negative log-likelihood of each right answer."""
+    def _write(
+        self,
+        prompts: Sequence[CompressedPrompt],
+        rows: Sequence[TokenizedExample],
+        likeliest: Sequence[bool],
+        max_tokens: Sequence[int],
+    ) -> list[str]:
+        """What the model writes, greedily: the right answer where that is the likeliest."""
+        decode, texts = exact(self._tokenizer).detokenizer.decode, [""] * len(rows)
+        left = []
+        for i, (row, right, most) in enumerate(zip(rows, likeliest, max_tokens, strict=True)):
+            if right and len(row.answer_ids) - 1 <= most:  # its end need not be written
+                texts[i] = decode(row.answer_ids[:-1])
+            elif most:
+                left.append(i)
+        if left:
+            written = batch_generate(
+                self._model,
+                self._tokenizer,
+                [prompts[i] for i in left],
+                max_tokens=[max_tokens[i] for i in left],
+                prefill_batch_size=self._batch_size,
+                completion_batch_size=self._batch_size,
+            ).texts
+            for i, text in zip(left, written, strict=True):
+                texts[i] = text
+        return texts
+
+    def _right_answers(self, read: Sequence[TokenizedExample]) -> tuple[list[float], list[bool]]:
+        """The negative log-likelihood of each right answer, and if all its tokens are likeliest."""
         embedding = self._embedding
         batch = make_batch(read, 1, embedding.pad_token_id, embedding.vocab_size)
         # Long prompts are read in steps: attention takes memory by the square of what it reads.
@@ -120,8 +144,10 @@ class Scorer:
             batch = replace(batch, ids=ids, answer_at=at)
         logits = answer_logits(self._model, batch, cache).astype(mx.float32)
         losses = np.array(cross_entropy(logits, batch.targets)[0], np.float64)
-        ends = np.cumsum([len(row.answer_ids) for row in read])
-        return [float(part.sum()) for part in np.split(losses[: ends[-1]], ends[:-1])]
+        hits = np.array(logits.argmax(axis=-1) == batch.targets)
+        *ends, total = np.cumsum([len(row.answer_ids) for row in read])
+        nll = [float(part.sum()) for part in np.split(losses[:total], ends)]
+        return nll, [bool(part.all()) for part in np.split(hits[:total], ends)]
 
 
 def stored_date(path: str | None) -> str | None:

@@ -295,8 +295,36 @@ def test_one_model_at_a_time_is_in_memory(monkeypatch, folders, data):
     assert len(models) == 3
 
 
+def test_a_right_answer_is_known_without_writing_it_where_it_is_the_likeliest(
+    monkeypatch, tmp_path
+):
+    answers, prompts = [], []
+    write, score = scoring.batch_generate, scoring.Scorer._right_answers
+
+    def watched(model, tokenizer, given, **options):
+        prompts[-1] += len(given)
+        return write(model, tokenizer, given, **options)
+
+    def unseen(self, read):
+        nll, likeliest = score(self, read)
+        return nll, [False] * len(likeliest)
+
+    monkeypatch.setattr(scoring, "batch_generate", watched)
+    for patched in (score, unseen):
+        monkeypatch.setattr(scoring.Scorer, "_right_answers", patched)
+        file = tmp_path / f"{len(answers)}.jsonl"
+        prompts.append(0)
+        asked = {"task": "textualized-tree", "num_trees": 8, "k": (4,), "baseline": ("truncate",)}
+        measured(**asked, predictions=str(file))
+        answers.append(answers_of(file))
+    assert answers[0] == answers[1]
+    assert prompts[1] == 48
+    assert prompts[0] < 24
+
+
 def test_a_likelihood_that_cannot_be_computed_is_null_in_the_report(monkeypatch, folders, data):
-    monkeypatch.setattr(scoring.Scorer, "_nll", lambda self, read: [math.nan] * 4)
+    unknown = [math.nan] * 4, [False] * 4
+    monkeypatch.setattr(scoring.Scorer, "_right_answers", lambda self, read: unknown)
     report = measured(**folders.settings(k=(4,), data=str(data), limit=4), max_tokens=1)
     score = report.to_json()["rows"][0]["scores"]["data"]["perplexity"]
     assert score == {"value": None}
