@@ -107,14 +107,13 @@ class Scorer:
         max_tokens: Sequence[int],
     ) -> list[str]:
         """What the model writes, greedily: the right answer where that is the likeliest."""
-        decode, texts = exact(self._tokenizer).detokenizer.decode, [""] * len(rows)
-        left = []
-        for i, (row, right, most) in enumerate(zip(rows, likeliest, max_tokens, strict=True)):
-            if right and len(row.answer_ids) - 1 <= most:  # its end need not be written
-                texts[i] = decode(row.answer_ids[:-1])
-            elif most:
-                left.append(i)
-        if left:
+        decode = exact(self._tokenizer).detokenizer.decode
+        texts = {
+            i: decode(row.answer_ids[:-1])
+            for i, (row, right) in enumerate(zip(rows, likeliest, strict=True))
+            if right and len(row.answer_ids) - 1 <= max_tokens[i]  # its end need not be written
+        }
+        if left := [i for i, most in enumerate(max_tokens) if most and i not in texts]:
             written = batch_generate(
                 self._model,
                 self._tokenizer,
@@ -123,9 +122,8 @@ class Scorer:
                 prefill_batch_size=self._batch_size,
                 completion_batch_size=self._batch_size,
             ).texts
-            for i, text in zip(left, written, strict=True):
-                texts[i] = text
-        return texts
+            texts |= zip(left, written, strict=True)
+        return [texts.get(i, "") for i in range(len(rows))]
 
     def _right_answers(self, read: Sequence[TokenizedExample]) -> tuple[list[float], list[bool]]:
         """The negative log-likelihood of each right answer, and if all its tokens are likeliest."""
