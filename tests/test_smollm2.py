@@ -7,13 +7,21 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.cli_runner import PLAIN_USER, environment, run
 from tests.doc_blocks import ROOT
 
-pytestmark = pytest.mark.slow
+EXAMPLE = ROOT / "examples" / "smollm2"
 
 
+def test_a_row_that_is_too_long_stops_no_run():
+    """Of a reader's reviews and files some are; only texts are cut to a length."""
+    runs = {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLE.glob("runs/*.yaml")}
+    assert {name for name, run in runs.items() if not run.get("skip_bad")} == {"text"}
+
+
+@pytest.mark.slow
 def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
     reviews = [
         {"text": f"Day {i}: it broke. " * 16, "rating": 1 + 4 * (i % 2)} for i in range(1210)
@@ -33,7 +41,7 @@ def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
         sys.executable,
-        ROOT / "examples" / "smollm2" / "run.py",
+        EXAMPLE / "run.py",
         tmp_path / "out",
         "--smoke",
     ]
@@ -50,7 +58,7 @@ def test_one_command_makes_everything_and_says_it_again_at_once(tmp_path):
         assert len([line for line in tables.splitlines() if line.startswith(names)]) == 3
     kept = ROOT / "adapters" / "smollm2-qa-k2"
     assert sum(file.stat().st_size for file in kept.iterdir()) < 16e6
-    paragraph = ROOT / "examples" / "smollm2" / "texts" / "meeting.txt"
+    paragraph = EXAMPLE / "texts" / "meeting.txt"
     question = "Who will rewrite the import script?"
     names = ("--model", tmp_path / "out" / "base", "--adapter-path", kept)
     assert run("generate", paragraph, "-p", question, *names).out == "Tom\n"
