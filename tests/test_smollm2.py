@@ -1,8 +1,12 @@
-"""All of examples/smollm2 on a few rows: the base from PyPI, data, training, tables, pictures."""
+"""All of examples/smollm2 on a few rows: the base from PyPI, data, training, tables, pictures.
+
+And the published tables, against the reports that are kept.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -19,6 +23,20 @@ def test_a_row_that_is_too_long_stops_no_run():
     """Of a reader's reviews and files some are; only texts are cut to a length."""
     runs = {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLE.glob("runs/*.yaml")}
     assert {name for name, run in runs.items() if not run.get("skip_bad")} == {"text"}
+
+
+def test_published_tables_are_those_of_the_kept_reports():
+    made = runpy.run_path(str(EXAMPLE / "run.py"))
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/recipe.md")]
+    reports = {path.stem: made["read"](path) for path in EXAMPLE.glob("logs/*.json")}
+    assert reports
+    for task, report in reports.items():
+        _, _, *table = made["table"](task, report)
+        assert "\n".join(table) in (ROOT / "docs" / "performance.md").read_text()
+        for label, score in ((row["label"], made["quality"](task, row)) for row in report["rows"]):
+            for page in pages:
+                lines = [line for line in page.splitlines() if line.startswith("|")]
+                assert any(label in line and score in line for line in lines), (task, label)
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def evaluate(task: str, given: argparse.Namespace) -> None:
         command += ["--max-tokens", 0]
     elif given.smoke:
         command += ["--max-tokens", 4]
-    command += ["--timed", 1] if given.smoke else []
+    command += ["--timed", 1 if given.smoke else 16]
     say([*command, "--plot", given.out / f"{task}.png"], result)
 
 
