@@ -6,13 +6,18 @@ And the published tables, against the reports that are kept.
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 
 import pytest
 import yaml
 
+from kmerge_mlx.errors import DataError
 from tests.cli_runner import PLAIN_USER, environment, run
 from tests.doc_blocks import ROOT
 
@@ -37,6 +42,47 @@ def test_published_tables_are_those_of_the_kept_reports():
             for page in pages:
                 lines = [line for line in page.splitlines() if line.startswith("|")]
                 assert any(label in line and score in line for line in lines), (task, label)
+
+
+def test_ctrl_c_waits_for_the_command_to_save(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    (folder / 'saved').touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "(folder / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    said = f"import runpy, sys; runpy.run_path({str(EXAMPLE / 'run.py')!r})['say'](sys.argv[1:])"
+    command = [sys.executable, "-c", said, sys.executable, str(child), str(tmp_path)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate()[1] == ""
+    assert (parent.returncode, (tmp_path / "saved").exists()) == (130, True)
+
+
+def test_a_folder_of_other_inputs_is_refused(tmp_path):
+    check = runpy.run_path(str(EXAMPLE / "run.py"))["check_same"]
+    first = Namespace(out=tmp_path, only=None, smoke=True, qa=tmp_path / "qa.json", commits=[])
+    check(first)
+    check(Namespace(**vars(first) | {"only": ["qa"]}))
+    with pytest.raises(DataError, match="was made with --smoke True, and not with False"):
+        check(Namespace(**vars(first) | {"smoke": False}))
+
+
+def test_commits_of_a_fork_are_not_held_out(tmp_path):
+    same = runpy.run_path(str(EXAMPLE / "run.py"))["same_commits"]
+    for split, commits in {"train": "ab", "valid": "c", "test": "cbd"}.items():
+        rows = (json.dumps({"commit": commit}) + "\n" for commit in commits)
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    assert same(tmp_path) == 2
 
 
 @pytest.mark.slow

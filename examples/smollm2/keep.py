@@ -5,27 +5,35 @@ python examples/smollm2/keep.py out/adapters/qa/k2 adapters/smollm2-qa-k2
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 
 import mlx.core as mx
 
 from kmerge_mlx.adapters.folder import load_adapter, save_adapter
+from kmerge_mlx.errors import KMergeError
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def main() -> None:
-    source, destination = sys.argv[1:]
-    adapter = load_adapter(source)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("source", help="an adapter")
+    parser.add_argument("destination", help="the folder to write")
+    given = parser.parse_args()
+    adapter = load_adapter(given.source)
     parts = ("tuning_weights", "encoder_weights", "head_weights")
     small = {
         part: {name: array.astype(mx.bfloat16) for name, array in getattr(adapter, part).items()}
         for part in parts
     }
     merge = replace(adapter.merge, base=replace(adapter.merge.base, id=BASE))
-    save_adapter(replace(adapter, merge=merge, **small), destination)
+    save_adapter(replace(adapter, merge=merge, **small), given.destination)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KMergeError as error:
+        sys.exit(f"error: {error}")

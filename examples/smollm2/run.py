@@ -19,11 +19,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kmerge_mlx.data.hub_tasks import review
 from kmerge_mlx.data.jsonl import BadLines, read_rows
+from kmerge_mlx.errors import DataError
 
 HERE = Path(__file__).parent
 KMERGE = [sys.executable, "-m", "kmerge_mlx"]
@@ -31,6 +34,7 @@ QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
 TEXT = "text"
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
+FEWEST = 16  # rows of a split: the largest batch
 SMOKE_KS = "4,8"
 SMOKE_ROWS, SMOKE_SIZE = 4, 400  # of each split, the shortest of at least so many characters
 SECOND = "second-reviews"  # only scored, by the adapters for reviews
@@ -46,27 +50,51 @@ HEADS = {
     "qa": "questions: token F1 (%)",
     "commits": "commits: perplexity (lower is better)",
 }
+RUNS = sorted(path.stem for path in (HERE / "runs").glob("*.yaml"))
+PARTS = (*RUNS, *(f"{task}.json" for task in SCORES))
 
 
 def say(command: list[Any], out: Path | None = None) -> None:
-    """Runs a command, and keeps what it prints in a file, whole or not at all."""
+    """Runs a command, and keeps what it prints in a file, whole or not at all.
+
+    Ctrl-C reaches the command as well, which saves what it has: it is waited for.
+    """
     line = [str(part) for part in command]
     print("+", shlex.join(["kmerge-mlx", *line[3:]] if line[:3] == KMERGE else line), flush=True)
-    if out is None:
-        subprocess.run(line, check=True)
-        return
-    torn = out.with_name(f"{out.name}.torn")
-    with torn.open("w") as file:
-        subprocess.run(line, check=True, stdout=file)
-    torn.rename(out)
+    torn = out and out.with_name(f"{out.name}.torn")
+    stopped = False
+    with torn.open("w") if torn else nullcontext() as file:
+        child = subprocess.Popen(line, stdout=file)
+        while child.returncode is None:
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                stopped = True
+    if child.returncode or stopped:  # it has said why
+        raise SystemExit(child.returncode or 130)
+    if torn:
+        torn.rename(out)
 
 
 def read_reviews(path: Path) -> list[dict[str, str]]:
     """Reviews as a context that merges and a question that does not."""
-    found = read_rows(path, review, BadLines(False))
-    return [
-        {"context": text, "prompt": QUESTION, "completion": label} for _, (text, label) in found
+    bad = BadLines(skip=True)
+    rows = [
+        {"context": text, "prompt": QUESTION, "completion": label}
+        for _, (text, label) in read_rows(path, review, bad)
     ]
+    if bad.count:
+        print(f"left out {bad.count} lines that are no review, the first: {bad.first}")
+    return rows
+
+
+def same_commits(folder: Path) -> int:
+    """How many commits are both trained on and held out, as those of a fork are."""
+    found = {}
+    for split in ("train", "valid", "test"):
+        rows = map(json.loads, (folder / f"{split}.jsonl").open())
+        found[split] = {row["commit"] for row in rows}
+    return len((found["train"] | found["valid"]) & found["test"])
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
@@ -99,6 +127,8 @@ def make_commits(given: argparse.Namespace, folder: Path) -> None:
     say([*data, *test, "--out", folder / "held-out", "--test", 0, "--valid", 0])
     shutil.move(folder / "held-out" / "train.jsonl", folder / "test.jsonl")
     shutil.rmtree(folder / "held-out")
+    if same := same_commits(folder):
+        raise DataError(f"--held-out: {same} of its commits are in --commits as well")
 
 
 def make_text(given: argparse.Namespace, folder: Path) -> None:
@@ -120,6 +150,9 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
     shutil.rmtree(torn, ignore_errors=True)
     torn.mkdir(parents=True)
     make(given, torn)
+    for path in torn.glob("*.jsonl") if task != TEXT else ():
+        if (rows := sum(1 for _ in path.open())) < FEWEST:
+            raise DataError(f"{task}: found {rows} rows for {path.stem}, expected {FEWEST} or more")
     for path in torn.glob("*.jsonl") if given.smoke else ():
         lines = path.read_text().splitlines(keepends=True)
         lines.sort(key=lambda line: (len(line) < SMOKE_SIZE, len(line)))
@@ -227,19 +260,47 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reviews", type=Path, help="Amazon reviews, .jsonl(.gz)")
     parser.add_argument("--second-reviews", type=Path, help="others, to score by alone")
     parser.add_argument("--qa", type=Path, help="SQuAD's JSON, or rows of it, .jsonl(.gz)")
-    parser.add_argument("--commits", action="append", default=[], help="a repository to train on")
-    parser.add_argument("--held-out", action="append", default=[], help="a repository to test on")
-    parser.add_argument("--only", nargs="+", help="these only: runs (qa-k1), scores (qa.json)")
+    repos = {"type": Path, "action": "append", "default": []}
+    parser.add_argument("--commits", **repos, help="a repository to train on")
+    parser.add_argument("--held-out", **repos, help="a repository to test on")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=PARTS,
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}: these only",
+    )
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps of everything")
     given = parser.parse_args()
     if not (given.reviews or given.qa):
         parser.error("expected --reviews or --qa: their texts are what reading is learnt from")
+    if find_spec("matplotlib") is None:
+        parser.error("the pictures need matplotlib: pip install -e '.[plot]'")
+    paths = [given.reviews, given.second_reviews, given.qa, *given.commits, *given.held_out]
+    if missing := [path for path in paths if path and not path.exists()]:
+        parser.error(f"there is no {missing[0]}")
     return given
+
+
+def check_same(given: argparse.Namespace) -> None:
+    """Refuses a folder that was made of other inputs: what is there would be taken for theirs."""
+    mine = {name: value for name, value in vars(given).items() if name not in ("out", "only")}
+    mine = json.loads(json.dumps(mine, default=lambda path: str(path.resolve())))
+    record = given.out / "given.json"
+    made_with = json.loads(record.read_text()) if record.exists() else mine
+    if differ := [name for name in mine if mine[name] != made_with.get(name)]:
+        name = differ[0]
+        raise DataError(
+            f"{given.out} was made with --{name.replace('_', '-')} {made_with.get(name)}, and not "
+            f"with {mine[name]}: give another folder"
+        )
+    record.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def main() -> None:
     given = arguments()
     (given.out / "logs").mkdir(parents=True, exist_ok=True)
+    check_same(given)
     if given.model is None:
         given.model = given.out / "base"
         if not given.model.exists():
@@ -266,4 +327,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")

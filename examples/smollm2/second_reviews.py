@@ -11,6 +11,7 @@ Gilbert, "VADER" (ICWSM 2014), the ratings.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -43,16 +44,19 @@ def sentences() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes a second set of reviews.")
+    parser.add_argument("out", type=Path, help="the .jsonl file to write")
+    out = parser.parse_args().out
     reviews = defaultdict(list)
     for line in sentences():
         number, rating, text = line.split("\t", 2)
         reviews[number.partition("_")[0]].append((float(rating), text.strip()))
-    with Path(sys.argv[1]).open("w") as file:
+    with out.open("w") as file:
         for found in reviews.values():
             mean = sum(rating for rating, _ in found) / len(found)
             row = {"rating": 5.0 if mean > 0 else 1.0, "text": " ".join(text for _, text in found)}
             file.write(json.dumps(row) + "\n")
-    print(f"{sys.argv[1]}: {len(reviews)} reviews", file=sys.stderr)
+    print(f"{out}: {len(reviews)} reviews", file=sys.stderr)
 
 
 if __name__ == "__main__":

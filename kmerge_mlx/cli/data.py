@@ -112,10 +112,10 @@ def data(settings: DataSettings) -> None:
     if settings.as_json:
         print_json({"folder": settings.out} | summary)
     else:
-        _print_summary(settings.out, summary)
+        _print_summary(settings.out, summary, kind.left_out)
 
 
-def _print_summary(out: str, summary: dict[str, Any]) -> None:
+def _print_summary(out: str, summary: dict[str, Any], left_out: str) -> None:
     """What was written, on stderr, for people."""
     (unit,) = (name.removeprefix("shared_") for name in summary if name.startswith("shared_"))
     kind = summary.get("stage") or summary.get("source")
@@ -123,7 +123,7 @@ def _print_summary(out: str, summary: dict[str, Any]) -> None:
     if "rows_read" in summary:
         lines.append(
             f"  read   {summary['rows_read']:,} rows, {summary['repeated_prompts']:,} with the "
-            f"prompt of another, {summary['rows_without_answer']:,} without an answer, "
+            f"prompt of another, {summary['rows_without_answer']:,} {left_out}, "
             f"{summary['bad_lines']:,} bad lines"
         )
     for split, found in summary["splits"].items():

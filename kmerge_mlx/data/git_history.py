@@ -105,6 +105,7 @@ class CommitTask(DrawnTask):
 
     name = "commits"
     unit = "files"
+    left_out = "too long or not text"
 
     def __post_init__(self) -> None:
         if not self.repo:
@@ -117,12 +118,16 @@ class CommitTask(DrawnTask):
     @property
     def source(self) -> str:
         """The repositories."""
-        return ", ".join(self.repo)
+        shallow = ("rev-parse", "--is-shallow-repository")
+        return ", ".join(
+            f"{repo} (a shallow clone)" if _ask(repo, *shallow) == "true" else repo
+            for repo in self.repo
+        )
 
     def rows(
         self, bad: BadLines, progress: Progress, wanted: Container[int] | None = None
     ) -> Iterator[tuple[int, Item | None]]:
-        """Reads the edits, or those of the ``wanted`` commits."""
+        """Reads the edits, or those of the ``wanted`` commits; None for one that is left out."""
         languages = LANGUAGES if self.language is None else (self.language,)
         edits = {
             repo: [
@@ -136,8 +141,7 @@ class CommitTask(DrawnTask):
         for repo, mine in edits.items():
             name = repo_name(repo)
             for edit, texts in zip(mine, contents(repo, mine, self.max_chars), strict=True):
-                if texts is not None:
-                    yield edit.number, _item(name, edit, *texts)
+                yield edit.number, None if texts is None else _item(name, edit, *texts)
                 done += 1
                 if done % _REPORT_EVERY == 0:
                     progress(done, total)

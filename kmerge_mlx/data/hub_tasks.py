@@ -86,9 +86,9 @@ def review(row: Row) -> tuple[str, str]:
     """A review's text, and its label by its rating; raises a DataError where one is not there."""
     text, rating = row.get("text", row.get("reviewText")), row.get("rating", row.get("overall"))
     if not isinstance(text, str):
-        raise DataError(f"text is {short(text)}, expected the text of a review")
-    if not is_number(rating):
-        raise DataError(f"rating is {short(rating)}, expected a number")
+        raise DataError(f"text (or reviewText) is {short(text)}, expected that of a review")
+    if not is_number(rating) or not 1 <= rating <= 5:
+        raise DataError(f"rating (or overall) is {short(rating)}, expected a number from 1 to 5")
     return text, "positive" if rating >= POSITIVE_FROM else "negative"
 
 

@@ -42,6 +42,7 @@ class Task(ABC):
     """A task knows how to write its data; a subclass is a dataclass of what can be chosen."""
 
     name: ClassVar[str]
+    left_out: ClassVar[str] = "without an answer"  # what rows are that are read and not written
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ class DrawnTask(Task):
     def rows(
         self, bad: BadLines, progress: Progress, wanted: Container[int] | None = None
     ) -> Iterator[tuple[int, Item | None]]:
-        """Reads the rows, or the ``wanted`` ones, each by its number; None has no answer."""
+        """Reads the rows, or the ``wanted`` ones, each by its number; None for one left out."""
 
     def examples(
         self, splits: Sequence[str] = SPLITS, progress: Progress = silent
@@ -192,7 +193,8 @@ class DrawnTask(Task):
             numbers.append(number)
             units.append(fingerprint(item.unit, self.seed))
             keys.append(units[-1] if item.key is None else fingerprint(item.key, self.seed))
-        dealt, distinct = self._deal(keys, units)
+        left_out = {self.left_out: unanswered, "bad": bad.count}
+        dealt, distinct = self._deal(keys, units, left_out)
         of_split = {split: [numbers[i] for i in indices] for split, indices in dealt.items()}
         wanted = {number for found in of_split.values() for number in found}
         items: dict[int, Item] = {}
@@ -208,7 +210,9 @@ class DrawnTask(Task):
             "repeated_prompts": len(numbers) - distinct,
         }
 
-    def _deal(self, keys: array, units: array) -> tuple[dict[str, list[int]], int]:
+    def _deal(
+        self, keys: array, units: array, left_out: Mapping[str, int]
+    ) -> tuple[dict[str, list[int]], int]:
         """Which rows each split gets, by their hashed keys and units; how many are distinct."""
         import numpy as np
 
@@ -230,6 +234,7 @@ class DrawnTask(Task):
                 raise DataError(
                     f"{self.source} is too small: found {len(counts):,} distinct {self.unit}"
                     + (f" with {rows:,} rows" if rows > len(counts) else "")
+                    + "".join(f" ({n:,} rows were {why})" for why, n in left_out.items() if n)
                     + f", expected more than {named} (`kmerge-mlx data {self.name} ... --test N "
                     "--valid N` draws fewer)"
                 )

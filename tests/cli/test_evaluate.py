@@ -109,7 +109,7 @@ def test_the_table_has_a_line_for_each_method_and_the_majority_above(folders, tr
         "perplexity",
     ]
     assert [row[0] for row in rows] == [
-        *("K=1 adapter", "untrained base", "K=4", "mean of 4", "last 1/4 of the tokens"),
+        *("K=1 adapter", "base without adapter", "K=4", "mean of 4", "last 1/4 of the tokens"),
         *("one token in 4", "selective context to 1/4", "speculative prefill to 1/4"),
     ]
     assert [row[1:3] for row in rows] == [rows[0][1:3]] * 2 + [rows[2][1:3]] * 6

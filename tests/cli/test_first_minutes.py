@@ -135,7 +135,8 @@ def test_without_an_adapter_for_k_1_uncompressed_is_called_the_untrained_base(
     named = ("--model", base_path, "--data", tmp_path, "--adapter-path", adapter_path)
     asked = ("--baseline", "uncompressed", "--baseline", "base", "--timed", 0)
     table = run("evaluate", *named, *asked).out
-    assert [line.split("  ")[0] for line in table.splitlines()[2:]] == ["untrained base", "K=4"]
+    lines = [line.split("  ")[0] for line in table.splitlines()[2:]]
+    assert lines == ["base without adapter", "K=4"]
 
 
 def test_a_text_too_long_is_refused_before_all_of_it_is_tokenized(named, tmp_path, monkeypatch):

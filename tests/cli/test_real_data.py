@@ -73,7 +73,9 @@ def test_the_commits_of_a_repository_are_trained_on_and_scored(tmp_path, base):
     summary = json.loads(run(*again, "--max-chars", 14, "--json").out)
     assert summary["rows_read"] == 48
     assert_one_error(
-        run(*again, "--max-chars", 13), 1, "found 0 distinct files, expected more than"
+        run(*again, "--max-chars", 13),
+        1,
+        "found 0 distinct files (48 rows were too long or not text), expected more than",
     )
     result = trained(tmp_path / "run", "--data", edits, *FEW, model=base)
     args = ("--data", edits, "--limit", 2, "--max-tokens", 2, "--json")

@@ -62,7 +62,7 @@ def rows_of(folder: Path) -> dict[str, list[dict]]:
 
 def subjects(repo: Repo, **options: object) -> set[str]:
     rows = CommitTask(repo=(str(repo.path),), **options).rows(None, lambda done, total: None)
-    return {item.row["subject"] for _, item in rows}
+    return {item.row["subject"] for _, item in rows if item}
 
 
 def test_a_row_is_what_git_shows_of_the_commit(tmp_path):
@@ -179,6 +179,9 @@ def test_what_cannot_be_read_is_one_error(tmp_path, monkeypatch):
     repo = history(tmp_path / "app", files=2, edits=1)
     with pytest.raises(DataError, match=r"too small: found 2 distinct files, expected more than"):
         CommitTask(repo=(str(repo.path),)).examples()
+    repo.git("clone", "-q", "--depth", "1", f"file://{repo.path}", str(tmp_path / "shallow"))
+    with pytest.raises(DataError, match=r"shallow \(a shallow clone\) is too small: found 0"):
+        CommitTask(repo=(str(tmp_path / "shallow"),)).examples()
     with pytest.raises(SettingsError, match="`language` is 'cobol', expected one of c, c#"):
         CommitTask(repo=("x",), language="cobol")
     with pytest.raises(SettingsError, match="commits needs a `repo`"):

@@ -150,10 +150,8 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
         *("--baseline", "all", "--plot", picture, "--timed", 2),
     )
     assert result.code == 0, result.err
-    note = (
-        r"note: untrained base is left out: the prompt has \d+ positions, and the model's context "
-    )
-    assert re.search(note + "is 256: shorten it", result.err)
+    note = r"note: base without adapter is left out: the prompt has \d+ positions, and the "
+    assert re.search(note + "model's context is 256: shorten it", result.err)
     assert "note: speculative prefill to 1/4 is left out: the prompt has" in result.err
     ratios: list[set[float]] = []
     for table, length in zip(result.out.split("\n\n"), (150, 600), strict=True):

@@ -129,7 +129,7 @@ def test_evaluate_does_not_call_a_fused_model_untrained(home, tmp_path):
     rows = json.dumps({"prompt": "One two three four five six.", "completion": "seven"}) + "\n"
     (tmp_path / "test.jsonl").write_text(rows * 2)
     asked = ("--data", tmp_path, "--timed", 0, "--baseline", "uncompressed")
-    for name, called in (("fused", "model alone"), ("q", "untrained base")):
+    for name, called in (("fused", "model alone"), ("q", "base without adapter")):
         table = run("evaluate", "--model", home / name, *asked).out
         assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [called, "K=4"]
 

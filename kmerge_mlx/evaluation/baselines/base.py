@@ -13,7 +13,7 @@ class Base(Method):
 
     name = "base"
     about = "all T tokens, without any adapter"
-    words = "untrained base"
+    words = "base without adapter"
     compresses = False
 
     trained: bool = False
