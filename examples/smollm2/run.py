@@ -150,9 +150,10 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
     shutil.rmtree(torn, ignore_errors=True)
     torn.mkdir(parents=True)
     make(given, torn)
+    fewest = SMOKE["--batch-size"] if given.smoke else FEWEST
     for path in torn.glob("*.jsonl") if task != TEXT else ():
-        if (rows := sum(1 for _ in path.open())) < FEWEST:
-            raise DataError(f"{task}: found {rows} rows for {path.stem}, expected {FEWEST} or more")
+        if (rows := sum(1 for _ in path.open())) < fewest:
+            raise DataError(f"{task}: found {rows} rows for {path.stem}, expected {fewest} or more")
     for path in torn.glob("*.jsonl") if given.smoke else ():
         lines = path.read_text().splitlines(keepends=True)
         lines.sort(key=lambda line: (len(line) < SMOKE_SIZE, len(line)))
