@@ -118,7 +118,7 @@ class TrainSettings(Settings):
         RecallTask.words, int, "Recall: words of a document, about.", low=20, high=20_000, **_TASKS
     )
     category: str | None = option(None, str, "Reviews: category of the hub dataset.", **_TASKS)
-    language: str | None = option(None, str, "Commits: language of the hub dataset.", **_TASKS)
+    language: str | None = option(None, str, "Commits: one language alone.", **_TASKS)
     file: str | None = option(
         None,
         str,
