@@ -213,7 +213,10 @@ class DrawnTask(Task):
     def _deal(
         self, keys: array, units: array, left_out: Mapping[str, int]
     ) -> tuple[dict[str, list[int]], int]:
-        """Which rows each split gets, by their hashed keys and units; how many are distinct."""
+        """Which rows each split gets, by their hashed keys and units; how many are distinct.
+
+        ``left_out`` counts the rows that are not among them, by why.
+        """
         import numpy as np
 
         _, first = np.unique(np.array(keys, np.uint64), return_index=True)
