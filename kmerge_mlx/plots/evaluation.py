@@ -19,7 +19,6 @@ DRAWN_ALONE = ("balanced_accuracy", "token_f1", "exact_match", "edit_similarity"
 NAMES = {"truncate": "last tokens", "stride": "one token in K", "mean": "mean of K"}
 """The legend's words for a method that was measured at several K."""
 GREY, LIGHT_GREY = "#707070", "#c4c4c4"
-RATIO = "compression ratio (original / compressed positions{})"
 APART = 5.0  # 1/72 inch between points of one place, so that their error bars can be seen
 SAME = 0.05  # doublings within which two ratios are the same
 TICKS_APART = 0.1  # of the axis: labels nearer than that would touch
@@ -98,8 +97,6 @@ def _draw_panel(
     frontier = _draw_frontier(axes, places, 1 if COLUMNS[name] else -1, over_time)
     first = sorted(range(len(rows)), key=lambda i: places[i] not in frontier)
     shifts = {} if over_time else _shifts([(rows[i].method, along[i]) for i in first])
-    if shifts:
-        axes.set_xlabel(RATIO.format("; equal ones side by side"))
     for number, (method, label) in enumerate(names.items()):
         mine = [(places[i][0], scores[i]) for i, row in enumerate(rows) if row.method == method]
         mine.sort(key=lambda point: point[0])
@@ -146,7 +143,9 @@ def _quality_axes(
         axes.set_xlabel("time to first token (median)")
     else:
         axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.1f}".removesuffix(".0") + "x")
-        axes.set_xlabel(RATIO.format(""))
+        axes.set_xlabel(
+            "compression ratio (original / compressed positions; equal ones side by side)"
+        )
     finite = [value for value in values if np.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     margin = 0.06 * (high - low)

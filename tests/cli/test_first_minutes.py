@@ -127,7 +127,7 @@ def test_data_has_its_own_name(base_path, adapter_path, tmp_path):
     assert json.loads(told.out)["groups"] == {"bridges": {"questions": 4, "labels": ["So"]}}
 
 
-def test_without_an_adapter_for_k_1_uncompressed_is_called_the_untrained_base(
+def test_without_an_adapter_for_k_1_uncompressed_is_called_the_base_without_adapter(
     base_path, adapter_path, tmp_path
 ):
     row = json.dumps({"prompt": "Closed in May.", "completion": "So"})

@@ -144,7 +144,10 @@ def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
     draw(REVIEWS, tmp_path / "plain")
     for line, message in {
         '{"rating": 5}': "text (or reviewText) is None, expected that of a review",
-        '{"text": "a", "rating": "five"}': "rating (or overall) is 'five', expected a number",
+        '{"text": "a", "rating": "five"}': (
+            "rating (or overall) is 'five', expected a number from 1 to 5"
+        ),
+        '{"reviewText": "a", "overall": 9}': "rating (or overall) is 9, expected a number from 1",
         "{": "not JSON",
     }.items():
         path.write_text("\n".join([*rows[:6], line, *rows[6:]]))

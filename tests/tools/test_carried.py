@@ -125,7 +125,7 @@ def test_training_says_that_it_starts_without_it(home, tmp_path):
     assert rest[0]
 
 
-def test_evaluate_does_not_call_a_fused_model_untrained(home, tmp_path):
+def test_evaluate_does_not_call_a_fused_model_a_base_without_adapter(home, tmp_path):
     rows = json.dumps({"prompt": "One two three four five six.", "completion": "seven"}) + "\n"
     (tmp_path / "test.jsonl").write_text(rows * 2)
     asked = ("--data", tmp_path, "--timed", 0, "--baseline", "uncompressed")
