@@ -21,7 +21,7 @@ kmerge-mlx train --model "$base" --data notes --k 4 --adapter-path out \
     --fine-tune-type full --learning-rate 1e-3 \
     --batch-size 16 --iters 200 --steps-per-eval 50 --steps-per-report 50
 
-# The 20 notes that it has not seen, with the same base untrained and uncompressed beside it.
+# The 20 notes that it has not seen, with the same base, without adapter and uncompressed, beside it.
 kmerge-mlx evaluate --adapter-path out/best --data notes --k 4 --baseline uncompressed
 
 # A note that is in no file: the FILE merges, the question stays raw, as in the rows.

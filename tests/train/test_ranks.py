@@ -165,7 +165,8 @@ def test_a_rank_that_ends_ends_the_others_with_an_error(tmp_path, end):
     ends = finish(start_ranks(3, body, tmp_path))
     for rank in (0, 2):
         assert ends[rank][0] == 1
-        assert ends[rank][2].startswith(f"error: rank {rank} lost another rank ([ring]")
+        error = ends[rank][2].splitlines()[-1]  # a thread of MLX may have written before it
+        assert error.startswith(f"error: rank {rank} lost another rank ([ring]")
 
 
 def test_mlx_launch_runs_ranks_and_one_rank_is_a_run_of_one_process():
