@@ -32,7 +32,8 @@ HERE = Path(__file__).parent
 KMERGE = [sys.executable, "-m", "kmerge_mlx"]
 QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
-TEXT = "text"
+TEXT, MORE_TEXT = "text", "text-more"
+STARTS = {MORE_TEXT: TEXT, "reviews": TEXT, "qa": MORE_TEXT, "commits": MORE_TEXT}  # goes on from
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 FEWEST = 16  # rows of a split: the largest batch
 SMOKE_KS = "4,8"
@@ -164,23 +165,24 @@ def make_data(task: str, make: Callable[..., None], given: argparse.Namespace) -
 def train(path: Path, given: argparse.Namespace) -> None:
     """Trains as one YAML file says, from where it stopped.
 
-    TASK.yaml is one run for several K, and goes on from what they learnt of text; TASK-k1.yaml is
-    the same LoRA without merging, whose adapter lies beside theirs.
+    TASK.yaml is one run for several K, and goes on from what they learnt of text (STARTS).
+    TASK-k1.yaml is the same LoRA without merging, whose adapter lies beside theirs.
     """
-    task, _, k = path.stem.partition("-")
+    name, task, alone = path.stem, path.stem.partition("-")[0], path.stem.endswith("-k1")
     adapters = given.out / "adapters"
-    done = given.out / "logs" / f"{path.stem}.jsonl"
+    folder = adapters / task / "k1" if alone else adapters / name
+    before = STARTS.get(name)
+    done = given.out / "logs" / f"{name}.jsonl"
     if done.exists():
         return
     command = [*KMERGE, "train", "-c", path, "--model", given.model, "--resume"]
-    command += ["--data", given.out / "data" / task, "--adapter-path", adapters / task / k]
-    if not k and task != TEXT:
-        command += ["--init-from", adapters / TEXT]
+    command += ["--data", given.out / "data" / task, "--adapter-path", folder]
+    command += ["--init-from", adapters / before] if before else []
     if given.smoke:
         command += [part for pair in SMOKE.items() for part in pair]
-        command += [] if k else ["--k", SMOKE_KS]
+        command += [] if alone else ["--k", SMOKE_KS]
     say(command)
-    shutil.copy(adapters / task / k / "training" / "log.jsonl", done)
+    shutil.copy(folder / "training" / "log.jsonl", done)
 
 
 def evaluate(task: str, given: argparse.Namespace) -> None:
@@ -222,7 +224,7 @@ def line(cells: Iterable[str]) -> str:
 
 def table(task: str, report: dict[str, Any]) -> list[str]:
     """The table of one task, in Markdown."""
-    head = ["", "ratio", SCORES[task].replace("_", " "), "TTFT", "KV cache"]
+    head = ["", "ratio", HEADS[task].partition(": ")[2], "TTFT", "KV cache"]
     lines = [task, "", line(head), "|---" * len(head) + "|"]
     for row in report["rows"]:
         cells = [row["label"], "", quality(task, row), "", ""]
@@ -316,7 +318,8 @@ def main() -> None:
     for task in made:
         make_data(task, tasks[task][0], given)
     make_data(TEXT, make_text, given)
-    for name in (TEXT, *(f"{task}{k}" for task in made if task != SECOND for k in ("", "-k1"))):
+    of_tasks = (f"{task}{k}" for task in made if task != SECOND for k in ("", "-k1"))
+    for name in (TEXT, MORE_TEXT, *of_tasks):
         if given.only is None or name in given.only:
             train(HERE / "runs" / f"{name}.yaml", given)
     for task in made:

@@ -143,9 +143,7 @@ def _quality_axes(
         axes.set_xlabel("time to first token (median)")
     else:
         axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:.1f}".removesuffix(".0") + "x")
-        axes.set_xlabel(
-            "compression ratio (original / compressed positions; equal ones side by side)"
-        )
+        axes.set_xlabel("compression ratio (equal ones side by side)")
     finite = [value for value in values if np.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     margin = 0.06 * (high - low)

@@ -95,7 +95,7 @@ def test_the_measure_the_ratio_and_every_method_are_named(tmp_path):
     draw_report(quality(thirteen(), "one", "two"), tmp_path / "a.svg")
     assert words_of(tmp_path / "a.svg") >= {
         *("one: exact match", "two: exact match", "majority answer", "Pareto frontier"),
-        "compression ratio (original / compressed positions; equal ones side by side)",
+        "compression ratio (equal ones side by side)",
         *("uncompressed 1", "merged", "mean of K", "last tokens", "one token in K"),
         *("1x", "2x", "4x", "8x"),
     }
