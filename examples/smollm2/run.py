@@ -33,7 +33,7 @@ KMERGE = [sys.executable, "-m", "kmerge_mlx"]
 QUESTION = "Is this review positive or negative? Answer with one word."
 SEED = 42
 TEXT, MORE_TEXT = "text", "text-more"
-STARTS = {MORE_TEXT: TEXT, "reviews": TEXT, "qa": MORE_TEXT, "commits": MORE_TEXT}  # goes on from
+STARTS = {MORE_TEXT: TEXT, "reviews": TEXT, "qa": MORE_TEXT, "commits": MORE_TEXT}  # before it
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 FEWEST = 16  # rows of a split: the largest batch
 SMOKE_KS = "4,8"
@@ -45,11 +45,11 @@ SCORES = {
     "qa": "token_f1",
     "commits": "perplexity",
 }
-HEADS = {
-    "reviews": "reviews: balanced accuracy (%)",
-    SECOND: "other reviews: balanced accuracy (%)",
-    "qa": "questions: token F1 (%)",
-    "commits": "commits: perplexity (lower is better)",
+NAMES = {"reviews": "reviews", SECOND: "other reviews", "qa": "questions", "commits": "commits"}
+UNITS = {
+    "balanced_accuracy": "balanced accuracy (%)",
+    "token_f1": "token F1 (%)",
+    "perplexity": "perplexity (lower is better)",
 }
 RUNS = sorted(path.stem for path in (HERE / "runs").glob("*.yaml"))
 PARTS = (*RUNS, *(f"{task}.json" for task in SCORES))
@@ -224,7 +224,7 @@ def line(cells: Iterable[str]) -> str:
 
 def table(task: str, report: dict[str, Any]) -> list[str]:
     """The table of one task, in Markdown."""
-    head = ["", "ratio", HEADS[task].partition(": ")[2], "TTFT", "KV cache"]
+    head = ["", "ratio", UNITS[SCORES[task]], "TTFT", "KV cache"]
     lines = [task, "", line(head), "|---" * len(head) + "|"]
     for row in report["rows"]:
         cells = [row["label"], "", quality(task, row), "", ""]
@@ -238,7 +238,8 @@ def table(task: str, report: dict[str, Any]) -> list[str]:
 
 def summary(reports: dict[str, dict[str, Any]]) -> list[str]:
     """One table of all tasks: a line for each method, with its 95% intervals."""
-    lines = [line(["", *(HEADS[task] for task in reports)]), "|---" * (1 + len(reports)) + "|"]
+    heads = [f"{NAMES[task]}: {UNITS[SCORES[task]]}" for task in reports]
+    lines = [line(["", *heads]), "|---" * (1 + len(reports)) + "|"]
     rows = {task: {row["label"]: row for row in report["rows"]} for task, report in reports.items()}
     for label in dict.fromkeys(label for found in rows.values() for label in found):
         cells = (quality(task, rows[task][label]) if label in rows[task] else "" for task in rows)
