@@ -177,7 +177,10 @@ def main() -> None:
         raise SystemExit(
             f"error: {given.folder} is there already: name another folder, or remove it"
         )
-    given.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        given.folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: cannot make {given.folder.parent}: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=given.folder.parent) as temporary:
         weights, meta = mx.load(str(fetch(Path(temporary))), return_metadata=True)
         config = read_config(meta, given.dtype)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from kmerge_mlx.adapters.folder import load_adapter, save_adapter
+from kmerge_mlx.adapters.folder import check_adapter_destination, load_adapter, save_adapter
 from kmerge_mlx.errors import KMergeError
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("source", help="an adapter")
     parser.add_argument("destination", help="the folder to write")
     given = parser.parse_args()
+    check_adapter_destination(given.destination, force=False)
     adapter = load_adapter(given.source)
     parts = ("tuning_weights", "encoder_weights", "head_weights")
     small = {

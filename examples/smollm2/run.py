@@ -52,6 +52,7 @@ UNITS = {
     "perplexity": "perplexity (lower is better)",
 }
 RUNS = sorted(path.stem for path in (HERE / "runs").glob("*.yaml"))
+LATER = ("second_reviews", "commits", "held_out")  # inputs that no other task's data are made of
 PARTS = (*RUNS, *(f"{task}.json" for task in SCORES))
 
 
@@ -78,11 +79,12 @@ def say(command: list[Any], out: Path | None = None) -> None:
 
 
 def read_reviews(path: Path) -> list[dict[str, str]]:
-    """Reviews as a context that merges and a question that does not."""
+    """Reviews as a context that merges and a question that does not; blank ones are left out."""
     bad = BadLines(skip=True)
     rows = [
         {"context": text, "prompt": QUESTION, "completion": label}
         for _, (text, label) in read_rows(path, review, bad)
+        if text.strip()
     ]
     if bad.count:
         print(f"left out {bad.count} lines that are no review, the first: {bad.first}")
@@ -222,18 +224,34 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def cost(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Compression ratio, time to first token (median) and the KV cache's size of a row."""
+    if "refused" in row:
+        return "", "", ""
+    ((group, time),) = row["time_to_first_token"].items()
+    ratio, megabytes = row["compression_ratio"], row["kv_bytes"][group] / 1e6
+    return f"{ratio:.2f}x", f"{time['median']:.3f} s", f"{megabytes:.2f} MB"
+
+
 def table(task: str, report: dict[str, Any]) -> list[str]:
     """The table of one task, in Markdown."""
     head = ["", "ratio", UNITS[SCORES[task]], "TTFT", "KV cache"]
     lines = [task, "", line(head), "|---" * len(head) + "|"]
     for row in report["rows"]:
-        cells = [row["label"], "", quality(task, row), "", ""]
-        if "refused" not in row:
-            ((group, time),) = row["time_to_first_token"].items()
-            cells[1] = f"{row['compression_ratio']:.2f}x"
-            cells[3:] = f"{time['median']:.3f} s", f"{row['kv_bytes'][group] / 1e6:.2f} MB"
-        lines.append(line(cells))
+        ratio, *rest = cost(row)
+        lines.append(line([row["label"], ratio, quality(task, row), *rest]))
     return [*lines, ""]
+
+
+def costs(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What each K costs, of all tasks."""
+    head = ["ratio, time to first token, KV cache", *(NAMES[task] for task in reports)]
+    found: dict[str, list[str]] = {}
+    for report in reports.values():
+        for row in (row for row in report["rows"] if row["label"].startswith("K=")):
+            found.setdefault(row["label"], []).append(", ".join(cost(row)))
+    lines = [line([f"**{label}**", *cells]) for label, cells in found.items()]
+    return [line(head), "|---" * len(head) + "|", *lines, ""]
 
 
 def summary(reports: dict[str, dict[str, Any]]) -> list[str]:
@@ -251,7 +269,7 @@ def tables(folder: Path) -> list[str]:
     """All tables of the reports in a folder, in Markdown: first the one of all tasks."""
     found = {task: folder / f"{task}.json" for task in SCORES}
     reports = {task: read(path) for task, path in found.items() if path.exists()}
-    lines = summary(reports) if reports else []
+    lines = [*summary(reports), *costs(reports)] if reports else []
     return lines + [line for task, report in reports.items() for line in table(task, report)]
 
 
@@ -278,6 +296,10 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if not (given.reviews or given.qa):
         parser.error("expected --reviews or --qa: their texts are what reading is learnt from")
+    if given.second_reviews and not given.reviews:
+        parser.error("--second-reviews: the adapters for --reviews score them, and it is not there")
+    if bool(given.commits) != bool(given.held_out):
+        parser.error("--commits (to train on) and --held-out (to test on) need each other")
     if find_spec("matplotlib") is None:
         parser.error("the pictures need matplotlib: pip install -e '.[plot]'")
     paths = [given.reviews, given.second_reviews, given.qa, *given.commits, *given.held_out]
@@ -287,12 +309,14 @@ def arguments() -> argparse.Namespace:
 
 
 def check_same(given: argparse.Namespace) -> None:
-    """Refuses a folder that was made of other inputs: what is there would be taken for theirs."""
+    """Refuses a folder whose data are of other inputs: they would be taken for these."""
     mine = {name: value for name, value in vars(given).items() if name not in ("out", "only")}
     mine = json.loads(json.dumps(mine, default=lambda path: str(path.resolve())))
     record = given.out / "given.json"
-    made_with = json.loads(record.read_text()) if record.exists() else mine
-    if differ := [name for name in mine if mine[name] != made_with.get(name)]:
+    made = [folder for folder in given.out.glob("data/*") if folder.suffix != ".torn"]
+    made_with = json.loads(record.read_text()) if made and record.exists() else mine
+    differ = [name for name in mine if mine[name] != made_with.get(name)]
+    if differ := [name for name in differ if name not in LATER or made_with.get(name)]:
         name = differ[0]
         raise DataError(
             f"{given.out} was made with --{name.replace('_', '-')} {made_with.get(name)}, and not "
@@ -334,5 +358,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"error: {error}")

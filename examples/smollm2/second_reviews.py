@@ -47,6 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes a second set of reviews.")
     parser.add_argument("out", type=Path, help="the .jsonl file to write")
     out = parser.parse_args().out
+    if out.exists() or not out.parent.is_dir():
+        reason = "is there already" if out.exists() else "has no folder to be in"
+        raise SystemExit(f"error: {out} {reason}: name another file")
     reviews = defaultdict(list)
     for line in sentences():
         number, rating, text = line.split("\t", 2)

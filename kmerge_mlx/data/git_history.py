@@ -175,8 +175,11 @@ def repo_name(repo: str) -> str:
 def log(repo: str) -> Iterator[Edit]:
     """Yields the commits that edit one file of a repository, newest first.
 
-    Raises DataError where there is no history, or no git.
+    Raises DataError where there is no history, or no git, or in a folder inside of a repository.
     """
+    if _ask(repo, "rev-parse", "--show-prefix"):
+        whole = _ask(repo, "rev-parse", "--show-toplevel")
+        raise DataError(f"{repo} is a folder of the repository {whole}: give that, all is read")
     fields = _fields(repo)
     pending = next(fields, None)
     while pending is not None:

@@ -231,15 +231,15 @@ class DrawnTask(Task):
             raise SettingsError("`train`, `valid` and `test` are all 0: nothing to write")
         for split in reversed(SPLITS):
             left = rows - int(before[start])
-            size = sizes.get(split, int(left * self.train_share))
+            size = sizes.get(split, max(int(left * self.train_share), min(left, 1)))
             if size > left or (split not in sizes and size < 1):
                 named = " and ".join(f"`{name}` {n}" for name, n in sizes.items())
+                fewer = f" (`kmerge-mlx data {self.name} ... --test N --valid N` draws fewer)"
                 raise DataError(
                     f"{self.source} is too small: found {len(counts):,} distinct {self.unit}"
                     + (f" with {rows:,} rows" if rows > len(counts) else "")
                     + "".join(f" ({n:,} rows were {why})" for why, n in left_out.items() if n)
-                    + f", expected more than {named} (`kmerge-mlx data {self.name} ... --test N "
-                    "--valid N` draws fewer)"
+                    + f", expected more than {named}{fewer if rows else ''}"
                 )
             end = int(np.searchsorted(before, before[start] + size))
             mine = first[(start <= unit) & (unit < end)]

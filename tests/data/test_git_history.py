@@ -179,6 +179,9 @@ def test_what_cannot_be_read_is_one_error(tmp_path, monkeypatch):
     repo = history(tmp_path / "app", files=2, edits=1)
     with pytest.raises(DataError, match=r"too small: found 2 distinct files, expected more than"):
         CommitTask(repo=(str(repo.path),)).examples()
+    (repo.path / "docs").mkdir()
+    with pytest.raises(DataError, match=rf"docs is a folder of the repository .*{repo.path.name}"):
+        CommitTask(repo=(str(repo.path / "docs"),)).examples()
     repo.git("clone", "-q", "--depth", "1", f"file://{repo.path}", str(tmp_path / "shallow"))
     with pytest.raises(DataError, match=r"shallow \(a shallow clone\) is too small: found 0"):
         CommitTask(repo=(str(tmp_path / "shallow"),)).examples()

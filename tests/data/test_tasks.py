@@ -139,6 +139,13 @@ def test_rows_without_an_answer_are_counted_and_left_out(tmp_path):
     assert all(answer for rows in splits(tmp_path / "data").values() for _, answer in rows)
 
 
+def test_one_row_is_left_to_train_on_where_a_tenth_is_less(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    path.write_text("".join(REVIEWS.read_text().splitlines(keepends=True)[:3]))
+    summary = draw(path, tmp_path / "data", sizes={"test": 1, "valid": 1})
+    assert [split["rows"] for split in summary["splits"].values()] == [1, 1, 1]
+
+
 def test_a_bad_row_stops_everything_and_is_named_or_is_counted(tmp_path):
     path, rows = tmp_path / "raw.jsonl", REVIEWS.read_text().splitlines()
     draw(REVIEWS, tmp_path / "plain")
