@@ -37,7 +37,7 @@ STARTS = {MORE_TEXT: TEXT, "reviews": TEXT, "qa": MORE_TEXT, "commits": MORE_TEX
 SMOKE = {"--iters": 2, "--batch-size": 2, "--val-batches": 1, "--steps-per-eval": 2}
 FEWEST = 16  # rows of a split: the largest batch
 SMOKE_KS = "4,8"
-SMOKE_ROWS, SMOKE_SIZE = 4, 400  # of each split, the shortest of at least so many characters
+SMOKE_ROWS, SMOKE_SIZE = 2, 400  # of each split, the shortest of at least so many characters
 SECOND = "second-reviews"  # only scored, by the adapters for reviews
 SCORES = {
     "reviews": "balanced_accuracy",
