@@ -20,6 +20,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # On Metal, products of float32 may be rounded to 19 bits; ours are compared with the CPU's.
 os.environ["MLX_ENABLE_TF32"] = "0"
 
+# There is a worker for each core: threads of OpenBLAS beside them would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # On Apple silicon the CPU backend is tested, too.
 if os.environ.get("TEST_DEVICE") == "cpu":
     mx.set_default_device(mx.cpu)
@@ -34,6 +37,11 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 UPSTREAM = Path(__file__).parent / "fixtures" / "upstream_tied_k4"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file, of the example, begins first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_smollm2.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
