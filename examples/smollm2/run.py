@@ -246,11 +246,12 @@ def table(task: str, report: dict[str, Any]) -> list[str]:
 def costs(reports: dict[str, dict[str, Any]]) -> list[str]:
     """What each K costs, of all tasks."""
     head = ["ratio, time to first token, KV cache", *(NAMES[task] for task in reports)]
-    found: dict[str, list[str]] = {}
-    for report in reports.values():
-        for row in (row for row in report["rows"] if row["label"].startswith("K=")):
-            found.setdefault(row["label"], []).append(", ".join(cost(row)))
-    lines = [line([f"**{label}**", *cells]) for label, cells in found.items()]
+    rows = [{row["label"]: row for row in report["rows"]} for report in reports.values()]
+    labels = dict.fromkeys(label for found in rows for label in found if label.startswith("K="))
+    lines = [
+        line([f"**{label}**", *(", ".join(cost(r[label])) if label in r else "" for r in rows)])
+        for label in labels
+    ]
     return [line(head), "|---" * len(head) + "|", *lines, ""]
 
 
