@@ -80,7 +80,9 @@ def test_a_folder_of_other_inputs_is_refused(tmp_path):
     check(Namespace(**vars(first) | {"only": ["qa"]}))
     with pytest.raises(DataError, match="was made with --smoke True, and not with False"):
         check(Namespace(**vars(first) | {"smoke": False}))
-    check(Namespace(**vars(first) | {"commits": [tmp_path]}))  # a task more
+    check(Namespace(**vars(first) | {"commits": [tmp_path / "no repository"]}))
+    check(Namespace(**vars(first) | {"commits": [tmp_path]}))  # a task more, and its input mended
+    (tmp_path / "data" / "commits").mkdir()
     with pytest.raises(DataError, match="was made with --commits"):
         check(first)
 
