@@ -177,7 +177,7 @@ def test_kv_bits_and_max_kv_size_act_as_in_mlx_lm(tiny):
         found = stream_generate(model, tokenizer, prompt, max_tokens=8, **options)
         for response, (token, logprobs) in zip(found, wanted, strict=True):
             assert response.token == token
-            assert mx.abs(response.logprobs - logprobs).max().item() < 1e-5
+            assert mx.abs(response.logprobs - logprobs).max().item() < 1e-4
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_penalties_are_mlx_lms_over_the_original_ids_also_in_a_batch(tiny, optio
             for processor in penalties():
                 logits = processor(mx.array(ids + answer), logits)
             wanted = (logits - mx.logsumexp(logits, keepdims=True))[0]
-            assert mx.abs(response.logprobs - wanted).max().item() < 1e-5
+            assert mx.abs(response.logprobs - wanted).max().item() < 1e-4
             answer.append(response.token)
             read = [response.token]
         assert batched == [token for token in answer if token not in tokenizer.eos_token_ids]

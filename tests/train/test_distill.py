@@ -160,7 +160,7 @@ def test_a_stored_teacher_teaches_what_the_live_one_does(tmp_path, stored):
     trained(live, "--data", stored / "data", *RUN, "--teacher-top-k", 5)
     for name in ("train_loss", "val_kl", "val_loss"):
         wanted = [value for _, value in log_of(live, name)]
-        assert [v for _, v in log_of(stored / "run", name)] == pytest.approx(wanted, rel=1e-5)
+        assert [v for _, v in log_of(stored / "run", name)] == pytest.approx(wanted, rel=1e-4)
     assert same(tensors_of(live), tensors_of(stored / "run"), atol=1e-5)
 
 
