@@ -46,6 +46,22 @@ def test_published_tables_are_those_of_the_kept_reports():
         assert "\n".join(table) in (ROOT / "docs" / "performance.md").read_text(), task
 
 
+def test_the_page_on_encoders_says_what_the_kept_logs_say(tmp_path):
+    folder, page = EXAMPLE / "encoders", (ROOT / "docs" / "encoders.md").read_text()
+    for settings in folder.glob("*.yaml"):
+        assert run("train", "-c", settings, "--print-config").code == 0, settings
+    points = runpy.run_path(str(EXAMPLE / "curves.py"))["points"]
+    logs = sorted(folder.glob("logs/text-*.jsonl"))
+    for log in logs:
+        values = (f"{value:.3f}" for _, value in points(log, 1)[1:])
+        assert " | ".join(values) in page.replace("**", ""), log
+    command = [sys.executable, EXAMPLE / "curves.py", tmp_path / "a.svg"]
+    command += [f"{log.stem}=1.5:{log}" for log in logs]
+    subprocess.run(list(map(str, command)), check=True)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(log.stem in drawn for log in logs)
+
+
 def test_ctrl_c_waits_for_the_command_to_save(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(

@@ -248,11 +248,13 @@ def test_the_encoder_computes_in_its_own_dtype():
     assert encoder(mx.zeros((3, 2, 8), mx.float32)).dtype == mx.float16
 
 
-def test_the_default_sizes_are_the_papers_and_impossible_ones_are_refused():
+def test_the_default_sizes_are_the_papers_up_to_4_and_impossible_ones_are_refused():
     # Millions of parameters at D = 896.
     counts = [EncoderConfig(k, 896, inner_size(k, 896)).num_parameters for k in (2, 3, 4)]
     assert [round(count / 1e6, 1) for count in counts] == [14.5, 31.3, 41.8]
-    assert inner_size(5, 10) == 70
+    assert [inner_size(k, 10) for k in (5, 8, 49)] == [5, 5, 5]  # past the paper's
+    assert [inner_size(8, 10, factor) for factor in (1.5, 0.25, 0.125)] == [120, 20, 10]
+    assert [inner_size(8, 10, factor) for factor in (0.0625, 0.01)] == [5, 0]
     for sizes in (
         *((1, 8, 8), (2, 0, 8), (2, 8, -1), (2.0, 8, 8), (True, 8, 8)),
         *((2, 8, 8, -1), (2, 8, 8, 1.0), (2, 8, 8, None)),

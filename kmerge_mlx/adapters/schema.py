@@ -23,7 +23,7 @@ FORMAT_VERSION, WINDOW_VERSION = 1, 2
 """Versions of the adapter folder: with a window encoder it is 2, which is the newest."""
 
 ENCODER_FACTORS = {2: 2.0, 3: 2.0, 4: 1.5}
-"""The paper's factor for each K, in H = int(factor * K) * D; past K = 4 that of K = 4."""
+"""The paper's factor for each K, in H = int(factor * K) * D; it has none past K = 4."""
 
 ENCODER_ENTRIES = ("merge_factor", "hidden_size", "inner_size", "encoder_context")
 QUANTIZATION = "encoder_quantization"  # absent where the encoder is not quantized
@@ -37,10 +37,15 @@ _TUNING, _MERGE = "adapter_config.json", "merge_config.json"
 
 
 def inner_size(merge_factor: int, hidden_size: int, factor: float | None = None) -> int:
-    """H = int(factor * K) * D, the encoder's inner width; the paper's factor where it is None."""
-    if factor is None:
-        factor = ENCODER_FACTORS.get(merge_factor, ENCODER_FACTORS[4])
-    return int(factor * merge_factor) * hidden_size
+    """H, the encoder's inner width: int(factor * K) * D, or of a factor below 1 / K its share of D.
+
+    Without a factor the paper's up to K = 4, and H = D / 2 above: as good there
+    (docs/encoders.md), and the encoder's work per prompt token does not grow with K.
+    """
+    if factor is None and merge_factor not in ENCODER_FACTORS:
+        return max(hidden_size // 2, 1)
+    multiple = merge_factor * (ENCODER_FACTORS[merge_factor] if factor is None else factor)
+    return int(multiple * hidden_size) if multiple < 1 else int(multiple) * hidden_size
 
 
 @dataclass(frozen=True)

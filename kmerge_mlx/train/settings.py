@@ -136,7 +136,11 @@ class TrainSettings(Settings):
         **_K,
     )
     encoder_factor: float | None = option(
-        None, float, "Encoder width H = int(factor * K) * D. Default: the paper's.", low=0, **_MERGE
+        None,
+        float,
+        "Encoder width H = int(factor * K) * D. Default: the paper's; past K = 4 D / 2.",
+        low=0,
+        **_MERGE,
     )
     encoder_context: int = option(0, int, "Tokens before a block to read too.", **_LENGTH)
     encoder_start: str = option(

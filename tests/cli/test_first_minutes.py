@@ -111,7 +111,8 @@ def test_an_encoder_that_no_memory_holds_is_refused_before_it_is_made(base_path,
     (tmp_path / "train.jsonl").write_text(f"{row}\n" * 4)
     made = ("--model", base_path, "--data", tmp_path, "--adapter-path", tmp_path / "out")
     said = "has 12.29 billion parameters, and training it takes over"
-    assert_one_error(run("train", *made, "--k", 1000), 1, f"the encoder of --k = 1000 {said}")
+    found = run("train", *made, "--k", 1000, "--encoder-factor", 1.5)
+    assert_one_error(found, 1, f"the encoder of --k = 1000 {said}")
     assert not (tmp_path / "out").exists()
 
 
