@@ -97,7 +97,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tupl
             process.kill()
             process.wait()
     return [
-        (process.returncode, out, re.sub(r"(?m)^\[ring\].*\n?", "", err))
+        # The ring's thread ends its lines with a second write: ours can come between the two.
+        (process.returncode, out, re.sub(r"(?m)^\[ring\].*?(?=error: |$)\n?", "", err))
         for process, (out, err) in zip(processes, texts, strict=True)
     ]
 
