@@ -48,7 +48,7 @@ class BenchSettings(ModelSettings):
     k: tuple[int, ...] = ModelSettings.setting(
         "k",
         default=(),
-        help="Merge factor K; give it again for another. 1 is plain mlx-lm, which is measured in "
+        help="Merge factor K, or several such as 2,4,8. 1 is plain mlx-lm, which is measured in "
         f"any case. Default: all that --adapter-path holds; without one, {K}.",
         many=True,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kmerge_mlx.cli.inputs import command
 from kmerge_mlx.cli.output import aligned, bar, note, print_json, seconds, size, wrapped
+from kmerge_mlx.errors import EvaluateError
 from kmerge_mlx.evaluation.settings import DATA, OWN_OPTIONS, PERPLEXITY, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     note(f"Model: {named['model']} with {named['adapter_path'] or 'no adapter'}")
     if settings.json:
         print_json(report.to_json())
-    else:
+    elif report.measured:
         print("\n\n".join(_tables(report)))
         if report.recommended is not None:
             print(f"\n{_recommendation(report.recommended)}")
@@ -59,6 +60,8 @@ def evaluate(settings: EvaluateSettings) -> None:
             note(f"note: {row.label} is left out: {row.refused}")
     if bad := report.bad_rows:
         note(f"note: {bad:,} bad row{' was' if bad == 1 else 's were'} left out")
+    if not report.measured:
+        raise EvaluateError("no method can read these prompts")
     if settings.plot:
         from kmerge_mlx.plots.evaluation import draw_report
 
@@ -67,8 +70,6 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 def _tables(report: Report) -> list[str]:
     """A table for each group, or for each length of a recall prompt."""
-    if not report.measured:
-        return ["no method can read these prompts"]
     if report.depths:
         return [_recall_table(report, length) for length in report.depths]
     return [_group_table(report, name) for name in report.groups]

@@ -148,8 +148,9 @@ def _parameters(settings: type[Settings], config_file: bool) -> list[inspect.Par
 def _parameter(field: Field) -> inspect.Parameter:
     """The command line's view of a setting; None means that it was not given."""
     own = option_of(field)
-    # A list is text with commas, a mapping is JSON.
+    # A list is text with commas, as several whole numbers may be; a mapping is JSON.
     kind: Any = own.kind if own.kind in (int, float, bool) else str
+    kind = str if own.many and kind is int else kind
     kind = list[kind] if own.many or own.kind == INTS else kind
     if own.argument:
         info = typer.Argument(metavar=own.argument, help=own.help, show_default=False)
@@ -184,18 +185,25 @@ def _read(field: Field, value: Any) -> Any:
         if not (parts := [part.strip() for part in value.split(",") if part.strip()]):
             raise SettingsError(f"`{field.name}` is empty, expected names with commas between them")
         return parts
-    if kind == INTS and not isinstance(value, str):  # the flag was given several times
-        value = ",".join(value)
-    if kind in (INTS, SIZE) and value.isdecimal() and len(value) < 20:
-        return int(value)
-    if kind == INTS and re.fullmatch(r" *\d{1,9} *(, *\d{1,9} *)+", value):
-        return [int(part) for part in value.split(",")]
+    if kind == INTS or (kind is int and isinstance(value, list)):
+        texts = [value] if isinstance(value, str) else value
+        found = [_whole(part.strip()) for text in texts for part in text.split(",")]
+        if kind == INTS and (len(found) == 1 or any(isinstance(n, str) for n in found)):
+            return found[0] if len(found) == 1 else ",".join(texts)
+        return found
+    if kind == SIZE:
+        return _whole(value)
     if kind is dict:
         try:
             return json.loads(value)
         except ValueError as error:
             raise SettingsError(f"`{field.name}` is not JSON: {error}") from None
     return value
+
+
+def _whole(text: str) -> int | str:
+    """A whole number, or the text where it is none: the settings' check says more than int()."""
+    return int(text) if re.fullmatch(r"-?\d{1,19}", text) else text
 
 
 def _as_flags(settings: type[Settings], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _folder(data: str | Path, splits: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise DataError(f"{data} is a file: give the folder that holds train.jsonl")
+        raise DataError(f"{data} is a file: give the folder that holds {splits[0]}.jsonl")
     patterns = [f"{split}{suffix}" for split in splits for suffix in _SUFFIXES]
     return fetch(str(data), patterns, DataError, repo_type=DATASET)
 

@@ -24,6 +24,8 @@ from kmerge_mlx.evaluation.settings import BALANCED, PERPLEXITY
 Answers = Mapping[Method, Sequence[Prediction]]
 _FIRST = ("token_f1", "recall", "exact_match")  # of the scores that a group may have, what counts
 
+_LEAST = 20  # questions that a percentile bootstrap takes for an interval: one would give no width
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -58,11 +60,12 @@ class Recommendation:
 
 def check(questions: Questions, methods: Sequence[Method], score: str | None) -> None:
     """Refuses, before anything is asked, what could not be compared; raises EvaluateError."""
-    ks = ", ".join(str(method.k) for method in methods if method.name == Merged.name)
+    found = [str(method.k) for method in methods if method.name == Merged.name]
+    ks, given = ", ".join(found), ",".join(found)
     if not ks:
         raise EvaluateError("`recommend` compares with K = 1, and there is no other: give `k`")
     if Uncompressed.name not in (method.name for method in methods):
-        raise EvaluateError(f"`recommend` compares with K = 1, found K = {ks}: give `k` 1 as well")
+        raise EvaluateError(f"`recommend` compares with K = 1, found K = {ks}: give `k` 1,{given}")
     for group in questions.groups:
         _counted(group, score)
 
@@ -159,5 +162,5 @@ def _perplexities(
     value, before = (float(metrics.perplexity(terms[:, [i, 2]].sum(axis=0))) for i in (0, 1))
     if not np.isfinite(terms).all():  # a model that overflows
         return value, before, np.inf, np.inf, np.inf, False
-    low, high = bootstrap_interval(terms, more)
+    low, high = bootstrap_interval(terms, more) if len(terms) >= _LEAST else (-np.inf, np.inf)
     return value, before, float(more(terms.sum(axis=0))), low, high, high <= budget

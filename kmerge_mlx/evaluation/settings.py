@@ -54,7 +54,7 @@ class EvaluateSettings(LayoutSettings, ModelSettings):
         "k",
         default=(),
         many=True,
-        help="Merge factor K; give it again for another. 1 is uncompressed. Default: all that "
+        help="Merge factor K, or several such as 2,4,8. 1 is uncompressed. Default: all that "
         "--adapter-path holds.",
     )
     baseline: tuple[str, ...] = option(

@@ -150,7 +150,9 @@ def _quality_axes(
     if is_share:
         margin = max(margin, 0.03)
         axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02))
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
+        axes.yaxis.set_major_formatter(
+            lambda share, _: f"{100 * share:.6g}%" if share < 1.001 else ""
+        )
     else:
         margin = margin or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)

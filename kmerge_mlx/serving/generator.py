@@ -106,10 +106,11 @@ class PinnedModel(host.ModelProvider):
         if folder.is_dir():  # by its own name, where it is a link too
             self.name = (folder.resolve() if folder.name in ("", "..") else folder).name
         suffixes = {"": source.k} | {f":k{one.k}": one.k for one in self.several}
-        # The K of each name that clients are shown, and that name for each that they may use.
+        # The K of each name that is listed, and for each that clients may use the one that says K.
         self.ks = {f"{self.name}{suffix}": k for suffix, k in suffixes.items()}
-        called = (self.name, DEFAULT_MODEL, source.model)
-        self.names = {f"{n}{suffix}": f"{self.name}{suffix}" for suffix in suffixes for n in called}
+        called, own = (self.name, DEFAULT_MODEL, source.model), f":k{source.k}"
+        told = {s: f"{self.name}{s or own * bool(self.several)}" for s in suffixes}
+        self.names = {f"{n}{s}": name for s, name in told.items() for n in called}
         self.stored_layout = None if source.merge is None else source.merge.layout
         self.layout = chosen(
             self.stored_layout,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
     now, default = (json.loads(json.dumps(s.fixed())) for s in (run.settings, TrainSettings()))
     then = default | saved["settings"]  # an older release did not know all of them
     problems = [
-        f"`{name}` is {short(value)}, the run has {short(then.get(name))}"
+        f"`{name}` is {short(value)}, the run "
+        + ("was begun without it" if (old := then.get(name)) is None else f"has {short(old)}")
         for name, value in now.items()
         if value != then.get(name)
     ]
@@ -110,6 +111,16 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
         raise TrainError(findings(f"{run.path} cannot be resumed", problems))
 
 
+def check_whole(run: Run) -> None:
+    """Raises TrainError if an adapter, or a file of it, is missing in the folder to go on with."""
+    tops = [top for top in (run.path, run.path / BEST) if top.is_dir()]
+    folders = [at for top in tops for at in _folders(run.merges, top).values()]
+    wanted = [at / name if at.is_dir() else at for at in folders for name in FILES]
+    missing = dict.fromkeys(at for at in wanted if not at.exists())
+    if problems := [f"{at.relative_to(run.path)} is missing" for at in missing]:
+        raise TrainError(findings(f"{run.path} cannot be resumed", problems))
+
+
 def find_run(path: Path, resume: bool, force: bool) -> bool:
     """Whether a folder holds a run to go on with; refuses to write over anything else."""
     try:
@@ -124,6 +135,11 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
         raise TrainError(
             f"{path} holds a run: give `resume` to go on with it, `force` to replace it, or "
             "another `adapter_path`"
+        )
+    if run := next((p for p in path.absolute().parents if (p / TRAINING / STATE).is_file()), None):
+        raise TrainError(
+            f"{path} is inside of the run in {run}: give `resume` with that, or another "
+            "`adapter_path`"
         )
     names = (*FILES, BEST, TRAINING, FOLDERS)
     marker = f"{TRAINING}/{STATE}" if there else MERGE_CONFIG
@@ -186,7 +202,7 @@ def _asked(settings: TrainSettings) -> dict[str, Any]:
     return {n: v for n, v in saved.items() if n not in _NEW or v != default[n]}
 
 
-def _folders(adapters: Adapters, path: Path) -> dict[int, Path]:
+def _folders(adapters: Collection[int], path: Path) -> dict[int, Path]:
     """Where the adapters of a run lie, by K: one alone in the folder, several below it."""
     return {k: path if len(adapters) == 1 else path / f"k{k}" for k in adapters}
 

@@ -132,6 +132,7 @@ def prepare(
     if resumed:
         saved, run.state, run.tensors = checkpoint.read_state(path)
         checkpoint.check_same(run, saved)
+        checkpoint.check_whole(run)
         most = min(settings.grad_accumulation_steps - 1, run.state.iteration)
         if run.state.stage >= len(stages) or run.state.added > most:
             raise TrainError(f"{path} cannot be resumed: its state is not of a run like this")
@@ -175,6 +176,9 @@ def _encoder(settings: TrainSettings, model: nn.Module, k: int) -> schema.Encode
     _, table = base.find_embedding(model, settings.model)
     d = table(mx.array([0])).shape[-1]
     h = schema.inner_size(k, d, settings.encoder_factor)
+    if not h:
+        factor = settings.encoder_factor
+        raise TrainError(f"`encoder_factor` is {factor}, expected at least {1 / k / d:.2g} (H = 1)")
     context, start = settings.encoder_context, settings.encoder_start
     return schema.EncoderConfig(k, d, h, context, start=start)
 
@@ -204,16 +208,13 @@ def _with_encoder(adapter: Adapter, encoder: schema.EncoderConfig | None) -> Ada
     return replace(adapter, merge=replace(adapter.merge, encoder=encoder), encoder_weights=weights)
 
 
-def _several(settings: TrainSettings, encoders: Encoders, given: Given) -> MultiEncoder | None:
+def _several(encoders: Encoders, given: Given) -> MultiEncoder | None:
     """The encoders of a run for several K, with the given weights; None where there is one K."""
     if len(encoders) == 1:
         return None
-    for k, config in encoders.items():
-        if config is not None and config.context != settings.encoder_context:
-            raise TrainError(
-                f"`encoder_context` is {settings.encoder_context}, the encoder for K = {k} has "
-                f"{config.context}"
-            )
+    contexts = {k: config.context for k, config in encoders.items() if config is not None}
+    if len({*contexts.values()}) > 1:
+        raise TrainError(f"the encoders read contexts of {contexts} tokens by K, expected one")
     return MultiEncoder.make(encoders, {k: given[k].encoder_weights for k in given})
 
 
@@ -228,9 +229,13 @@ def _adapt(
 ) -> tuple[dict[int, MergeConfig], Tuning]:
     """Puts the given adapters on the model, or fresh ones, and says what they are."""
     adapter = next(iter(given.values()), None)
-    if len(encoders) == 1 and adapter is not None and settings.k not in given:
-        adapter = _with_encoder(adapter, encoders[settings.k])
-    several = _several(settings, encoders, given)
+    if adapter is not None:
+        if len(encoders) == 1 and settings.k not in given:
+            adapter = _with_encoder(adapter, encoders[settings.k])
+        check_fit(adapter, config, settings.model)
+        if not resumed:
+            _check_adopted(settings, adapter, encoders)
+    several = _several(encoders, given)
     encoder = next(iter(encoders.values())) if several is None else several.config
     if adapter is None:
         made_for = schema.BaseModelConfig(settings.model, base.fingerprint(config))
@@ -241,9 +246,6 @@ def _adapt(
         except AdapterError as error:
             raise TrainError(f"lora_parameters: {error}") from error
     else:
-        check_fit(adapter, config, settings.model)
-        if not resumed:
-            _check_adopted(settings, adapter, encoders)
         if several is not None:
             merge = replace(adapter.merge, encoder=encoder)
             adapter = replace(adapter, merge=merge, encoder_weights={})

@@ -138,7 +138,8 @@ class TrainSettings(Settings):
     encoder_factor: float | None = option(
         None,
         float,
-        "Encoder width H = int(factor * K) * D. Default: the paper's; past K = 4 D / 2.",
+        "Encoder width H = int(factor * K) * D, of a factor below 1 / K int(factor * K * D). "
+        "Default: the paper's; past K = 4 D / 2.",
         low=0,
         **_MERGE,
     )

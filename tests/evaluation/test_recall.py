@@ -168,6 +168,8 @@ def test_what_is_longer_than_the_context_is_left_out_with_a_note(tmp_path, narro
     (short,), (long,) = ratios
     assert 1 < short < long < 4
     assert words_of(picture) >= {"150 tokens", "600 tokens", "recall", "K=4", "0%", "50%"}
+    picture.unlink()
     alone = run("evaluate", "--model", narrow.base, *recall, "--plot", picture)
-    assert (alone.code, alone.out) == (1, "no method can read these prompts\n")
-    assert "there is nothing to draw, every method is left out" in alone.err
+    assert (alone.code, alone.out, picture.exists()) == (1, "", False)
+    assert "is left out: " in alone.err
+    assert "error: no method can read these prompts" in alone.err

@@ -118,6 +118,15 @@ def test_of_perplexity_the_budget_is_percent_that_it_grows(more, k):
     assert (one.difference, one.low, one.high) == pytest.approx([100 * (more - 1)] * 3)
 
 
+def test_the_perplexity_of_a_few_questions_proves_nothing():
+    """A percentile bootstrap of one question has no width."""
+    for count, k in ((1, 1), (19, 1), (20, 2)):
+        found = recommended(count, {1: set(), 2: set()}, score="perplexity")
+        assert (found.k, found.compared[0].within) == (k, k == 2)
+        assert found.compared[0].difference == 0
+        assert (found.to_json()["compared"][0]["low"] is None) == (k == 1)
+
+
 def test_a_model_that_overflows_is_not_recommended():
     answers = ["yes"] * 300
     methods = {Uncompressed(1): said(answers, set()), Merged(2): said(answers, set(), np.inf)}
@@ -168,7 +177,7 @@ def test_the_interval_of_equal_pairs_is_that_of_an_event_that_never_came():
 @pytest.mark.parametrize(
     ("methods", "score", "said"),
     [
-        ([Merged(2), Merged(4)], None, "compares with K = 1, found K = 2, 4: give `k` 1 as well"),
+        ([Merged(2), Merged(4)], None, "compares with K = 1, found K = 2, 4: give `k` 1,2,4"),
         ([Uncompressed(1)], None, "there is no other: give `k`"),
         ([Uncompressed(1), Mean(2)], None, "there is no other: give `k`"),
         ([Uncompressed(1), Merged(2)], "recall", "data is scored by exact_match, edit_similarity"),
@@ -181,7 +190,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_asked(methods, sc
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("a") / "data", questions_of(6))
+    return write_data(tmp_path_factory.mktemp("a") / "data", questions_of(20))
 
 
 def test_the_command_says_it_on_one_line_and_in_json(folders, data, tmp_path):

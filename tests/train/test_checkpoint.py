@@ -75,7 +75,7 @@ def test_a_changed_setting_or_base_is_named_and_nothing_is_touched(tmp_path, pat
     before = files_of(path)
     for options, said in (
         (("--learning-rate", 2e-3, "--k", 2), "--learning-rate is 0.002, the run has 0.001"),
-        (("--teacher", "base"), "--teacher is 'base', the run has None"),
+        (("--teacher", "base"), "--teacher is 'base', the run was begun without it"),
         (
             ("--model", other),
             f"--model {other} has other weights, or another config, than the run's base, ",

@@ -296,6 +296,40 @@ def test_another_set_of_ks_is_not_resumed_and_a_link_in_it_not_followed(tmp_path
 
 
 @pytest.mark.parametrize(
+    "name", ["k3", "k4/merge_config.json", "best/k4", "best/k2/adapters.safetensors"]
+)
+def test_a_set_that_lacks_something_is_not_resumed_with_a_fresh_encoder(tmp_path, whole, name):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / name).rename(tmp_path / "gone")
+    found = train(path, "--resume", "--iters", 15)
+    assert_one_error(found, 1, f"{path} cannot be resumed: ", f"{name} is missing")
+    assert state_of(path)["iteration"] == 14
+
+
+def test_nothing_is_trained_inside_of_a_run(tmp_path, whole):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    options = ("--data", whole.parent / "data", "--merges", "all", "--iters", 1)
+    for at in ("k4", "best", "best/k2", "new"):
+        for more in ("--resume", "--force"):
+            said = f"{path / at} is inside of the run in {path}: give --resume with that"
+            assert_one_error(train(path / at, *options, more), 1, said)
+    assert not (path / "new").exists()
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_another_context_is_named_with_the_folder(tmp_path, whole, resumed):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    if resumed:
+        found = train(path, "--resume", "--iters", 15, "--encoder-context", 2)
+        said = f"{path} cannot be resumed: --encoder-context is 2, the run has 0"
+    else:
+        options = ("--data", whole.parent / "data", "--k", "2,8", "--encoder-context", 2)
+        found = train(tmp_path / "new", *options, "--init-from", path)
+        said = f"--init-from {path}: --encoder-context for K = 2 is 2, the adapter has 0"
+    assert_one_error(found, 1, said)
+
+
+@pytest.mark.parametrize(
     ("state", "code"), [({"iteration": 0, "added": 1, "rng": [0, 0]}, 1), ({"iteration": 2**62}, 0)]
 )
 def test_a_state_that_no_run_has_is_one_line(tmp_path, whole, state, code):
