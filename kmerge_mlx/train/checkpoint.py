@@ -136,9 +136,11 @@ def find_run(path: Path, resume: bool, force: bool) -> bool:
             f"{path} holds a run: give `resume` to go on with it, `force` to replace it, or "
             "another `adapter_path`"
         )
-    if run := next((p for p in path.absolute().parents if (p / TRAINING / STATE).is_file()), None):
+    runs = (p for p in path.absolute().parents if (p / TRAINING / STATE).is_file())
+    # Beside what a run for several K wrote there may be a new adapter for another K.
+    if path.is_dir() and not there and (run := next(runs, None)):
         raise TrainError(
-            f"{path} is inside of the run in {run}: give `resume` with that, or another "
+            f"{path} belongs to the run in {run}: give `resume` with that, or another "
             "`adapter_path`"
         )
     names = (*FILES, BEST, TRAINING, FOLDERS)
@@ -190,6 +192,8 @@ def save(run: Run, adapters: Adapters, tensors: Mapping[str, mx.array], best: Ad
             about |= {"settings": _asked(run.settings), "base": run.base[0], "data": run.data}
             about |= {"ranks": run.ranks.size, "state": asdict(state)}
             files.write_json(training / STATE, about)
+            if state.iteration and path.is_dir():  # what --force replaces belongs to another run
+                _keep(path, folder)
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -293,6 +297,19 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Takes over what others put into a run's folder: notes, or an adapter for a further K."""
+    for child in old.iterdir():
+        target = new / child.name
+        if child.is_dir() and not child.is_symlink():
+            target.mkdir(exist_ok=True)
+            _keep(child, target)
+        elif child.is_symlink() and not target.exists():
+            target.symlink_to(child.readlink())
+        elif not target.exists():
+            _link(child, target)
 
 
 def _link(source: Path, target: Path) -> None:

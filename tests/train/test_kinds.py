@@ -123,7 +123,7 @@ def test_an_adapter_that_does_not_fit_the_base_is_one_line(tmp_path):
         ("lora_parameters: {alpha: 16}", "unknown 'alpha': mlx-lm's scale is alpha / rank"),
         ("lora_parameters: {keys: [nope]}", "does not have what the adapter changes: nope"),
         ("num_layers: 9", "--num-layers is 9, the model has 3 layers"),
-        ("encoder_factor: 0.001", "inner_size is 0, expected a whole number of at least 1"),
+        ("encoder_factor: 0.001", "--encoder-factor is 0.001, expected at least 0.00"),
     ):
         assert_one_error(train(tmp_path / "run", *RUN, yaml=yaml + "\n"), 1, said)
         assert not (tmp_path / "run").exists()

@@ -306,14 +306,27 @@ def test_a_set_that_lacks_something_is_not_resumed_with_a_fresh_encoder(tmp_path
     assert state_of(path)["iteration"] == 14
 
 
-def test_nothing_is_trained_inside_of_a_run(tmp_path, whole):
+def test_an_adapter_of_a_run_is_not_replaced_by_another_run(tmp_path, whole):
     path = Path(shutil.copytree(whole, tmp_path / "run"))
     options = ("--data", whole.parent / "data", "--merges", "all", "--iters", 1)
-    for at in ("k4", "best", "best/k2", "new"):
+    for at in ("k4", "best", "best/k2"):
         for more in ("--resume", "--force"):
-            said = f"{path / at} is inside of the run in {path}: give --resume with that"
+            said = f"{path / at} belongs to the run in {path}: give --resume with that"
             assert_one_error(train(path / at, *options, more), 1, said)
-    assert not (path / "new").exists()
+    for more in ("--resume", "--force"):  # beside them there may be one for another K
+        trained(path / "k1", *options, "--k", 1, more)
+    before = content(path / "k1")
+    (path / "thesis.txt").write_text("years of work")
+    (path / "best" / "link").symlink_to(tmp_path)
+    with (path / "output.txt").open("w") as output:  # as `train > RUN/output.txt` has it
+        trained(path, "--resume", "--iters", 15)
+        output.write("written on")
+    own = {"k2", "k3", "k4", "best", "training"}
+    assert {p.name for p in path.iterdir()} == {*own, "k1", "thesis.txt", "output.txt"}
+    assert content(path / "k1") == before
+    assert (path / "thesis.txt").read_text() == "years of work"
+    assert (path / "output.txt").read_text() == "written on"
+    assert (path / "best" / "link").readlink() == tmp_path
 
 
 @pytest.mark.parametrize("resumed", [True, False])
