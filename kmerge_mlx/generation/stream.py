@@ -167,6 +167,12 @@ def generate(model: nn.Module, tokenizer: Any, prompt: Prompt, **options: Any) -
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
 
 
+class _Batch(BatchGenerator):
+    """mlx-lm's generator of a batch, which Ctrl-C may end before it is made."""
+
+    _old_wired_limit = None  # what ``__del__`` reads
+
+
 def batch_generate(
     model: nn.Module,
     tokenizer: Any,
@@ -204,7 +210,7 @@ def batch_generate(
     tokenizer = exact(tokenizer)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     compressed = _compress_all(model, tokenizer, prompts, prompt_caches, limits)
-    generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
+    generator = _Batch(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
     with contextlib.closing(generator), generator.stats() as stats:
         uids = generator.insert(
             [list(prompt.ids) for prompt in compressed],

@@ -6,11 +6,14 @@ same prompts read another way.
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -129,6 +132,22 @@ def test_batch_limits_progress_and_finish_reasons(tiny):
     assert [len(tokens) for tokens in found.token_ids] == [1, 5, 2]
     assert found.finish_reasons == ["length"] * 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_ctrl_c_while_a_batch_is_set_up_is_all_that_is_said(tiny, monkeypatch):
+    """mlx-lm's generator is then deleted half made."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    inside = BatchGenerator.__init__.__globals__
+    monkeypatch.setitem(inside, "maybe_set_recommended_wired_limit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        batch_generate(*tiny, prompts_of(1), max_tokens=1)
+    gc.collect()
+    assert not said
 
 
 def test_the_blocks_of_a_batch_in_flight_are_never_reused(tiny):
