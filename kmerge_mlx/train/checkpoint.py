@@ -113,7 +113,8 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
 
 def check_whole(run: Run) -> None:
     """Raises TrainError if an adapter, or a file of it, is missing in the folder to go on with."""
-    tops = [top for top in (run.path, run.path / BEST) if top.is_dir()]
+    best = run.state.best_score is not None and (run.path / BEST).is_dir()
+    tops = (run.path, run.path / BEST) if best else (run.path,)
     folders = [at for top in tops for at in _folders(run.merges, top).values()]
     wanted = [at / name if at.is_dir() else at for at in folders for name in FILES]
     missing = dict.fromkeys(at for at in wanted if not at.exists())
@@ -166,6 +167,8 @@ def save(run: Run, adapters: Adapters, tensors: Mapping[str, mx.array], best: Ad
     ``best`` has the adapters of the best validation; it is empty where they are what they were.
     """
     path, state, old = run.path, run.state, run.path / TRAINING
+    folders = (*_folders(adapters, path).values(), *_folders(adapters, path / BEST).values())
+    own = {at / name for at in folders for name in FILES}  # a best one may be out of date
     try:
         with files.replacing_folder(path) as folder:
             _write(adapters, folder)
@@ -193,7 +196,7 @@ def save(run: Run, adapters: Adapters, tensors: Mapping[str, mx.array], best: Ad
             about |= {"ranks": run.ranks.size, "state": asdict(state)}
             files.write_json(training / STATE, about)
             if state.iteration and path.is_dir():  # what --force replaces belongs to another run
-                _keep(path, folder)
+                _keep(path, folder, own)
     except OSError as error:
         reason = error.strerror or first_line(error)
         last = f"; the last save of {path} is whole" if old.exists() else ""
@@ -299,17 +302,18 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _keep(old: Path, new: Path) -> None:
+def _keep(old: Path, new: Path, own: Collection[Path]) -> None:
     """Takes over what others put into a run's folder: notes, or an adapter for a further K."""
     for child in old.iterdir():
         target = new / child.name
         if child.is_dir() and not child.is_symlink():
-            target.mkdir(exist_ok=True)
-            _keep(child, target)
-        elif child.is_symlink() and not target.exists():
-            target.symlink_to(child.readlink())
-        elif not target.exists():
-            _link(child, target)
+            _keep(child, target, own)
+        elif child not in own and not target.exists():
+            new.mkdir(parents=True, exist_ok=True)
+            if child.is_symlink():
+                target.symlink_to(child.readlink())
+            else:
+                _link(child, target)
 
 
 def _link(source: Path, target: Path) -> None:

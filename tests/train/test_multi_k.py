@@ -329,6 +329,22 @@ def test_an_adapter_of_a_run_is_not_replaced_by_another_run(tmp_path, whole):
     assert (path / "best" / "link").readlink() == tmp_path
 
 
+@pytest.mark.parametrize("k", ["4", "2,4"])
+def test_a_best_adapter_that_counts_no_more_is_not_kept(tmp_path, whole, k):
+    """A curriculum's next stage begins without one."""
+    path, data = tmp_path / "run", whole.parent / "data"
+    trained(path, "--data", data, "--merges", "all", "--k", k, "--iters", 1, *QUIET)
+    own = [file.relative_to(path) for name in FILES for file in path.rglob(name)]
+    for file in own:
+        (path / "best" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path / file, path / "best" / file)
+    (path / "best" / "notes.txt").write_text("of mine")
+    trained(path, "--resume", "--iters", 2)
+    assert [p.name for p in (path / "best").rglob("*")] == ["notes.txt"]
+    assert all((path / file).is_file() for file in own)
+    trained(path, "--resume", "--iters", 3)
+
+
 @pytest.mark.parametrize("resumed", [True, False])
 def test_another_context_is_named_with_the_folder(tmp_path, whole, resumed):
     path = Path(shutil.copytree(whole, tmp_path / "run"))
