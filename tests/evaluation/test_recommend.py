@@ -224,6 +224,8 @@ def test_the_command_says_it_on_one_line_and_in_json(folders, data, tmp_path):
         (("--recommend-by", "recall"), 2, "--budget and --recommend-by are of --recommend"),
         (("--recommend", "--budget", -1), 2, "--budget"),
         (("--recommend", "--k", 2), 1, "--recommend compares with K = 1, found K = 2: give --k 1"),
+        (("--recommend", "--k", "2,4"), 1, "found K = 2, 4: give --k 1,2,4"),
+        (("--k", "2,x"), 2, "--k is 'x', expected a whole number"),
         (("--recommend", "--recommend-by", "recall"), 1, "--recommend-by is recall, and "),
     ],
 )
