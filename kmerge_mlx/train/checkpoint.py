@@ -167,8 +167,8 @@ def save(run: Run, adapters: Adapters, tensors: Mapping[str, mx.array], best: Ad
     ``best`` has the adapters of the best validation; it is empty where they are what they were.
     """
     path, state, old = run.path, run.state, run.path / TRAINING
-    folders = (*_folders(adapters, path).values(), *_folders(adapters, path / BEST).values())
-    own = {at / name for at in folders for name in FILES}  # a best one may be out of date
+    # All else that is the run's own is written anew, these only while they count.
+    own = {at / name for at in _folders(adapters, path / BEST).values() for name in FILES}
     try:
         with files.replacing_folder(path) as folder:
             _write(adapters, folder)
